@@ -1,0 +1,11 @@
+//! Downpour carries live video from one cloud node to many edge nodes: RTMP in, RTP over UDP
+//! between, QUIC for repair, HTTP-FLV out. `docs/architecture.md` says how the parts fit.
+//!
+//! Imports point down only: roles (`cli`, `cloud`, `edge`) on I/O shells (`rtmp::server`, `fanout`,
+//! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
+//! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
+
+pub mod flv;
+mod stream_key;
+
+pub use stream_key::{InvalidStreamKey, StreamKey};
