@@ -1,0 +1,278 @@
+//! RTP packets in, FLV tags out.
+
+use bytes::{Bytes, BytesMut};
+
+use super::Packet;
+use crate::flv::{
+    Tag,
+    tag::{TagError, TagHeader},
+};
+
+/// Puts one publication's packets, given in order and with losses told, back into tags.
+///
+/// After a loss it drops the tag that the loss cut and goes on with the next whole one.
+#[derive(Debug, Default)]
+pub struct Depacketizer {
+    state: State,
+    partial: BytesMut,
+    /// Packets that `partial` is made of.
+    held: u64,
+    /// Bytes of header and body that `partial` will have.
+    expected: usize,
+    damage: Damage,
+}
+
+/// What a stretch of losses cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Damage {
+    /// Packets that never came.
+    pub packets: u64,
+    /// Packets that came and were of no use, because others of their tag were lost or malformed.
+    pub discarded: u64,
+    /// Packets that held no tag, or whose marker and tag length disagree.
+    pub malformed: u64,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The next packet begins a tag.
+    #[default]
+    Boundary,
+    /// Inside a tag of which every byte so far is held.
+    Inside,
+    /// Somewhere unknown: after a loss, or at a join in mid-stream.
+    Lost,
+}
+
+impl Depacketizer {
+    /// For a publication that is received from its first packet, or from a tag's first.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// For a publication that is joined anywhere: packets are skipped until a tag begins.
+    pub fn joining() -> Self {
+        Self { state: State::Lost, ..Self::default() }
+    }
+
+    /// Takes the next packet in order; gives the tag that it completes.
+    pub fn packet(&mut self, packet: &Packet) -> Option<Tag> {
+        let payload = &packet.payload;
+        let marker = packet.header.marker;
+        let begun = match self.state {
+            State::Inside => true,
+            State::Boundary => self.begin(payload, marker),
+            State::Lost => begins_tag(payload, marker) && self.begin(payload, marker),
+        };
+        if !begun {
+            match self.state {
+                State::Lost => self.damage.discarded += 1,
+                _ => self.damage.malformed += 1,
+            }
+            self.skip(packet);
+            return None;
+        }
+        let complete = self.partial.len() + payload.len() == self.expected;
+        if marker != complete || self.partial.len() + payload.len() > self.expected {
+            // The marker and the tag's own length disagree: neither can be trusted.
+            self.damage.malformed += 1;
+            self.discard_partial();
+            self.skip(packet);
+            return None;
+        }
+        self.partial.extend_from_slice(payload);
+        if !complete {
+            self.held += 1;
+            self.state = State::Inside;
+            return None;
+        }
+        self.state = State::Boundary;
+        match Tag::from_unit(std::mem::take(&mut self.partial)) {
+            Ok(tag) => {
+                self.held = 0;
+                Some(tag)
+            }
+            Err(_) => {
+                self.damage.malformed += 1;
+                self.discard_partial();
+                None
+            }
+        }
+    }
+
+    /// Says that the next `packets` packets will never come; 0 says that what comes next is no
+    /// continuation.
+    pub fn lost(&mut self, packets: u64) {
+        self.damage.packets += packets;
+        self.discard_partial();
+        self.state = State::Lost;
+    }
+
+    /// Takes what was lost since the last call, or `None` if nothing was.
+    pub fn take_damage(&mut self) -> Option<Damage> {
+        let damage = std::mem::take(&mut self.damage);
+        (damage != Damage::default()).then_some(damage)
+    }
+
+    /// Whether the last packet completed a tag, so that nothing is held back.
+    pub fn at_boundary(&self) -> bool {
+        self.state == State::Boundary
+    }
+
+    /// Reads the tag header at the start of a packet; false if there is none.
+    fn begin(&mut self, payload: &Bytes, marker: bool) -> bool {
+        let Ok(header) = TagHeader::parse(payload) else { return false };
+        self.expected = Tag::HEADER_LEN + header.body_len;
+        // Grown as bytes come: a header that lies about its length reserves nothing.
+        self.partial = BytesMut::with_capacity(if marker {
+            payload.len() + Tag::TRAILER_LEN
+        } else {
+            (payload.len() * 4).min(self.expected + Tag::TRAILER_LEN)
+        });
+        true
+    }
+
+    /// Drops an unfinished tag.
+    fn discard_partial(&mut self) {
+        self.damage.discarded += std::mem::take(&mut self.held);
+        self.partial = BytesMut::new();
+    }
+
+    /// After a useless packet: its marker shows where the next tag begins.
+    fn skip(&mut self, packet: &Packet) {
+        self.state = if packet.header.marker { State::Boundary } else { State::Lost };
+    }
+}
+
+/// Whether a packet that follows a loss is surely a tag's first: the header's type, its zero stream
+/// id and its length all fit. Media bytes that look like that by chance are one in 2³⁰.
+fn begins_tag(payload: &Bytes, marker: bool) -> bool {
+    match TagHeader::parse(payload) {
+        Ok(header) => {
+            let len = Tag::HEADER_LEN + header.body_len;
+            payload[8..11] == [0, 0, 0]
+                && if marker { payload.len() == len } else { payload.len() < len }
+        }
+        Err(TagError::Truncated | TagError::UnknownType(_) | TagError::TooLong(_)) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        flv::TagKind,
+        rtp::{Burst, Packetizer, Seq, Ssrc},
+    };
+
+    fn tags() -> impl Strategy<Value = Vec<Tag>> {
+        let size = prop_oneof![0usize..40, 1000usize..1300, 0usize..9000];
+        let kind = prop_oneof![Just(TagKind::Audio), Just(TagKind::Video)];
+        let tag =
+            (kind, any::<u32>(), size, any::<u8>()).prop_map(|(kind, timestamp, size, fill)| {
+                let body: Vec<u8> = (0..size).map(|i| fill.wrapping_add(i as u8)).collect();
+                Tag::new(kind, timestamp, &body).unwrap()
+            });
+        proptest::collection::vec(tag, 1..40)
+    }
+
+    fn packets(burst: &Burst) -> impl Iterator<Item = Packet> {
+        (0..burst.count()).map(|i| Packet::parse(burst.packet(i).unwrap()).unwrap())
+    }
+
+    #[test]
+    fn every_packet_of_a_tag_that_was_cut_is_counted() {
+        let tag = Tag::new(TagKind::Video, 0, &[7; 5120]).unwrap();
+        let burst = Packetizer::new(Ssrc(7), 512).packetize(&tag);
+        let damage = |discarded, malformed| Some(Damage { packets: 0, discarded, malformed });
+        let mut depacketizer = Depacketizer::new();
+        for packet in packets(&burst).take(4) {
+            depacketizer.packet(&packet);
+        }
+        depacketizer.lost(0);
+        assert_eq!(depacketizer.take_damage(), damage(4, 0));
+
+        for mut packet in packets(&burst).take(7) {
+            packet.header.marker = packet.header.seq == burst.first_seq().plus(6);
+            assert_eq!(depacketizer.packet(&packet), None);
+        }
+        assert_eq!(depacketizer.take_damage(), damage(6, 1));
+        let whole: Vec<_> = packets(&burst).filter_map(|p| depacketizer.packet(&p)).collect();
+        assert_eq!((whole, depacketizer.take_damage()), (vec![tag], None));
+    }
+
+    proptest! {
+        #[test]
+        fn undoes_the_packetizer(tags in tags(), payload_max in 512usize..=1180) {
+            let mut packetizer = Packetizer::new(Ssrc(7), payload_max);
+            let mut depacketizer = Depacketizer::new();
+            let mut seq = Seq::FIRST;
+            let mut out = Vec::new();
+            for tag in &tags {
+                let burst = packetizer.packetize(tag);
+                prop_assert_eq!(burst.first_seq(), seq);
+                for packet in packets(&burst) {
+                    prop_assert_eq!(packet.header.seq, seq);
+                    prop_assert_eq!(packet.header.timestamp, tag.timestamp().wrapping_mul(90));
+                    prop_assert!(packet.payload.len() <= payload_max);
+                    seq = seq.plus(1);
+                    out.extend(depacketizer.packet(&packet));
+                }
+            }
+            prop_assert_eq!(depacketizer.take_damage(), None);
+            prop_assert_eq!(out, tags);
+        }
+
+        #[test]
+        fn after_a_loss_every_whole_tag_comes_out(
+            tags in tags(), lost in proptest::collection::vec(any::<bool>(), 40 * 9),
+        ) {
+            let mut packetizer = Packetizer::new(Ssrc(7), 1120);
+            let mut depacketizer = Depacketizer::new();
+            let (mut out, mut whole, mut lost) = (Vec::new(), Vec::new(), lost.into_iter().cycle());
+            let mut lost_packets = 0;
+            for tag in &tags {
+                let mut cut = false;
+                for packet in packets(&packetizer.packetize(tag)) {
+                    if lost.next() == Some(true) {
+                        depacketizer.lost(1);
+                        lost_packets += 1;
+                        cut = true;
+                    } else {
+                        out.extend(depacketizer.packet(&packet));
+                    }
+                }
+                if !cut {
+                    whole.push(tag.clone());
+                }
+            }
+            prop_assert_eq!(out, whole);
+            let damage = depacketizer.take_damage().unwrap_or_default();
+            prop_assert_eq!(damage.packets, lost_packets);
+            prop_assert_eq!(damage.malformed, 0);
+        }
+
+        #[test]
+        fn garbage_never_panics(
+            payloads in proptest::collection::vec(
+                (proptest::collection::vec(any::<u8>(), 0..64), any::<bool>(), any::<bool>()), 0..50),
+        ) {
+            let mut depacketizer = Depacketizer::joining();
+            for (seq, (payload, marker, tag_like)) in payloads.into_iter().enumerate() {
+                let mut payload = payload;
+                if tag_like && payload.len() > 10 {
+                    payload[0] = 9;
+                    payload[1..3].fill(0);
+                }
+                depacketizer.packet(&Packet {
+                    header: crate::rtp::packet::Header {
+                        marker, payload_type: 100, seq: Seq(seq as u16), timestamp: 0, ssrc: Ssrc(1),
+                    },
+                    payload: payload.into(),
+                });
+            }
+        }
+    }
+}

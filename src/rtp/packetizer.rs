@@ -1,0 +1,115 @@
+//! FLV tags in, RTP packets out.
+
+use std::ops::Range;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::{
+    Seq, Ssrc,
+    packet::{HEADER_LEN, Header, PAYLOAD_TYPE},
+};
+use crate::flv::Tag;
+
+/// Slices one publication's tags into RTP packets.
+///
+/// Wire v0: payload type 100, no padding, extension or CSRC; a tag's header and body without
+/// `PreviousTagSize`, in slices of equal length with the last one shorter; the marker on the last.
+/// The RTP timestamp is the tag's media time on a 90 kHz clock.
+#[derive(Debug)]
+pub struct Packetizer {
+    ssrc: Ssrc,
+    next_seq: Seq,
+    payload_max: usize,
+}
+
+impl Packetizer {
+    /// The longest payload allowed: what the existing Go edge's buffer and slicing take.
+    pub const PAYLOAD_LIMIT: usize = 1180;
+
+    /// The least that makes sense: the largest tag is then 32,768 packets, as many as sequence
+    /// numbers can tell apart.
+    pub const PAYLOAD_LEAST: usize = 512;
+
+    /// Starts a publication at [`Seq::FIRST`]. `payload_max` is in bytes, clamped to
+    /// [`Self::PAYLOAD_LEAST`]`..=`[`Self::PAYLOAD_LIMIT`].
+    pub fn new(ssrc: Ssrc, payload_max: usize) -> Self {
+        let payload_max = payload_max.clamp(Self::PAYLOAD_LEAST, Self::PAYLOAD_LIMIT);
+        Self { ssrc, next_seq: Seq::FIRST, payload_max }
+    }
+
+    /// Packs one tag. A copy of its bytes is the only one that the whole cloud makes.
+    pub fn packetize(&mut self, tag: &Tag) -> Burst {
+        let unit = tag.unit();
+        let count = unit.len().div_ceil(self.payload_max);
+        let timestamp = tag.timestamp().wrapping_mul(CLOCK_KHZ);
+        let first_seq = self.next_seq;
+        let mut bytes = BytesMut::with_capacity(unit.len() + count * HEADER_LEN);
+        for (i, slice) in unit.chunks(self.payload_max).enumerate() {
+            let header = Header {
+                marker: i + 1 == count,
+                payload_type: PAYLOAD_TYPE,
+                seq: first_seq.plus(i),
+                timestamp,
+                ssrc: self.ssrc,
+            };
+            bytes.put_slice(&header.encode());
+            bytes.put_slice(slice);
+        }
+        self.next_seq = first_seq.plus(count);
+        Burst { bytes: bytes.freeze(), stride: HEADER_LEN + self.payload_max, first_seq }
+    }
+
+    /// The sequence number that the next packet will have.
+    pub fn next_seq(&self) -> Seq {
+        self.next_seq
+    }
+}
+
+/// One tag's packets, one behind the other in one buffer at a fixed stride, the last one shorter:
+/// the layout that UDP segmentation offload sends in one call and that the history ring keeps.
+#[derive(Debug, Clone)]
+pub struct Burst {
+    bytes: Bytes,
+    stride: usize,
+    first_seq: Seq,
+}
+
+impl Burst {
+    /// All packets, laid end to end.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// Bytes from one packet's start to the next one's: the GSO segment size.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Number of packets, at least 1.
+    pub fn count(&self) -> usize {
+        self.bytes.len().div_ceil(self.stride)
+    }
+
+    /// The first packet's sequence number.
+    pub fn first_seq(&self) -> Seq {
+        self.first_seq
+    }
+
+    /// The last packet's sequence number.
+    pub fn last_seq(&self) -> Seq {
+        self.first_seq.plus(self.count() - 1)
+    }
+
+    /// The packet at `index`, sharing the burst's memory.
+    pub fn packet(&self, index: usize) -> Option<Bytes> {
+        (index < self.count()).then(|| self.bytes.slice(self.range(index)))
+    }
+
+    fn range(&self, index: usize) -> Range<usize> {
+        let start = index * self.stride;
+        start..(start + self.stride).min(self.bytes.len())
+    }
+}
+
+/// RTP ticks a millisecond: the 90 kHz clock of RFC 3551 §5 for video.
+const CLOCK_KHZ: u32 = 90;
