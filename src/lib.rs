@@ -6,6 +6,7 @@
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
 pub mod flv;
+pub mod repair;
 pub mod rtp;
 mod stream_key;
 

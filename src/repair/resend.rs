@@ -1,0 +1,182 @@
+//! What is sent again to one edge, and when: the sender's half of repair, without socket or clock.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use crate::rtp::{Seq, Ssrc};
+
+/// Answers requests of one edge, each of them once.
+///
+/// Edges say every request twice or more, milliseconds apart, in case one is lost: what has just
+/// been sent is not sent again before a new try can mean anything. `T` is what a packet is to the
+/// caller.
+#[derive(Debug)]
+pub struct Resender<T> {
+    /// Half the round trip, within bounds: shorter than any try is from the next.
+    guard: Duration,
+    spacing: Duration,
+    answered: HashMap<(Ssrc, Seq), Instant>,
+    /// The keys of `answered`, oldest first.
+    order: VecDeque<(Instant, (Ssrc, Seq))>,
+    /// Further copies, in the order of their times.
+    copies: VecDeque<Copy<T>>,
+}
+
+#[derive(Debug)]
+struct Copy<T> {
+    due: Instant,
+    packet: T,
+    /// How many to send, this one included.
+    left: u8,
+}
+
+impl<T: Clone> Resender<T> {
+    /// Nothing has been answered yet.
+    pub fn new() -> Self {
+        Self {
+            guard: MIN_GUARD,
+            spacing: MIN_SPACING,
+            answered: HashMap::new(),
+            order: VecDeque::new(),
+            copies: VecDeque::new(),
+        }
+    }
+
+    /// Tells the round trip to the edge.
+    pub fn set_round_trip(&mut self, round_trip: Duration) {
+        self.guard = (round_trip / 2).clamp(MIN_GUARD, MAX_GUARD);
+        self.spacing = copy_spacing(round_trip);
+    }
+
+    /// Whether a request for this packet is to be answered: it is not if it only repeats one that
+    /// was.
+    pub fn is_new(&mut self, now: Instant, ssrc: Ssrc, seq: Seq) -> bool {
+        while let Some((at, key)) = self.order.front()
+            && (now.saturating_duration_since(*at) >= self.guard || self.order.len() > MAX_ANSWERED)
+        {
+            // A later answer to the same key has an entry of its own further back.
+            if self.answered.get(key) == Some(at) {
+                self.answered.remove(key);
+            }
+            self.order.pop_front();
+        }
+        if self.answered.contains_key(&(ssrc, seq)) {
+            return false;
+        }
+        self.answered.insert((ssrc, seq), now);
+        self.order.push_back((now, (ssrc, seq)));
+        true
+    }
+
+    /// Takes back that a packet was answered: it could not be sent, so a repetition may.
+    pub fn not_sent(&mut self, ssrc: Ssrc, seq: Seq) {
+        self.answered.remove(&(ssrc, seq));
+    }
+
+    /// Plans `further` copies of a packet that is being sent. False if too many wait already.
+    pub fn copy(&mut self, now: Instant, packet: T, further: u8) -> bool {
+        if further == 0 {
+            return true;
+        }
+        let room = self.copies.len() < MAX_COPIES;
+        if room {
+            self.copies.push_back(Copy { due: now + self.spacing, packet, left: further });
+        }
+        room
+    }
+
+    /// The next copy that is due at `now`; call until it gives `None`.
+    pub fn poll_copy(&mut self, now: Instant) -> Option<T> {
+        if self.copies.front()?.due > now {
+            return None;
+        }
+        let mut copy = self.copies.pop_front()?;
+        copy.left -= 1;
+        let packet = copy.packet.clone();
+        if copy.left > 0 {
+            copy.due = now + self.spacing;
+            self.copies.push_back(copy);
+        }
+        Some(packet)
+    }
+
+    /// When the next copy is due.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.copies.front().map(|copy| copy.due)
+    }
+}
+
+impl<T: Clone> Default for Resender<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How far apart copies of a packet are sent: so far that one short burst of loss does not take all
+/// of them. Edges count on it when they time their next try.
+pub fn copy_spacing(round_trip: Duration) -> Duration {
+    (round_trip / 10).clamp(MIN_SPACING, MAX_SPACING)
+}
+
+/// Above the repeats of a try, below the shortest time to the next (`receiver`).
+const MIN_GUARD: Duration = Duration::from_millis(4);
+const MAX_GUARD: Duration = Duration::from_millis(100);
+const MIN_SPACING: Duration = Duration::from_millis(2);
+const MAX_SPACING: Duration = Duration::from_millis(10);
+/// Answers remembered: at 100,000 requests a second, the longest guard's worth.
+const MAX_ANSWERED: usize = 10_000;
+/// Copies that wait for their time: each holds on to the burst it is from.
+const MAX_COPIES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_request_is_answered_once_and_a_new_try_again() {
+        let now = Instant::now();
+        let mut resender = Resender::<u32>::new();
+        resender.set_round_trip(Duration::from_millis(100));
+        let at = |ms| now + Duration::from_millis(ms);
+        assert!(resender.is_new(at(0), Ssrc(1), Seq(7)));
+        assert!(!resender.is_new(at(5), Ssrc(1), Seq(7)));
+        assert!(resender.is_new(at(5), Ssrc(2), Seq(7)));
+        assert!(resender.is_new(at(102), Ssrc(1), Seq(7)));
+        assert!(!resender.is_new(at(104), Ssrc(1), Seq(7)));
+        resender.not_sent(Ssrc(1), Seq(7));
+        assert!(resender.is_new(at(105), Ssrc(1), Seq(7)));
+        assert!(resender.is_new(at(1000), Ssrc(1), Seq(8)));
+        assert_eq!((resender.answered.len(), resender.order.len()), (1, 1));
+    }
+
+    #[test]
+    fn memory_is_bounded_whatever_is_asked() {
+        let now = Instant::now();
+        let mut resender = Resender::new();
+        for i in 0..100_000u32 {
+            resender.is_new(now, Ssrc(i), Seq(i as u16));
+            resender.copy(now, i, 2);
+        }
+        assert!(resender.answered.len() <= MAX_ANSWERED + 2);
+        assert_eq!(resender.copies.len(), MAX_COPIES);
+    }
+
+    #[test]
+    fn copies_come_spaced() {
+        let now = Instant::now();
+        let mut resender = Resender::new();
+        resender.set_round_trip(Duration::from_millis(50));
+        assert!(
+            resender.copy(now, 'a', 2) && resender.copy(now, 'b', 1) && resender.copy(now, 'c', 0)
+        );
+        assert_eq!(resender.poll_copy(now), None);
+        let due = resender.poll_timeout().unwrap();
+        assert_eq!(due, now + Duration::from_millis(5));
+        let first: Vec<_> = std::iter::from_fn(|| resender.poll_copy(due)).collect();
+        assert_eq!(first, ['a', 'b']);
+        assert_eq!(resender.poll_copy(due + Duration::from_millis(5)), Some('a'));
+        assert_eq!(resender.poll_timeout(), None);
+    }
+}
