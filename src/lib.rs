@@ -7,6 +7,7 @@
 
 pub mod flv;
 pub mod repair;
+pub mod rtmp;
 pub mod rtp;
 mod stream_key;
 
