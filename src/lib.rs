@@ -6,6 +6,8 @@
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
 pub mod flv;
+pub mod hub;
+pub mod origin;
 pub mod repair;
 pub mod rtmp;
 pub mod rtp;

@@ -1,0 +1,259 @@
+//! The streams that this node sends out as RTP: what repair, announcements and the API look up.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use bytes::Bytes;
+use tokio::sync::broadcast;
+
+pub use crate::flv::Headers;
+
+use crate::{
+    StreamKey,
+    flv::TagKind,
+    repair::history::History,
+    rtp::{Burst, Seq, Ssrc},
+};
+
+/// All streams that are being sent, by SSRC. Cloning shares them.
+#[derive(Clone)]
+pub struct Origin {
+    streams: Arc<RwLock<HashMap<Ssrc, Arc<OriginStream>>>>,
+    events: broadcast::Sender<OriginEvent>,
+}
+
+/// What happened to a stream. A receiver that lags lists [`Origin::streams`] afresh.
+#[derive(Clone)]
+pub enum OriginEvent {
+    /// A publication began; its first packet has not been sent yet.
+    Up(Arc<OriginStream>),
+    /// Its codec headers or metadata changed.
+    Update(Arc<OriginStream>),
+    /// It ended; its packets can be asked for a little longer.
+    End(Arc<OriginStream>),
+}
+
+impl Origin {
+    /// A node that sends nothing yet.
+    pub fn new() -> Self {
+        Self { streams: Arc::default(), events: broadcast::channel(EVENT_BACKLOG).0 }
+    }
+
+    /// Lists a stream and announces it. It must be listed before its first packet is sent.
+    pub fn insert(&self, stream: Arc<OriginStream>) {
+        let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
+        streams.insert(stream.ssrc, stream.clone());
+        drop(streams);
+        self.announce(OriginEvent::Up(stream));
+    }
+
+    /// Announces the end of a stream, which stays available for repair until [`Origin::remove`].
+    pub fn end(&self, stream: &Arc<OriginStream>) {
+        stream.ended.store(true, Ordering::Release);
+        self.announce(OriginEvent::End(stream.clone()));
+    }
+
+    /// Forgets a stream and its packets.
+    pub fn remove(&self, ssrc: Ssrc) {
+        self.streams.write().unwrap_or_else(PoisonError::into_inner).remove(&ssrc);
+    }
+
+    /// Announces that [`OriginStream::headers`] changed.
+    pub fn updated(&self, stream: &Arc<OriginStream>) {
+        self.announce(OriginEvent::Update(stream.clone()));
+    }
+
+    /// The stream with this SSRC, live or ended a moment ago.
+    pub fn stream(&self, ssrc: Ssrc) -> Option<Arc<OriginStream>> {
+        self.streams.read().unwrap_or_else(PoisonError::into_inner).get(&ssrc).cloned()
+    }
+
+    /// All streams, those that ended a moment ago included.
+    pub fn streams(&self) -> Vec<Arc<OriginStream>> {
+        self.streams.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Follows the streams' comings and goings from now on.
+    pub fn subscribe(&self) -> broadcast::Receiver<OriginEvent> {
+        self.events.subscribe()
+    }
+
+    fn announce(&self, event: OriginEvent) {
+        // An error only says that nobody listens.
+        let _ = self.events.send(event);
+    }
+}
+
+impl Default for Origin {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One publication on its way out.
+pub struct OriginStream {
+    key: StreamKey,
+    ssrc: Ssrc,
+    start_unix_ms: u64,
+    state: Mutex<State>,
+    ended: AtomicBool,
+    /// Repairs asked for, served, and refused as no longer held.
+    pub repairs: RepairCounts,
+}
+
+/// What edges asked of one stream, in packets.
+#[derive(Debug, Default)]
+pub struct RepairCounts {
+    /// Sequence numbers asked for.
+    pub asked: AtomicU64,
+    /// Packets sent again, each copy counted.
+    pub served: AtomicU64,
+    /// Sequence numbers that were no longer held, or never sent.
+    pub gone: AtomicU64,
+}
+
+impl RepairCounts {
+    /// Adds to each count.
+    pub fn add(&self, asked: u64, served: u64, gone: u64) {
+        self.asked.fetch_add(asked, Ordering::Relaxed);
+        self.served.fetch_add(served, Ordering::Relaxed);
+        self.gone.fetch_add(gone, Ordering::Relaxed);
+    }
+}
+
+struct State {
+    history: History,
+    /// Its first number, and how many packets were pushed before it.
+    gop_start: Option<(Seq, u64)>,
+    headers: Headers,
+    /// Those of the video and the audio header.
+    header_bursts: [Option<Burst>; 2],
+}
+
+impl OriginStream {
+    /// A publication that begins now. `start_unix_ms` is the wall clock at media time 0.
+    pub fn new(key: StreamKey, ssrc: Ssrc, start_unix_ms: u64, history: History) -> Self {
+        Self {
+            key,
+            ssrc,
+            start_unix_ms,
+            state: Mutex::new(State {
+                history,
+                gop_start: None,
+                headers: Headers::default(),
+                header_bursts: [None, None],
+            }),
+            ended: AtomicBool::new(false),
+            repairs: RepairCounts::default(),
+        }
+    }
+
+    /// Puts a burst into the history. `starts_gop` says that its tag is a key frame, or of a
+    /// stream without video.
+    pub fn push(&self, now: Instant, burst: Burst, starts_gop: bool) {
+        let mut state = self.lock();
+        if starts_gop {
+            state.gop_start = Some((burst.first_seq(), state.history.pushed().0));
+        }
+        state.history.push(now, burst);
+    }
+
+    /// Keeps the burst of a codec header for [`OriginStream::header_packet`], in place of the one
+    /// before.
+    pub fn keep_header(&self, kind: TagKind, burst: Burst) {
+        let slot = usize::from(kind == TagKind::Audio);
+        self.lock().header_bursts[slot] = Some(burst);
+    }
+
+    /// Replaces the headers that [`OriginStream::headers`] tells; the caller announces it.
+    pub fn set_headers(&self, headers: Headers) {
+        self.lock().headers = headers;
+    }
+
+    /// The stream's name.
+    pub fn key(&self) -> &StreamKey {
+        &self.key
+    }
+
+    /// The publication's SSRC.
+    pub fn ssrc(&self) -> Ssrc {
+        self.ssrc
+    }
+
+    /// Unix time of media time 0, in milliseconds.
+    pub fn start_unix_ms(&self) -> u64 {
+        self.start_unix_ms
+    }
+
+    /// Whether the publication is over.
+    pub fn ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// A packet that is still held.
+    pub fn packet(&self, seq: Seq) -> Option<Bytes> {
+        self.lock().history.packet(seq)
+    }
+
+    /// The newest sequence number sent.
+    pub fn newest_seq(&self) -> Option<Seq> {
+        self.lock().history.newest_seq()
+    }
+
+    /// The sequence number at which the newest group of pictures begins, while it is still held;
+    /// before the first group, that at which the publication begins.
+    pub fn gop_start(&self) -> Option<Seq> {
+        let state = self.lock();
+        match state.gop_start {
+            // By count, since a number is used again after 65,536 packets.
+            Some((seq, before)) => {
+                (state.history.pushed().0 - before <= state.history.len() as u64).then_some(seq)
+            }
+            None => state.history.is_complete().then_some(Seq::FIRST),
+        }
+    }
+
+    /// A packet of the codec headers that are in effect, however long ago it was sent. For v0 edges
+    /// that join late and have no other way to learn them.
+    pub fn header_packet(&self, seq: Seq) -> Option<Bytes> {
+        let state = self.lock();
+        state.header_bursts.iter().flatten().find_map(|burst| {
+            let index = usize::try_from(seq.distance_from(burst.first_seq())).ok()?;
+            burst.packet(index)
+        })
+    }
+
+    /// Codec headers and metadata, newest each.
+    pub fn headers(&self) -> Headers {
+        self.lock().headers.clone()
+    }
+
+    /// Packets and bytes in the history ring.
+    pub fn held(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.history.len(), state.history.bytes())
+    }
+
+    /// Packets and bytes that this publication came to so far.
+    pub fn pushed(&self) -> (u64, u64) {
+        self.lock().history.pushed()
+    }
+
+    /// Drops packets that have grown too old; pushes do so too, while there are any.
+    pub fn expire(&self, now: Instant) {
+        self.lock().history.expire(now);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Events kept for a slow listener before it has to list the streams afresh.
+const EVENT_BACKLOG: usize = 1024;
