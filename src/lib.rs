@@ -6,7 +6,9 @@
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
 pub mod flv;
+pub mod http;
 pub mod hub;
+pub mod metrics;
 pub mod origin;
 pub mod repair;
 pub mod rtmp;

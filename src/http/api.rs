@@ -1,0 +1,374 @@
+//! The node's API: what existing edges and players ask for, health, and metrics.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::{
+        HeaderMap, StatusCode,
+        header::{
+            ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+            ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONTENT_TYPE, HOST,
+        },
+    },
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use prometheus::Registry;
+use serde::{Deserialize, Serialize};
+
+use crate::{hub::Hub, metrics, origin::Origin};
+
+/// What a cloud's API answers from.
+#[derive(Clone)]
+pub struct CloudState {
+    /// The streams that are published.
+    pub hub: Hub,
+    /// The streams that are sent to edges.
+    pub origin: Origin,
+    /// What `/metrics` tells.
+    pub registry: Registry,
+    /// When the node started.
+    pub started: Instant,
+    /// Port of the RTMP listener: part of each publisher's `url` in `/stat/livestat`.
+    pub rtmp_port: u16,
+}
+
+/// What an edge's API answers from.
+#[derive(Clone)]
+pub struct EdgeState {
+    /// The streams that are received.
+    pub hub: Hub,
+    /// What `/metrics` tells.
+    pub registry: Registry,
+    /// When the node started.
+    pub started: Instant,
+}
+
+/// `/stat/livestat`, `/healthz` and `/metrics`.
+pub fn cloud_router(state: CloudState) -> Router {
+    let common = common_router(state.hub.clone(), state.registry.clone(), state.started);
+    Router::new()
+        .route("/stat/livestat", get(live_stat))
+        .with_state(Arc::new(state))
+        .merge(common)
+        .fallback(not_found)
+}
+
+/// `/stats/time`, `/healthz` and `/metrics`.
+pub fn edge_router(state: EdgeState) -> Router {
+    Router::new()
+        .route("/stats/time", get(stream_time).options(preflight))
+        .with_state(state.hub.clone())
+        .merge(common_router(state.hub, state.registry, state.started))
+        .fallback(not_found)
+}
+
+fn common_router(hub: Hub, registry: Registry, started: Instant) -> Router {
+    Router::new()
+        .route("/healthz", get(move || async move { health(&hub, started) }))
+        .route("/metrics", get(move || async move { scrape(&registry) }))
+}
+
+/// Wire v0's answer of both APIs: the HTTP status again, and what was asked for or a message.
+#[derive(Serialize)]
+struct Answer<T> {
+    status: u16,
+    data: T,
+}
+
+#[derive(Serialize)]
+struct LiveStat {
+    /// `null` when there is none, which existing edges check for.
+    publishers: Option<Vec<StreamStat>>,
+    players: Vec<StreamStat>,
+}
+
+/// One publication, as wire v0 spells it. Speeds are in bytes per millisecond.
+#[derive(Serialize)]
+struct StreamStat {
+    key: String,
+    url: String,
+    start_time: u64,
+    ssrc: u32,
+    /// The RTMP message stream's id.
+    stream_id: u32,
+    video_total_bytes: u64,
+    video_speed: u64,
+    audio_total_bytes: u64,
+    audio_speed: u64,
+}
+
+#[derive(Deserialize)]
+struct LiveStatQuery {
+    room: Option<String>,
+}
+
+async fn live_stat(
+    State(state): State<Arc<CloudState>>,
+    Query(query): Query<LiveStatQuery>,
+    headers: HeaderMap,
+) -> Response {
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).map_or("localhost", host_name);
+    let room = query.room.as_deref().map(|room| room.trim_matches('/'));
+    let mut publishers: Vec<_> = state
+        .origin
+        .streams()
+        .iter()
+        .filter(|stream| !stream.ended())
+        .filter(|stream| room.is_none_or(|room| room == stream.key().as_str()))
+        .map(|stream| {
+            let key = stream.key();
+            let live = state.hub.stream(key);
+            let counted = live.as_ref().map(|live| {
+                let counters = live.counters();
+                (
+                    counters.video_bytes.load(Ordering::Relaxed),
+                    counters.audio_bytes.load(Ordering::Relaxed),
+                )
+            });
+            let (video_total_bytes, audio_total_bytes) = counted.unwrap_or_default();
+            StreamStat {
+                key: key.to_string(),
+                url: format!("rtmp://{host}:{}/{key}", state.rtmp_port),
+                start_time: stream.start_unix_ms(),
+                ssrc: stream.ssrc().0,
+                stream_id: RTMP_MESSAGE_STREAM,
+                video_total_bytes,
+                video_speed: live.as_ref().map_or(0, |live| live.video_speed()),
+                audio_total_bytes,
+                audio_speed: live.as_ref().map_or(0, |live| live.audio_speed()),
+            }
+        })
+        .collect();
+    publishers.sort_by(|a, b| a.key.cmp(&b.key));
+    match room {
+        Some(room) if publishers.is_empty() => {
+            answer(StatusCode::NOT_FOUND, format!("room {room} is not live"))
+        }
+        _ => {
+            let publishers = Some(publishers).filter(|publishers| !publishers.is_empty());
+            answer(StatusCode::OK, LiveStat { publishers, players: Vec::new() })
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct TimeQuery {
+    stream: Option<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct StreamTime {
+    stream_url: String,
+    start_time: u64,
+}
+
+/// A page's browser asks before a request that is not plain (Fetch standard, "CORS-preflight fetch").
+async fn preflight() -> impl IntoResponse {
+    let headers = [
+        (ACCESS_CONTROL_ALLOW_ORIGIN, "*"),
+        (ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD, OPTIONS"),
+        (ACCESS_CONTROL_ALLOW_HEADERS, "*"),
+    ];
+    (StatusCode::NO_CONTENT, headers)
+}
+
+async fn stream_time(State(hub): State<Hub>, Query(query): Query<TimeQuery>) -> Response {
+    let Some(key) = query.stream.as_deref().map(|key| key.trim_matches('/')) else {
+        return answer(StatusCode::BAD_REQUEST, "say which stream: ?stream=app/name");
+    };
+    match hub.stream(key) {
+        Some(stream) => answer(
+            StatusCode::OK,
+            StreamTime { stream_url: stream.key().to_string(), start_time: stream.start_unix_ms() },
+        ),
+        None => answer(StatusCode::NOT_FOUND, format!("stream {key} is not live")),
+    }
+}
+
+#[derive(Serialize)]
+struct Health {
+    status: &'static str,
+    version: &'static str,
+    uptime_seconds: u64,
+    streams: usize,
+}
+
+fn health(hub: &Hub, started: Instant) -> Response {
+    Json(Health {
+        status: "ok",
+        version: env!("CARGO_PKG_VERSION"),
+        uptime_seconds: started.elapsed().as_secs(),
+        streams: hub.len(),
+    })
+    .into_response()
+}
+
+fn scrape(registry: &Registry) -> Response {
+    match metrics::encode(registry) {
+        Ok(text) => ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "could not encode the metrics");
+            answer(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+        }
+    }
+}
+
+async fn not_found() -> Response {
+    answer(StatusCode::NOT_FOUND, "there is nothing at this path")
+}
+
+fn answer(status: StatusCode, data: impl Serialize) -> Response {
+    let headers = [(ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (CACHE_CONTROL, "no-store")];
+    (status, headers, Json(Answer { status: status.as_u16(), data })).into_response()
+}
+
+/// The host of a `Host` header (RFC 9110 §7.2), without its port.
+fn host_name(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    }
+}
+
+/// RTMP servers number a connection's message streams from 1, and a publisher makes one.
+const RTMP_MESSAGE_STREAM: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use axum::{body::Body, http::Request};
+    use http_body_util::BodyExt;
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        flv::{Tag, TagKind},
+        hub::LogLimits,
+        origin::OriginStream,
+        repair::history::History,
+        rtp::Ssrc,
+    };
+
+    #[tokio::test]
+    async fn live_stat_is_wire_v0() {
+        let hub = hub();
+        let origin = Origin::new();
+        let router = cloud_router(CloudState {
+            hub: hub.clone(),
+            origin: origin.clone(),
+            registry: metrics::registry(hub.clone(), Some(origin.clone())).unwrap(),
+            started: Instant::now(),
+            rtmp_port: 1935,
+        });
+        assert_eq!(
+            get_json(&router, "/stat/livestat").await,
+            (200, json!({"status": 200, "data": {"publishers": null, "players": []}}))
+        );
+
+        let mut publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
+        publisher.push(Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0]).unwrap());
+        let history = History::new(10, Duration::from_secs(1));
+        let stream = Arc::new(OriginStream::new(
+            publisher.stream().key().clone(),
+            Ssrc(0x89ab_cdef),
+            1_700_000_000_000,
+            history,
+        ));
+        origin.insert(stream.clone());
+        let entry = json!({
+            "key": "live/movie",
+            "url": "rtmp://cloud:1935/live/movie",
+            "start_time": 1_700_000_000_000_u64,
+            "ssrc": 0x89ab_cdef_u32,
+            "stream_id": 1,
+            "video_total_bytes": 5,
+            "video_speed": 0,
+            "audio_total_bytes": 0,
+            "audio_speed": 0,
+        });
+        let listed = json!({"status": 200, "data": {"publishers": [entry], "players": []}});
+        assert_eq!(get_json(&router, "/stat/livestat").await, (200, listed.clone()));
+        assert_eq!(get_json(&router, "/stat/livestat?room=live/movie").await, (200, listed));
+        let (status, body) = get_json(&router, "/stat/livestat?room=live/none").await;
+        assert_eq!((status, &body["status"]), (404, &json!(404)));
+        assert!(body["data"].is_string());
+
+        origin.end(&stream);
+        let (_, body) = get_json(&router, "/stat/livestat").await;
+        assert_eq!(body["data"]["publishers"], Value::Null);
+    }
+
+    #[tokio::test]
+    async fn an_edge_tells_when_a_stream_began() {
+        let hub = hub();
+        let router = edge_router(EdgeState {
+            hub: hub.clone(),
+            registry: metrics::registry(hub.clone(), None).unwrap(),
+            started: Instant::now(),
+        });
+        let _publisher = hub.publish_at("live/movie".parse().unwrap(), 1_700_000_000_000).unwrap();
+        assert_eq!(
+            get_json(&router, "/stats/time?stream=live/movie").await,
+            (
+                200,
+                json!({
+                    "status": 200,
+                    "data": {"streamUrl": "live/movie", "startTime": 1_700_000_000_000_u64}
+                })
+            )
+        );
+        assert_eq!(get_json(&router, "/stats/time?stream=live/none").await.0, 404);
+        let preflight = Request::options("/stats/time").body(Body::empty()).unwrap();
+        let response = TowerToHyperService::new(router.clone()).call(preflight).await.unwrap();
+        assert_eq!(response.status(), StatusCode::NO_CONTENT);
+        assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_ORIGIN], "*");
+        assert_eq!(get_json(&router, "/stats/time").await.0, 400);
+        let (status, health) = get_json(&router, "/healthz").await;
+        assert_eq!((status, &health["streams"]), (200, &json!(1)));
+        let (status, body) = get_json(&router, "/nothing").await;
+        assert_eq!((status, &body["status"]), (404, &json!(404)));
+        let (status, text) = get_text(&router, "/metrics").await;
+        assert_eq!(status, 200);
+        assert!(text.contains("downpour_streams 1"), "{text}");
+    }
+
+    #[test]
+    fn host_names_lose_their_port_alone() {
+        for (host, name) in [
+            ("cloud:8090", "cloud"),
+            ("cloud", "cloud"),
+            ("[::1]:8090", "[::1]"),
+            ("[::1]", "[::1]"),
+        ] {
+            assert_eq!(host_name(host), name);
+        }
+    }
+
+    async fn get_json(router: &Router, uri: &str) -> (u16, Value) {
+        let (status, text) = get_text(router, uri).await;
+        (status, serde_json::from_str(&text).unwrap())
+    }
+
+    async fn get_text(router: &Router, uri: &str) -> (u16, String) {
+        let request =
+            Request::builder().uri(uri).header(HOST, "cloud:8090").body(Body::empty()).unwrap();
+        let response = TowerToHyperService::new(router.clone()).call(request).await.unwrap();
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    fn hub() -> Hub {
+        Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 })
+    }
+}

@@ -1,0 +1,203 @@
+//! Receives a live stream over HTTP-FLV, from an edge of ours or any other server.
+
+use std::{io, str::FromStr, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::{
+    Request, Response, StatusCode, Uri,
+    body::Incoming,
+    client::conn::http1,
+    header::{CONNECTION, HOST, USER_AGENT},
+};
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
+
+use crate::flv::{FlvError, FlvReader, Tag};
+
+/// One HTTP-FLV stream that is being received.
+#[derive(Debug)]
+pub struct FlvClient {
+    body: Incoming,
+    reader: FlvReader,
+    idle: Duration,
+    connection: JoinHandle<()>,
+}
+
+impl FlvClient {
+    /// Connects and asks for the stream. A server that does not answer for 10 s, or sends nothing
+    /// for `idle` later on, is given up.
+    ///
+    /// # Errors
+    /// If there is no such server, or its answer is not 200.
+    pub async fn connect(url: &FlvUrl, idle: Duration) -> Result<Self, FlvClientError> {
+        timeout(ANSWER_TIMEOUT, Self::ask(url, idle)).await.map_err(|_| FlvClientError::Silent)?
+    }
+
+    async fn ask(url: &FlvUrl, idle: Duration) -> Result<Self, FlvClientError> {
+        let socket =
+            TcpStream::connect((url.host(), url.port())).await.map_err(FlvClientError::Connect)?;
+        socket.set_nodelay(true).map_err(FlvClientError::Connect)?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
+        let connection = tokio::spawn(async move {
+            // Its failure is told by the body, too.
+            let _ = connection.await;
+        });
+        let path = url.uri.path_and_query().map_or("/", |path| path.as_str());
+        let authority = url.uri.authority().map_or("", |authority| authority.as_str());
+        let request = Request::get(path)
+            .header(HOST, authority)
+            .header(USER_AGENT, concat!("downpour/", env!("CARGO_PKG_VERSION")))
+            .header(CONNECTION, "close")
+            .body(Empty::<Bytes>::new())
+            .map_err(|_| {
+                FlvClientError::Url(InvalidFlvUrl("it has a path that HTTP cannot tell"))
+            })?;
+        let response = sender.send_request(request).await?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(response).await);
+        }
+        Ok(Self { body: response.into_body(), reader: FlvReader::new(), idle, connection })
+    }
+
+    /// The next tag; `None` when the server has ended the stream. Cancel-safe.
+    ///
+    /// # Errors
+    /// If the connection breaks, falls silent, or carries something that is not FLV.
+    pub async fn next(&mut self) -> Result<Option<Tag>, FlvClientError> {
+        loop {
+            if let Some(tag) = self.reader.next_tag()? {
+                return Ok(Some(tag));
+            }
+            let frame = timeout(self.idle, self.body.frame());
+            match frame.await.map_err(|_| FlvClientError::Silent)? {
+                Some(frame) => {
+                    if let Ok(bytes) = frame?.into_data() {
+                        self.reader.push(&bytes);
+                    }
+                }
+                None if self.reader.is_inside_tag() => return Err(FlvClientError::CutShort),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+impl Drop for FlvClient {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+/// `http://HOST[:PORT]/PATH`.
+///
+/// ```
+/// use downpour::http::client::FlvUrl;
+/// let url: FlvUrl = "http://[::1]/live/movie.flv?a=b".parse().unwrap();
+/// assert_eq!((url.host(), url.port()), ("::1", 80));
+/// assert!("https://host/live/movie.flv".parse::<FlvUrl>().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FlvUrl {
+    uri: Uri,
+}
+
+impl FlvUrl {
+    /// A host name or an address, without brackets.
+    pub fn host(&self) -> &str {
+        self.uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
+    }
+
+    /// The TCP port, 80 where the URL tells none.
+    pub fn port(&self) -> u16 {
+        self.uri.port_u16().unwrap_or(80)
+    }
+}
+
+impl FromStr for FlvUrl {
+    type Err = InvalidFlvUrl;
+
+    fn from_str(text: &str) -> Result<Self, InvalidFlvUrl> {
+        match text.split_once("://") {
+            Some(("http", _)) => {}
+            Some(("https", _)) => return Err(InvalidFlvUrl("https is not supported, only http")),
+            _ => return Err(InvalidFlvUrl("it does not begin with http://")),
+        }
+        let uri: Uri = text.parse().map_err(|_| InvalidFlvUrl("it is malformed"))?;
+        if uri.host().is_none_or(str::is_empty) {
+            return Err(InvalidFlvUrl("it names no host"));
+        }
+        if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+            return Err(InvalidFlvUrl("a user and a password have no place in it"));
+        }
+        Ok(Self { uri })
+    }
+}
+
+/// Why a text is not an [`FlvUrl`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not an HTTP-FLV URL: {0}")]
+pub struct InvalidFlvUrl(&'static str);
+
+/// Why a stream is not received, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum FlvClientError {
+    /// There is no way to ask for it.
+    #[error(transparent)]
+    Url(#[from] InvalidFlvUrl),
+    /// No connection.
+    #[error("cannot connect: {0}")]
+    Connect(#[source] io::Error),
+    /// Another status than 200, and what the server said with it.
+    #[error("the server answered {status}{text}")]
+    Refused {
+        /// The status.
+        status: StatusCode,
+        /// Empty, or a colon and the beginning of the answer's body.
+        text: String,
+    },
+    /// HTTP or the connection below it failed.
+    #[error("the connection failed: {0}")]
+    Http(#[from] hyper::Error),
+    /// The body is not FLV.
+    #[error(transparent)]
+    Flv(#[from] FlvError),
+    /// The connection was closed inside a tag.
+    #[error("the server closed the connection inside a tag")]
+    CutShort,
+    /// Nothing came for too long.
+    #[error("the server has fallen silent")]
+    Silent,
+}
+
+async fn refusal(response: Response<Incoming>) -> FlvClientError {
+    let status = response.status();
+    let body = Limited::new(response.into_body(), MAX_REFUSAL_LEN).collect().await;
+    let text = body.map(|body| body.to_bytes()).unwrap_or_default();
+    let text: String = String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).collect();
+    let text = if text.is_empty() { text } else { format!(": {text}") };
+    FlvClientError::Refused { status, text }
+}
+
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_REFUSAL_LEN: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, expected) in [
+            ("ftp://host/x.flv", "http://"),
+            ("host/x.flv", "http://"),
+            ("https://host/x.flv", "https"),
+            ("http://a:b@host/x.flv", "password"),
+            ("http:///x.flv", "malformed"),
+            ("http://host/a b", "malformed"),
+        ] {
+            let error = text.parse::<FlvUrl>().unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+}
