@@ -8,6 +8,7 @@
 pub mod flv;
 pub mod http;
 pub mod hub;
+pub mod impair;
 pub mod metrics;
 pub mod origin;
 pub mod record;
