@@ -16,5 +16,6 @@ pub mod repair;
 pub mod rtmp;
 pub mod rtp;
 mod stream_key;
+pub mod tls;
 
 pub use stream_key::{InvalidStreamKey, StreamKey};

@@ -1,10 +1,16 @@
 //! Recovery of lost packets: what was sent and is still held, what is missing and when to ask, and
 //! the QUIC connection over which edges ask.
 
+pub mod client;
+pub mod congestion;
+pub mod control;
 pub mod history;
 pub mod message;
 pub mod receiver;
 pub mod resend;
+pub mod server;
+mod stream;
+pub mod transport;
 
 /// What the repair connection speaks, by ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,0 +1,163 @@
+//! `downpour/1` with the cloud.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::{Connection, SendDatagramError};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+
+use super::{Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairEvent};
+use crate::repair::{
+    control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
+    message::{Message, MessageError, Nack},
+    stream::{ControlStream, StreamError, read_messages},
+    transport::CLIENT_UNI_STREAMS,
+};
+
+/// Speaks until the connection ends; `Ok` on shutdown.
+pub(super) async fn run(
+    client: &mut RepairClient,
+    connection: &Connection,
+) -> Result<(), Disconnect> {
+    client.inbox.forget(&client.metrics);
+    let RepairClient { settings, inbox, events, metrics, shutdown, .. } = client;
+    let (send, recv) = connection.open_bi().await?;
+    let mut control = ControlStream::new(send, recv, MAX_CONTROL_LEN);
+    let hello = EdgeMessage::Hello(Hello {
+        version: VERSION,
+        node: settings.node.clone(),
+        token: settings.token.clone(),
+        rtp_port: settings.rtp_port,
+        streams: settings.streams.clone(),
+    });
+    let opening = async {
+        control.send(&hello).await?;
+        match timeout(WELCOME_TIMEOUT, control.receive()).await {
+            Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok(RepairEvent::Welcome(welcome)),
+            Ok(Ok(Some(CloudMessage::Error { message, .. }))) => Err(Disconnect::Lost(message)),
+            Ok(Ok(_)) => Err(Disconnect::Malformed("the first message was not welcome".into())),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(Disconnect::Timeout("the cloud did not say welcome in time")),
+        }
+    };
+    tokio::select! {
+        welcome = opening => events.send(welcome?).await?,
+        error = connection.closed() => return Err(error.into()),
+        () = shutdown.cancelled() => return Ok(()),
+    }
+
+    let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
+    let result = tokio::select! {
+        result = converse(&mut control, &mut inbox.reports, events) => result,
+        result = receive(connection, stream_rx, events) => result,
+        error = read_messages(connection, stream_tx) => Err(error.into()),
+        result = ask(connection, &mut inbox.nacks, metrics) => result,
+        () = shutdown.cancelled() => Ok(()),
+        // Wherever the others are.
+        error = connection.closed() => Err(error.into()),
+    };
+    Disconnect::explain(result, connection).await
+}
+
+impl From<StreamError> for Disconnect {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Message(error) => Self::Malformed(error.to_string()),
+            error => Self::Lost(error.to_string()),
+        }
+    }
+}
+
+/// The control stream.
+async fn converse(
+    control: &mut ControlStream,
+    reports: &mut watch::Receiver<Report>,
+    events: &EventSender,
+) -> Result<(), Disconnect> {
+    loop {
+        let message = tokio::select! {
+            message = control.receive() => message?,
+            Ok(()) = reports.changed() => {
+                let report = reports.borrow_and_update().clone();
+                control.send(&EdgeMessage::Report(report)).await?;
+                continue;
+            }
+        };
+        match message {
+            Some(CloudMessage::StreamUp(info)) => events.send(RepairEvent::StreamUp(info)).await?,
+            Some(CloudMessage::StreamUpdate { ssrc, headers }) => {
+                events.send(RepairEvent::StreamUpdate { ssrc, headers }).await?;
+            }
+            Some(CloudMessage::StreamEnd { ssrc, last_seq }) => {
+                events.send(RepairEvent::StreamEnd { ssrc, last_seq }).await?;
+            }
+            Some(CloudMessage::Error { message, .. }) => return Err(Disconnect::Lost(message)),
+            Some(CloudMessage::Welcome(_)) => {
+                return Err(Disconnect::Malformed("welcome came twice".into()));
+            }
+            Some(CloudMessage::Unknown) => {}
+            None => return Err(Disconnect::Lost("the cloud ended the conversation".into())),
+        }
+    }
+}
+
+/// What comes on datagrams, and on streams instead of datagrams.
+async fn receive(
+    connection: &Connection,
+    mut streams: mpsc::Receiver<Result<Bytes, MessageError>>,
+    events: &EventSender,
+) -> Result<(), Disconnect> {
+    loop {
+        let message = tokio::select! {
+            datagram = connection.read_datagram() => Ok(datagram?),
+            Some(message) = streams.recv() => message,
+        };
+        match message.and_then(Message::parse) {
+            Ok(Message::Repair(packet)) => events.offer(RepairEvent::Repair(packet))?,
+            Ok(Message::Gone(gone)) => events.offer(RepairEvent::Gone(gone))?,
+            Ok(Message::Heartbeat(beat)) => events.offer(RepairEvent::Heartbeat(beat))?,
+            Ok(Message::Nack(_)) => {
+                return Err(Disconnect::Malformed("a nack, which only an edge sends".into()));
+            }
+            // Of a later version.
+            Err(MessageError::UnknownType(_)) => {}
+            Err(error) => return Err(Disconnect::Malformed(error.to_string())),
+        }
+    }
+}
+
+/// What the edge asks for.
+async fn ask(
+    connection: &Connection,
+    nacks: &mut mpsc::Receiver<Nack>,
+    metrics: &RepairClientMetrics,
+) -> Result<(), Disconnect> {
+    loop {
+        let Some(nack) = nacks.recv().await else {
+            // The handle is gone; the events still matter.
+            return Err(connection.closed().await.into());
+        };
+        let Some(max_len) = connection.max_datagram_size() else {
+            return Err(Disconnect::Malformed("the cloud takes no datagrams".into()));
+        };
+        metrics.asked.inc_by(nack.seqs.len() as u64);
+        for datagram in nack.encode(max_len) {
+            // Without this check quinn would make room by dropping older ones, uncounted.
+            if connection.datagram_send_buffer_space() < datagram.len() {
+                metrics.dropped_backlog.inc();
+                continue;
+            }
+            match connection.send_datagram(datagram) {
+                Ok(()) => {}
+                Err(SendDatagramError::ConnectionLost(error)) => return Err(error.into()),
+                // The path became smaller this very moment; what is missing is asked for again.
+                Err(_) => metrics.dropped_backlog.inc(),
+            }
+        }
+    }
+}
+
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,0 +1,87 @@
+//! What the repair client counts.
+
+use prometheus::{
+    IntCounter, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
+    register_int_counter_with_registry, register_int_gauge_vec_with_registry,
+};
+
+use crate::repair::Protocol;
+
+/// Counters of a [`RepairClient`](super::RepairClient).
+#[derive(Debug, Clone)]
+pub struct RepairClientMetrics {
+    /// 1 while connected to a v0 cloud.
+    pub connected_v0: IntGauge,
+    /// 1 while connected to a `downpour/1` cloud.
+    pub connected_downpour: IntGauge,
+    /// Connections made.
+    pub connects: IntCounter,
+    /// Attempts that failed.
+    pub connect_failures: IntCounter,
+    /// Sequence numbers asked for.
+    pub asked: IntCounter,
+    /// Packets that came back.
+    pub repairs: IntCounter,
+    /// Bytes of packets that came back.
+    pub repair_bytes: IntCounter,
+    /// Sequence numbers that the cloud no longer holds.
+    pub gone: IntCounter,
+    /// Sequence numbers not asked for again while a v0 cloud still owes the answer.
+    pub suppressed: IntCounter,
+    /// Sequence numbers not asked for: too many nacks waited, or there was no connection.
+    pub dropped_nacks: IntCounter,
+    /// Nack datagrams dropped because the path takes them too slowly.
+    pub dropped_backlog: IntCounter,
+    /// Events dropped because the receiver was too slow.
+    pub dropped_events: IntCounter,
+    /// Connections closed because the cloud broke the protocol.
+    pub malformed: IntCounter,
+}
+
+impl RepairClientMetrics {
+    /// Registers all of them as `downpour_repair_client_…`.
+    ///
+    /// # Errors
+    /// If one is registered already.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let counter = |name: &str, help: &str| {
+            register_int_counter_with_registry!(
+                format!("downpour_repair_client_{name}"),
+                help,
+                registry
+            )
+        };
+        let connected = register_int_gauge_vec_with_registry!(
+            Opts::new("downpour_repair_client_connected", "Whether there is a cloud to ask"),
+            &["protocol"],
+            registry
+        )?;
+        let dropped = register_int_counter_vec_with_registry!(
+            Opts::new("downpour_repair_client_dropped_total", "What did not get through"),
+            &["what"],
+            registry
+        )?;
+        Ok(Self {
+            connected_v0: connected.with_label_values(&[Protocol::V0.as_str()]),
+            connected_downpour: connected.with_label_values(&[Protocol::Downpour.as_str()]),
+            connects: counter("connects_total", "Connections made")?,
+            connect_failures: counter("connect_failures_total", "Attempts that failed")?,
+            asked: counter("asked_total", "Packets asked for")?,
+            repairs: counter("repairs_total", "Packets that came back")?,
+            repair_bytes: counter("repair_bytes_total", "Bytes of packets that came back")?,
+            gone: counter("gone_total", "Packets that the cloud no longer holds")?,
+            suppressed: counter("suppressed_total", "Requests that were still in flight")?,
+            dropped_nacks: dropped.with_label_values(&["nack"]),
+            dropped_backlog: dropped.with_label_values(&["backlog"]),
+            dropped_events: dropped.with_label_values(&["event"]),
+            malformed: counter("malformed_total", "Connections closed as malformed")?,
+        })
+    }
+
+    pub(super) fn connected(&self, protocol: Protocol) -> &IntGauge {
+        match protocol {
+            Protocol::V0 => &self.connected_v0,
+            Protocol::Downpour => &self.connected_downpour,
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! A token bucket.
+
+use std::time::{Duration, Instant};
+
+/// Tokens that come at a steady rate and are kept up to a burst.
+#[derive(Debug, Clone)]
+pub(super) struct TokenBucket {
+    /// Tokens a second; 0 for no limit.
+    rate: u64,
+    burst: f64,
+    tokens: f64,
+    filled: Instant,
+}
+
+impl TokenBucket {
+    /// A full bucket. `rate` 0 is no limit; `burst` is at least 1.
+    pub(super) fn new(now: Instant, rate: u64, burst: u64) -> Self {
+        let burst = burst.max(1) as f64;
+        Self { rate, burst, tokens: burst, filled: now }
+    }
+
+    /// Takes `count` tokens if there are as many.
+    pub(super) fn take(&mut self, now: Instant, count: u64) -> bool {
+        if self.rate == 0 {
+            return true;
+        }
+        self.fill(now);
+        // What is over the whole burst would never be let through.
+        let count = (count as f64).min(self.burst);
+        let enough = self.tokens >= count;
+        if enough {
+            self.tokens -= count;
+        }
+        enough
+    }
+
+    /// Takes `count` tokens, on credit if need be, and tells how long to wait for them.
+    pub(super) fn charge(&mut self, now: Instant, count: u64) -> Duration {
+        if self.rate == 0 {
+            return Duration::ZERO;
+        }
+        self.fill(now);
+        self.tokens -= count as f64;
+        Duration::from_secs_f64((-self.tokens).max(0.0) / self.rate as f64)
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.tokens = (self.tokens + passed * self.rate as f64).min(self.burst);
+        self.filled = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_holds_beyond_the_burst() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(start, 1000, 100);
+        let taken =
+            (0..10_000).filter(|i| bucket.take(start + Duration::from_micros(i * 100), 1)).count();
+        assert!((1090..=1101).contains(&taken), "{taken}");
+    }
+
+    #[test]
+    fn credit_is_waited_for() {
+        let start = Instant::now();
+        let mut bucket = TokenBucket::new(start, 1000, 100);
+        assert_eq!(bucket.charge(start, 100), Duration::ZERO);
+        assert_eq!(bucket.charge(start, 500), Duration::from_millis(500));
+        assert!(!bucket.take(start + Duration::from_millis(500), 1));
+        assert!(bucket.take(start + Duration::from_millis(502), 1));
+    }
+
+    #[test]
+    fn no_rate_is_no_limit() {
+        let now = Instant::now();
+        let mut bucket = TokenBucket::new(now, 0, 0);
+        assert!((0..1000).all(|_| bucket.take(now, u64::MAX)));
+        assert_eq!(bucket.charge(now, u64::MAX), Duration::ZERO);
+    }
+}

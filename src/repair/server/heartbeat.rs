@@ -1,0 +1,130 @@
+//! When to tell edges how far a stream has come.
+//!
+//! A gap shows when the next packet arrives. What was lost at the end of a burst shows only when
+//! something says that there was more.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    repair::message::Heartbeat,
+    rtp::{Seq, Ssrc},
+};
+
+/// How often [`Heartbeats::poll`] wants to be called.
+pub(super) const TICK: Duration = Duration::from_millis(10);
+
+/// What was told of each live stream, and when.
+#[derive(Debug, Default)]
+pub(super) struct Heartbeats {
+    streams: HashMap<Ssrc, Beat>,
+}
+
+impl Heartbeats {
+    /// The heartbeats that are due, given each live stream's newest sequence number.
+    ///
+    /// A new number is told once the stream has been quiet for 10 ms, so that the packets
+    /// themselves come first; about every 50 ms while it is never quiet. Then the same number again
+    /// after 50 and 250 ms, and every second.
+    pub(super) fn poll(&mut self, now: Instant, live: &[(Ssrc, Seq)]) -> Vec<Heartbeat> {
+        self.streams.retain(|ssrc, _| live.iter().any(|(other, _)| other == ssrc));
+        let beats = live.iter().filter(|&&(ssrc, newest)| {
+            self.streams.entry(ssrc).or_insert_with(|| Beat::new(now, newest)).poll(now, newest)
+        });
+        beats.map(|&(ssrc, last)| Heartbeat { ssrc, last }).collect()
+    }
+}
+
+#[derive(Debug)]
+struct Beat {
+    newest: Seq,
+    changed: Instant,
+    /// When the oldest news that was not told came.
+    untold: Instant,
+    /// What was told last, and when.
+    told: Option<Seq>,
+    told_at: Instant,
+    /// How often `told` was repeated since it was the newest.
+    repeats: usize,
+}
+
+impl Beat {
+    fn new(now: Instant, newest: Seq) -> Self {
+        Self { newest, changed: now, untold: now, told: None, told_at: now, repeats: 0 }
+    }
+
+    fn poll(&mut self, now: Instant, newest: Seq) -> bool {
+        if newest != self.newest {
+            if self.told == Some(self.newest) {
+                self.untold = now;
+            }
+            self.newest = newest;
+            self.changed = now;
+        }
+        let quiet = now.saturating_duration_since(self.changed);
+        let since_told = now.saturating_duration_since(self.told_at);
+        let due = if self.told == Some(self.newest) {
+            match REPEATS.get(self.repeats) {
+                Some(after) => quiet >= *after,
+                None => since_told >= IDLE_INTERVAL,
+            }
+        } else {
+            quiet >= QUIET || now.saturating_duration_since(self.untold) >= LONGEST_UNTOLD
+        };
+        if due {
+            self.repeats = if self.told == Some(self.newest) { self.repeats + 1 } else { 0 };
+            self.told = Some(self.newest);
+            self.told_at = now;
+        }
+        due
+    }
+}
+
+const QUIET: Duration = Duration::from_millis(10);
+const LONGEST_UNTOLD: Duration = Duration::from_millis(40);
+const REPEATS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SSRC: Ssrc = Ssrc(1);
+
+    /// Polls each tick for `ms`, with the newest number at each time; the times of heartbeats.
+    fn run(ms: u64, newest: impl Fn(u64) -> u16) -> Vec<(u64, u16)> {
+        let (start, mut beats) = (Instant::now(), Heartbeats::default());
+        (0..ms)
+            .step_by(TICK.as_millis() as usize)
+            .flat_map(|at| {
+                let now = start + Duration::from_millis(at);
+                let due = beats.poll(now, &[(SSRC, Seq(newest(at)))]);
+                due.into_iter().map(move |beat| (at, beat.last.0)).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_tail_is_told_soon_and_then_ever_less_often() {
+        let beats = run(3400, |at| if at < 100 { 7 } else { 9 });
+        let times: Vec<_> = beats.iter().filter(|(_, seq)| *seq == 9).map(|(at, _)| *at).collect();
+        assert_eq!(times, [110, 150, 350, 1350, 2350, 3350]);
+    }
+
+    #[test]
+    fn a_stream_that_never_pauses_is_told_each_50_ms() {
+        let beats = run(1000, |at| (at / 10) as u16);
+        assert!((18..=20).contains(&beats.len()), "{beats:?}");
+        assert!(beats.windows(2).all(|pair| pair[1].0 - pair[0].0 == 50));
+    }
+
+    #[test]
+    fn an_ended_stream_is_forgotten() {
+        let (now, mut beats) = (Instant::now(), Heartbeats::default());
+        beats.poll(now, &[(SSRC, Seq(1)), (Ssrc(2), Seq(1))]);
+        beats.poll(now, &[(Ssrc(2), Seq(1))]);
+        assert_eq!(beats.streams.len(), 1);
+    }
+}
