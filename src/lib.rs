@@ -5,6 +5,7 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
+pub mod fanout;
 pub mod flv;
 pub mod http;
 pub mod hub;
@@ -17,5 +18,6 @@ pub mod rtmp;
 pub mod rtp;
 mod stream_key;
 pub mod tls;
+pub mod udp;
 
 pub use stream_key::{InvalidStreamKey, StreamKey};

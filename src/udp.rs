@@ -1,0 +1,106 @@
+//! UDP sockets as RTP needs them: large buffers, multicast groups, the kernel's offloads.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// How RTP leaves for multicast groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MulticastOut {
+    /// Routers that a packet may pass, 0..=255; 1 stays in the local network.
+    pub ttl: u8,
+    /// Whether members on this machine get a copy.
+    pub looped: bool,
+    /// The interface to send from, by its IPv4 address; `None` lets the routing table choose.
+    pub interface: Option<Ipv4Addr>,
+}
+
+impl Default for MulticastOut {
+    fn default() -> Self {
+        Self { ttl: 1, looped: true, interface: None }
+    }
+}
+
+/// A socket to send RTP from, with a send buffer of `buffer` bytes if the kernel allows it.
+///
+/// # Errors
+/// If the address is taken, or an option is refused.
+pub fn sender(addr: SocketAddr, buffer: usize, multicast: MulticastOut) -> io::Result<UdpSocket> {
+    let socket = socket(addr)?;
+    match addr {
+        SocketAddr::V4(_) => {
+            socket.set_multicast_ttl_v4(multicast.ttl.into())?;
+            socket.set_multicast_loop_v4(multicast.looped)?;
+            if let Some(interface) = multicast.interface {
+                socket.set_multicast_if_v4(&interface)?;
+            }
+        }
+        SocketAddr::V6(_) => {
+            // The IPv4 socket has the same port.
+            socket.set_only_v6(true)?;
+            socket.set_multicast_hops_v6(multicast.ttl.into())?;
+            socket.set_multicast_loop_v6(multicast.looped)?;
+        }
+    }
+    socket.bind(&addr.into())?;
+    let granted = enlarge(buffer, |n| socket.set_send_buffer_size(n), || socket.send_buffer_size());
+    warn_if_small("net.core.wmem_max", buffer, granted);
+    Ok(socket.into())
+}
+
+/// A socket to receive RTP on. If `addr` is a multicast group, joins it on `interface`; several
+/// nodes of one machine may then share the port.
+///
+/// # Errors
+/// If the address is taken, or the group cannot be joined.
+pub fn receiver(
+    addr: SocketAddr,
+    interface: Option<Ipv4Addr>,
+    buffer: usize,
+) -> io::Result<UdpSocket> {
+    let socket = socket(addr)?;
+    if addr.ip().is_multicast() {
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&addr.into())?;
+    match addr.ip() {
+        IpAddr::V4(group) if group.is_multicast() => {
+            socket.join_multicast_v4(&group, &interface.unwrap_or(Ipv4Addr::UNSPECIFIED))?;
+            // Only this group, not every group that some socket of the machine joined.
+            socket.set_multicast_all_v4(false)?;
+        }
+        IpAddr::V6(group) if group.is_multicast() => socket.join_multicast_v6(&group, 0)?,
+        _ => {}
+    }
+    let granted = enlarge(buffer, |n| socket.set_recv_buffer_size(n), || socket.recv_buffer_size());
+    warn_if_small("net.core.rmem_max", buffer, granted);
+    Ok(socket.into())
+}
+
+fn socket(addr: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))
+}
+
+/// Asks for a buffer and tells what the kernel gave, in the same measure.
+fn enlarge(
+    wanted: usize,
+    set: impl Fn(usize) -> io::Result<()>,
+    size: impl Fn() -> io::Result<usize>,
+) -> usize {
+    // A refusal is seen in the size that results.
+    let _ = set(wanted);
+    // Linux doubles what is asked, to make room for its own bookkeeping (socket(7)).
+    size().unwrap_or(0) / 2
+}
+
+fn warn_if_small(sysctl: &str, wanted: usize, granted: usize) {
+    if granted < wanted {
+        tracing::warn!(
+            "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \
+             dropped; run: sysctl -w {sysctl}={wanted}"
+        );
+    }
+}
