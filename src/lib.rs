@@ -5,11 +5,13 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
+pub mod config;
 pub mod fanout;
 pub mod flv;
 pub mod http;
 pub mod hub;
 pub mod impair;
+pub mod logging;
 pub mod metrics;
 pub mod origin;
 pub mod record;
