@@ -5,7 +5,9 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
+pub mod cloud;
 pub mod config;
+pub mod edge;
 pub mod fanout;
 pub mod flv;
 pub mod http;
@@ -13,6 +15,7 @@ pub mod hub;
 pub mod impair;
 pub mod logging;
 pub mod metrics;
+pub mod node;
 pub mod origin;
 pub mod record;
 pub mod repair;

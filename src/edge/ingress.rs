@@ -1,0 +1,452 @@
+//! The edge's receiving task: RTP socket and repair connection in, tags into the hub, requests out.
+
+use std::{
+    io::{self, IoSliceMut},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use tokio::{io::Interest, net::UdpSocket, sync::mpsc, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    intake::Intake,
+    livestat::{self, LiveStream, LivestatError},
+    stats::IntakeMetrics,
+};
+use crate::{
+    repair::{
+        Protocol,
+        client::{ClientError, RepairEvent, RepairHandle},
+        control::Report,
+        receiver::Path,
+    },
+    rtp::{
+        Ssrc,
+        packet::{HEADER_LEN, PAYLOAD_TYPE},
+    },
+};
+
+/// Where the cloud is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cloud {
+    /// Its name or address; empty while it is to be learned from the first datagram.
+    pub host: String,
+    /// Where it answers QUIC, if elsewhere.
+    pub quic_host: Option<String>,
+    /// Its port for repair.
+    pub quic_port: u16,
+    /// Where it answers HTTP, if elsewhere.
+    pub api_host: Option<String>,
+    /// Its port for the HTTP API.
+    pub api_port: u16,
+}
+
+impl Cloud {
+    /// `host:port` of its repair service.
+    pub fn quic(&self) -> String {
+        host_port(self.quic_host.as_deref().unwrap_or(&self.host), self.quic_port)
+    }
+
+    /// `host:port` of its API.
+    pub fn api(&self) -> String {
+        host_port(self.api_host.as_deref().unwrap_or(&self.host), self.api_port)
+    }
+}
+
+/// How to receive.
+pub struct Settings {
+    /// The cloud, or the ports to assume of the one whose datagrams come first.
+    pub cloud: Cloud,
+    /// Share of received packets to drop on purpose, 0..=1.
+    pub pack_loss: f64,
+    /// Opens the repair connection to a cloud; `None` receives without repair.
+    pub connect: Option<Connect>,
+}
+
+/// Opens a repair connection to `host:port` whose events go to the sender, until the token is
+/// cancelled.
+pub type Connect = Box<
+    dyn Fn(&str, mpsc::Sender<RepairEvent>, CancellationToken) -> Result<RepairHandle, ClientError>
+        + Send
+        + Sync,
+>;
+
+/// Receives until it is told to stop.
+pub struct Ingress {
+    socket: Arc<UdpSocket>,
+    offload: UdpSocketState,
+    settings: Settings,
+    intake: Intake,
+    metrics: IntakeMetrics,
+    cloud: Option<Cloud>,
+    repair: Option<Connection>,
+    lookup: Option<JoinHandle<Result<Vec<LiveStream>, LivestatError>>>,
+    last_lookup: Option<Instant>,
+    /// What was last logged about a look-up that failed.
+    lookup_failure: String,
+    last_report: Instant,
+    rng: SmallRng,
+}
+
+struct Connection {
+    handle: RepairHandle,
+    events: mpsc::Receiver<RepairEvent>,
+    cancel: CancellationToken,
+    protocol: Option<Protocol>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}
+
+impl Ingress {
+    /// Takes a bound socket; connects at once if the cloud is known.
+    ///
+    /// # Errors
+    /// If the socket cannot be used with tokio.
+    pub fn new(
+        socket: std::net::UdpSocket,
+        settings: Settings,
+        intake: Intake,
+        metrics: IntakeMetrics,
+    ) -> io::Result<Self> {
+        let offload = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        let socket = Arc::new(UdpSocket::from_std(socket)?);
+        let mut ingress = Self {
+            socket,
+            offload,
+            intake,
+            metrics,
+            cloud: None,
+            repair: None,
+            lookup: None,
+            last_lookup: None,
+            lookup_failure: String::new(),
+            last_report: Instant::now(),
+            rng: SmallRng::from_os_rng(),
+            settings,
+        };
+        if !ingress.must_learn() {
+            ingress.connect(ingress.settings.cloud.clone());
+        }
+        Ok(ingress)
+    }
+
+    /// Receives until `shutdown`; then every stream ends.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let socket = self.socket.clone();
+        let mut buffers = Buffers::new(self.offload.gro_segments());
+        let mut next_tick = Instant::now();
+        loop {
+            let wake = self.intake.poll_timeout().map_or(next_tick, |wake| wake.min(next_tick));
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                event = next_event(&mut self.repair) => self.handle_event(event),
+                found = finished(&mut self.lookup) => self.handle_lookup(found),
+                ready = socket.readable() => match ready {
+                    Ok(()) => self.receive(&mut buffers),
+                    Err(error) => {
+                        tracing::error!("the RTP socket is broken: {error}");
+                        return;
+                    }
+                },
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+            // Not only when the timer fires: a socket that never runs dry must not hold these up.
+            let now = Instant::now();
+            self.intake.handle_timeout(now);
+            if next_tick <= now {
+                next_tick = now + TICK;
+                self.tick(now);
+            }
+            self.send_requests();
+        }
+    }
+
+    /// Empties the socket, within reason.
+    fn receive(&mut self, buffers: &mut Buffers) {
+        for _ in 0..MAX_READS {
+            let received = self.socket.try_io(Interest::READABLE, || {
+                buffers.fill(|slices, meta| {
+                    self.offload.recv(UdpSockRef::from(&*self.socket), slices, meta)
+                })
+            });
+            match received {
+                Ok(count) => {
+                    let now = Instant::now();
+                    for (from, datagram) in buffers.datagrams(count) {
+                        self.handle_datagram(now, from, datagram);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // An earlier send's ICMP answer, for one; the next read goes on.
+                Err(error) => {
+                    tracing::debug!("reading RTP: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn handle_datagram(&mut self, now: Instant, from: SocketAddr, datagram: &[u8]) {
+        if let Some((quic_port, api_port)) = parse_announcement(datagram) {
+            if self.must_learn() {
+                let host = from.ip().to_canonical().to_string();
+                self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
+            }
+            return;
+        }
+        if self.must_learn() && self.cloud.is_none() && is_rtp(datagram) {
+            self.learn_from_source(from.ip());
+        }
+        if self.settings.pack_loss > 0.0 && self.rng.random_bool(self.settings.pack_loss) {
+            self.metrics.pack_loss.inc();
+            return;
+        }
+        self.intake.handle_packet(now, Bytes::copy_from_slice(datagram), Path::Live);
+    }
+
+    fn handle_event(&mut self, event: Option<RepairEvent>) {
+        let now = Instant::now();
+        let Some(event) = event else {
+            // The client ends only when it is told to.
+            self.repair = None;
+            return;
+        };
+        let intake = &mut self.intake;
+        match event {
+            RepairEvent::Connected { protocol } => {
+                intake.set_told(now, protocol == Protocol::Downpour);
+                if let Some(repair) = &mut self.repair {
+                    repair.protocol = Some(protocol);
+                }
+            }
+            RepairEvent::Disconnected { .. } => {
+                intake.set_told(now, false);
+                if let Some(repair) = &mut self.repair {
+                    repair.protocol = None;
+                }
+            }
+            RepairEvent::Welcome(_) => {}
+            RepairEvent::StreamUp(up) => intake.stream_up(now, up),
+            RepairEvent::StreamUpdate { ssrc, headers } => intake.stream_update(ssrc, headers),
+            RepairEvent::StreamEnd { ssrc, last_seq } => intake.stream_end(now, ssrc, last_seq),
+            RepairEvent::Repair(packet) => {
+                intake.handle_packet(now, packet, Path::Repair);
+            }
+            RepairEvent::Gone(gone) => intake.gone(now, gone.ssrc, &gone.seqs),
+            RepairEvent::Heartbeat(beat) => intake.heartbeat(now, beat.ssrc, beat.last),
+        }
+    }
+
+    fn send_requests(&mut self) {
+        while let Some(nack) = self.intake.poll_nack() {
+            match &self.repair {
+                Some(repair) => repair.handle.nack(nack),
+                None => self.metrics.nacks_dropped.inc(),
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if let Some(repair) = &self.repair {
+            if let Some(round_trip) = repair.handle.rtt() {
+                self.intake.set_round_trip(now, round_trip, round_trip / 8);
+            }
+            if now.duration_since(self.last_report) >= REPORT_EVERY {
+                self.last_report = now;
+                repair.handle.report(Report { streams: self.intake.reports() });
+            }
+        }
+        self.intake.tick(now);
+        self.look_up(now);
+    }
+
+    /// Asks the HTTP API for names where the repair connection does not tell them.
+    fn look_up(&mut self, now: Instant) {
+        let Some(cloud) = &self.cloud else { return };
+        let told = self.protocol() == Some(Protocol::Downpour);
+        // A connection that is just being made may tell soon.
+        let wait = match (&self.repair, self.protocol()) {
+            (Some(_), None) => WAIT_FOR_NAME,
+            _ => Duration::ZERO,
+        };
+        let unnamed = !told && self.intake.unnamed(now, wait).next().is_some();
+        let maybe_over = !told && self.intake.any_silent(now, SILENCE_IS_SUSPECT);
+        let recently = self.last_lookup.is_some_and(|at| now.duration_since(at) < LOOK_UP_EVERY);
+        if !(unnamed || maybe_over) || recently || self.lookup.is_some() {
+            return;
+        }
+        self.last_lookup = Some(now);
+        let address = cloud.api();
+        self.lookup = Some(tokio::spawn(async move { livestat::fetch(&address).await }));
+    }
+
+    fn handle_lookup(&mut self, found: Result<Vec<LiveStream>, LivestatError>) {
+        let now = Instant::now();
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                let reason = error.to_string();
+                if reason != self.lookup_failure {
+                    tracing::warn!("cannot ask the cloud's API for stream names: {reason}");
+                    self.lookup_failure = reason;
+                }
+                return;
+            }
+        };
+        self.lookup_failure.clear();
+        let unnamed: Vec<_> = self.intake.unnamed(now, Duration::ZERO).collect();
+        let listed: Vec<Ssrc> = found.iter().map(|stream| stream.ssrc).collect();
+        for stream in found.into_iter().filter(|stream| unnamed.contains(&stream.ssrc)) {
+            self.intake.stream_named(now, stream);
+        }
+        if self.protocol() != Some(Protocol::Downpour) {
+            self.intake.retain_streams(now, &listed, SILENCE_IS_SUSPECT);
+        }
+    }
+
+    fn must_learn(&self) -> bool {
+        self.settings.cloud.host.is_empty()
+    }
+
+    fn protocol(&self) -> Option<Protocol> {
+        self.repair.as_ref()?.protocol
+    }
+
+    /// RTP came before any announcement: the ports are the configured ones until one comes.
+    fn learn_from_source(&mut self, ip: IpAddr) {
+        let host = ip.to_canonical().to_string();
+        self.learn(Cloud { host, ..self.settings.cloud.clone() });
+    }
+
+    fn learn(&mut self, cloud: Cloud) {
+        if self.cloud.as_ref() == Some(&cloud) {
+            return;
+        }
+        // A cloud that still answers is not given up for another that shares the group.
+        if self.cloud.as_ref().is_some_and(|old| old.host != cloud.host)
+            && self.protocol().is_some()
+        {
+            return;
+        }
+        tracing::info!(
+            "the cloud is {}: repair at {}, API at {}",
+            cloud.host,
+            cloud.quic(),
+            cloud.api()
+        );
+        self.connect(cloud);
+    }
+
+    fn connect(&mut self, cloud: Cloud) {
+        if let Some(connect) = &self.settings.connect {
+            let (events_in, events) = mpsc::channel(EVENT_QUEUE);
+            let cancel = CancellationToken::new();
+            self.repair = match connect(&cloud.quic(), events_in, cancel.clone()) {
+                Ok(handle) => Some(Connection { handle, events, cancel, protocol: None }),
+                Err(error) => {
+                    tracing::error!("no repair from {}: {error}", cloud.quic());
+                    None
+                }
+            };
+            self.intake.set_told(Instant::now(), false);
+        }
+        self.cloud = Some(cloud);
+    }
+}
+
+/// Room for one batch of reads, each of which may hold many datagrams of one sender.
+struct Buffers {
+    bytes: Vec<u8>,
+    size: usize,
+    meta: [RecvMeta; quinn_udp::BATCH_SIZE],
+}
+
+impl Buffers {
+    fn new(gro_segments: usize) -> Self {
+        let size = (gro_segments * MAX_DATAGRAM).min(usize::from(u16::MAX));
+        Self {
+            bytes: vec![0; size * quinn_udp::BATCH_SIZE],
+            size,
+            meta: [RecvMeta::default(); quinn_udp::BATCH_SIZE],
+        }
+    }
+
+    fn fill(
+        &mut self,
+        recv: impl FnOnce(&mut [IoSliceMut<'_>], &mut [RecvMeta]) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let mut chunks = self.bytes.chunks_exact_mut(self.size);
+        let mut slices: [_; quinn_udp::BATCH_SIZE] =
+            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
+        recv(&mut slices, &mut self.meta)
+    }
+
+    /// The datagrams of the first `count` reads, each with its sender.
+    fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, &[u8])> {
+        let reads = self.bytes.chunks_exact(self.size).zip(&self.meta).take(count);
+        reads.flat_map(|(bytes, meta)| {
+            let datagrams = bytes[..meta.len.min(bytes.len())].chunks(meta.stride.max(1));
+            datagrams.map(|datagram| (meta.addr, datagram))
+        })
+    }
+}
+
+fn host_port(host: &str, port: u16) -> String {
+    match host.contains(':') {
+        true => format!("[{host}]:{port}"),
+        false => format!("{host}:{port}"),
+    }
+}
+
+async fn next_event(repair: &mut Option<Connection>) -> Option<RepairEvent> {
+    match repair {
+        Some(repair) => repair.events.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn finished(
+    lookup: &mut Option<JoinHandle<Result<Vec<LiveStream>, LivestatError>>>,
+) -> Result<Vec<LiveStream>, LivestatError> {
+    let Some(task) = lookup else { return std::future::pending().await };
+    let found = task.await;
+    *lookup = None;
+    found.unwrap_or_else(|error| Err(io::Error::other(error).into()))
+}
+
+/// Whether a datagram looks like RTP of wire v0.
+fn is_rtp(datagram: &[u8]) -> bool {
+    datagram.len() > HEADER_LEN
+        && datagram[0] == VERSION_2_ONLY
+        && datagram[1] & 0x7f == PAYLOAD_TYPE
+}
+
+/// The cloud's 8 bytes: ASCII `0001`, QUIC port, API port (wire v0).
+fn parse_announcement(datagram: &[u8]) -> Option<(u16, u16)> {
+    let ports = datagram.strip_prefix(b"0001")?;
+    let &[q0, q1, a0, a1] = ports else { return None };
+    Some((u16::from_be_bytes([q0, q1]), u16::from_be_bytes([a0, a1])))
+}
+
+/// The first byte of an RTP header: version 2, no padding, extension or CSRC.
+const VERSION_2_ONLY: u8 = 2 << 6;
+const TICK: Duration = Duration::from_millis(200);
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
+const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
+/// A stream that has been silent for so long may have ended without our being told.
+const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
+/// Reads in a row before other work gets its turn.
+const MAX_READS: usize = 8;
+const MAX_DATAGRAM: usize = 1500;
+const EVENT_QUEUE: usize = 4096;

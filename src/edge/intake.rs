@@ -1,0 +1,916 @@
+//! The edge's streams: from RTP packets and the cloud's word about them to tags in the hub.
+//!
+//! No socket and no clock: the ingress task feeds it and carries its requests away.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::{
+    livestat::LiveStream,
+    stats::{IntakeMetrics, StreamStats},
+};
+use crate::{
+    StreamKey,
+    flv::{Headers, Tag, TagKind},
+    hub::{self, Hub, Publisher},
+    repair::{
+        control::{StreamInfo, StreamReport},
+        message::Nack,
+        receiver::{self, Event, Path, Receiver},
+    },
+    rtp::{Depacketizer, Packet, Seq, Ssrc, depacketizer::Damage, packet::PAYLOAD_TYPE},
+};
+
+/// How streams are received.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Reordering and repair.
+    pub receiver: receiver::Settings,
+    /// A stream whose cloud tells no end is over when nothing has come for so long.
+    pub silence: Duration,
+    /// Streams at a time.
+    pub max_streams: usize,
+}
+
+/// All streams that this edge receives.
+pub struct Intake {
+    settings: Settings,
+    hub: Hub,
+    metrics: IntakeMetrics,
+    streams: HashMap<Ssrc, Incoming>,
+    by_key: HashMap<StreamKey, Ssrc>,
+    /// Packets of publications that nobody has named yet.
+    unknown: HashMap<Ssrc, Unknown>,
+    /// Publications that ended a moment ago: their stragglers are not the start of something.
+    ended: VecDeque<(Instant, Ssrc)>,
+    nacks: VecDeque<Nack>,
+    /// Called with each stream as it comes up: the recorder's way in.
+    on_start: OnStart,
+    refusal_logged: Option<Instant>,
+    /// Whether the cloud tells which streams there are and when they end.
+    told: bool,
+    /// No stream needs anything before this.
+    wake: Option<Instant>,
+}
+
+type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send>;
+
+struct Unknown {
+    since: Instant,
+    packets: Vec<Packet>,
+}
+
+struct Incoming {
+    key: StreamKey,
+    ssrc: Ssrc,
+    receiver: Receiver,
+    depacketizer: Depacketizer,
+    publisher: Publisher,
+    last_packet: Instant,
+    /// A new connection to the cloud has not named it yet.
+    unconfirmed_since: Option<Instant>,
+    /// The cloud said that the stream is over: the last number it sent, and how long to wait.
+    ending: Option<(Option<Seq>, Instant)>,
+    header_hunt: Option<HeaderHunt>,
+    damage: Damage,
+    damage_logged: Option<Instant>,
+    counted: receiver::Stats,
+}
+
+/// What a v0 cloud does not tell to one who joins late: the codec headers. They were the first
+/// packets of the publication, so those are asked for, should they still be held. Media waits a
+/// moment for the answer, because a header is of no use behind the frames that need it.
+struct HeaderHunt {
+    depacketizer: Depacketizer,
+    next: Seq,
+    until: Instant,
+    tries_left: u8,
+    /// `None` once media does not wait any longer.
+    waiting: Option<Vec<Tag>>,
+    waiting_bytes: usize,
+}
+
+impl Intake {
+    /// Receives nothing yet; tags will go to `hub`, and `on_start` hears of each stream that comes
+    /// up.
+    pub fn new(
+        settings: Settings,
+        hub: Hub,
+        metrics: IntakeMetrics,
+        on_start: impl Fn(&Arc<hub::Stream>) + Send + 'static,
+    ) -> Self {
+        Self {
+            settings,
+            hub,
+            metrics,
+            streams: HashMap::new(),
+            by_key: HashMap::new(),
+            unknown: HashMap::new(),
+            ended: VecDeque::new(),
+            nacks: VecDeque::new(),
+            on_start: Box::new(on_start),
+            refusal_logged: None,
+            told: false,
+            wake: None,
+        }
+    }
+
+    /// Takes one datagram of RTP, or a packet that came as a repair.
+    pub fn handle_packet(&mut self, now: Instant, datagram: Bytes, path: Path) {
+        let packet = match Packet::parse(datagram) {
+            Ok(packet) if packet.header.payload_type == PAYLOAD_TYPE => packet,
+            _ => {
+                self.metrics.malformed.inc();
+                return;
+            }
+        };
+        let ssrc = packet.header.ssrc;
+        let Some(stream) = self.streams.get_mut(&ssrc) else {
+            self.hold_unknown(now, packet, path);
+            return;
+        };
+        if path == Path::Live {
+            stream.last_packet = now;
+        } else if stream.hunt_headers(&packet) {
+            // It is from the publication's beginning, and none of those that are missing now.
+            return;
+        }
+        stream.receiver.handle_packet(now, packet, path);
+        self.pump(now, ssrc);
+    }
+
+    /// The cloud told of a publication: its packets can be put into tags from now on.
+    pub fn stream_up(&mut self, now: Instant, up: StreamInfo) {
+        // Nothing sent yet: it begins at the beginning.
+        let first = up.gop_start.or(up.newest.is_none().then_some(Seq::FIRST));
+        self.bring_up(now, up, first);
+    }
+
+    /// The cloud's API named a publication that is under way, and told nothing else of it.
+    pub fn stream_named(&mut self, now: Instant, stream: LiveStream) {
+        let LiveStream { key, ssrc, start_unix_ms } = stream;
+        let held = self.unknown.get(&ssrc).and_then(|unknown| unknown.packets.first());
+        let first = held.map(|packet| packet.header.seq).filter(|seq| *seq == Seq::FIRST);
+        let headers = Headers::default();
+        let up = StreamInfo { key, ssrc, start_unix_ms, headers, gop_start: None, newest: None };
+        self.bring_up(now, up, first);
+    }
+
+    /// `first` is where to begin, if that is known; else it is wherever one comes in.
+    fn bring_up(&mut self, now: Instant, up: StreamInfo, first: Option<Seq>) {
+        if let Some(stream) = self.streams.get_mut(&up.ssrc) {
+            stream.unconfirmed_since = None;
+            self.stream_update(up.ssrc, up.headers);
+            return;
+        }
+        self.forget_ended(now);
+        self.ended.retain(|(_, ssrc)| *ssrc != up.ssrc);
+        if let Some(old) = self.by_key.get(&up.key).copied() {
+            // The same name by another publication: the cloud or the encoder came back.
+            self.end(now, old, "a newer publication has its name");
+        }
+        if self.streams.len() >= self.settings.max_streams {
+            self.metrics.refused_streams.inc();
+            let due = |at: Instant| now.saturating_duration_since(at) >= REFUSAL_LOG_EVERY;
+            if self.refusal_logged.is_none_or(due) {
+                self.refusal_logged = Some(now);
+                let max_streams = self.settings.max_streams;
+                tracing::warn!(stream = %up.key, max_streams, "too many streams to receive this one");
+            }
+            return;
+        }
+        let mut publisher = match self.hub.publish_at(up.key.clone(), up.start_unix_ms) {
+            Ok(publisher) => publisher,
+            Err(error) => {
+                tracing::error!("cannot receive: {error}");
+                return;
+            }
+        };
+        let Headers { metadata, video, audio } = up.headers;
+        let knows_headers = metadata.is_some() || video.is_some() || audio.is_some();
+        publisher.set_headers(metadata, video, audio);
+        let held = self.unknown.remove(&up.ssrc).map(|unknown| unknown.packets).unwrap_or_default();
+        let (receiver, depacketizer) = match first {
+            Some(first) => {
+                (Receiver::starting_at(self.settings.receiver, first), Depacketizer::new())
+            }
+            None => (Receiver::new(self.settings.receiver), Depacketizer::joining()),
+        };
+        (self.on_start)(publisher.stream());
+        tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
+        let mut stream = Incoming {
+            key: up.key.clone(),
+            ssrc: up.ssrc,
+            receiver,
+            depacketizer,
+            publisher,
+            last_packet: now,
+            unconfirmed_since: None,
+            ending: None,
+            header_hunt: None,
+            damage: Damage::default(),
+            damage_logged: None,
+            counted: receiver::Stats::default(),
+        };
+        if first.is_none() && !knows_headers {
+            self.nacks.push_back(stream.begin_header_hunt(now));
+        }
+        for packet in held {
+            stream.receiver.handle_packet(now, packet, Path::Live);
+        }
+        if let (Some(_), Some(newest)) = (first, up.newest) {
+            stream.receiver.handle_heartbeat(now, newest);
+        }
+        self.by_key.insert(up.key, up.ssrc);
+        self.streams.insert(up.ssrc, stream);
+        self.pump(now, up.ssrc);
+    }
+
+    /// The cloud told new headers of a stream.
+    pub fn stream_update(&mut self, ssrc: Ssrc, headers: Headers) {
+        if let Some(stream) = self.streams.get_mut(&ssrc) {
+            stream.publisher.set_headers(headers.metadata, headers.video, headers.audio);
+        }
+    }
+
+    /// The cloud says that a stream is over; what is still missing of it is waited for.
+    pub fn stream_end(&mut self, now: Instant, ssrc: Ssrc, last: Option<Seq>) {
+        self.unknown.remove(&ssrc);
+        let Some(stream) = self.streams.get_mut(&ssrc) else {
+            self.ended.push_back((now, ssrc));
+            return;
+        };
+        if let Some(last) = last {
+            stream.receiver.handle_heartbeat(now, last);
+        }
+        // Everything missing has a deadline by now; nothing can come after the last of them.
+        let patience = self.settings.receiver.latency.max(self.settings.receiver.join_latency);
+        stream.ending = Some((last, now + patience));
+        self.pump(now, ssrc);
+    }
+
+    /// Ends every stream that has been silent for `age` and is not among `listed`, which the cloud's
+    /// API told just now.
+    pub fn retain_streams(&mut self, now: Instant, listed: &[Ssrc], age: Duration) {
+        let over = |s: &Incoming| {
+            !listed.contains(&s.ssrc) && now.saturating_duration_since(s.last_packet) >= age
+        };
+        let over: Vec<_> = self.streams.values().filter(|s| over(s)).map(|s| s.ssrc).collect();
+        for ssrc in over {
+            self.end(now, ssrc, "the cloud lists it no more");
+        }
+    }
+
+    /// The cloud no longer holds these packets.
+    pub fn gone(&mut self, now: Instant, ssrc: Ssrc, seqs: &[Seq]) {
+        if let Some(stream) = self.streams.get_mut(&ssrc) {
+            stream.receiver.handle_gone(now, seqs.iter().copied());
+            if stream.header_hunt.as_ref().is_some_and(|hunt| seqs.contains(&hunt.next)) {
+                stream.end_wait();
+            }
+            self.pump(now, ssrc);
+        }
+    }
+
+    /// The cloud says what it sent last.
+    pub fn heartbeat(&mut self, now: Instant, ssrc: Ssrc, last: Seq) {
+        if let Some(stream) = self.streams.get_mut(&ssrc) {
+            stream.last_packet = now;
+            stream.receiver.handle_heartbeat(now, last);
+            self.pump(now, ssrc);
+        }
+    }
+
+    /// A connection over which the cloud tells of streams and their ends is up, or no longer.
+    pub fn set_told(&mut self, now: Instant, told: bool) {
+        self.told = told;
+        for stream in self.streams.values_mut() {
+            // Named anew in a moment if it is still there.
+            stream.unconfirmed_since = told.then_some(now);
+        }
+    }
+
+    /// Tells the round trip to the cloud.
+    pub fn set_round_trip(&mut self, now: Instant, round_trip: Duration, variation: Duration) {
+        for stream in self.streams.values_mut() {
+            stream.receiver.set_round_trip(now, round_trip, variation);
+        }
+    }
+
+    /// Does what is due: requests, packets to give up, streams to end.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.wake.is_none_or(|wake| wake > now) {
+            return;
+        }
+        self.wake = None;
+        let all: Vec<_> = self.streams.keys().copied().collect();
+        for ssrc in all {
+            if let Some(stream) = self.streams.get_mut(&ssrc) {
+                stream.receiver.handle_timeout(now);
+                self.pump(now, ssrc);
+            }
+        }
+    }
+
+    /// What has to be done now and then rather than at a moment: counts, silent streams, leftovers.
+    /// Meant to be called a few times a second.
+    pub fn tick(&mut self, now: Instant) {
+        self.forget_ended(now);
+        let silence = self.settings.silence;
+        let over = |stream: &&Incoming| match (self.told, stream.unconfirmed_since) {
+            (true, None) => false,
+            (true, Some(since)) => now.saturating_duration_since(since) > CONFIRM_WITHIN,
+            (false, _) => now.saturating_duration_since(stream.last_packet) > silence,
+        };
+        let over: Vec<_> = self.streams.values().filter(over).map(|s| s.ssrc).collect();
+        for ssrc in over {
+            match self.told {
+                true => self.end(now, ssrc, "the cloud came back without it"),
+                // It may go on: then it is a stream that nobody has named, and comes up again.
+                false => self.remove(ssrc, "nothing comes, and the cloud is not heard of"),
+            }
+        }
+        self.unknown.retain(|_, unknown| {
+            let keep = now.saturating_duration_since(unknown.since) < UNKNOWN_KEPT;
+            if !keep {
+                self.metrics.unknown_dropped.inc_by(unknown.packets.len() as u64);
+            }
+            keep
+        });
+        for stream in self.streams.values_mut() {
+            stream.count(&self.metrics);
+        }
+        self.metrics.publish(self.streams.values().map(Incoming::stats));
+    }
+
+    /// The next request to send to the cloud.
+    pub fn poll_nack(&mut self) -> Option<Nack> {
+        self.nacks.pop_front()
+    }
+
+    /// When to call [`Intake::handle_timeout`].
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.wake
+    }
+
+    /// Whether a stream has been silent for `age`, so that it may be over without our being told.
+    pub fn any_silent(&self, now: Instant, age: Duration) -> bool {
+        let silent = |s: &Incoming| now.saturating_duration_since(s.last_packet) >= age;
+        self.streams.values().any(silent)
+    }
+
+    /// The publications of which packets have come for at least `age`, and no name.
+    pub fn unnamed(&self, now: Instant, age: Duration) -> impl Iterator<Item = Ssrc> {
+        self.unknown
+            .iter()
+            .filter(move |(_, unknown)| now.saturating_duration_since(unknown.since) >= age)
+            .map(|(ssrc, _)| *ssrc)
+    }
+
+    /// How each stream fares, for the cloud.
+    pub fn reports(&self) -> Vec<StreamReport> {
+        self.streams.values().map(Incoming::report).collect()
+    }
+
+    fn hold_unknown(&mut self, now: Instant, packet: Packet, path: Path) {
+        let ssrc = packet.header.ssrc;
+        let stale = path == Path::Repair || self.ended.iter().any(|(_, ended)| *ended == ssrc);
+        let room = self.unknown.len() < MAX_UNKNOWN || self.unknown.contains_key(&ssrc);
+        if stale || !room {
+            self.metrics.unknown_dropped.inc();
+            return;
+        }
+        let fresh = || Unknown { since: now, packets: Vec::new() };
+        let unknown = self.unknown.entry(ssrc).or_insert_with(fresh);
+        // The first ones are kept: they may hold the headers, and the later can be asked for.
+        if unknown.packets.len() < MAX_UNKNOWN_PACKETS {
+            unknown.packets.push(packet);
+        } else {
+            self.metrics.unknown_dropped.inc();
+        }
+    }
+
+    /// Moves what a stream's receiver has ready to where it belongs.
+    fn pump(&mut self, now: Instant, ssrc: Ssrc) {
+        let Some(stream) = self.streams.get_mut(&ssrc) else { return };
+        while let Some(request) = stream.receiver.poll_request(now) {
+            self.nacks.push_back(Nack { ssrc, copies: request.copies, seqs: request.seqs });
+            if self.nacks.len() > MAX_NACKS {
+                self.nacks.pop_front();
+                self.metrics.nacks_dropped.inc();
+            }
+        }
+        while let Some(event) = stream.receiver.poll_event() {
+            match event {
+                Event::Packet(packet) => {
+                    if let Some(tag) = stream.depacketizer.packet(&packet) {
+                        stream.push(tag);
+                    }
+                }
+                Event::Lost(packets) => stream.depacketizer.lost(packets),
+                Event::Restart => {
+                    tracing::warn!(stream = %stream.key, %ssrc, "the sender began anew");
+                    stream.depacketizer.lost(0);
+                }
+            }
+        }
+        if let Some(damage) = stream.depacketizer.take_damage() {
+            stream.note_damage(now, damage, &self.metrics);
+        }
+        if stream.header_hunt.as_ref().is_some_and(|hunt| hunt.until <= now) {
+            self.nacks.extend(stream.hunt_on(now));
+        }
+        let over = stream.ending.is_some_and(|(last, until)| {
+            last.is_none_or(|last| stream.receiver.is_done_through(last)) || until <= now
+        });
+        if over {
+            self.end(now, ssrc, "the cloud ended it");
+            return;
+        }
+        let timeouts = [
+            stream.receiver.poll_timeout(),
+            stream.ending.map(|(_, until)| until),
+            stream.header_hunt.as_ref().map(|hunt| hunt.until),
+        ];
+        self.wake = timeouts.into_iter().chain([self.wake]).flatten().min();
+    }
+
+    /// Removes a stream that is surely over: what still comes of it are stragglers.
+    fn end(&mut self, now: Instant, ssrc: Ssrc, why: &str) {
+        self.ended.push_back((now, ssrc));
+        self.remove(ssrc, why);
+    }
+
+    fn remove(&mut self, ssrc: Ssrc, why: &str) {
+        let Some(mut stream) = self.streams.remove(&ssrc) else { return };
+        stream.count(&self.metrics);
+        if self.by_key.get(&stream.key) == Some(&ssrc) {
+            self.by_key.remove(&stream.key);
+        }
+        tracing::info!(stream = %stream.key, %ssrc, "stream ended: {why}");
+    }
+
+    fn forget_ended(&mut self, now: Instant) {
+        let old = |ended: Instant| now.saturating_duration_since(ended) > ENDED_REMEMBERED;
+        while self.ended.len() > MAX_ENDED || self.ended.front().is_some_and(|(at, _)| old(*at)) {
+            self.ended.pop_front();
+        }
+    }
+}
+
+impl Incoming {
+    fn begin_header_hunt(&mut self, now: Instant) -> Nack {
+        self.header_hunt = Some(HeaderHunt {
+            depacketizer: Depacketizer::new(),
+            next: Seq::FIRST,
+            until: now + MEDIA_WAITS,
+            tries_left: HUNT_TRIES,
+            waiting: Some(Vec::new()),
+            waiting_bytes: 0,
+        });
+        self.hunt_request()
+    }
+
+    fn hunt_request(&self) -> Nack {
+        let seqs = (0..HUNT_PACKETS).map(|i| Seq::FIRST.plus(i)).collect();
+        Nack { ssrc: self.ssrc, copies: 1, seqs }
+    }
+
+    /// Whether the packet is one of those that the hunt is for.
+    fn hunt_headers(&mut self, packet: &Packet) -> bool {
+        let Some(hunt) = &mut self.header_hunt else { return false };
+        let place = packet.header.seq.distance_from(Seq::FIRST);
+        if !(0..HUNT_PACKETS as i32).contains(&place) {
+            return false;
+        }
+        if packet.header.seq != hunt.next {
+            return true;
+        }
+        hunt.next = hunt.next.plus(1);
+        let tag = hunt.depacketizer.packet(packet);
+        let done = hunt.next == Seq::FIRST.plus(HUNT_PACKETS);
+        if let Some(tag) = tag.filter(Tag::is_sequence_header) {
+            let of_kind = |kind| (tag.kind() == kind).then(|| tag.clone());
+            let (video, audio) = (of_kind(TagKind::Video), of_kind(TagKind::Audio));
+            self.publisher.set_headers(None, video, audio);
+        }
+        if done {
+            self.end_wait();
+        }
+        true
+    }
+
+    /// The time for a try of the hunt is over: media goes on, and the next try begins if there is
+    /// still no header.
+    fn hunt_on(&mut self, now: Instant) -> Option<Nack> {
+        self.end_wait();
+        let headers = self.publisher.stream().headers();
+        let hunt = self.header_hunt.as_mut()?;
+        if headers.video.is_some() || headers.audio.is_some() {
+            self.header_hunt = None;
+            return None;
+        }
+        if hunt.tries_left == 0 {
+            tracing::warn!(stream = %self.key, "no codec headers: the cloud holds them no more");
+            self.header_hunt = None;
+            return None;
+        }
+        hunt.tries_left -= 1;
+        hunt.until = now + HUNT_EVERY;
+        hunt.next = Seq::FIRST;
+        hunt.depacketizer = Depacketizer::new();
+        Some(self.hunt_request())
+    }
+
+    fn end_wait(&mut self) {
+        let waiting = self.header_hunt.as_mut().and_then(|hunt| hunt.waiting.take());
+        for tag in waiting.unwrap_or_default() {
+            self.publisher.push(tag);
+        }
+    }
+
+    fn push(&mut self, tag: Tag) {
+        let Some(hunt @ HeaderHunt { waiting: Some(_), .. }) = &mut self.header_hunt else {
+            self.publisher.push(tag);
+            return;
+        };
+        hunt.waiting_bytes += tag.framed().len();
+        if let Some(waiting) = &mut hunt.waiting {
+            waiting.push(tag);
+        }
+        if hunt.waiting_bytes > MAX_WAITING_BYTES {
+            self.end_wait();
+        }
+    }
+
+    fn note_damage(&mut self, now: Instant, damage: Damage, metrics: &IntakeMetrics) {
+        metrics.discarded.inc_by(damage.discarded);
+        metrics.malformed.inc_by(damage.malformed);
+        self.damage.packets += damage.packets;
+        self.damage.discarded += damage.discarded;
+        self.damage.malformed += damage.malformed;
+        if self.damage.packets + self.damage.malformed == 0 {
+            // Joined in the middle of a tag, whose rest is of no use.
+            return;
+        }
+        let due = |at: Instant| now.saturating_duration_since(at) >= DAMAGE_LOG_EVERY;
+        if self.damage_logged.is_none_or(due) {
+            self.damage_logged = Some(now);
+            tracing::warn!(
+                stream = %self.key,
+                ssrc = %self.ssrc,
+                "media is missing: {} packets lost, {} discarded with them, {} malformed so far",
+                self.damage.packets,
+                self.damage.discarded,
+                self.damage.malformed
+            );
+        }
+    }
+
+    /// Adds what happened since the last time to the node's counters.
+    fn count(&mut self, metrics: &IntakeMetrics) {
+        let stats = *self.receiver.stats();
+        metrics.add(&self.counted, &stats);
+        self.counted = stats;
+    }
+
+    fn stats(&self) -> StreamStats {
+        StreamStats {
+            key: self.key.clone(),
+            ssrc: self.ssrc,
+            receiver: *self.receiver.stats(),
+            pending: self.receiver.pending(),
+            missing: self.receiver.missing(),
+        }
+    }
+
+    fn report(&self) -> StreamReport {
+        let stats = self.receiver.stats();
+        StreamReport {
+            ssrc: self.ssrc.0,
+            received: stats.received,
+            lost: stats.asked,
+            repaired: stats.repaired.iter().sum(),
+            given_up: stats.lost,
+            buffered_ms: 0,
+        }
+    }
+}
+
+/// How soon after a reconnect the cloud has named every stream that is still there.
+const CONFIRM_WITHIN: Duration = Duration::from_secs(3);
+/// How long packets of a publication that nobody names are kept.
+const UNKNOWN_KEPT: Duration = Duration::from_secs(10);
+/// Bounds what strangers can make the edge hold: 16,384 packets.
+const MAX_UNKNOWN: usize = 64;
+const MAX_UNKNOWN_PACKETS: usize = 256;
+/// Requests that may wait for the repair connection; each holds at most 512 numbers.
+const MAX_NACKS: usize = 4096;
+/// Longer than a straggler can be under way.
+const ENDED_REMEMBERED: Duration = Duration::from_secs(30);
+const MAX_ENDED: usize = 4096;
+const MEDIA_WAITS: Duration = Duration::from_millis(700);
+const MAX_WAITING_BYTES: usize = 8 << 20;
+/// The connection may still be being made, and for as long as the ring holds newer packets of the
+/// same numbers the cloud answers with those.
+const HUNT_EVERY: Duration = Duration::from_secs(1);
+const HUNT_TRIES: u8 = 15;
+/// The video and the audio header, one packet each, and room for one that is longer.
+const HUNT_PACKETS: usize = 4;
+const REFUSAL_LOG_EVERY: Duration = Duration::from_secs(60);
+const DAMAGE_LOG_EVERY: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        hub::{LogLimits, ReadOutcome},
+        repair::receiver::Settings as ReceiverSettings,
+        rtp::{Burst, Packetizer},
+    };
+
+    fn intake() -> (Intake, Hub) {
+        let hub = Hub::new(LogLimits { max_bytes: 1 << 22, max_age: 60_000 });
+        let metrics = IntakeMetrics::register(&prometheus::Registry::new()).unwrap();
+        let settings = Settings {
+            receiver: ReceiverSettings::default(),
+            silence: Duration::from_secs(10),
+            max_streams: 3,
+        };
+        (Intake::new(settings, hub.clone(), metrics, |_| ()), hub)
+    }
+
+    fn up(key: &str, ssrc: u32, gop_start: Option<Seq>, newest: Option<Seq>) -> StreamInfo {
+        StreamInfo {
+            key: key.parse().unwrap(),
+            ssrc: Ssrc(ssrc),
+            start_unix_ms: 0,
+            headers: Headers::default(),
+            gop_start,
+            newest,
+        }
+    }
+
+    fn named(key: &str, ssrc: u32) -> LiveStream {
+        LiveStream { key: key.parse().unwrap(), ssrc: Ssrc(ssrc), start_unix_ms: 0 }
+    }
+
+    /// A header, then groups of a key frame and four others.
+    fn bursts(ssrc: u32, frames: usize) -> (Vec<Tag>, Vec<Burst>) {
+        let mut packetizer = Packetizer::new(Ssrc(ssrc), 1120);
+        let header = Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]).unwrap();
+        let frame = |i: usize| {
+            let mut body = vec![i as u8; 3000];
+            body[0] = if i.is_multiple_of(5) { 0x17 } else { 0x27 };
+            body[1] = 1;
+            Tag::new(TagKind::Video, i as u32 * 40, &body).unwrap()
+        };
+        let tags: Vec<_> = std::iter::once(header).chain((0..frames).map(frame)).collect();
+        let bursts = tags.iter().map(|tag| packetizer.packetize(tag)).collect();
+        (tags, bursts)
+    }
+
+    fn feed(intake: &mut Intake, now: Instant, burst: &Burst, path: Path) {
+        for i in 0..burst.count() {
+            intake.handle_packet(now, burst.packet(i).unwrap(), path);
+        }
+    }
+
+    fn read(hub: &Hub, key: &str) -> Vec<Tag> {
+        let mut out = Vec::new();
+        let mut reader = hub.subscribe(key).unwrap();
+        while let ReadOutcome::Read(_) = reader.try_read(&mut out, usize::MAX) {}
+        out
+    }
+
+    #[test]
+    fn packets_that_come_before_their_name_are_not_lost() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 4);
+        bursts[..3].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        assert!(hub.is_empty());
+        assert_eq!(intake.unnamed(now, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
+        intake.stream_named(now, named("live/a", 7));
+        bursts[3..].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        assert_eq!(read(&hub, "live/a"), tags);
+        assert_eq!(intake.poll_nack(), None);
+    }
+
+    #[test]
+    fn who_joins_late_asks_for_the_group_from_its_start() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 9);
+        let mut info = up("live/a", 7, Some(bursts[6].first_seq()), Some(bursts[8].last_seq()));
+        info.headers.video = Some(tags[0].clone());
+        intake.stream_up(now, info);
+        let nack = intake.poll_nack().unwrap();
+        assert_eq!(nack.seqs.first(), Some(&bursts[6].first_seq()));
+        assert_eq!(nack.seqs.last(), Some(&bursts[8].last_seq()));
+        bursts[6..9].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Repair));
+        feed(&mut intake, now, &bursts[9], Path::Live);
+        let read = read(&hub, "live/a");
+        assert_eq!(read[0].body(), tags[0].body());
+        assert_eq!(read[1..], tags[6..]);
+    }
+
+    #[test]
+    fn under_v0_who_joins_late_finds_the_headers_at_the_publications_start() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 9);
+        feed(&mut intake, now, &bursts[6], Path::Live);
+        intake.stream_named(now, named("live/a", 7));
+        let nack = intake.poll_nack().unwrap();
+        assert_eq!((nack.ssrc, nack.seqs[0]), (Ssrc(7), Seq::FIRST));
+        feed(&mut intake, now, &bursts[0], Path::Repair);
+        feed(&mut intake, now, &bursts[7], Path::Live);
+        intake.gone(now, Ssrc(7), &[Seq::FIRST.plus(1)]);
+        let read = read(&hub, "live/a");
+        assert_eq!(read[0].body(), tags[0].body());
+        assert_eq!(read[1..], tags[6..8]);
+    }
+
+    #[test]
+    fn headers_from_the_publications_start_do_not_move_the_stream_ahead() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 9);
+        // Late in the sequence: 65000 would be 5000 packets ahead.
+        let live = |i: usize, n: u16| {
+            let mut bytes = bursts[i].packet(usize::from(n)).unwrap().to_vec();
+            let seq = 60_000 + (i as u16 - 6) * 3 + n;
+            bytes[2..4].copy_from_slice(&seq.to_be_bytes());
+            Bytes::from(bytes)
+        };
+        (0..3).for_each(|n| intake.handle_packet(now, live(6, n), Path::Live));
+        intake.stream_named(now, named("live/a", 7));
+        intake.poll_nack().unwrap();
+        feed(&mut intake, now, &bursts[0], Path::Repair);
+        intake.gone(now, Ssrc(7), &[Seq::FIRST.plus(1)]);
+        (0..3).for_each(|n| intake.handle_packet(now, live(7, n), Path::Live));
+        assert_eq!(intake.poll_nack(), None);
+        assert_eq!(read(&hub, "live/a")[1..], tags[6..8]);
+        // One that comes when the hunt is long over changes nothing either.
+        intake.streams.get_mut(&Ssrc(7)).unwrap().header_hunt = None;
+        feed(&mut intake, now, &bursts[0], Path::Repair);
+        (0..3).for_each(|n| intake.handle_packet(now, live(8, n), Path::Live));
+        assert_eq!(intake.poll_nack(), None);
+        assert_eq!(read(&hub, "live/a")[1..], tags[6..9]);
+    }
+
+    #[test]
+    fn the_hunt_for_headers_goes_on_until_there_are_some() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 9);
+        feed(&mut intake, now, &bursts[6], Path::Live);
+        intake.stream_named(now, named("live/a", 7));
+        assert_eq!(intake.poll_nack().unwrap().seqs[0], Seq::FIRST);
+        // No answer: media does not wait for ever, and it is asked again.
+        intake.handle_timeout(now + MEDIA_WAITS);
+        assert_eq!(intake.poll_nack().unwrap().seqs[0], Seq::FIRST);
+        feed(&mut intake, now + MEDIA_WAITS, &bursts[0], Path::Repair);
+        intake.handle_timeout(now + MEDIA_WAITS + HUNT_EVERY);
+        assert_eq!(intake.poll_nack(), None);
+        let headers = hub.streams()[0].headers();
+        assert_eq!(headers.video.unwrap().body(), tags[0].body());
+    }
+
+    #[test]
+    fn a_stream_that_was_silent_for_long_comes_up_again() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (_, bursts) = bursts(7, 9);
+        feed(&mut intake, now, &bursts[0], Path::Live);
+        intake.stream_named(now, named("live/a", 7));
+        let later = now + Duration::from_secs(11);
+        intake.tick(later);
+        assert!(hub.is_empty());
+        feed(&mut intake, later, &bursts[1], Path::Live);
+        assert_eq!(intake.unnamed(later, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
+        intake.stream_named(later, named("live/a", 7));
+        assert_eq!(hub.len(), 1);
+    }
+
+    #[test]
+    fn what_was_lost_before_the_cloud_told_of_the_stream_is_asked_for() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 4);
+        // The header was lost on its way.
+        feed(&mut intake, now, &bursts[1], Path::Live);
+        intake.stream_up(now, up("live/a", 7, None, None));
+        assert_eq!(intake.poll_nack().unwrap().seqs, [Seq::FIRST]);
+        feed(&mut intake, now, &bursts[0], Path::Repair);
+        assert_eq!(read(&hub, "live/a"), tags[..2]);
+    }
+
+    #[test]
+    fn a_stream_that_ends_waits_for_its_tail_and_then_leaves_nothing_behind() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (_, bursts) = bursts(7, 4);
+        intake.stream_up(now, up("live/a", 7, None, None));
+        bursts[..4].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        intake.stream_end(now, Ssrc(7), Some(bursts[4].last_seq()));
+        assert_eq!(hub.len(), 1, "its last tag is still missing");
+        let wake = intake.poll_timeout().unwrap();
+        intake.handle_timeout(wake);
+        assert_eq!(intake.poll_nack().unwrap().seqs.len(), bursts[4].count());
+        feed(&mut intake, now, &bursts[4], Path::Repair);
+        assert!(hub.is_empty() && intake.streams.is_empty() && intake.by_key.is_empty());
+        // A straggler does not bring it back.
+        feed(&mut intake, now, &bursts[4], Path::Live);
+        assert!(intake.unknown.is_empty());
+    }
+
+    #[test]
+    fn a_tail_that_never_comes_ends_the_stream_all_the_same() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (_, bursts) = bursts(7, 4);
+        intake.stream_up(now, up("live/a", 7, None, None));
+        feed(&mut intake, now, &bursts[0], Path::Live);
+        intake.stream_end(now, Ssrc(7), Some(bursts[4].last_seq()));
+        for _ in 0..1000 {
+            let Some(wake) = intake.poll_timeout() else { break };
+            intake.handle_timeout(wake);
+        }
+        assert!(hub.is_empty());
+    }
+
+    #[test]
+    fn a_newer_publication_takes_the_name_over() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        intake.stream_up(now, up("live/a", 7, None, None));
+        intake.stream_up(now, up("live/a", 8, None, None));
+        assert_eq!((hub.len(), intake.streams.len(), intake.by_key.len()), (1, 1, 1));
+        let (tags, bursts) = bursts(8, 2);
+        bursts.iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        assert_eq!(read(&hub, "live/a"), tags);
+        // The old one's end changes nothing.
+        intake.stream_end(now, Ssrc(7), None);
+        assert_eq!(hub.len(), 1);
+    }
+
+    #[test]
+    fn after_a_reconnect_a_stream_that_is_not_named_again_ends() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        intake.set_told(now, true);
+        intake.stream_up(now, up("live/a", 7, None, None));
+        intake.stream_up(now, up("live/b", 8, None, None));
+        intake.set_told(now, false);
+        let later = now + Duration::from_secs(2);
+        intake.set_told(later, true);
+        intake.stream_up(later, up("live/b", 8, None, None));
+        intake.tick(later);
+        assert_eq!(hub.len(), 2);
+        intake.tick(later + Duration::from_secs(4));
+        assert!(hub.stream("live/a").is_none() && hub.stream("live/b").is_some());
+    }
+
+    #[test]
+    fn without_word_from_the_cloud_silence_ends_a_stream() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        intake.stream_up(now, up("live/a", 7, None, None));
+        intake.tick(now + Duration::from_secs(9));
+        assert_eq!(hub.len(), 1);
+        assert!(intake.any_silent(now + Duration::from_secs(9), Duration::from_secs(3)));
+        intake.tick(now + Duration::from_secs(11));
+        assert!(hub.is_empty());
+    }
+
+    #[test]
+    fn strangers_cannot_make_the_edge_hold_much() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        for ssrc in 0..1000 {
+            let (_, bursts) = bursts(ssrc, 1);
+            for _ in 0..10 {
+                bursts.iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+            }
+        }
+        assert_eq!(intake.unknown.len(), MAX_UNKNOWN);
+        assert!(intake.metrics.unknown_dropped.get() > 0);
+        intake.tick(now + UNKNOWN_KEPT);
+        assert!(intake.unknown.is_empty());
+        for ssrc in 0..10 {
+            intake.stream_up(now, up(&format!("live/{ssrc}"), ssrc, None, None));
+        }
+        assert_eq!(hub.len(), 3, "max_streams");
+        for garbage in [&b""[..], b"0001", &[0x80; 11], &[0x80, 100, 1]] {
+            intake.handle_packet(now, Bytes::copy_from_slice(garbage), Path::Live);
+        }
+        assert_eq!(intake.metrics.malformed.get(), 4);
+    }
+}

@@ -1,0 +1,235 @@
+//! The edge node: takes RTP, repairs what got lost, and serves viewers.
+
+pub mod ingress;
+pub mod intake;
+pub mod livestat;
+pub mod stats;
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::{EdgeConfig, RepairProtocol},
+    http::{
+        HttpServer,
+        api::{self, EdgeState},
+        viewer::{HttpMetrics, ViewerSettings},
+    },
+    hub::{Hub, LogLimits},
+    metrics,
+    node::{self, StartError, TaskEnded, Tasks},
+    record::{RecordMetrics, Recorder},
+    repair::{
+        Protocol,
+        client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
+        receiver,
+    },
+    tls::{ClientTls, Trust},
+    udp,
+};
+use ingress::{Cloud, Connect, Ingress};
+use intake::Intake;
+use stats::IntakeMetrics;
+
+/// An edge node whose addresses are bound and that is ready to run.
+pub struct Edge {
+    ingress: Ingress,
+    http: HttpServer,
+    recorder: Option<Recorder>,
+    addrs: EdgeAddrs,
+    metrics: IntakeMetrics,
+    grace: Duration,
+}
+
+/// Where an edge node listens, ports that were 0 in the settings filled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EdgeAddrs {
+    /// RTP: an address of this machine, or a multicast group.
+    pub rtp: SocketAddr,
+    /// HTTP: viewers and API.
+    pub http: SocketAddr,
+}
+
+impl Edge {
+    /// Binds every address; connects to the cloud if it is known.
+    ///
+    /// # Errors
+    /// With the setting that is at fault.
+    pub async fn bind(config: &EdgeConfig) -> Result<Self, StartError> {
+        let hub = Hub::new(LogLimits {
+            max_bytes: config.gop_cache_max_bytes,
+            max_age: config.gop_cache_max_ms,
+        });
+        let registry = metrics::registry(hub.clone(), None)?;
+        let intake_metrics = IntakeMetrics::register(&registry)?;
+
+        let rtp_addr = node::resolve("udp_addr", &config.udp_addr)?;
+        let socket = udp::receiver(rtp_addr, config.multicast_interface.0, config.udp_recv_buffer)
+            .map_err(|error| StartError::listen("udp_addr", rtp_addr, &error))?;
+        let listener = node::listen("flv_addr", &config.flv_addr).await?;
+        let local = |key, result: std::io::Result<SocketAddr>| {
+            result.map_err(|error| StartError::new(key, error))
+        };
+        let addrs = EdgeAddrs {
+            rtp: local("udp_addr", socket.local_addr())?,
+            http: local("flv_addr", listener.local_addr())?,
+        };
+
+        let record_metrics = RecordMetrics::register(&registry)?;
+        let recorder =
+            config.enable_record.then(|| Recorder::new(&config.record_dir, record_metrics));
+        let on_start = recorder.clone();
+        let intake = Intake::new(
+            intake::Settings {
+                receiver: receiver::Settings {
+                    latency: Duration::from_millis(config.latency_ms),
+                    join_latency: Duration::from_millis(config.latency_ms.max(JOIN_LATENCY_MS)),
+                    ..receiver::Settings::default()
+                },
+                silence: SILENCE,
+                max_streams: config.max_streams,
+            },
+            hub.clone(),
+            intake_metrics.clone(),
+            move |stream| {
+                if let Some(recorder) = &on_start {
+                    recorder.record(stream);
+                }
+            },
+        );
+        let repair_metrics = RepairClientMetrics::register(&registry)?;
+        let settings = ingress::Settings {
+            cloud: Cloud {
+                host: config.cloud_host.clone(),
+                quic_host: config.quic_addr.host().map(str::to_owned),
+                quic_port: config.quic_addr.port(),
+                api_host: config.api_addr.host().map(str::to_owned),
+                api_port: config.api_addr.port(),
+            },
+            pack_loss: config.pack_loss,
+            connect: match config.disable_quic {
+                true => None,
+                false => Some(connector(config, addrs.rtp.port(), repair_metrics)?),
+            },
+        };
+        let ingress = Ingress::new(socket, settings, intake, intake_metrics.clone())
+            .map_err(|error| StartError::new("udp_addr", error))?;
+        let http = viewers(config, listener, hub, registry)?;
+        Ok(Self {
+            ingress,
+            http,
+            recorder,
+            addrs,
+            metrics: intake_metrics,
+            grace: Duration::from_millis(config.shutdown_grace_ms),
+        })
+    }
+
+    /// Where it listens.
+    pub fn addrs(&self) -> EdgeAddrs {
+        self.addrs
+    }
+
+    /// Its counters, which go on counting when it runs.
+    pub fn metrics(&self) -> IntakeMetrics {
+        self.metrics.clone()
+    }
+
+    /// Runs until `shutdown`, then drains: streams end, viewers get what is there, recordings are
+    /// written.
+    ///
+    /// # Errors
+    /// If a part of the node ended by itself; the rest is drained all the same.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), TaskEnded> {
+        let Self { ingress, http, recorder, grace, .. } = self;
+        let stop = CancellationToken::new();
+        let mut tasks = Tasks::default();
+        tasks.spawn("RTP receiver", ingress.run(stop.clone()));
+        tasks.spawn("HTTP server", http.run(stop.clone(), grace / 2));
+        let outcome = tasks.run_until(&shutdown).await;
+        stop.cancel();
+        if tokio::time::timeout(grace, tasks.join()).await.is_err() {
+            tracing::warn!("connections were cut after {grace:?}");
+        }
+        if let Some(recorder) = &recorder
+            && tokio::time::timeout(grace, recorder.drain()).await.is_err()
+        {
+            tracing::error!("the disk did not take the recordings within {grace:?}");
+        }
+        outcome
+    }
+}
+
+fn viewers(
+    config: &EdgeConfig,
+    listener: TcpListener,
+    hub: Hub,
+    registry: prometheus::Registry,
+) -> Result<HttpServer, StartError> {
+    let settings = ViewerSettings { max_viewers: config.max_viewers, ..ViewerSettings::default() };
+    let http_metrics = HttpMetrics::register(&registry)?;
+    let state = EdgeState { hub: hub.clone(), registry, started: Instant::now() };
+    Ok(HttpServer::new(listener, Some(hub), api::edge_router(state), settings, http_metrics))
+}
+
+/// How repair connections are opened under these settings.
+fn connector(
+    config: &EdgeConfig,
+    rtp_port: u16,
+    metrics: RepairClientMetrics,
+) -> Result<Connect, StartError> {
+    let trust = match (config.insecure, config.fingerprint, path(&config.ca_file)) {
+        (true, ..) => Trust::Insecure,
+        (_, Some(fingerprint), _) => Trust::Pinned(fingerprint),
+        (_, _, Some(ca_file)) => Trust::Ca(ca_file),
+        _ => Trust::TrustOnFirstUse(config.known_clouds.clone()),
+    };
+    if let Trust::TrustOnFirstUse(known_clouds) = &trust {
+        // Without it no connection would be trusted, and so nothing repaired.
+        std::fs::File::options().append(true).create(true).open(known_clouds).map_err(|error| {
+            let path = known_clouds.display();
+            StartError::new(
+                "known_clouds",
+                format!("{path} cannot be written: {error}; give another path, or a fingerprint"),
+            )
+        })?;
+    }
+    // Tried here so that a bad file is told at the start, not at the first loss.
+    ClientTls::new(&trust, "cloud", &[]).map_err(|error| StartError::new("ca_file", error))?;
+    let protocol = match config.repair_protocol {
+        RepairProtocol::Auto => ProtocolChoice::Auto,
+        RepairProtocol::V0 => ProtocolChoice::Only(Protocol::V0),
+        RepairProtocol::Downpour => ProtocolChoice::Only(Protocol::Downpour),
+    };
+    let name = Some(config.node_name.clone()).filter(|name| !name.is_empty());
+    let node = name.or_else(node::host_name).unwrap_or_else(|| "edge".into());
+    let token = Some(config.token.clone()).filter(|token| !token.is_empty());
+    let streams = config.streams.clone();
+    Ok(Box::new(move |cloud, events, shutdown| {
+        let settings = RepairClientSettings {
+            cloud: cloud.to_owned(),
+            protocol,
+            trust: trust.clone(),
+            node: node.clone(),
+            token: token.clone(),
+            streams: streams.clone(),
+            rtp_port: Some(rtp_port),
+        };
+        RepairClient::spawn(settings, events, metrics.clone(), shutdown)
+    }))
+}
+
+fn path(path: &std::path::Path) -> Option<PathBuf> {
+    (!path.as_os_str().is_empty()).then(|| path.to_owned())
+}
+
+/// Who joins fetches up to a whole group of pictures first.
+const JOIN_LATENCY_MS: u64 = 1000;
+/// Without word from the cloud, a stream is over after so long a silence.
+const SILENCE: Duration = Duration::from_secs(10);

@@ -1,0 +1,175 @@
+//! What the edge's receiving side counts.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus::{
+    IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
+    core::{Collector, Desc},
+    proto::MetricFamily,
+    register_int_counter_vec_with_registry, register_int_counter_with_registry,
+};
+
+use crate::{StreamKey, repair::receiver::Stats, rtp::Ssrc};
+
+/// How one stream fares now.
+#[derive(Debug, Clone)]
+pub struct StreamStats {
+    /// The stream's name.
+    pub key: StreamKey,
+    /// The publication.
+    pub ssrc: Ssrc,
+    /// Counts since it came up.
+    pub receiver: Stats,
+    /// Packets that are missing, or wait behind a missing one.
+    pub pending: usize,
+    /// Packets that are missing.
+    pub missing: usize,
+}
+
+/// Counters of the intake, and the streams' own numbers for the next scrape.
+#[derive(Clone)]
+pub struct IntakeMetrics {
+    /// Datagrams that are no RTP of wire v0, and packets that hold no tag.
+    pub malformed: IntCounter,
+    /// Packets that came whole and were of no use, because others of their tag were lost.
+    pub discarded: IntCounter,
+    /// Packets of publications that nobody named, or that had ended.
+    pub unknown_dropped: IntCounter,
+    /// Streams not received because there were too many.
+    pub refused_streams: IntCounter,
+    /// Requests dropped because the repair connection did not take them.
+    pub nacks_dropped: IntCounter,
+    /// Packets dropped on purpose: `pack_loss`.
+    pub pack_loss: IntCounter,
+    restarts: IntCounter,
+    packets: IntCounterVec,
+    streams: Arc<Mutex<Vec<StreamStats>>>,
+}
+
+impl IntakeMetrics {
+    /// Makes the handles and registers them.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let counter =
+            |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
+        let packets = register_int_counter_vec_with_registry!(
+            Opts::new("downpour_edge_packets_total", "RTP packets by what became of them"),
+            &["fate"],
+            registry
+        )?;
+        let streams = Arc::default();
+        registry.register(Box::new(PerStream::new(Arc::clone(&streams))?))?;
+        Ok(Self {
+            malformed: counter(
+                "downpour_edge_malformed_total",
+                "Datagrams that are no RTP of wire v0, and packets that hold no tag",
+            )?,
+            discarded: counter(
+                "downpour_edge_discarded_packets_total",
+                "Packets that were of no use because others of their tag were lost",
+            )?,
+            unknown_dropped: counter(
+                "downpour_edge_unknown_packets_total",
+                "Packets dropped because nobody named their publication, or it had ended",
+            )?,
+            refused_streams: counter(
+                "downpour_edge_refused_streams_total",
+                "Streams not received because there were too many",
+            )?,
+            nacks_dropped: counter(
+                "downpour_edge_nacks_dropped_total",
+                "Requests dropped because the repair connection did not take them",
+            )?,
+            pack_loss: counter(
+                "downpour_edge_pack_loss_total",
+                "Packets dropped on purpose, by the setting pack_loss",
+            )?,
+            restarts: counter(
+                "downpour_edge_sender_restarts_total",
+                "Times that a sender began anew under the same SSRC",
+            )?,
+            packets,
+            streams,
+        })
+    }
+
+    /// Adds what happened between two states of one stream's counts.
+    pub fn add(&self, before: &Stats, after: &Stats) {
+        for ((fate, before), (_, after)) in fates(before).into_iter().zip(fates(after)) {
+            self.packets.with_label_values(&[fate]).inc_by(after - before);
+        }
+        self.restarts.inc_by(after.restarts - before.restarts);
+    }
+
+    /// How each stream fared a moment ago.
+    pub fn streams(&self) -> Vec<StreamStats> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets what the next scrape tells of each stream.
+    pub fn publish(&self, streams: impl Iterator<Item = StreamStats>) {
+        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = streams.collect();
+    }
+}
+
+fn fates(stats: &Stats) -> [(&'static str, u64); 10] {
+    [
+        ("received", stats.received),
+        ("reordered", stats.reordered),
+        ("duplicate", stats.duplicate),
+        ("asked", stats.asked),
+        ("repaired_1", stats.repaired[0]),
+        ("repaired_2", stats.repaired[1]),
+        ("repaired_3", stats.repaired[2]),
+        ("lost", stats.lost),
+        ("too_late", stats.too_late),
+        ("requested", stats.requests),
+    ]
+}
+
+/// The streams' own series, made at each scrape so that they go when the stream goes.
+struct PerStream {
+    packets: IntGaugeVec,
+    pending: IntGaugeVec,
+    streams: Arc<Mutex<Vec<StreamStats>>>,
+}
+
+impl PerStream {
+    fn new(streams: Arc<Mutex<Vec<StreamStats>>>) -> prometheus::Result<Self> {
+        Ok(Self {
+            packets: IntGaugeVec::new(
+                Opts::new(
+                    "downpour_edge_stream_packets",
+                    "RTP packets of a live stream since it came up, by what became of them",
+                ),
+                &["stream", "fate"],
+            )?,
+            pending: IntGaugeVec::new(
+                Opts::new(
+                    "downpour_edge_stream_pending_packets",
+                    "Packets that are missing, or wait behind a missing one",
+                ),
+                &["stream"],
+            )?,
+            streams,
+        })
+    }
+}
+
+impl Collector for PerStream {
+    fn desc(&self) -> Vec<&Desc> {
+        self.packets.desc().into_iter().chain(self.pending.desc()).collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        self.packets.reset();
+        self.pending.reset();
+        for stream in &*self.streams.lock().unwrap_or_else(PoisonError::into_inner) {
+            let key = stream.key.as_str();
+            for (fate, count) in fates(&stream.receiver) {
+                self.packets.with_label_values(&[key, fate]).set(count as i64);
+            }
+            self.pending.with_label_values(&[key]).set(stream.pending as i64);
+        }
+        self.packets.collect().into_iter().chain(self.pending.collect()).collect()
+    }
+}
