@@ -5,6 +5,7 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
+pub mod cli;
 pub mod cloud;
 pub mod config;
 pub mod edge;

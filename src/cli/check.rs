@@ -1,0 +1,94 @@
+//! `downpour check`: is a configuration good?
+
+use std::{io::Write, path::PathBuf};
+
+use clap::Args;
+
+use super::Failure;
+use crate::config::{self, CloudConfig, EdgeConfig, Role};
+
+/// Say whether a configuration file is good, or what is wrong with it and where
+///
+/// It knows a cloud's file from an edge's by the keys; --role decides where the keys leave it
+/// open. Nothing is started or looked up. The exit code is 0 for a good file and 2 for a bad one.
+///
+/// Example: downpour check config.yaml
+#[derive(Debug, Clone, Args)]
+#[command(verbatim_doc_comment)]
+pub struct CheckArgs {
+    /// The file to check
+    pub file: PathBuf,
+    /// Whose file it is
+    #[arg(long)]
+    pub role: Option<Role>,
+}
+
+/// Checks a file and writes the verdict, and warnings if there are any, to `out`.
+///
+/// # Errors
+/// [`Failure::Usage`] with what is wrong.
+pub fn run(args: &CheckArgs, out: &mut dyn Write) -> Result<(), Failure> {
+    let file = args.file.as_path();
+    let text = config::read(file)
+        .map_err(|error| Failure::Usage(format!("{}: cannot read it: {error}", file.display())))?;
+    let cloud = || CloudConfig::parse(file, &text).map(|loaded| loaded.warnings);
+    let edge = || EdgeConfig::parse(file, &text).map(|loaded| loaded.warnings);
+    let (whose, warnings) = match args.role.or_else(|| Role::detect(&text)) {
+        Some(Role::Cloud) => ("a cloud", cloud()?),
+        Some(Role::Edge) => ("an edge", edge()?),
+        // Only keys that both have, or none.
+        None => ("a cloud or an edge", [cloud()?, edge()?].concat()),
+    };
+    let mut lines =
+        warnings.iter().map(|warning| format!("warning: {warning}\n")).collect::<String>();
+    lines += &format!("{}: good, for {whose}\n", file.display());
+    out.write_all(lines.as_bytes()).map_err(|error| Failure::Run(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, role: Option<Role>) -> Result<String, Failure> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("my.yaml");
+        std::fs::write(&file, text).unwrap();
+        let mut out = Vec::new();
+        run(&CheckArgs { file, role }, &mut out)?;
+        let out = String::from_utf8(out).unwrap();
+        Ok(out.replace(&format!("{}/", dir.path().display()), ""))
+    }
+
+    #[test]
+    fn good_files_are_told_apart() {
+        let good = |text: &str| check(text, None).unwrap();
+        assert_eq!(good(&CloudConfig::sample()), "my.yaml: good, for a cloud\n");
+        assert_eq!(good(&EdgeConfig::sample()), "my.yaml: good, for an edge\n");
+        assert_eq!(good("log_level: warn"), "my.yaml: good, for a cloud or an edge\n");
+        assert_eq!(
+            good("udp_addr: :5222\nprotect: true"),
+            "warning: my.yaml: protect has no effect any more\nmy.yaml: good, for an edge\n"
+        );
+    }
+
+    #[test]
+    fn bad_files_say_what_and_where() {
+        for (text, role, expected) in [
+            ("udp_addr: :5222\nlatency_ms: 5\n", None, "my.yaml:2:13: latency_ms: 5 will not do"),
+            ("log_level: 1", None, "my.yaml:1:12: log_level: 1 will not do"),
+            ("a: b: c", None, "my.yaml:1:"),
+            (
+                "udp_addr: :5222",
+                Some(Role::Cloud),
+                "my.yaml:1:1: unknown key udp_addr: it is one of the edge's",
+            ),
+        ] {
+            let Failure::Usage(message) = check(text, role).unwrap_err() else { panic!() };
+            assert!(message.contains(expected), "{message}");
+            assert!(!message.contains('\n'));
+        }
+        let args = CheckArgs { file: "/no/such.yaml".into(), role: None };
+        let error = run(&args, &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().starts_with("/no/such.yaml: cannot read it"), "{error}");
+    }
+}

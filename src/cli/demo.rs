@@ -1,0 +1,231 @@
+//! `downpour demo`: everything on one machine, in one process.
+
+use std::{
+    fs,
+    io::{self, IsTerminal, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    path::PathBuf,
+    time::Duration,
+};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    DemoArgs, Failure, block_on,
+    push::{self, Clip},
+};
+use crate::{
+    cloud::Cloud,
+    config::{CloudConfig, Destination, EdgeConfig, ListenAddr, LogLevel},
+    edge::stats::{IntakeMetrics, StreamStats},
+    edge::{Edge, EdgeAddrs},
+    impair::{LinkSettings, RelaySettings, UdpRelay},
+    logging,
+    node::StartError,
+};
+
+/// Runs a cloud, edges, a bad network between them and a looping test stream until Ctrl-C.
+///
+/// # Errors
+/// If the file is no FLV, or loopback has no port left.
+pub fn run(args: &DemoArgs) -> Result<(), Failure> {
+    let clip = match &args.file {
+        Some(path) => Clip::open(path)
+            .map_err(|error| Failure::Usage(format!("{}: {error}", path.display())))?,
+        None => Clip::read(TEST_STREAM)
+            .map_err(|error| Failure::Run(format!("the built-in test stream: {error}")))?,
+    };
+    let _log = logging::init(LogLevel::Warn, None)?;
+    block_on(|shutdown| async move { demo(args, clip, shutdown).await })
+}
+
+async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Result<(), Failure> {
+    let scratch = Scratch::new()?;
+    let failed = |error: StartError| Failure::Run(error.to_string());
+    let mut cloud = Cloud::bind(&cloud_config(&scratch)).await.map_err(failed)?;
+    let addrs = cloud.addrs();
+    let mut edges = Vec::new();
+    for i in 0..args.edges {
+        edges.push(DemoEdge::start(i, args.loss, &cloud).await?);
+    }
+    cloud.set_destinations(edges.iter().map(|edge| Destination::from(edge.rtp)).collect());
+
+    println!("A cloud and {} on this machine. Watch:", count(edges.len(), "edge"));
+    for edge in &edges {
+        println!("    ffplay http://{}/{STREAM}.flv", edge.addrs.http);
+    }
+    println!("Push a stream of your own:");
+    println!("    ffmpeg -re -i FILE -c copy -f flv rtmp://{}/live/NAME", addrs.rtmp);
+    println!("Look inside:");
+    println!("    http://{}/stat/livestat   http://{0}/metrics", addrs.api);
+    println!("    http://{}/metrics", edges[0].addrs.http);
+    println!("Between them {} % of all packets are lost, both ways. Ctrl-C ends it.\n", {
+        (args.loss * 1000.0).round() / 10.0
+    });
+
+    let relays: Vec<UdpRelay> = edges.iter_mut().flat_map(|edge| edge.relays.drain(..)).collect();
+    let metrics: Vec<IntakeMetrics> = edges.iter().map(|edge| edge.edge.metrics()).collect();
+    let nodes_stop = CancellationToken::new();
+    let mut nodes = JoinSet::new();
+    nodes.spawn(cloud.run(nodes_stop.clone()));
+    for edge in edges {
+        nodes.spawn(edge.edge.run(nodes_stop.clone()));
+    }
+    let url = format!("rtmp://{}/{STREAM}", addrs.rtmp)
+        .parse()
+        .map_err(|error| Failure::Run(format!("the test stream's URL: {error}")))?;
+    let stop = shutdown.clone();
+    let publishing =
+        tokio::spawn(async move { push::publish(&clip, &url, true, &stop, |_| ()).await });
+    tokio::select! {
+        () = report(&metrics, &relays) => {}
+        () = shutdown.cancelled() => {}
+        // Each of them lasts until the shutdown, or has failed.
+        Some(ended) = nodes.join_next() => {
+            ended.map_err(|error| Failure::Run(error.to_string()))??;
+        }
+    }
+    // The encoder goes first, as in life; a server that ends before it is an error to it.
+    shutdown.cancel();
+    let published = publishing.await;
+    nodes_stop.cancel();
+    while nodes.join_next().await.is_some() {}
+    println!();
+    match published {
+        Ok(Err(error)) => Err(Failure::Run(format!("the test stream: {error}"))),
+        _ => Ok(()),
+    }
+}
+
+/// One edge and the bad network in front of it.
+struct DemoEdge {
+    edge: Edge,
+    addrs: EdgeAddrs,
+    /// Where the cloud sends this edge's RTP: to the edge, or to the relay in front of it.
+    rtp: SocketAddr,
+    relays: Vec<UdpRelay>,
+}
+
+impl DemoEdge {
+    async fn start(number: usize, loss: f64, cloud: &Cloud) -> Result<Self, Failure> {
+        let relay = |upstream, seed| {
+            let settings = RelaySettings::symmetric(LinkSettings::lossy(loss), seed);
+            UdpRelay::start(upstream, settings)
+                .map_err(|error| Failure::Run(format!("the bad network: {error}")))
+        };
+        let mut relays = Vec::new();
+        let mut quic = cloud.addrs().quic;
+        if loss > 0.0 {
+            let repair = relay(quic, 2 * number as u64)?;
+            quic = repair.local_addr();
+            relays.push(repair);
+        }
+        let config = EdgeConfig {
+            udp_addr: loopback(0),
+            flv_addr: usual_tcp(EdgeConfig::default().flv_addr.port() + number as u16),
+            cloud_host: Ipv4Addr::LOCALHOST.to_string(),
+            quic_addr: loopback(quic.port()),
+            api_addr: loopback(cloud.addrs().api.port()),
+            fingerprint: Some(cloud.addrs().fingerprint),
+            node_name: format!("demo-{number}"),
+            // What every kernel gives, so that the demo begins without a warning.
+            udp_recv_buffer: 1 << 17,
+            ..EdgeConfig::default()
+        };
+        let edge = Edge::bind(&config).await.map_err(|error| Failure::Run(error.to_string()))?;
+        let addrs = edge.addrs();
+        let mut rtp = addrs.rtp;
+        if loss > 0.0 {
+            let media = relay(rtp, 2 * number as u64 + 1)?;
+            rtp = media.local_addr();
+            relays.push(media);
+        }
+        Ok(Self { edge, addrs, rtp, relays })
+    }
+}
+
+/// Certificates of the demo, gone when it ends.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self, Failure> {
+        let dir = std::env::temp_dir().join(format!("downpour-demo-{}", std::process::id()));
+        fs::create_dir_all(&dir)
+            .map_err(|error| Failure::Run(format!("{}: {error}", dir.display())))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What stays behind is a few kilobytes in the directory for temporary files.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn cloud_config(scratch: &Scratch) -> CloudConfig {
+    let usual = CloudConfig::default();
+    CloudConfig {
+        rtmp_addr: usual_tcp(usual.rtmp_addr.port()),
+        api_addr: usual_tcp(usual.api_addr.port()),
+        quic_addr: usual_udp(usual.quic_addr.port()),
+        rtp_port: usual_udp(usual.rtp_port).port(),
+        client_addr_list: Vec::new(),
+        cert_file: scratch.0.join("cloud.crt"),
+        key_file: scratch.0.join("cloud.key"),
+        ..usual
+    }
+}
+
+/// The usual port on loopback, or any free one where that is taken.
+fn usual_tcp(port: u16) -> ListenAddr {
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+    loopback(if free { port } else { 0 })
+}
+
+fn usual_udp(port: u16) -> ListenAddr {
+    let free = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok();
+    loopback(if free { port } else { 0 })
+}
+
+fn loopback(port: u16) -> ListenAddr {
+    ListenAddr::from(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+}
+
+/// Writes what is lost and repaired, once a second: over and over in one line on a terminal.
+async fn report(edges: &[IntakeMetrics], relays: &[UdpRelay]) {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let terminal = io::stdout().is_terminal();
+    loop {
+        ticks.tick().await;
+        let streams: Vec<StreamStats> = edges.iter().flat_map(IntakeMetrics::streams).collect();
+        let sum = |of: fn(&StreamStats) -> u64| streams.iter().map(of).sum::<u64>();
+        let dropped: u64 = relays
+            .iter()
+            .map(UdpRelay::stats)
+            .map(|stats| stats.to_client.dropped() + stats.to_upstream.dropped())
+            .sum();
+        let line = format!(
+            "{}  received {}  dropped by the network {dropped}  repaired {}  missing now {}  lost {}",
+            count(streams.len(), "stream"),
+            sum(|s| s.receiver.received),
+            sum(|s| s.receiver.repaired.iter().sum()),
+            sum(|s| s.missing as u64),
+            sum(|s| s.receiver.lost),
+        );
+        let mut out = io::stdout().lock();
+        // Nobody reads it any more: that is no reason to end.
+        let _ = match terminal {
+            true => write!(out, "\r\x1b[K{line}").and_then(|()| out.flush()),
+            false => writeln!(out, "{line}"),
+        };
+    }
+}
+
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+const TEST_STREAM: &[u8] = include_bytes!("../../assets/test.flv");
+const STREAM: &str = "live/demo";

@@ -1,0 +1,35 @@
+//! `downpour edge`.
+
+use super::{EdgeArgs, Failure, block_on, start_failure};
+use crate::{
+    config::{EdgeConfig, Loaded},
+    edge::Edge,
+    logging::{self, LogFile},
+};
+
+/// Runs an edge node until SIGTERM or SIGINT.
+///
+/// # Errors
+/// If the settings, an address or a part of the node is at fault.
+pub fn run(args: &EdgeArgs) -> Result<(), Failure> {
+    let Loaded { config, file, notes, warnings } = EdgeConfig::load(args.config.as_deref())?;
+    let _log = logging::init(config.log_level, LogFile::of_edge(&config))?;
+    logging::tell(&notes, &warnings);
+    block_on(|shutdown| async move {
+        let edge =
+            Edge::bind(&config).await.map_err(|error| start_failure(file.as_deref(), &error))?;
+        let addrs = edge.addrs();
+        tracing::info!(
+            "edge {} is up: RTP on {}, viewers on http://{}/APP/NAME.flv",
+            env!("CARGO_PKG_VERSION"),
+            addrs.rtp,
+            addrs.http
+        );
+        if config.cloud_host.is_empty() {
+            tracing::info!("cloud_host is empty: waiting for the cloud's first datagram");
+        }
+        edge.run(shutdown).await?;
+        tracing::info!("the edge has ended in order");
+        Ok(())
+    })
+}
