@@ -1,0 +1,63 @@
+//! The bad network between cloud and edges.
+
+use std::net::SocketAddr;
+
+use downpour::impair::{LinkStats, RelaySettings, UdpRelay};
+use tokio::runtime::Runtime;
+
+/// Relays between a cloud and its edges, on a runtime of their own.
+pub struct Network {
+    rtp: Vec<UdpRelay>,
+    quic: Vec<UdpRelay>,
+    /// Dropped last: the relays' tasks live on it.
+    runtime: Runtime,
+}
+
+impl Network {
+    pub fn new() -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("no runtime for the relays");
+        Self { rtp: Vec::new(), quic: Vec::new(), runtime }
+    }
+
+    /// Adds a path for RTP to an edge; gives the address that the cloud is to send to.
+    pub fn add_rtp(&mut self, edge: SocketAddr, settings: RelaySettings) -> SocketAddr {
+        let relay = self.relay(edge, settings);
+        let addr = relay.local_addr();
+        self.rtp.push(relay);
+        addr
+    }
+
+    /// Adds a path for an edge's QUIC; gives the address that the edge is to connect to.
+    pub fn add_quic(&mut self, cloud: SocketAddr, settings: RelaySettings) -> SocketAddr {
+        let relay = self.relay(cloud, settings);
+        let addr = relay.local_addr();
+        self.quic.push(relay);
+        addr
+    }
+
+    /// What happened to RTP on its way to the edges.
+    pub fn rtp_stats(&self) -> LinkStats {
+        total(self.rtp.iter().map(|relay| relay.stats().to_upstream))
+    }
+
+    /// What happened to the edges' QUIC packets, and to the cloud's.
+    pub fn quic_stats(&self) -> (LinkStats, LinkStats) {
+        let stats = || self.quic.iter().map(UdpRelay::stats);
+        (total(stats().map(|stats| stats.to_upstream)), total(stats().map(|stats| stats.to_client)))
+    }
+
+    fn relay(&self, upstream: SocketAddr, settings: RelaySettings) -> UdpRelay {
+        let _inside = self.runtime.enter();
+        UdpRelay::start(upstream, settings).expect("cannot start a relay")
+    }
+}
+
+fn total(stats: impl Iterator<Item = LinkStats>) -> LinkStats {
+    let mut sum = LinkStats::default();
+    stats.for_each(|stats| sum += stats);
+    sum
+}

@@ -1,0 +1,404 @@
+//! Clouds and edges as processes of the real binary.
+
+use std::{
+    fs::File,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use downpour::impair::{LinkSettings, RelaySettings};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{
+    SOON, http,
+    http::Metrics,
+    media::{Encoder, Media},
+    network::Network,
+    ports,
+    viewer::Viewer,
+    wait_for,
+};
+
+/// A cloud, its edges and the network between.
+pub struct Site {
+    pub cloud: Cloud,
+    pub edges: Vec<Edge>,
+    pub network: Network,
+    dir: TempDir,
+}
+
+impl Site {
+    /// One edge on a perfect network.
+    pub fn start() -> Self {
+        SiteSettings::default().start()
+    }
+
+    /// Pushes with `downpour push`.
+    pub fn push(&self, media: &Media, key: &str) -> Encoder {
+        self.push_with(media, key, &[])
+    }
+
+    pub fn push_with(&self, media: &Media, key: &str, options: &[&str]) -> Encoder {
+        Encoder::downpour(media, &self.cloud.url(key), options, self.file("push", "log"))
+    }
+
+    /// Pushes with ffmpeg.
+    pub fn push_ffmpeg(&self, media: &Media, key: &str) -> Encoder {
+        Encoder::ffmpeg(media, &self.cloud.url(key), self.file("ffmpeg", "log"))
+    }
+
+    /// Watches a stream at the first edge.
+    pub fn watch(&self, key: &str) -> Viewer {
+        self.edges[0].watch(key)
+    }
+
+    /// A path in the site's directory at which there is no file yet.
+    pub fn file(&self, name: &str, extension: &str) -> PathBuf {
+        (0..)
+            .map(|number| self.dir.path().join(format!("{name}-{number}.{extension}")))
+            .find(|path| !path.exists())
+            .expect("there are numbers enough")
+    }
+}
+
+/// How to build a [`Site`].
+pub struct SiteSettings {
+    pub edges: usize,
+    /// The path of RTP to each edge; `None` sends directly.
+    pub rtp: Option<LinkSettings>,
+    /// The path of QUIC between each edge and the cloud, both ways; `None` connects directly.
+    pub quic: Option<LinkSettings>,
+    /// Decides what those paths lose.
+    pub seed: u64,
+    /// Sends to a multicast group that all edges join, not to each edge.
+    pub multicast: bool,
+    /// Lines for the cloud's configuration.
+    pub cloud: Vec<String>,
+    /// Lines for each edge's configuration.
+    pub edge: Vec<String>,
+}
+
+impl SiteSettings {
+    /// The same bad path for RTP and, both ways, for QUIC.
+    pub fn over(path: LinkSettings, seed: u64) -> Self {
+        Self { rtp: Some(path.clone()), quic: Some(path), seed, ..Self::default() }
+    }
+
+    pub fn with_cloud(mut self, line: &str) -> Self {
+        self.cloud.push(line.into());
+        self
+    }
+
+    pub fn with_edge(mut self, line: &str) -> Self {
+        self.edge.push(line.into());
+        self
+    }
+
+    /// Starts everything and waits until it answers.
+    #[track_caller]
+    pub fn start(self) -> Site {
+        let dir = tempfile::tempdir().expect("no directory for the test");
+        let mut network = Network::new();
+        let path = |settings: &LinkSettings, edge: usize| RelaySettings {
+            // A hundred apart: a relay derives its clients' seeds from its own.
+            ..RelaySettings::symmetric(settings.clone(), self.seed + 100 * edge as u64)
+        };
+        let group = SocketAddr::from((group(), ports::free()));
+        let rtp: Vec<_> = (0..self.edges).map(|_| loopback(ports::free())).collect();
+        let destinations = if self.multicast {
+            vec![group]
+        } else {
+            let relayed = rtp.iter().enumerate().map(|(edge, addr)| match &self.rtp {
+                Some(settings) => network.add_rtp(*addr, path(settings, edge)),
+                None => *addr,
+            });
+            relayed.collect()
+        };
+        let cloud = Cloud::start(dir.path(), &destinations, &self.cloud);
+        let edges = (0..self.edges).map(|edge| {
+            let quic = match &self.quic {
+                Some(settings) => network.add_quic(cloud.quic, path(settings, edge + 50)),
+                None => cloud.quic,
+            };
+            let udp = if self.multicast { group } else { rtp[edge] };
+            Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, &cloud, &self.edge)
+        });
+        let edges = edges.collect();
+        Site { cloud, edges, network, dir }
+    }
+}
+
+impl Default for SiteSettings {
+    fn default() -> Self {
+        Self {
+            edges: 1,
+            rtp: None,
+            quic: None,
+            seed: 1,
+            multicast: false,
+            cloud: Vec::new(),
+            edge: Vec::new(),
+        }
+    }
+}
+
+/// A cloud node.
+pub struct Cloud {
+    pub node: Node,
+    pub rtmp: SocketAddr,
+    pub quic: SocketAddr,
+}
+
+impl Cloud {
+    #[track_caller]
+    fn start(dir: &Path, destinations: &[SocketAddr], lines: &[String]) -> Self {
+        let [rtmp, quic, api] = [(); 3].map(|()| loopback(ports::free()));
+        let destinations: Vec<_> = destinations.iter().map(ToString::to_string).collect();
+        let mut config = vec![
+            format!("rtmp_addr: {rtmp}"),
+            format!("quic_addr: {quic}"),
+            format!("api_addr: {api}"),
+            format!("rtp_port: {}", ports::free()),
+            format!("client_addr_list: [{}]", quoted(&destinations)),
+            "multicast_interface: 127.0.0.1".into(),
+            "multicast_ttl: 0".into(),
+        ];
+        overlay(&mut config, lines);
+        Self { node: Node::start("cloud", dir.join("cloud"), &config, api), rtmp, quic }
+    }
+
+    pub fn url(&self, key: &str) -> String {
+        format!("rtmp://{}/{key}", self.rtmp)
+    }
+
+    /// What `/stat/livestat` lists: key and SSRC of each publication.
+    pub fn publications(&self) -> Vec<(String, u64)> {
+        let Ok((200, answer)) = http::get_json(self.node.http, "/stat/livestat") else {
+            panic!("no live statistics")
+        };
+        let publishers = answer["data"]["publishers"].as_array().cloned().unwrap_or_default();
+        let entry = |entry: &Value| Some((entry["key"].as_str()?.into(), entry["ssrc"].as_u64()?));
+        publishers.iter().map(|publisher| entry(publisher).expect("malformed entry")).collect()
+    }
+
+    /// The recorded files, oldest first.
+    pub fn recordings(&self) -> Vec<PathBuf> {
+        self.node.recordings()
+    }
+}
+
+/// An edge node.
+pub struct Edge {
+    pub node: Node,
+}
+
+impl Edge {
+    #[track_caller]
+    fn start(
+        dir: &Path,
+        name: &str,
+        udp: SocketAddr,
+        quic: SocketAddr,
+        cloud: &Cloud,
+        lines: &[String],
+    ) -> Self {
+        let flv = loopback(ports::free());
+        let mut config = vec![
+            format!("udp_addr: {udp}"),
+            format!("flv_addr: {flv}"),
+            "cloud_host: 127.0.0.1".into(),
+            format!("quic_addr: {quic}"),
+            format!("api_addr: {}", cloud.node.http),
+            format!("node_name: {name}"),
+        ];
+        if udp.ip().is_multicast() {
+            config.push("multicast_interface: 127.0.0.1".into());
+        }
+        overlay(&mut config, lines);
+        Self { node: Node::start("edge", dir.join(name), &config, flv) }
+    }
+
+    pub fn watch(&self, key: &str) -> Viewer {
+        Viewer::watch(self.node.http, key)
+    }
+
+    /// Waits until the edge has its connection to the cloud: before, nobody repairs anything.
+    #[track_caller]
+    pub fn until_connected(&self) {
+        wait_for("the edge is connected to the cloud", SOON, || {
+            (self.node.metrics().sum("downpour_repair_client_connected", &[]) > 0.0).then_some(())
+        });
+    }
+}
+
+/// Adds a test's own lines, which replace those of the same key.
+fn overlay(config: &mut Vec<String>, lines: &[String]) {
+    let key = |line: &str| line.split(':').next().map(str::to_owned);
+    config.retain(|line| !lines.iter().any(|own| key(own) == key(line)));
+    config.extend_from_slice(lines);
+}
+
+/// One process of the binary, with its configuration, directory and log.
+pub struct Node {
+    role: &'static str,
+    dir: PathBuf,
+    /// Where `/healthz` and `/metrics` are.
+    pub http: SocketAddr,
+    child: Option<Child>,
+}
+
+impl Node {
+    #[track_caller]
+    fn start(role: &'static str, dir: PathBuf, config: &[String], http: SocketAddr) -> Self {
+        std::fs::create_dir_all(&dir).expect("cannot make a node's directory");
+        std::fs::write(dir.join("node.yaml"), config.join("\n")).expect("cannot write a config");
+        let mut node = Self { role, dir, http, child: None };
+        node.restart();
+        node
+    }
+
+    /// Starts it (again) with the same configuration and waits until it answers.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "the {} still runs", self.role);
+        let log = File::options().create(true).append(true).open(self.log());
+        let log = log.expect("cannot open a node's log");
+        let child = Command::new(env!("CARGO_BIN_EXE_downpour"))
+            .args([self.role, "--config", "node.yaml"])
+            .current_dir(&self.dir)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("cannot share a log file"))
+            .stderr(log)
+            .spawn()
+            .expect("cannot run downpour");
+        self.child = Some(child);
+        wait_for(&format!("the {} answers", self.role), SOON, || {
+            self.assert_running();
+            self.health()
+        });
+    }
+
+    /// Ends it as a power cut would.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("it does not run");
+        child.kill().expect("cannot kill a node");
+        child.wait().expect("cannot wait for a node");
+    }
+
+    /// Sends SIGTERM; gives how it ended and how long that took.
+    #[track_caller]
+    pub fn terminate(&mut self) -> (ExitStatus, Duration) {
+        let mut child = self.child.take().expect("it does not run");
+        let start = Instant::now();
+        // SAFETY: a system call on a process that is ours and has not been waited for.
+        assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) }, 0);
+        while start.elapsed() < SOON {
+            if let Some(status) = child.try_wait().expect("cannot wait for a node") {
+                return (status, start.elapsed());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.child = Some(child);
+        panic!("the {} runs on after SIGTERM", self.role);
+    }
+
+    #[track_caller]
+    pub fn assert_running(&mut self) {
+        let child = self.child.as_mut().expect("it does not run");
+        if let Some(status) = child.try_wait().expect("cannot wait for a node") {
+            self.child = None;
+            panic!("the {} ended: {status}\n{}", self.role, tail(&self.log(), 40));
+        }
+    }
+
+    /// The answer of `/healthz`, unless it does not answer.
+    pub fn health(&self) -> Option<Value> {
+        let (status, health) = http::get_json(self.http, "/healthz").ok()?;
+        (status == 200).then_some(health)
+    }
+
+    /// How many streams `/healthz` tells.
+    #[track_caller]
+    pub fn streams(&self) -> u64 {
+        let health = self.health().unwrap_or_else(|| panic!("the {} does not answer", self.role));
+        health["streams"].as_u64().expect("no count of streams")
+    }
+
+    #[track_caller]
+    pub fn metrics(&self) -> Metrics {
+        Metrics::scrape(self.http)
+            .unwrap_or_else(|error| panic!("no metrics of the {}: {error}", self.role))
+    }
+
+    /// The most memory that it had so far, in bytes (`VmHWM`).
+    #[track_caller]
+    pub fn peak_memory(&self) -> u64 {
+        let pid = self.child.as_ref().expect("it does not run").id();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("no status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.expect("no VmHWM") * 1024
+    }
+
+    /// The files under `record_dir`, sorted by name.
+    pub fn recordings(&self) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        collect_files(&self.dir.join("records"), &mut files);
+        files.sort();
+        files
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("node.log")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Both fail if it has ended, which is as well.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("---- {}:\n{}", self.dir.display(), tail(&self.log(), 40));
+        }
+    }
+}
+
+/// The last lines of a log.
+pub fn tail(log: &Path, count: usize) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+fn collect_files(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            collect_files(&path, files);
+        } else {
+            files.push(path);
+        }
+    }
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+/// A group of the local scope (RFC 2365 §6.1) that other tests do not use at the same time.
+fn group() -> Ipv4Addr {
+    let [a, b] = rand::random::<[u8; 2]>();
+    Ipv4Addr::new(239, 255, a, b.clamp(1, 254))
+}
+
+fn quoted(items: &[String]) -> String {
+    items.iter().map(|item| format!("\"{item}\"")).collect::<Vec<_>>().join(", ")
+}
