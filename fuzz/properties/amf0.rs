@@ -1,0 +1,56 @@
+//! AMF0 values: commands, and script data.
+
+use bytes::BytesMut;
+use downpour::rtmp::amf0::{Amf0Error, Decoder, MAX_VALUES, Value, leading_string};
+
+use super::{Random, memory};
+
+/// Decoding ends, holds no more than the limits allow, and what it gives can be encoded again to
+/// the same; input that breaks off gives the same values up to there.
+pub fn check(data: &[u8]) {
+    // A longer name may grow over 65,535 bytes when bytes that are not UTF-8 are replaced.
+    let data = &data[..data.len().min(20_000)];
+    let ((values, error), held) = memory::peak(|| decode(data));
+    let most = 4 * MAX_VALUES * size_of::<(String, Value)>() + 16 * data.len();
+    assert!(held <= most, "{held} bytes held for {} of input", data.len());
+
+    let mut encoded = BytesMut::new();
+    for value in &values {
+        value.encode(&mut encoded).expect("what was decoded can be encoded");
+        for (name, _) in value.properties().unwrap_or_default() {
+            assert!(value.property(name).is_some(), "{name}");
+        }
+    }
+    // Not the values themselves: a number that is not one equals nothing.
+    let mut again = BytesMut::new();
+    let (decoded, nothing) = decode(&encoded);
+    assert_eq!((decoded.len(), nothing), (values.len(), None));
+    for value in decoded {
+        value.encode(&mut again).expect("what was decoded can be encoded");
+    }
+    assert_eq!(again, encoded);
+
+    let cut = Random::of(data).below(data.len() + 1);
+    let (head, cut_error) = decode(&data[..cut]);
+    assert!(head.len() <= values.len());
+    assert_eq!(format!("{head:?}"), format!("{:?}", &values[..head.len()]));
+    assert!(matches!(cut_error, None | Some(Amf0Error::Truncated)) || cut_error == error);
+
+    if let Some((text, rest)) = leading_string(data) {
+        let mut decoder = Decoder::new(data);
+        let first = decoder.next().expect("there is a string");
+        assert_eq!(first, Ok(Value::String(String::from_utf8_lossy(text).into_owned())));
+        assert_eq!(decoder.remaining(), rest);
+    }
+}
+
+fn decode(data: &[u8]) -> (Vec<Value>, Option<Amf0Error>) {
+    let mut values = Vec::new();
+    for value in Decoder::new(data) {
+        match value {
+            Ok(value) => values.push(value),
+            Err(error) => return (values, Some(error)),
+        }
+    }
+    (values, None)
+}

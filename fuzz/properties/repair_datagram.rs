@@ -1,0 +1,75 @@
+//! The datagrams of `downpour/1`.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use downpour::{
+    repair::message::{Gone, Message, Nack, encode_repair},
+    rtp::Seq,
+};
+
+use super::{Random, memory};
+
+/// What can be read can be written again, in datagrams of any length, and means the same.
+pub fn check(data: &[u8]) {
+    let datagram = Bytes::copy_from_slice(data);
+    let (parsed, held) = memory::peak(|| Message::parse(datagram));
+    assert!(held <= 64 * Message::MAX_LEN, "{held} bytes held for {}", data.len());
+    let Ok(message) = parsed else { return };
+    assert!(data.len() <= Message::MAX_LEN);
+    let max_len = Random::of(data).below(Message::MAX_LEN + 100);
+    match message {
+        Message::Nack(nack) => {
+            assert!((1..=Nack::MAX_COPIES).contains(&nack.copies));
+            check_pairs(&nack.seqs, data.len(), max_len, |seqs, max_len| {
+                let datagrams = Nack { seqs, ..nack }.encode(max_len);
+                let parts = datagrams.into_iter().map(|datagram| match reread(datagram, max_len) {
+                    Message::Nack(part) => {
+                        assert_eq!((part.ssrc, part.copies), (nack.ssrc, nack.copies));
+                        part.seqs
+                    }
+                    other => panic!("a nack became {other:?}"),
+                });
+                parts.flatten().collect()
+            });
+        }
+        Message::Gone(gone) => {
+            check_pairs(&gone.seqs, data.len(), max_len, |seqs, max_len| {
+                let datagrams = Gone { seqs, ..gone }.encode(max_len);
+                let parts = datagrams.into_iter().map(|datagram| match reread(datagram, max_len) {
+                    Message::Gone(part) => {
+                        assert_eq!(part.ssrc, gone.ssrc);
+                        part.seqs
+                    }
+                    other => panic!("a gone became {other:?}"),
+                });
+                parts.flatten().collect()
+            });
+        }
+        Message::Repair(packet) => assert_eq!(encode_repair(&packet), data),
+        Message::Heartbeat(heartbeat) => {
+            assert_eq!(Message::parse(heartbeat.encode()), Ok(Message::Heartbeat(heartbeat)));
+        }
+    }
+}
+
+/// Sent and read again, the numbers are the same ones, and come in an order that stays.
+fn check_pairs(
+    seqs: &[Seq],
+    len: usize,
+    max_len: usize,
+    resend: impl Fn(Vec<Seq>, usize) -> Vec<Seq>,
+) {
+    assert!(seqs.len() <= len / 4 * 17, "{} numbers in {len} bytes", seqs.len());
+    let sent = resend(seqs.to_vec(), max_len);
+    let set = |seqs: &[Seq]| seqs.iter().copied().collect::<HashSet<_>>();
+    assert_eq!(set(&sent), set(seqs));
+    assert_eq!(sent.first(), seqs.first(), "the most urgent stays in front");
+    assert_eq!(resend(sent.clone(), Message::MAX_LEN), sent);
+}
+
+fn reread(datagram: Bytes, max_len: usize) -> Message {
+    // A head and one pair is the least.
+    assert!(datagram.len() <= max_len.clamp(10, Message::MAX_LEN));
+    Message::parse(datagram).expect("what was written can be read")
+}

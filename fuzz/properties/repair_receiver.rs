@@ -1,0 +1,133 @@
+//! The receiver of one publication: any packets, heartbeats and refusals at any time.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use downpour::{
+    repair::receiver::{Event, Path, Receiver, Settings},
+    rtp::{Packet, Seq, Ssrc, packet::Header},
+};
+
+use super::take;
+
+/// Numbers leave in order, each as a packet that came or as a loss, and none is left in the end.
+/// The window is not exceeded, only what is missing is asked for, and the next timer lies ahead.
+///
+/// The first four bytes are the settings, every further four an event: what, how, and two for the
+/// sequence number, the time, or both.
+pub fn check(mut data: &[u8]) {
+    let Some([window, latency, join, first]) = take(&mut data) else { return };
+    let settings = Settings {
+        // Small ones fill up sooner, and are quicker to walk.
+        window: 1 << (window % 11),
+        latency: Duration::from_millis(u64::from(latency) * 4),
+        join_latency: Duration::from_millis(u64::from(join) * 4),
+    };
+    let mut newest = Seq(u16::from(first) << 8);
+    let (receiver, next) = match first {
+        0 => (Receiver::new(settings), None),
+        _ => (Receiver::starting_at(settings, newest), Some(newest)),
+    };
+    let window = settings.window;
+    let mut run = Run { receiver, now: Instant::now(), window, next, came: HashSet::new() };
+    let (mut given, mut number) = (0, 0);
+    while let Some([kind, how, high, low]) = take(&mut data) {
+        let argument = u16::from_be_bytes([high, low]);
+        // Near the newest number or anywhere.
+        let seq = match how & 1 {
+            0 => newest.plus(usize::from(argument % 8)),
+            _ => Seq(argument),
+        };
+        match kind % 8 {
+            0..=3 => {
+                number += 1;
+                let path = if kind % 8 == 3 { Path::Repair } else { Path::Live };
+                if path == Path::Live {
+                    newest = seq;
+                }
+                run.came.insert((seq.0, number));
+                run.receiver.handle_packet(run.now, packet(seq, number), path);
+                given += 1;
+            }
+            4 => run.receiver.handle_heartbeat(run.now, seq),
+            5 => {
+                let gone = (0..usize::from(how)).map(|i| seq.plus(i));
+                run.receiver.handle_gone(run.now, gone);
+            }
+            6 => {
+                let trip = Duration::from_millis(u64::from(argument));
+                run.receiver.set_round_trip(run.now, trip, trip / 4);
+            }
+            _ => {
+                run.now += Duration::from_millis(u64::from(how)) + Duration::from_micros(10);
+                run.receiver.handle_timeout(run.now);
+            }
+        }
+        run.poll();
+        assert_eq!(run.receiver.stats().received, given);
+    }
+    run.now += settings.latency.max(settings.join_latency) + Duration::from_secs(1);
+    run.receiver.handle_timeout(run.now);
+    run.poll();
+    assert_eq!((run.receiver.pending(), run.receiver.missing()), (0, 0));
+    if let Some(Seq(next)) = run.next {
+        assert!(run.receiver.is_done_through(Seq(next.wrapping_sub(1))));
+        assert!(!run.receiver.is_done_through(Seq(next)));
+    }
+}
+
+struct Run {
+    receiver: Receiver,
+    now: Instant,
+    window: usize,
+    /// What must be handed on next, once that is known.
+    next: Option<Seq>,
+    /// Sequence number and content of packets that were given and have not come back.
+    came: HashSet<(u16, u32)>,
+}
+
+impl Run {
+    fn poll(&mut self) {
+        while let Some(event) = self.receiver.poll_event() {
+            match event {
+                Event::Packet(packet) => {
+                    let seq = packet.header.seq;
+                    assert!(self.next.is_none_or(|next| next == seq), "{seq} is out of order");
+                    let known = (seq.0, packet.header.timestamp);
+                    assert!(self.came.remove(&known), "{seq} was not given, or comes twice");
+                    self.next = Some(seq.plus(1));
+                }
+                Event::Lost(count) => {
+                    assert!(count > 0);
+                    self.next = self.next.map(|next| next.plus(count as usize));
+                }
+                Event::Restart => self.next = None,
+            }
+        }
+        assert!(self.receiver.missing() <= self.receiver.pending());
+        assert!(self.receiver.pending() <= self.window);
+        while let Some(request) = self.receiver.poll_request(self.now) {
+            assert!((1..=512).contains(&request.seqs.len()));
+            assert!((1..=3).contains(&request.copies));
+            for pair in request.seqs.windows(2) {
+                assert!(pair[1].distance_from(pair[0]) > 0, "rising: {:?}", request.seqs);
+            }
+            if let (Some(next), Some(first)) = (self.next, request.seqs.first()) {
+                let ahead = first.distance_from(next);
+                assert!((0..self.window as i32).contains(&ahead), "{first} is not missing");
+            }
+        }
+        if let Some(timeout) = self.receiver.poll_timeout() {
+            assert!(timeout > self.now, "a timer in the past would keep a node busy");
+        }
+    }
+}
+
+/// `number` tells packets with the same sequence number apart.
+fn packet(seq: Seq, number: u32) -> Packet {
+    let header = Header { marker: false, payload_type: 100, seq, timestamp: number, ssrc: Ssrc(1) };
+    Packet { header, payload: Bytes::new() }
+}
