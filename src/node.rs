@@ -63,15 +63,6 @@ pub async fn listen(key: &'static str, addr: &ListenAddr) -> Result<TcpListener,
     TcpListener::bind(resolved).await.map_err(|error| StartError::listen(key, resolved, &error))
 }
 
-/// The address under which this machine reaches something that listens on `addr`.
-pub fn reachable(addr: SocketAddr) -> SocketAddr {
-    match addr.ip().is_unspecified() {
-        true if addr.is_ipv4() => ([127, 0, 0, 1], addr.port()).into(),
-        true => (std::net::Ipv6Addr::LOCALHOST, addr.port()).into(),
-        false => addr,
-    }
-}
-
 /// What this machine calls itself, if it says.
 pub fn host_name() -> Option<String> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;

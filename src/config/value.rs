@@ -258,13 +258,6 @@ impl Setting for Destination {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct InterfaceAddr(pub Option<Ipv4Addr>);
 
-impl InterfaceAddr {
-    /// As `IP_MULTICAST_IF` and `IP_ADD_MEMBERSHIP` take it: 0.0.0.0 is the system's choice.
-    pub fn or_unspecified(self) -> Ipv4Addr {
-        self.0.unwrap_or(Ipv4Addr::UNSPECIFIED)
-    }
-}
-
 impl Setting for InterfaceAddr {
     fn read(value: &Value) -> Result<Self, String> {
         match value {

@@ -114,11 +114,6 @@ impl History {
         (self.next - u64::from(Seq::FIRST.0), self.total_bytes)
     }
 
-    /// The oldest sequence number held.
-    pub fn oldest_seq(&self) -> Option<Seq> {
-        self.bursts.front().map(|held| held.burst.first_seq())
-    }
-
     /// The newest sequence number held.
     pub fn newest_seq(&self) -> Option<Seq> {
         self.bursts.back().map(|held| held.burst.last_seq())

@@ -253,10 +253,7 @@ impl Receiver {
         let mut asked_copies = 1;
         while let Some(&Reverse((due, number))) = self.asks.peek() {
             // What falls due within the timer's grain goes along now.
-            if due > now + TIMER_GRAIN {
-                break;
-            }
-            if numbers.len() >= MAX_REQUEST {
+            if due > now + TIMER_GRAIN || numbers.len() >= MAX_REQUEST {
                 break;
             }
             let Some(copies) = self.copies_to_ask(now, number) else {
