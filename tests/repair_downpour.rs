@@ -40,7 +40,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 fn nack(feed: &Feed, copies: u8, seqs: &[Seq]) -> Nack {
-    Nack { ssrc: feed.ssrc(), copies, seqs: seqs.to_vec() }
+    Nack { ssrc: feed.ssrc(), copies, slack_ms: 500, seqs: seqs.to_vec() }
 }
 
 async fn welcome(edge: &mut Edge) {
@@ -130,7 +130,7 @@ async fn nacks_bring_repairs_and_gone() {
     let mut asked = wanted.to_vec();
     asked.extend([Seq(64), Seq(900), Seq(64999)]);
     edge.handle.nack(nack(&feed, 1, &asked));
-    edge.handle.nack(Nack { ssrc: Ssrc(99), copies: 1, seqs: vec![Seq(1)] });
+    edge.handle.nack(Nack { ssrc: Ssrc(99), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
     let (mut repaired, mut gone) = (HashSet::new(), HashSet::new());
     let deadline = Instant::now() + Duration::from_secs(10);
     while repaired.len() < 60 || gone.len() < 4 {
@@ -247,6 +247,9 @@ fn hello(streams: &[&str]) -> EdgeMessage {
         node: "raw".into(),
         token: None,
         rtp_port: None,
+        rtp_paths: 1,
+        group: None,
+        parity: false,
         streams: streams.iter().map(|pattern| pattern.parse().unwrap()).collect(),
     })
 }
@@ -509,7 +512,7 @@ async fn edges_are_admitted_and_followed() {
     let mut edge = Edge::start(settings);
     welcome(&mut edge).await;
     let report = StreamReport { ssrc: 7, lost: 42, ..Default::default() };
-    edge.handle.report(Report { streams: vec![report] });
+    edge.handle.report(Report { round_trip_us: 0, streams: vec![report] });
     let seen = || doorman.seen.lock().unwrap().clone();
     until(|| seen().len() == 3).await;
     edge.shutdown.cancel();
@@ -663,7 +666,10 @@ async fn a_broken_cloud_is_left_with_a_reason() {
         (vec![0, 0x20, 0, 0], None),
         ([frame(welcome), frame(welcome)].concat(), None),
         (frame(welcome), Some(Bytes::from_static(&[2, 0x80]))),
-        (frame(welcome), Nack { ssrc: Ssrc(1), copies: 1, seqs: vec![Seq(1)] }.encode(100).pop()),
+        (
+            frame(welcome),
+            Nack { ssrc: Ssrc(1), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] }.encode(100).pop(),
+        ),
     ];
     let served = ways.clone();
     tokio::spawn(async move {

@@ -91,7 +91,7 @@ async fn repair_times(percent: u32) -> Vec<Duration> {
                 ask.retain(|seq| first_asked.contains_key(seq));
                 retries.extend(ask.iter().map(|seq| (now + ROUND_TRIP * 11 / 10, *seq)));
                 if !ask.is_empty() {
-                    edge.handle.nack(Nack { ssrc: feed.ssrc(), copies: 1, seqs: ask });
+                    edge.handle.nack(Nack { ssrc: feed.ssrc(), copies: 1, slack_ms: 500, seqs: ask });
                 }
             }
             event = edge.events.recv() => if let Some(RepairEvent::Repair(packet)) = event {

@@ -133,7 +133,7 @@ impl Simulation {
                     let packet = burst.packet(i).unwrap();
                     sent_at.push(self.now);
                     media_bytes += packet.len() + UDP_HEADERS;
-                    self.send(|| Arrival::Packet(packet.clone(), Path::Live));
+                    self.send(|| Arrival::Packet(packet.clone(), Path::Live(0)));
                 }
                 sent += burst.count() as u64;
                 next_tag = tags.next();
@@ -182,8 +182,12 @@ impl Simulation {
             receiver.handle_timeout(self.now);
             while let Some(request) = receiver.poll_request(self.now) {
                 assert!(!request.seqs.is_empty());
-                let nack =
-                    Nack { ssrc: Ssrc(1), copies: request.copies, seqs: request.seqs.clone() };
+                let nack = Nack {
+                    ssrc: Ssrc(1),
+                    copies: request.copies,
+                    slack_ms: request.slack_ms(self.now),
+                    seqs: request.seqs.clone(),
+                };
                 let encoded = nack.encode(1150).into_iter();
                 extra_bytes += encoded.map(|nack| nack.len() + QUIC_HEADERS).sum::<usize>();
                 self.send(|| Arrival::Request(request.clone()));
@@ -353,7 +357,7 @@ fn a_sender_that_begins_anew_is_followed() {
             let burst = packetizer.packetize(&tags(2)[1]);
             let mut packet = Packet::parse(burst.packet(0).unwrap()).unwrap();
             packet.header.seq = Seq(from.wrapping_add(i));
-            receiver.handle_packet(now, packet, Path::Live);
+            receiver.handle_packet(now, packet, Path::Live(0));
         }
         std::iter::from_fn(|| receiver.poll_event()).collect::<Vec<_>>()
     };
@@ -380,10 +384,10 @@ fn what_the_sender_no_longer_has_is_given_up_at_once() {
         .skip(1)
         .map(|tag| Packet::parse(packetizer.packetize(tag).packet(0).unwrap()).unwrap())
         .collect();
-    receiver.handle_packet(now, packets[0].clone(), Path::Live);
+    receiver.handle_packet(now, packets[0].clone(), Path::Live(0));
     let mut last = packets[3].clone();
     last.header.seq = packets[0].header.seq.plus(3);
-    receiver.handle_packet(now, last, Path::Live);
+    receiver.handle_packet(now, last, Path::Live(0));
     let request = receiver.poll_request(now).unwrap();
     assert_eq!(request.seqs, [Seq::FIRST.plus(1), Seq::FIRST.plus(2)]);
     receiver.handle_gone(now, request.seqs);
@@ -397,8 +401,8 @@ fn a_late_timer_does_not_ask_twice_in_one_request() {
     let mut receiver = Receiver::new(latency(500));
     // Short of the deadline from the start, so that the first request is to be repeated.
     receiver.set_round_trip(now, Duration::from_millis(300), Duration::from_millis(10));
-    receiver.handle_packet(now, numbered(100), Path::Live);
-    receiver.handle_packet(now, numbered(102), Path::Live);
+    receiver.handle_packet(now, numbered(100), Path::Live(0));
+    receiver.handle_packet(now, numbered(102), Path::Live(0));
     assert_eq!(receiver.poll_request(now).map(|request| request.seqs), Some(vec![Seq(101)]));
     // Two milliseconds on it was due; by now the next try would be overdue too.
     receiver.set_round_trip(now, Duration::from_millis(10), Duration::from_millis(1));
@@ -413,9 +417,9 @@ fn a_late_timer_does_not_ask_twice_in_one_request() {
 fn the_window_holds_as_many_as_it_says() {
     let now = Instant::now();
     let mut receiver = Receiver::new(Settings { window: 4, ..latency(500) });
-    receiver.handle_packet(now, numbered(100), Path::Live);
+    receiver.handle_packet(now, numbered(100), Path::Live(0));
     for number in [103, 104, 105] {
-        receiver.handle_packet(now, numbered(number), Path::Live);
+        receiver.handle_packet(now, numbered(number), Path::Live(0));
         assert!(receiver.pending() <= 4, "{} at {number}", receiver.pending());
     }
     let events: Vec<_> = std::iter::from_fn(|| receiver.poll_event()).collect();

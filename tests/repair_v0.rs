@@ -268,7 +268,7 @@ async fn our_edge_asks_our_cloud() {
     assert_eq!(edge.handle.rtt(), None);
     let mut asked = seqs.clone();
     asked.insert(100, Seq(9999));
-    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, seqs: asked });
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: asked });
     edge.wait(|event| {
         matches!(event, RepairEvent::Connected { protocol: Protocol::V0 }).then_some(())
     })
@@ -293,7 +293,7 @@ async fn our_edge_comes_back_after_the_cloud_closed() {
     let (addr, identity, origin) = (cloud.addr, cloud.identity.clone(), cloud.origin.clone());
     let mut feed = Feed::start(&origin, "live/a", 7);
     let seq = feed.push(1)[0];
-    let nack = Nack { ssrc: Ssrc(7), copies: 1, seqs: vec![seq] };
+    let nack = Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![seq] };
     let mut edge = Edge::start(v0_settings(addr));
     edge.handle.nack(nack.clone());
     assert_eq!(edge.repair().await, feed.packet(seq));
@@ -378,8 +378,8 @@ async fn our_edge_is_gentle_with_an_existing_cloud() {
     assert_eq!(within(cloud.requests.recv()).await.unwrap(), Ok((0, 0)));
 
     // A stream that the cloud does not know is not answered, and does not put the rest out of step.
-    edge.handle.nack(Nack { ssrc: Ssrc(99), copies: 1, seqs: vec![Seq(5)] });
-    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, seqs: seqs.clone() });
+    edge.handle.nack(Nack { ssrc: Ssrc(99), copies: 1, slack_ms: 500, seqs: vec![Seq(5)] });
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: seqs.clone() });
     let gone = edge.wait(|event| match event {
         RepairEvent::Gone(gone) => Some(gone),
         _ => None,
@@ -388,7 +388,7 @@ async fn our_edge_is_gentle_with_an_existing_cloud() {
     for &seq in &seqs {
         assert_eq!(edge.repair().await, feed.packet(seq));
     }
-    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, seqs: vec![Seq(1)] });
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
     let gone = edge.wait(|event| match event {
         RepairEvent::Gone(gone) => Some(gone),
         _ => None,
@@ -420,7 +420,7 @@ async fn a_cloud_out_of_step_is_left() {
         }
     });
     let mut edge = Edge::start(v0_settings(addr));
-    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, seqs: vec![Seq(1)] });
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
     assert!(edge.disconnected().await.contains("out of step"));
     assert_eq!(edge.metrics.malformed.get(), 1);
 }

@@ -44,8 +44,8 @@ pub fn check(mut data: &[u8]) {
         match kind % 8 {
             0..=3 => {
                 number += 1;
-                let path = if kind % 8 == 3 { Path::Repair } else { Path::Live };
-                if path == Path::Live {
+                let path = if kind % 8 == 3 { Path::Repair } else { Path::Live(0) };
+                if path == Path::Live(0) {
                     newest = seq;
                 }
                 run.came.insert((seq.0, number));

@@ -211,7 +211,7 @@ impl Ingress {
             self.metrics.pack_loss.inc();
             return;
         }
-        self.intake.handle_packet(now, Bytes::copy_from_slice(datagram), Path::Live);
+        self.intake.handle_packet(now, Bytes::copy_from_slice(datagram), Path::Live(0));
     }
 
     fn handle_event(&mut self, event: Option<RepairEvent>) {
@@ -235,7 +235,7 @@ impl Ingress {
                     repair.protocol = None;
                 }
             }
-            RepairEvent::Welcome(_) => {}
+            RepairEvent::Welcome(_) | RepairEvent::PathUp { .. } => {}
             RepairEvent::StreamUp(up) => intake.stream_up(now, up),
             RepairEvent::StreamUpdate { ssrc, headers } => intake.stream_update(ssrc, headers),
             RepairEvent::StreamEnd { ssrc, last_seq } => intake.stream_end(now, ssrc, last_seq),
@@ -263,7 +263,8 @@ impl Ingress {
             }
             if now.duration_since(self.last_report) >= REPORT_EVERY {
                 self.last_report = now;
-                repair.handle.report(Report { streams: self.intake.reports() });
+                let round_trip_us = repair.handle.rtt().map_or(0, |rtt| rtt.as_micros() as u64);
+                repair.handle.report(Report { round_trip_us, streams: self.intake.reports() });
             }
         }
         self.intake.tick(now);

@@ -134,7 +134,7 @@ impl Intake {
             self.hold_unknown(now, packet, path);
             return;
         };
-        if path == Path::Live {
+        if matches!(path, Path::Live(_)) {
             stream.last_packet = now;
         } else if stream.hunt_headers(&packet) {
             // It is from the publication's beginning, and none of those that are missing now.
@@ -221,7 +221,7 @@ impl Intake {
             self.nacks.push_back(stream.begin_header_hunt(now));
         }
         for packet in held {
-            stream.receiver.handle_packet(now, packet, Path::Live);
+            stream.receiver.handle_packet(now, packet, Path::Live(0));
         }
         if let (Some(_), Some(newest)) = (first, up.newest) {
             stream.receiver.handle_heartbeat(now, newest);
@@ -399,7 +399,13 @@ impl Intake {
     fn pump(&mut self, now: Instant, ssrc: Ssrc) {
         let Some(stream) = self.streams.get_mut(&ssrc) else { return };
         while let Some(request) = stream.receiver.poll_request(now) {
-            self.nacks.push_back(Nack { ssrc, copies: request.copies, seqs: request.seqs });
+            let slack_ms = request.slack_ms(now);
+            self.nacks.push_back(Nack {
+                ssrc,
+                copies: request.copies,
+                slack_ms,
+                seqs: request.seqs,
+            });
             if self.nacks.len() > MAX_NACKS {
                 self.nacks.pop_front();
                 self.metrics.nacks_dropped.inc();
@@ -478,7 +484,8 @@ impl Incoming {
 
     fn hunt_request(&self) -> Nack {
         let seqs = (0..HUNT_PACKETS).map(|i| Seq::FIRST.plus(i)).collect();
-        Nack { ssrc: self.ssrc, copies: 1, seqs }
+        let slack_ms = MEDIA_WAITS.as_millis() as u16;
+        Nack { ssrc: self.ssrc, copies: 1, slack_ms, seqs }
     }
 
     /// Whether the packet is one of those that the hunt is for.
@@ -595,9 +602,15 @@ impl Incoming {
             ssrc: self.ssrc.0,
             received: stats.received,
             lost: stats.asked,
-            repaired: stats.repaired.iter().sum(),
+            repaired: stats.repaired,
+            parity: stats.parity,
             given_up: stats.lost,
-            buffered_ms: 0,
+            too_late: stats.too_late,
+            duplicate: stats.duplicate,
+            reordered: stats.reordered,
+            nacks: stats.requests,
+            delays: stats.delays.to_vec(),
+            paths: Vec::new(),
         }
     }
 }
@@ -693,11 +706,11 @@ mod tests {
         let (mut intake, hub) = intake();
         let now = Instant::now();
         let (tags, bursts) = bursts(7, 4);
-        bursts[..3].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        bursts[..3].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
         assert!(hub.is_empty());
         assert_eq!(intake.unnamed(now, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
         intake.stream_named(now, named("live/a", 7));
-        bursts[3..].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        bursts[3..].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
         assert_eq!(read(&hub, "live/a"), tags);
         assert_eq!(intake.poll_nack(), None);
     }
@@ -714,7 +727,7 @@ mod tests {
         assert_eq!(nack.seqs.first(), Some(&bursts[6].first_seq()));
         assert_eq!(nack.seqs.last(), Some(&bursts[8].last_seq()));
         bursts[6..9].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Repair));
-        feed(&mut intake, now, &bursts[9], Path::Live);
+        feed(&mut intake, now, &bursts[9], Path::Live(0));
         let read = read(&hub, "live/a");
         assert_eq!(read[0].body(), tags[0].body());
         assert_eq!(read[1..], tags[6..]);
@@ -725,12 +738,12 @@ mod tests {
         let (mut intake, hub) = intake();
         let now = Instant::now();
         let (tags, bursts) = bursts(7, 9);
-        feed(&mut intake, now, &bursts[6], Path::Live);
+        feed(&mut intake, now, &bursts[6], Path::Live(0));
         intake.stream_named(now, named("live/a", 7));
         let nack = intake.poll_nack().unwrap();
         assert_eq!((nack.ssrc, nack.seqs[0]), (Ssrc(7), Seq::FIRST));
         feed(&mut intake, now, &bursts[0], Path::Repair);
-        feed(&mut intake, now, &bursts[7], Path::Live);
+        feed(&mut intake, now, &bursts[7], Path::Live(0));
         intake.gone(now, Ssrc(7), &[Seq::FIRST.plus(1)]);
         let read = read(&hub, "live/a");
         assert_eq!(read[0].body(), tags[0].body());
@@ -749,18 +762,18 @@ mod tests {
             bytes[2..4].copy_from_slice(&seq.to_be_bytes());
             Bytes::from(bytes)
         };
-        (0..3).for_each(|n| intake.handle_packet(now, live(6, n), Path::Live));
+        (0..3).for_each(|n| intake.handle_packet(now, live(6, n), Path::Live(0)));
         intake.stream_named(now, named("live/a", 7));
         intake.poll_nack().unwrap();
         feed(&mut intake, now, &bursts[0], Path::Repair);
         intake.gone(now, Ssrc(7), &[Seq::FIRST.plus(1)]);
-        (0..3).for_each(|n| intake.handle_packet(now, live(7, n), Path::Live));
+        (0..3).for_each(|n| intake.handle_packet(now, live(7, n), Path::Live(0)));
         assert_eq!(intake.poll_nack(), None);
         assert_eq!(read(&hub, "live/a")[1..], tags[6..8]);
         // One that comes when the hunt is long over changes nothing either.
         intake.streams.get_mut(&Ssrc(7)).unwrap().header_hunt = None;
         feed(&mut intake, now, &bursts[0], Path::Repair);
-        (0..3).for_each(|n| intake.handle_packet(now, live(8, n), Path::Live));
+        (0..3).for_each(|n| intake.handle_packet(now, live(8, n), Path::Live(0)));
         assert_eq!(intake.poll_nack(), None);
         assert_eq!(read(&hub, "live/a")[1..], tags[6..9]);
     }
@@ -770,7 +783,7 @@ mod tests {
         let (mut intake, hub) = intake();
         let now = Instant::now();
         let (tags, bursts) = bursts(7, 9);
-        feed(&mut intake, now, &bursts[6], Path::Live);
+        feed(&mut intake, now, &bursts[6], Path::Live(0));
         intake.stream_named(now, named("live/a", 7));
         assert_eq!(intake.poll_nack().unwrap().seqs[0], Seq::FIRST);
         // No answer: media does not wait for ever, and it is asked again.
@@ -788,12 +801,12 @@ mod tests {
         let (mut intake, hub) = intake();
         let now = Instant::now();
         let (_, bursts) = bursts(7, 9);
-        feed(&mut intake, now, &bursts[0], Path::Live);
+        feed(&mut intake, now, &bursts[0], Path::Live(0));
         intake.stream_named(now, named("live/a", 7));
         let later = now + Duration::from_secs(11);
         intake.tick(later);
         assert!(hub.is_empty());
-        feed(&mut intake, later, &bursts[1], Path::Live);
+        feed(&mut intake, later, &bursts[1], Path::Live(0));
         assert_eq!(intake.unnamed(later, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
         intake.stream_named(later, named("live/a", 7));
         assert_eq!(hub.len(), 1);
@@ -805,7 +818,7 @@ mod tests {
         let now = Instant::now();
         let (tags, bursts) = bursts(7, 4);
         // The header was lost on its way.
-        feed(&mut intake, now, &bursts[1], Path::Live);
+        feed(&mut intake, now, &bursts[1], Path::Live(0));
         intake.stream_up(now, up("live/a", 7, None, None));
         assert_eq!(intake.poll_nack().unwrap().seqs, [Seq::FIRST]);
         feed(&mut intake, now, &bursts[0], Path::Repair);
@@ -818,7 +831,7 @@ mod tests {
         let now = Instant::now();
         let (_, bursts) = bursts(7, 4);
         intake.stream_up(now, up("live/a", 7, None, None));
-        bursts[..4].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        bursts[..4].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
         intake.stream_end(now, Ssrc(7), Some(bursts[4].last_seq()));
         assert_eq!(hub.len(), 1, "its last tag is still missing");
         let wake = intake.poll_timeout().unwrap();
@@ -827,7 +840,7 @@ mod tests {
         feed(&mut intake, now, &bursts[4], Path::Repair);
         assert!(hub.is_empty() && intake.streams.is_empty() && intake.by_key.is_empty());
         // A straggler does not bring it back.
-        feed(&mut intake, now, &bursts[4], Path::Live);
+        feed(&mut intake, now, &bursts[4], Path::Live(0));
         assert!(intake.unknown.is_empty());
     }
 
@@ -837,7 +850,7 @@ mod tests {
         let now = Instant::now();
         let (_, bursts) = bursts(7, 4);
         intake.stream_up(now, up("live/a", 7, None, None));
-        feed(&mut intake, now, &bursts[0], Path::Live);
+        feed(&mut intake, now, &bursts[0], Path::Live(0));
         intake.stream_end(now, Ssrc(7), Some(bursts[4].last_seq()));
         for _ in 0..1000 {
             let Some(wake) = intake.poll_timeout() else { break };
@@ -854,7 +867,7 @@ mod tests {
         intake.stream_up(now, up("live/a", 8, None, None));
         assert_eq!((hub.len(), intake.streams.len(), intake.by_key.len()), (1, 1, 1));
         let (tags, bursts) = bursts(8, 2);
-        bursts.iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+        bursts.iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
         assert_eq!(read(&hub, "live/a"), tags);
         // The old one's end changes nothing.
         intake.stream_end(now, Ssrc(7), None);
@@ -897,7 +910,7 @@ mod tests {
         for ssrc in 0..1000 {
             let (_, bursts) = bursts(ssrc, 1);
             for _ in 0..10 {
-                bursts.iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live));
+                bursts.iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
             }
         }
         assert_eq!(intake.unknown.len(), MAX_UNKNOWN);
@@ -909,7 +922,7 @@ mod tests {
         }
         assert_eq!(hub.len(), 3, "max_streams");
         for garbage in [&b""[..], b"0001", &[0x80; 11], &[0x80, 100, 1]] {
-            intake.handle_packet(now, Bytes::copy_from_slice(garbage), Path::Live);
+            intake.handle_packet(now, Bytes::copy_from_slice(garbage), Path::Live(0));
         }
         assert_eq!(intake.metrics.malformed.get(), 4);
     }

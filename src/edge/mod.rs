@@ -220,6 +220,9 @@ fn connector(
             token: token.clone(),
             streams: streams.clone(),
             rtp_port: Some(rtp_port),
+            rtp_paths: 0,
+            group: None,
+            parity: false,
         };
         RepairClient::spawn(settings, events, metrics.clone(), shutdown)
     }))

@@ -71,6 +71,12 @@ pub struct RepairClientSettings {
     pub streams: Vec<StreamPattern>,
     /// The UDP port on which this edge takes RTP, if it wants RTP sent there.
     pub rtp_port: Option<u16>,
+    /// Over how many paths it wants RTP sent there, 0..=2.
+    pub rtp_paths: u8,
+    /// The multicast group that it listens to, if it does.
+    pub group: Option<SocketAddr>,
+    /// Whether it takes parity where it takes RTP.
+    pub parity: bool,
 }
 
 /// What to speak with the cloud.
@@ -113,6 +119,13 @@ pub enum RepairEvent {
         ssrc: Ssrc,
         /// The last sequence number sent, if any was.
         last_seq: Option<Seq>,
+    },
+    /// RTP goes to an address that this edge proved to be its own.
+    PathUp {
+        /// Which of this edge's paths.
+        path: u8,
+        /// The address, as the cloud sees it.
+        address: SocketAddr,
     },
     /// A whole RTP packet.
     Repair(Bytes),

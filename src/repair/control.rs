@@ -3,7 +3,7 @@
 //! Fields and message types that this version does not know are ignored, so that either end may be
 //! newer than the other.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, net::SocketAddr, str::FromStr};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
@@ -64,6 +64,13 @@ pub enum CloudMessage {
         /// The last sequence number sent, if any was.
         last_seq: Option<Seq>,
     },
+    /// RTP goes to an address that the edge proved to be its own.
+    PathUp {
+        /// Which of the edge's paths: 0 or 1.
+        path: u8,
+        /// Where RTP goes, as the cloud sees it.
+        address: SocketAddr,
+    },
     /// Why the cloud is about to close the connection.
     Error {
         /// For programs: a short word.
@@ -86,9 +93,19 @@ pub struct Hello {
     /// What shows that it may subscribe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
-    /// The UDP port on which it takes RTP; none if it listens to a group only.
+    /// The UDP port on which it takes RTP; none if it wants none sent to an address of its own,
+    /// because it listens to a group or is in the cloud's list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtp_port: Option<u16>,
+    /// Over how many paths it wants each packet, and will prove an address for: 0..=2.
+    #[serde(default = "one_path")]
+    pub rtp_paths: u8,
+    /// The multicast group that it listens to, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<SocketAddr>,
+    /// Whether it takes parity packets where it takes RTP.
+    #[serde(default)]
+    pub parity: bool,
     /// The streams it wants.
     #[serde(default)]
     pub streams: Vec<StreamPattern>,
@@ -130,27 +147,53 @@ pub struct StreamInfo {
 /// How an edge fares.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
+    /// The round trip to the cloud, smoothed, in microseconds.
+    #[serde(default)]
+    pub round_trip_us: u64,
     /// One entry a stream.
     #[serde(default)]
     pub streams: Vec<StreamReport>,
 }
 
-/// How one stream fares at an edge. Counters run from the stream's start there.
+/// How one stream fares at an edge. Counters are in packets and run from the stream's start there.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StreamReport {
     /// The publication.
     pub ssrc: u32,
-    /// Packets received, repairs included.
+    /// Came, by any way, duplicates included.
     pub received: u64,
-    /// Packets found missing.
+    /// Found missing and asked for.
     pub lost: u64,
-    /// Missing packets that a repair brought in time.
-    pub repaired: u64,
-    /// Missing packets given up.
+    /// Asked for, and brought by a repair: by the first, the second, and any later try.
+    pub repaired: [u64; 3],
+    /// Made anew from parity.
+    pub parity: u64,
+    /// Missing to the end.
     pub given_up: u64,
-    /// Media waiting to be released, in milliseconds.
-    pub buffered_ms: u32,
+    /// Came after they had been given up.
+    pub too_late: u64,
+    /// Came again after they were there.
+    pub duplicate: u64,
+    /// Came as sent, behind a later one.
+    pub reordered: u64,
+    /// Sequence numbers in requests, repetitions included.
+    pub nacks: u64,
+    /// By how much later than they could have been packets were there: how many within each of
+    /// [`DELAY_BOUNDS_MS`](super::receiver::DELAY_BOUNDS_MS), then how many over the last.
+    pub delays: Vec<u64>,
+    /// Each path by itself.
+    pub paths: Vec<PathReport>,
+}
+
+/// How one path of a stream fares.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PathReport {
+    /// Packets that came over it.
+    pub received: u64,
+    /// Packets that it lost.
+    pub lost: u64,
 }
 
 /// Sixteen random bytes, as 32 hexadecimal digits in JSON.
@@ -371,6 +414,10 @@ mod headers {
             metadata: tag(wire.metadata, TagKind::Script)?,
         })
     }
+}
+
+fn one_path() -> u8 {
+    1
 }
 
 fn to_hex(bytes: &[u8]) -> String {

@@ -5,7 +5,7 @@
 //!
 //! | type | then |
 //! |---|---|
-//! | 1 `nack` | copies u8 (1..=3), ssrc u32, one or more pairs |
+//! | 1 `nack` | copies u8 (1..=3), ssrc u32, slack u16, one or more pairs |
 //! | 2 `repair` | one whole RTP packet |
 //! | 3 `gone` | reserved u8, ssrc u32, one or more pairs |
 //! | 4 `heartbeat` | reserved u8, ssrc u32, last sequence number u16 |
@@ -45,11 +45,15 @@ impl Message {
         let Some((&kind, rest)) = datagram.split_first() else { return Err(MessageError::Empty) };
         match kind {
             TYPE_NACK => {
-                let (copies, ssrc, pairs) = split_head(rest)?;
+                let (copies, ssrc, rest) = split_head(rest)?;
+                let Some((slack, pairs)) = rest.split_first_chunk::<2>() else {
+                    return Err(MessageError::Truncated);
+                };
                 if !(1..=Nack::MAX_COPIES).contains(&copies) {
                     return Err(MessageError::Copies(copies));
                 }
-                Ok(Self::Nack(Nack { ssrc, copies, seqs: parse_pairs(pairs)? }))
+                let slack_ms = u16::from_be_bytes(*slack);
+                Ok(Self::Nack(Nack { ssrc, copies, slack_ms, seqs: parse_pairs(pairs)? }))
             }
             TYPE_REPAIR if rest.len() < HEADER_LEN => Err(MessageError::Truncated),
             TYPE_REPAIR => Ok(Self::Repair(datagram.slice(1..))),
@@ -74,6 +78,9 @@ pub struct Nack {
     pub ssrc: Ssrc,
     /// How many copies of each packet to send, a few milliseconds apart: 1..=[`Nack::MAX_COPIES`].
     pub copies: u8,
+    /// How much later than this the first of the packets is of no use any more, in milliseconds, as
+    /// the edge reckons it: what comes then should not have been sent.
+    pub slack_ms: u16,
     /// The packets asked for, in the order of urgency.
     pub seqs: Vec<Seq>,
 }
@@ -86,7 +93,8 @@ impl Nack {
     /// `copies` outside its range is brought into it; no sequence number, no datagram.
     pub fn encode(&self, max_len: usize) -> Vec<Bytes> {
         let copies = self.copies.clamp(1, Self::MAX_COPIES);
-        encode_pairs([TYPE_NACK, copies], self.ssrc, &self.seqs, max_len)
+        let slack = self.slack_ms.to_be_bytes();
+        encode_pairs([TYPE_NACK, copies], self.ssrc, &slack, &self.seqs, max_len)
     }
 }
 
@@ -102,7 +110,7 @@ pub struct Gone {
 impl Gone {
     /// Datagrams of at most `max_len` bytes that together name all of [`Gone::seqs`].
     pub fn encode(&self, max_len: usize) -> Vec<Bytes> {
-        encode_pairs([TYPE_GONE, 0], self.ssrc, &self.seqs, max_len)
+        encode_pairs([TYPE_GONE, 0], self.ssrc, &[], &self.seqs, max_len)
     }
 }
 
@@ -214,14 +222,22 @@ fn parse_pairs(bytes: &[u8]) -> Result<Vec<Seq>, MessageError> {
         .collect())
 }
 
-fn encode_pairs(head: [u8; 2], ssrc: Ssrc, seqs: &[Seq], max_len: usize) -> Vec<Bytes> {
-    let per_datagram = (max_len.min(Message::MAX_LEN).saturating_sub(HEAD_LEN) / PAIR_LEN).max(1);
+fn encode_pairs(
+    head: [u8; 2],
+    ssrc: Ssrc,
+    more: &[u8],
+    seqs: &[Seq],
+    max_len: usize,
+) -> Vec<Bytes> {
+    let head_len = HEAD_LEN + more.len();
+    let per_datagram = (max_len.min(Message::MAX_LEN).saturating_sub(head_len) / PAIR_LEN).max(1);
     Pair::pack(seqs)
         .chunks(per_datagram)
         .map(|pairs| {
-            let mut datagram = BytesMut::with_capacity(HEAD_LEN + pairs.len() * PAIR_LEN);
+            let mut datagram = BytesMut::with_capacity(head_len + pairs.len() * PAIR_LEN);
             datagram.put_slice(&head);
             datagram.put_u32(ssrc.0);
+            datagram.put_slice(more);
             for pair in pairs {
                 datagram.put_u16(pair.pid.0);
                 datagram.put_u16(pair.blp);
@@ -250,12 +266,12 @@ mod tests {
     #[test]
     fn a_nack_is_laid_out_as_rfc_4585_says() {
         let seqs = [65534, 65535, 0, 14, 15].map(Seq).to_vec();
-        let nack = Nack { ssrc: Ssrc(0x0a0b_0c0d), copies: 2, seqs };
+        let nack = Nack { ssrc: Ssrc(0x0a0b_0c0d), copies: 2, slack_ms: 0x0190, seqs };
         let datagrams = nack.encode(1200);
         assert_eq!(
             datagrams,
             [Bytes::from_static(&[
-                1, 2, 0x0a, 0x0b, 0x0c, 0x0d, 0xff, 0xfe, 0x80, 0x03, 0, 15, 0, 0
+                1, 2, 0x0a, 0x0b, 0x0c, 0x0d, 0x01, 0x90, 0xff, 0xfe, 0x80, 0x03, 0, 15, 0, 0
             ])]
         );
         assert_eq!(Message::parse(datagrams[0].clone()), Ok(Message::Nack(nack)));
@@ -266,10 +282,10 @@ mod tests {
         let parse = |bytes: &'static [u8]| Message::parse(Bytes::from_static(bytes));
         assert_eq!(parse(&[]), Err(MessageError::Empty));
         assert_eq!(parse(&[9]), Err(MessageError::UnknownType(9)));
-        assert_eq!(parse(&[1, 1, 0, 0, 0, 1]), Err(MessageError::Truncated));
-        assert_eq!(parse(&[1, 1, 0, 0, 0, 1, 0, 1, 0]), Err(MessageError::Truncated));
-        assert_eq!(parse(&[1, 0, 0, 0, 0, 1, 0, 1, 0, 0]), Err(MessageError::Copies(0)));
-        assert_eq!(parse(&[1, 4, 0, 0, 0, 1, 0, 1, 0, 0]), Err(MessageError::Copies(4)));
+        assert_eq!(parse(&[1, 1, 0, 0, 0, 1, 0, 9]), Err(MessageError::Truncated));
+        assert_eq!(parse(&[1, 1, 0, 0, 0, 1, 0, 9, 0, 1, 0]), Err(MessageError::Truncated));
+        assert_eq!(parse(&[1, 0, 0, 0, 0, 1, 0, 9, 0, 1, 0, 0]), Err(MessageError::Copies(0)));
+        assert_eq!(parse(&[1, 4, 0, 0, 0, 1, 0, 9, 0, 1, 0, 0]), Err(MessageError::Copies(4)));
         assert_eq!(parse(&[2, 0x80, 100]), Err(MessageError::Truncated));
         assert_eq!(parse(&[4, 0, 0, 0, 0, 1, 0]), Err(MessageError::Truncated));
         assert_eq!(

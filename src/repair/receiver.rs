@@ -34,10 +34,12 @@ impl Default for Settings {
 /// How a packet came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
-    /// As it was first sent.
-    Live,
+    /// As it was first sent, over this one of the paths that the stream has: 0 or 1.
+    Live(u8),
     /// As the answer to a request.
     Repair,
+    /// Made anew from parity.
+    Parity,
 }
 
 /// What the receiver hands on, in the order of sequence numbers.
@@ -58,6 +60,16 @@ pub struct Request {
     pub seqs: Vec<Seq>,
     /// How many copies of each the sender should send, a few milliseconds apart.
     pub copies: u8,
+    /// When the first of them is given up.
+    pub deadline: Instant,
+}
+
+impl Request {
+    /// The time that is left until [`Request::deadline`], in milliseconds.
+    pub fn slack_ms(&self, now: Instant) -> u16 {
+        let left = self.deadline.saturating_duration_since(now).as_millis();
+        u16::try_from(left).unwrap_or(u16::MAX)
+    }
 }
 
 /// Counts since the start, in packets unless it says otherwise.
@@ -73,8 +85,13 @@ pub struct Stats {
     pub asked: u64,
     /// Repaired by the first, the second, and any later request.
     pub repaired: [u64; 3],
+    /// Missing, and made anew from parity.
+    pub parity: u64,
     /// Given up: told by [`Event::Lost`].
     pub lost: u64,
+    /// By how much later than they could have been packets were there: how many within each of
+    /// [`DELAY_BOUNDS_MS`], then how many over the last.
+    pub delays: [u64; DELAY_BOUNDS_MS.len() + 1],
     /// Came after it had been given up.
     pub too_late: u64,
     /// Numbers in requests, repetitions included.
@@ -82,6 +99,9 @@ pub struct Stats {
     /// Times that the sender began anew.
     pub restarts: u64,
 }
+
+/// Upper bounds of the delays that [`Stats::delays`] counts, in milliseconds.
+pub const DELAY_BOUNDS_MS: [u16; 12] = [0, 2, 5, 10, 20, 50, 100, 150, 200, 300, 500, 1000];
 
 /// Reorders and repairs one publication.
 #[derive(Debug)]
@@ -156,7 +176,7 @@ impl Receiver {
         self.stats.received += 1;
         let seq = packet.header.seq;
         if !self.started {
-            if path == Path::Repair {
+            if !matches!(path, Path::Live(_)) {
                 self.stats.duplicate += 1;
                 return;
             }
@@ -164,7 +184,7 @@ impl Receiver {
         }
         let newest = self.next + self.window.len() as u64 - 1;
         let distance = i64::from(seq.distance_from(Seq(newest as u16)));
-        if path == Path::Repair && distance > 0 {
+        if !matches!(path, Path::Live(_)) && distance > 0 {
             // Only what is missing is asked for, and that is never ahead of the newest.
             self.stats.duplicate += 1;
             return;
@@ -173,7 +193,7 @@ impl Receiver {
             self.handle_stray(now, packet, path);
             return;
         }
-        if path == Path::Live {
+        if matches!(path, Path::Live(_)) {
             self.probation = None;
         }
         let number = newest.wrapping_add_signed(distance);
@@ -251,6 +271,7 @@ impl Receiver {
     pub fn poll_request(&mut self, now: Instant) -> Option<Request> {
         let mut numbers = Vec::new();
         let mut asked_copies = 1;
+        let mut deadline = now + self.settings.latency.max(self.settings.join_latency);
         while let Some(&Reverse((due, number))) = self.asks.peek() {
             // What falls due within the timer's grain goes along now.
             if due > now + TIMER_GRAIN || numbers.len() >= MAX_REQUEST {
@@ -265,6 +286,9 @@ impl Receiver {
             }
             self.asks.pop();
             self.mark_asked(now, number);
+            if let Some(missing) = self.missing_at(number) {
+                deadline = deadline.min(missing.deadline);
+            }
             asked_copies = copies;
             numbers.push(number);
         }
@@ -273,6 +297,7 @@ impl Receiver {
         (!numbers.is_empty()).then(|| Request {
             seqs: numbers.iter().map(|number| Seq(*number as u16)).collect(),
             copies: asked_copies,
+            deadline,
         })
     }
 
@@ -342,10 +367,11 @@ impl Receiver {
             return;
         };
         match path {
-            Path::Live => {
+            Path::Live(_) => {
                 self.stats.reordered += 1;
                 self.reordering.came_late(now.saturating_duration_since(missing.since));
             }
+            Path::Parity => self.stats.parity += 1,
             Path::Repair => {
                 let tries = usize::from(missing.tries.clamp(1, 3));
                 self.stats.repaired[tries - 1] += 1;
@@ -442,7 +468,7 @@ impl Receiver {
     fn handle_stray(&mut self, now: Instant, packet: Packet, path: Path) {
         let seq = packet.header.seq;
         let confirmed = self.probation.is_some_and(|first| first.plus(1) == seq);
-        if path == Path::Repair {
+        if !matches!(path, Path::Live(_)) {
             self.stats.duplicate += 1;
             return;
         }

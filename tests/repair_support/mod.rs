@@ -178,6 +178,9 @@ pub fn edge_settings(addr: SocketAddr) -> RepairClientSettings {
         token: None,
         streams: vec!["*".parse().unwrap()],
         rtp_port: Some(5004),
+        rtp_paths: 1,
+        group: None,
+        parity: false,
     }
 }
 

@@ -31,6 +31,9 @@ pub(super) async fn run(
         node: settings.node.clone(),
         token: settings.token.clone(),
         rtp_port: settings.rtp_port,
+        rtp_paths: settings.rtp_paths,
+        group: settings.group,
+        parity: settings.parity,
         streams: settings.streams.clone(),
     });
     let opening = async {
@@ -93,6 +96,9 @@ async fn converse(
             }
             Some(CloudMessage::StreamEnd { ssrc, last_seq }) => {
                 events.send(RepairEvent::StreamEnd { ssrc, last_seq }).await?;
+            }
+            Some(CloudMessage::PathUp { path, address }) => {
+                events.send(RepairEvent::PathUp { path, address }).await?;
             }
             Some(CloudMessage::Error { message, .. }) => return Err(Disconnect::Lost(message)),
             Some(CloudMessage::Welcome(_)) => {

@@ -37,7 +37,7 @@ pub(super) async fn run(
     // seen. A request for nothing shows it.
     let first_nack = first_nack.unwrap_or_else(|| {
         in_flight.lock().push_back(Request { asked: None, ..Request::NOTHING });
-        Nack { ssrc: Ssrc(0), copies: 1, seqs: Vec::new() }
+        Nack { ssrc: Ssrc(0), copies: 1, slack_ms: 0, seqs: Vec::new() }
     });
     if first_nack.seqs.is_empty() {
         info.write_all(&Request::NOTHING.encode()).await?;
