@@ -204,7 +204,7 @@ impl Simulation {
                         lost += count;
                         position += count;
                     }
-                    Event::Restart => {}
+                    Event::Restart(_) => {}
                 }
                 events.push(event);
             }
@@ -269,7 +269,7 @@ proptest! {
         let told: u64 = out.events.iter().map(|event| match event {
             Event::Packet(_) => 1,
             Event::Lost(count) => *count,
-            Event::Restart => 0,
+            Event::Restart(_) => 0,
         }).sum();
         prop_assert_eq!(told, out.sent);
     }
@@ -366,12 +366,33 @@ fn a_sender_that_begins_anew_is_followed() {
     assert_eq!(feed(&mut receiver, 60_000, 1), []);
     assert_eq!(feed(&mut receiver, 20_010, 5).len(), 5);
     let events = feed(&mut receiver, 50_000, 3);
-    assert_eq!(events[0], Event::Restart);
+    assert_eq!(events[0], Event::Restart(Seq(50_000)));
     assert_eq!(receiver.stats().restarts, 1);
     receiver.handle_timeout(now + Duration::from_millis(101));
     let events: Vec<_> = std::iter::from_fn(|| receiver.poll_event()).collect();
     assert_eq!(events[0], Event::Lost(1));
     assert_eq!(events.len(), 3);
+}
+
+/// An existing cloud that is started again uses the same SSRC and the same first number.
+#[test]
+fn a_sender_that_begins_anew_a_little_behind_is_followed_too() {
+    let mut now = Instant::now();
+    let mut receiver = Receiver::new(latency(100));
+    let mut feed = |receiver: &mut Receiver, seqs: std::ops::Range<u16>| {
+        for seq in seqs {
+            now += Duration::from_millis(10);
+            receiver.handle_packet(now, numbered(seq), Path::Live(0));
+        }
+        std::iter::from_fn(|| receiver.poll_event()).collect::<Vec<_>>()
+    };
+    assert_eq!(feed(&mut receiver, 1000..1500).len(), 500);
+    let events = feed(&mut receiver, 1000..1200);
+    let Some(Event::Restart(first)) = events.first() else { panic!("{:?}", events.first()) };
+    assert!((1000..1101).contains(&first.0), "{first}");
+    assert_eq!(receiver.stats().restarts, 1);
+    let asked = std::iter::from_fn(|| receiver.poll_request(now)).flat_map(|r| r.seqs);
+    assert!(asked.count() <= 31);
 }
 
 #[test]

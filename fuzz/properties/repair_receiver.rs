@@ -104,7 +104,7 @@ impl Run {
                     assert!(count > 0);
                     self.next = self.next.map(|next| next.plus(count as usize));
                 }
-                Event::Restart => self.next = None,
+                Event::Restart(_) => self.next = None,
             }
         }
         assert!(self.receiver.missing() <= self.receiver.pending());

@@ -209,10 +209,10 @@ async fn report(edges: &[IntakeMetrics], relays: &[UdpRelay]) {
         let line = format!(
             "{}  received {}  dropped by the network {dropped}  repaired {}  missing now {}  lost {}",
             count(streams.len(), "stream"),
-            sum(|s| s.receiver.received),
-            sum(|s| s.receiver.repaired.iter().sum()),
+            sum(|s| s.report.received),
+            sum(|s| s.report.repaired.iter().sum()),
             sum(|s| s.missing as u64),
-            sum(|s| s.receiver.lost),
+            sum(|s| s.report.given_up),
         );
         let mut out = io::stdout().lock();
         // Nobody reads it any more: that is no reason to end.

@@ -418,8 +418,12 @@ impl Intake {
                         stream.push(tag);
                     }
                 }
-                Event::Lost(packets) => stream.depacketizer.lost(packets),
-                Event::Restart => {
+                Event::Lost(packets) => {
+                    if let Some(last) = stream.depacketizer.lost(packets) {
+                        stream.receiver.abandon_through(now, last);
+                    }
+                }
+                Event::Restart(_) => {
                     tracing::warn!(stream = %stream.key, %ssrc, "the sender began anew");
                     stream.depacketizer.lost(0);
                 }
@@ -589,29 +593,14 @@ impl Incoming {
     fn stats(&self) -> StreamStats {
         StreamStats {
             key: self.key.clone(),
-            ssrc: self.ssrc,
-            receiver: *self.receiver.stats(),
+            report: self.report(),
             pending: self.receiver.pending(),
             missing: self.receiver.missing(),
         }
     }
 
     fn report(&self) -> StreamReport {
-        let stats = self.receiver.stats();
-        StreamReport {
-            ssrc: self.ssrc.0,
-            received: stats.received,
-            lost: stats.asked,
-            repaired: stats.repaired,
-            parity: stats.parity,
-            given_up: stats.lost,
-            too_late: stats.too_late,
-            duplicate: stats.duplicate,
-            reordered: stats.reordered,
-            nacks: stats.requests,
-            delays: stats.delays.to_vec(),
-            paths: Vec::new(),
-        }
+        self.receiver.stats().report(self.ssrc)
     }
 }
 

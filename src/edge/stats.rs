@@ -9,17 +9,19 @@ use prometheus::{
     register_int_counter_vec_with_registry, register_int_counter_with_registry,
 };
 
-use crate::{StreamKey, repair::receiver::Stats, rtp::Ssrc};
+use crate::{
+    StreamKey,
+    repair::{control::StreamReport, receiver::Stats, report::ReportSeries},
+    rtp::Ssrc,
+};
 
 /// How one stream fares now.
 #[derive(Debug, Clone)]
 pub struct StreamStats {
     /// The stream's name.
     pub key: StreamKey,
-    /// The publication.
-    pub ssrc: Ssrc,
-    /// Counts since it came up.
-    pub receiver: Stats,
+    /// What became of its packets since it came up.
+    pub report: StreamReport,
     /// Packets that are missing, or wait behind a missing one.
     pub pending: usize,
     /// Packets that are missing.
@@ -94,7 +96,8 @@ impl IntakeMetrics {
 
     /// Adds what happened between two states of one stream's counts.
     pub fn add(&self, before: &Stats, after: &Stats) {
-        for ((fate, before), (_, after)) in fates(before).into_iter().zip(fates(after)) {
+        let fates = before.report(Ssrc(0)).fates().into_iter().zip(after.report(Ssrc(0)).fates());
+        for ((fate, before), (_, after)) in fates {
             self.packets.with_label_values(&[fate]).inc_by(after - before);
         }
         self.restarts.inc_by(after.restarts - before.restarts);
@@ -111,24 +114,9 @@ impl IntakeMetrics {
     }
 }
 
-fn fates(stats: &Stats) -> [(&'static str, u64); 10] {
-    [
-        ("received", stats.received),
-        ("reordered", stats.reordered),
-        ("duplicate", stats.duplicate),
-        ("asked", stats.asked),
-        ("repaired_1", stats.repaired[0]),
-        ("repaired_2", stats.repaired[1]),
-        ("repaired_3", stats.repaired[2]),
-        ("lost", stats.lost),
-        ("too_late", stats.too_late),
-        ("requested", stats.requests),
-    ]
-}
-
 /// The streams' own series, made at each scrape so that they go when the stream goes.
 struct PerStream {
-    packets: IntGaugeVec,
+    reports: ReportSeries,
     pending: IntGaugeVec,
     streams: Arc<Mutex<Vec<StreamStats>>>,
 }
@@ -136,13 +124,7 @@ struct PerStream {
 impl PerStream {
     fn new(streams: Arc<Mutex<Vec<StreamStats>>>) -> prometheus::Result<Self> {
         Ok(Self {
-            packets: IntGaugeVec::new(
-                Opts::new(
-                    "downpour_edge_stream_packets",
-                    "RTP packets of a live stream since it came up, by what became of them",
-                ),
-                &["stream", "fate"],
-            )?,
+            reports: ReportSeries::new("downpour_edge_stream", &["stream"])?,
             pending: IntGaugeVec::new(
                 Opts::new(
                     "downpour_edge_stream_pending_packets",
@@ -157,19 +139,16 @@ impl PerStream {
 
 impl Collector for PerStream {
     fn desc(&self) -> Vec<&Desc> {
-        self.packets.desc().into_iter().chain(self.pending.desc()).collect()
+        self.reports.descs().into_iter().chain(self.pending.desc()).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        self.packets.reset();
         self.pending.reset();
-        for stream in &*self.streams.lock().unwrap_or_else(PoisonError::into_inner) {
-            let key = stream.key.as_str();
-            for (fate, count) in fates(&stream.receiver) {
-                self.packets.with_label_values(&[key, fate]).set(count as i64);
-            }
-            self.pending.with_label_values(&[key]).set(stream.pending as i64);
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        for stream in &*streams {
+            self.pending.with_label_values(&[stream.key.as_str()]).set(stream.pending as i64);
         }
-        self.packets.collect().into_iter().chain(self.pending.collect()).collect()
+        let reports = streams.iter().map(|stream| (vec![stream.key.to_string()], &stream.report));
+        self.reports.collect(reports).into_iter().chain(self.pending.collect()).collect()
     }
 }

@@ -8,6 +8,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 
+use super::receiver::{Histogram, MAX_PATHS, Stats};
 use crate::{
     StreamKey,
     flv::{Tag, TagKind},
@@ -171,6 +172,8 @@ pub struct StreamReport {
     pub parity: u64,
     /// Missing to the end.
     pub given_up: u64,
+    /// Of those, not waited for because others of their tag were lost.
+    pub abandoned: u64,
     /// Came after they had been given up.
     pub too_late: u64,
     /// Came again after they were there.
@@ -179,11 +182,24 @@ pub struct StreamReport {
     pub reordered: u64,
     /// Sequence numbers in requests, repetitions included.
     pub nacks: u64,
-    /// By how much later than they could have been packets were there: how many within each of
-    /// [`DELAY_BOUNDS_MS`](super::receiver::DELAY_BOUNDS_MS), then how many over the last.
-    pub delays: Vec<u64>,
+    /// How long after they were due packets came.
+    pub delays: DelayReport,
+    /// How long after they were due packets were handed on: the wait for others before them
+    /// included.
+    pub waits: DelayReport,
     /// Each path by itself.
-    pub paths: Vec<PathReport>,
+    pub paths: [PathReport; MAX_PATHS],
+}
+
+/// How many packets were delayed by how much.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DelayReport {
+    /// How many within each of [`DELAY_BOUNDS_MS`](super::receiver::DELAY_BOUNDS_MS) and over the
+    /// one before, then how many over the last.
+    pub counts: Vec<u64>,
+    /// All delays together, in microseconds.
+    pub sum_us: u64,
 }
 
 /// How one path of a stream fares.
@@ -194,6 +210,32 @@ pub struct PathReport {
     pub received: u64,
     /// Packets that it lost.
     pub lost: u64,
+}
+
+impl Stats {
+    /// These counts as an edge tells them to the cloud.
+    pub fn report(&self, ssrc: Ssrc) -> StreamReport {
+        let delays = |histogram: &Histogram| DelayReport {
+            counts: histogram.counts.to_vec(),
+            sum_us: histogram.sum_us,
+        };
+        StreamReport {
+            ssrc: ssrc.0,
+            received: self.received,
+            lost: self.asked,
+            repaired: self.repaired,
+            parity: self.parity,
+            given_up: self.lost,
+            abandoned: self.abandoned,
+            too_late: self.too_late,
+            duplicate: self.duplicate,
+            reordered: self.reordered,
+            nacks: self.requests,
+            delays: delays(&self.delays),
+            waits: delays(&self.waits),
+            paths: self.paths.map(|path| PathReport { received: path.received, lost: path.lost }),
+        }
+    }
 }
 
 /// Sixteen random bytes, as 32 hexadecimal digits in JSON.

@@ -7,6 +7,7 @@ pub mod control;
 pub mod history;
 pub mod message;
 pub mod receiver;
+pub mod report;
 pub mod resend;
 pub mod server;
 mod stream;

@@ -3,6 +3,13 @@
 //!
 //! Packets leave in order, each at most once. A packet that is in order leaves at once; one behind
 //! a gap waits for the gap, and a gap lasts at most [`Settings::latency`] from when it was seen.
+//!
+//! A publication may come over two paths, each of which brings all of it. The first copy of a packet
+//! counts, and only what both lost is asked for.
+
+mod paths;
+mod stats;
+mod timing;
 
 use std::{
     cmp::Reverse,
@@ -10,7 +17,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::resend::copy_spacing;
+pub use self::{
+    paths::MAX_PATHS,
+    stats::{DELAY_BOUNDS_MS, Histogram, PathStats, Stats},
+};
+
+use self::{
+    paths::Paths,
+    timing::{MIN_REPEAT_GAP, Reordering, RoundTrip, TIMER_GRAIN},
+};
 use crate::rtp::{Packet, Seq};
 
 /// How long to wait and how much to hold.
@@ -49,8 +64,8 @@ pub enum Event {
     Packet(Packet),
     /// The next `n` packets will never come.
     Lost(u64),
-    /// The sender began anew at another sequence number; what follows is not its continuation.
-    Restart,
+    /// The sender began anew; what follows begins with this number and is no continuation.
+    Restart(Seq),
 }
 
 /// Numbers to ask for now.
@@ -72,37 +87,6 @@ impl Request {
     }
 }
 
-/// Counts since the start, in packets unless it says otherwise.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Packets that came, by either path, duplicates included.
-    pub received: u64,
-    /// Came live, after a packet with a later number.
-    pub reordered: u64,
-    /// Came again after it was there.
-    pub duplicate: u64,
-    /// Missing and asked for at least once.
-    pub asked: u64,
-    /// Repaired by the first, the second, and any later request.
-    pub repaired: [u64; 3],
-    /// Missing, and made anew from parity.
-    pub parity: u64,
-    /// Given up: told by [`Event::Lost`].
-    pub lost: u64,
-    /// By how much later than they could have been packets were there: how many within each of
-    /// [`DELAY_BOUNDS_MS`], then how many over the last.
-    pub delays: [u64; DELAY_BOUNDS_MS.len() + 1],
-    /// Came after it had been given up.
-    pub too_late: u64,
-    /// Numbers in requests, repetitions included.
-    pub requests: u64,
-    /// Times that the sender began anew.
-    pub restarts: u64,
-}
-
-/// Upper bounds of the delays that [`Stats::delays`] counts, in milliseconds.
-pub const DELAY_BOUNDS_MS: [u16; 12] = [0, 2, 5, 10, 20, 50, 100, 150, 200, 300, 500, 1000];
-
 /// Reorders and repairs one publication.
 #[derive(Debug)]
 pub struct Receiver {
@@ -118,21 +102,47 @@ pub struct Receiver {
     events: VecDeque<Event>,
     round_trip: RoundTrip,
     reordering: Reordering,
+    paths: Paths,
+    /// How long after a gap parity that could close it may come.
+    parity_wait: Duration,
     /// A number far from the expected ones, which counts once its successor has come too.
     probation: Option<Seq>,
     given_up: VecDeque<(u64, u64)>,
+    /// A run of live packets that all count as old.
+    rerun: Option<Rerun>,
+    /// The newest number before the sender began anew, and when that was.
+    before: Option<(Seq, Instant)>,
     stats: Stats,
+}
+
+/// Live packets in a row, each numbered one more than the one before, that are behind all that was
+/// handed on.
+#[derive(Debug)]
+struct Rerun {
+    last: Seq,
+    last_at: Instant,
+    count: usize,
+    /// How long it has gone on, pauses left out.
+    lasted: Duration,
 }
 
 #[derive(Debug)]
 enum Slot {
-    Held(Packet),
+    Held {
+        packet: Packet,
+        /// When it came or, if it was missing, when that was seen.
+        since: Instant,
+    },
     Missing(Missing),
 }
 
 #[derive(Debug)]
 struct Missing {
     since: Instant,
+    /// The path whose next packet showed that it is missing.
+    shown_by: Option<usize>,
+    /// When to ask: an entry of [`Receiver::asks`] with another time is out of date.
+    due: Instant,
     deadline: Instant,
     asked_at: Option<Instant>,
     tries: u8,
@@ -140,7 +150,7 @@ struct Missing {
     copies: u8,
     /// How often the last try is still to be repeated, in case its request was lost.
     repeats: u8,
-    /// The sender said that it has it no more.
+    /// The sender has it no more, or it is of no use any more.
     gone: bool,
 }
 
@@ -157,8 +167,12 @@ impl Receiver {
             events: VecDeque::new(),
             round_trip: RoundTrip::default(),
             reordering: Reordering::default(),
+            paths: Paths::default(),
+            parity_wait: Duration::ZERO,
             probation: None,
             given_up: VecDeque::new(),
+            rerun: None,
+            before: None,
             stats: Stats::default(),
         }
     }
@@ -175,8 +189,12 @@ impl Receiver {
     pub fn handle_packet(&mut self, now: Instant, packet: Packet, path: Path) {
         self.stats.received += 1;
         let seq = packet.header.seq;
+        let live = match path {
+            Path::Live(path) => Some(usize::from(path).min(MAX_PATHS - 1)),
+            Path::Repair | Path::Parity => None,
+        };
         if !self.started {
-            if !matches!(path, Path::Live(_)) {
+            if live.is_none() {
                 self.stats.duplicate += 1;
                 return;
             }
@@ -184,7 +202,7 @@ impl Receiver {
         }
         let newest = self.next + self.window.len() as u64 - 1;
         let distance = i64::from(seq.distance_from(Seq(newest as u16)));
-        if !matches!(path, Path::Live(_)) && distance > 0 {
+        if live.is_none() && distance > 0 {
             // Only what is missing is asked for, and that is never ahead of the newest.
             self.stats.duplicate += 1;
             return;
@@ -193,14 +211,31 @@ impl Receiver {
             self.handle_stray(now, packet, path);
             return;
         }
-        if matches!(path, Path::Live(_)) {
-            self.probation = None;
-        }
         let number = newest.wrapping_add_signed(distance);
         if distance > 0 {
-            let wait = self.reordering.wait(self.round_trip.smoothed);
-            self.open_gap(now, number, wait);
-            self.window.push_back(Slot::Held(packet));
+            self.rerun = None;
+        } else if live.is_some() && number < self.next && self.is_rerun(now, seq) {
+            // Those before it in the run were taken for old; they are asked for again.
+            self.begin_anew(now, seq.plus(usize::from(u16::MAX) - RERUN_LEN + 2));
+            self.handle_packet(now, packet, path);
+            self.stats.received -= 1;
+            return;
+        }
+        let mut passed = number..number;
+        if let Some(path) = live {
+            self.probation = None;
+            passed = self.paths.arrived(now, path, number, &mut self.stats.paths[path]);
+        }
+        if distance == 1 && self.window.is_empty() {
+            self.joined = true;
+            self.next += 1;
+            self.stats.delays.add_zero();
+            self.stats.waits.add_zero();
+            self.events.push_back(Event::Packet(packet));
+        } else if distance > 0 {
+            self.open_gap(now, number, live, self.first_wait(now, live, newest + 1));
+            self.window.push_back(Slot::Held { packet, since: now });
+            self.stats.delays.add_zero();
             self.joined = true;
         } else if number < self.next {
             match self.given_up.iter().any(|(from, to)| (*from..*to).contains(&number)) {
@@ -209,6 +244,10 @@ impl Receiver {
             }
         } else {
             self.fill(now, number, packet, path);
+        }
+        // What the other path had shown to be missing, this one has now lost too.
+        for number in passed.start.max(self.next)..passed.end.min(newest + 1) {
+            self.hurry(now, number);
         }
         self.release(now);
     }
@@ -225,12 +264,11 @@ impl Receiver {
             // we joined will not come by itself.
             let wait = match self.joined {
                 true => self
-                    .reordering
-                    .wait(self.round_trip.smoothed)
+                    .first_wait(now, None, newest + 1)
                     .max((self.round_trip.smoothed / 4).clamp(TIMER_GRAIN, MAX_HEAD_START)),
                 false => Duration::ZERO,
             };
-            self.open_gap(now, newest + distance as u64 + 1, wait);
+            self.open_gap(now, newest + distance as u64 + 1, None, wait);
             self.release(now);
         }
     }
@@ -248,6 +286,27 @@ impl Receiver {
             }
         }
         self.release(now);
+    }
+
+    /// Says that everything up to `last` is of no use any more, because the tag that it is part of
+    /// lacks a packet for good: what is missing of it is neither asked nor waited for.
+    pub fn abandon_through(&mut self, now: Instant, last: Seq) {
+        let Ok(last) = usize::try_from(last.distance_from(Seq(self.next as u16))) else { return };
+        for slot in self.window.iter_mut().take(last + 1) {
+            if let Slot::Missing(missing) = slot
+                && !missing.gone
+            {
+                missing.gone = true;
+                self.stats.abandoned += 1;
+            }
+        }
+        self.release(now);
+    }
+
+    /// Tells how long after a packet the parity comes that could replace it; zero if there is none.
+    /// While there is time for more tries than one, a gap is not asked for before that.
+    pub fn set_parity_wait(&mut self, wait: Duration) {
+        self.parity_wait = wait;
     }
 
     /// Gives up what is due and makes [`Receiver::poll_request`] and [`Receiver::poll_event`]
@@ -277,7 +336,7 @@ impl Receiver {
             if due > now + TIMER_GRAIN || numbers.len() >= MAX_REQUEST {
                 break;
             }
-            let Some(copies) = self.copies_to_ask(now, number) else {
+            let Some(copies) = self.copies_to_ask(now, due, number) else {
                 self.asks.pop();
                 continue;
             };
@@ -344,11 +403,14 @@ impl Receiver {
     /// Marks everything from the window's end up to `number`, exclusive, as missing.
     /// They are asked for after `wait`, should they not have come by themselves. The caller
     /// releases what the window has no room for.
-    fn open_gap(&mut self, now: Instant, number: u64, wait: Duration) {
+    fn open_gap(&mut self, now: Instant, number: u64, shown_by: Option<usize>, wait: Duration) {
         let latency = if self.joined { self.settings.latency } else { self.settings.join_latency };
+        let due = now + wait;
         for missing in self.next + self.window.len() as u64..number {
             self.window.push_back(Slot::Missing(Missing {
                 since: now,
+                shown_by,
+                due,
                 deadline: now + latency,
                 asked_at: None,
                 tries: 0,
@@ -356,7 +418,35 @@ impl Receiver {
                 repeats: 0,
                 gone: false,
             }));
-            self.asks.push(Reverse((now + wait, missing)));
+            self.asks.push(Reverse((due, missing)));
+        }
+    }
+
+    /// How long what is missing from `number` on is waited for before it is asked for.
+    fn first_wait(&self, now: Instant, shown_by: Option<usize>, number: u64) -> Duration {
+        let round_trip = self.round_trip.smoothed;
+        let other_path = shown_by.map_or(Duration::ZERO, |path| {
+            self.paths.wait_for_other(now, path, number, round_trip.min(self.settings.latency / 4))
+        });
+        let two_tries = self.round_trip.retry_after(1) + self.round_trip.least_for_a_try();
+        let parity = match self.parity_wait + two_tries <= self.settings.latency {
+            true => self.parity_wait,
+            false => Duration::ZERO,
+        };
+        self.reordering.wait(round_trip).max(other_path).max(parity)
+    }
+
+    /// Asks for a number soon that would be asked for later only because the other path might have
+    /// brought it.
+    fn hurry(&mut self, now: Instant, number: u64) {
+        let due = now + self.reordering.wait(self.round_trip.smoothed).max(self.parity_wait);
+        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
+        else {
+            return;
+        };
+        if missing.tries == 0 && missing.due > due {
+            missing.due = due;
+            self.asks.push(Reverse((due, number)));
         }
     }
 
@@ -366,29 +456,42 @@ impl Receiver {
             self.stats.duplicate += 1;
             return;
         };
+        let since = missing.since;
+        let delay = now.saturating_duration_since(since);
+        let asked_for = missing.asked_at.map(|at| now.saturating_duration_since(at));
         match path {
-            Path::Live(_) => {
-                self.stats.reordered += 1;
-                self.reordering.came_late(now.saturating_duration_since(missing.since));
+            Path::Parity => {
+                self.stats.parity += 1;
+                self.reordering.was_lost();
             }
-            Path::Parity => self.stats.parity += 1,
+            // Nobody brings it but the sender that was asked, to all of a group at once.
+            Path::Live(_) if asked_for.is_some_and(|ago| ago >= self.round_trip.least()) => {
+                self.stats.repaired[usize::from(missing.tries.clamp(1, 3)) - 1] += 1;
+                self.reordering.was_lost();
+            }
+            Path::Live(path) => {
+                if missing.shown_by.is_none_or(|by| by == usize::from(path)) {
+                    self.stats.reordered += 1;
+                    self.reordering.came_late(delay);
+                }
+            }
             Path::Repair => {
-                let tries = usize::from(missing.tries.clamp(1, 3));
-                self.stats.repaired[tries - 1] += 1;
+                self.stats.repaired[usize::from(missing.tries.clamp(1, 3)) - 1] += 1;
                 self.reordering.was_lost();
                 // The answer to a later try may be that to an earlier one (Karn's algorithm). The
                 // repeats of one try follow it so closely that they hardly blur it.
-                if let (1, Some(asked_at)) = (missing.tries, missing.asked_at) {
-                    self.round_trip.sample(now, now.saturating_duration_since(asked_at));
+                if let (1, Some(ago)) = (missing.tries, asked_for) {
+                    self.round_trip.sample(now, ago);
                 }
             }
         }
-        *slot = Slot::Held(packet);
+        self.stats.delays.add(delay);
+        *slot = Slot::Held { packet, since };
     }
 
     /// How many copies to ask for, or `None` if it is no longer missing or cannot come in time.
-    fn copies_to_ask(&self, now: Instant, number: u64) -> Option<u8> {
-        let missing = self.missing_at(number)?;
+    fn copies_to_ask(&self, now: Instant, due: Instant, number: u64) -> Option<u8> {
+        let missing = self.missing_at(number).filter(|missing| missing.due == due)?;
         let left = missing.deadline.saturating_duration_since(now);
         let too_late = match (missing.tries, missing.repeats) {
             // The round trip may be shorter than we think.
@@ -453,13 +556,14 @@ impl Receiver {
             }
             _ => now + repeat_after,
         };
+        missing.due = next_ask;
         self.asks.push(Reverse((next_ask, number)));
     }
 
     fn missing_at(&self, number: u64) -> Option<&Missing> {
         match self.window.get(usize::try_from(number.checked_sub(self.next)?).ok()?)? {
             Slot::Missing(missing) => Some(missing),
-            Slot::Held(_) => None,
+            Slot::Held { .. } => None,
         }
     }
 
@@ -472,22 +576,52 @@ impl Receiver {
             self.stats.duplicate += 1;
             return;
         }
+        let of_before = self.before.is_some_and(|(newest, at)| {
+            now.saturating_duration_since(at) < STRAGGLERS_COME
+                && seq.distance_from(newest).unsigned_abs() as usize <= self.settings.window
+        });
+        if of_before {
+            self.stats.too_late += 1;
+            return;
+        }
         if !confirmed {
             self.probation = Some(seq);
             return;
         }
+        // The first of the two was not kept; it is asked for like any other.
+        self.begin_anew(now, seq.plus(usize::from(u16::MAX)));
+        self.handle_packet(now, packet, path);
+        self.stats.received -= 1;
+    }
+
+    /// Whether the sender began anew at numbers that it used not long ago: for some time nothing but
+    /// old ones has come, in perfect order. A second path does not lag so far behind the first.
+    fn is_rerun(&mut self, now: Instant, seq: Seq) -> bool {
+        let mut rerun = Rerun { last: seq, last_at: now, count: 1, lasted: Duration::ZERO };
+        if let Some(before) = self.rerun.take().filter(|before| before.last.plus(1) == seq) {
+            let pause = now.saturating_duration_since(before.last_at);
+            rerun.count += before.count;
+            rerun.lasted = before.lasted + pause.min(RERUN_PAUSE);
+        }
+        let is_rerun = rerun.count >= RERUN_LEN && rerun.lasted >= RERUN_LASTS;
+        self.rerun = Some(rerun);
+        is_rerun
+    }
+
+    fn begin_anew(&mut self, now: Instant, first: Seq) {
+        let newest = self.next + self.window.len() as u64 - 1;
+        self.before = Some((Seq(newest as u16), now));
         while !self.window.is_empty() {
-            self.pop_front();
+            self.pop_front(now);
         }
         self.asks.clear();
         self.given_up.clear();
+        self.paths.reset();
         self.probation = None;
+        self.rerun = None;
         self.stats.restarts += 1;
-        self.events.push_back(Event::Restart);
-        // The first of the two was not kept; it is asked for like any other.
-        self.begin(seq.plus(usize::from(u16::MAX)));
-        self.handle_packet(now, packet, path);
-        self.stats.received -= 1;
+        self.events.push_back(Event::Restart(first));
+        self.begin(first);
     }
 
     /// Hands on what need not wait any longer, or cannot because the window is full.
@@ -496,14 +630,17 @@ impl Receiver {
             let full = self.window.len() > self.settings.window;
             match slot {
                 Slot::Missing(missing) if !full && !missing.gone && missing.deadline > now => break,
-                _ => self.pop_front(),
+                _ => self.pop_front(now),
             }
         }
     }
 
-    fn pop_front(&mut self) {
+    fn pop_front(&mut self, now: Instant) {
         match self.window.pop_front() {
-            Some(Slot::Held(packet)) => self.events.push_back(Event::Packet(packet)),
+            Some(Slot::Held { packet, since }) => {
+                self.stats.waits.add(now.saturating_duration_since(since));
+                self.events.push_back(Event::Packet(packet));
+            }
             Some(Slot::Missing(_)) => {
                 self.stats.lost += 1;
                 match self.events.back_mut() {
@@ -524,107 +661,19 @@ impl Receiver {
     }
 }
 
-/// The time from a request to its answer, smoothed as in RFC 6298 §2.
-#[derive(Debug)]
-struct RoundTrip {
-    smoothed: Duration,
-    variation: Duration,
-    sampled_at: Option<Instant>,
-}
-
-impl RoundTrip {
-    fn sample(&mut self, now: Instant, sample: Duration) {
-        if self.sampled_at.replace(now).is_none() {
-            self.smoothed = sample;
-            self.variation = sample / 4;
-            return;
-        }
-        self.variation = (self.variation * 3 + self.smoothed.abs_diff(sample)) / 4;
-        self.smoothed = (self.smoothed * 7 + sample) / 8;
-    }
-
-    /// A round trip measured elsewhere counts while no answer of our own is fresh.
-    fn hint(&mut self, now: Instant, round_trip: Duration, variation: Duration) {
-        let fresh = |at: Instant| now.saturating_duration_since(at) < SAMPLE_FRESH;
-        if !self.sampled_at.is_some_and(fresh) {
-            self.smoothed = round_trip;
-            self.variation = variation;
-        }
-    }
-
-    /// How long after a request for so many copies the last of them is overdue.
-    fn retry_after(&self, copies: u8) -> Duration {
-        let margin = (self.variation * 2).clamp(MIN_MARGIN, self.smoothed / 2 + MIN_MARGIN);
-        let copies = copy_spacing(self.smoothed) * u32::from(copies.saturating_sub(1));
-        (self.smoothed + margin + copies + TIMER_GRAIN).max(MIN_RETRY)
-    }
-
-    /// How much time a try needs to be of use, said twice.
-    fn least_for_a_try(&self) -> Duration {
-        self.smoothed + self.repeat_after()
-    }
-
-    /// How long after a request it is repeated.
-    fn repeat_after(&self) -> Duration {
-        (self.smoothed / 16).clamp(MIN_REPEAT_GAP, MAX_REPEAT_GAP)
-    }
-}
-
-impl Default for RoundTrip {
-    fn default() -> Self {
-        let guess = Duration::from_millis(100);
-        Self { smoothed: guess, variation: guess / 8, sampled_at: None }
-    }
-}
-
-/// Learns how long a number that is missing should be waited for before it counts as lost.
-#[derive(Debug, Default)]
-struct Reordering {
-    /// Share of gaps that closed by themselves, 0..=1, over the last hundred or so.
-    share: f32,
-    /// How late the late ones come: follows the longest, slowly forgets it.
-    lateness: Duration,
-}
-
-impl Reordering {
-    fn came_late(&mut self, by: Duration) {
-        self.share += (1.0 - self.share) / 64.0;
-        self.lateness = match by > self.lateness {
-            true => by,
-            false => self.lateness - (self.lateness - by) / 32,
-        };
-    }
-
-    fn was_lost(&mut self) {
-        self.share -= self.share / 64.0;
-    }
-
-    /// Worth it only where reordering is common, and never longer than a quarter of the round trip:
-    /// past that, asking in vain is cheaper than asking late.
-    fn wait(&self, round_trip: Duration) -> Duration {
-        if self.share < REORDERING_IS_COMMON {
-            return Duration::ZERO;
-        }
-        self.lateness.min(round_trip / 4).min(MAX_REORDER_WAIT)
-    }
-}
-
 /// Extended numbers begin here, so that one before the first is no underflow.
 const BASE: u64 = 1 << 32;
-/// Timers are that coarse; what is due within it is due.
-const TIMER_GRAIN: Duration = Duration::from_millis(1);
 /// Numbers in one request: two datagrams' worth at the worst.
 const MAX_REQUEST: usize = 512;
-/// On a path without delay, requests are not worth more than that.
-const MIN_RETRY: Duration = Duration::from_millis(5);
-/// What timers and queues on both ends add to a round trip that does not vary.
-const MIN_MARGIN: Duration = Duration::from_millis(1);
+/// Old numbers in a row, and the time that they go on for, after which they are no stragglers. A
+/// pause counts for so much at most: a clock may jump.
+const RERUN_LEN: usize = 32;
+const RERUN_LASTS: Duration = Duration::from_secs(1);
+const RERUN_PAUSE: Duration = Duration::from_millis(50);
+/// How long packets from before the sender began anew are taken for stragglers, which two paths and
+/// reordering bring in any order.
+const STRAGGLERS_COME: Duration = Duration::from_secs(5);
 /// How long what a heartbeat tells of is waited for, at most, before it is asked for.
 const MAX_HEAD_START: Duration = Duration::from_millis(10);
-const MIN_REPEAT_GAP: Duration = Duration::from_millis(2);
-const MAX_REPEAT_GAP: Duration = Duration::from_millis(5);
-const MAX_REORDER_WAIT: Duration = Duration::from_millis(25);
-const REORDERING_IS_COMMON: f32 = 0.05;
-const SAMPLE_FRESH: Duration = Duration::from_secs(5);
 /// Remembered only to tell a packet that came too late from one that came twice.
 const MAX_GIVEN_UP_RANGES: usize = 64;

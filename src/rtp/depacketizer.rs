@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::Packet;
+use super::{Packet, Seq};
 use crate::flv::{
     Tag,
     tag::{TagError, TagHeader},
@@ -19,6 +19,10 @@ pub struct Depacketizer {
     held: u64,
     /// Bytes of header and body that `partial` will have.
     expected: usize,
+    /// Number of the packet that `partial` ends with, and how long the first one's payload was: all
+    /// but the last are as long (wire v0).
+    last_seq: Seq,
+    slice_len: usize,
     damage: Damage,
 }
 
@@ -80,6 +84,10 @@ impl Depacketizer {
             self.skip(packet);
             return None;
         }
+        if self.state != State::Inside {
+            self.slice_len = payload.len();
+        }
+        self.last_seq = packet.header.seq;
         self.partial.extend_from_slice(payload);
         if !complete {
             self.held += 1;
@@ -101,11 +109,17 @@ impl Depacketizer {
     }
 
     /// Says that the next `packets` packets will never come; 0 says that what comes next is no
-    /// continuation.
-    pub fn lost(&mut self, packets: u64) {
+    /// continuation. Gives the last packet of the tag that this cuts, if its length is known: up to
+    /// there, nothing is of use any more.
+    pub fn lost(&mut self, packets: u64) -> Option<Seq> {
+        let cut_through = (self.state == State::Inside && packets > 0).then(|| {
+            let left = self.expected.saturating_sub(self.partial.len());
+            self.last_seq.plus(left.div_ceil(self.slice_len.max(1)))
+        });
         self.damage.packets += packets;
         self.discard_partial();
         self.state = State::Lost;
+        cut_through
     }
 
     /// Takes what was lost since the last call, or `None` if nothing was.

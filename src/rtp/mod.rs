@@ -30,7 +30,9 @@ impl fmt::Debug for Ssrc {
 }
 
 /// An RTP sequence number (RFC 3550 §5.1), wrapping from 65535 to 0.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize,
+)]
 #[serde(transparent)]
 pub struct Seq(pub u16);
 
