@@ -4,6 +4,7 @@
 pub mod client;
 pub mod congestion;
 pub mod control;
+pub mod fec;
 pub mod history;
 pub mod message;
 pub mod receiver;

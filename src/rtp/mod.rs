@@ -1,6 +1,7 @@
 //! RTP as wire v0 uses it (`docs/wire.md`): FLV tags sliced into packets, and back.
 
 pub mod depacketizer;
+pub mod flexfec;
 pub mod packet;
 pub mod packetizer;
 
