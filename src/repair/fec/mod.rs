@@ -87,6 +87,12 @@ impl Matrix {
         self.rows > 1
     }
 
+    /// The most media packets that are sent between a packet and the last parity of it: a row, or a
+    /// block and the next one.
+    pub const fn delay(self) -> usize {
+        if self.has_column_parity() { 2 * self.area() } else { self.columns() }
+    }
+
     /// Parity packets a media packet.
     pub fn overhead(self) -> f64 {
         let rows = if self.has_row_parity() { 1.0 / f64::from(self.columns) } else { 0.0 };
