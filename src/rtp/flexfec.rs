@@ -234,8 +234,8 @@ mod tests {
 
     use super::*;
 
-    /// Two packets of 3 and 5 bytes behind the header, worked out by hand from RFC 8627 §4.2, §6.2:
-    /// 83 64 fd e8 00 00 00 5a → P X CC = 0, M = 0, PT = 100; marker on the second.
+    /// Two packets with 3 and 5 bytes behind the header, the marker on the second; the parity was
+    /// worked out by hand, byte by byte.
     #[test]
     fn a_packet_worked_out_by_hand() {
         let first = [

@@ -220,12 +220,12 @@ const BURSTS: [f64; 3] = [1.2, 4.0, 8.0];
 /// | 4×4 | 50 % | .00 | .00 | .24 | 2.7 | 2.9 | 5.4 | 6.6 | 13 |
 /// | 32×2 | 53 % | .02 | .04 | .60 | 7.3 | .22 | .65 | .15 | .80 |
 const LADDER: [Rung; 7] = [
-    rung(10, 1, [0.0025, 0.0008, 0.0008]),
+    rung(10, 1, [0.0025, 0.0005, 0.0005]),
     rung(20, 10, [0.03, 0.006, 0.004]),
     rung(10, 10, [0.035, 0.003, 0.0015]),
     rung(20, 5, [0.04, 0.011, 0.005]),
     rung(20, 3, [0.05, 0.018, 0.009]),
-    rung(4, 4, [0.055, 0.002, 0.001]),
+    rung(4, 4, [0.055, 0.002, 0.0008]),
     rung(32, 2, [0.052, 0.02, 0.013]),
 ];
 /// How much more loss there may be than now where less parity is to be enough.
@@ -238,14 +238,18 @@ mod tests {
     #[test]
     fn each_rung_keeps_the_target_up_to_its_limits() {
         assert!(LADDER.is_sorted_by(|a, b| a.matrix.overhead() < b.matrix.overhead()));
+        let mut over = Vec::new();
         for rung in &LADDER {
             for (burst, limit) in BURSTS.into_iter().zip(rung.limits) {
                 let seeds = 1..=3;
                 let left: f64 = seeds.map(|seed| residual(rung.matrix, limit, burst, seed)).sum();
                 let left = left / 3.0;
-                assert!(left <= TARGET, "{rung:?}: {left} of bursts of {burst}");
+                if left > TARGET {
+                    over.push((rung.matrix, limit, burst, left));
+                }
             }
         }
+        assert_eq!(over, []);
     }
 
     fn matrix(columns: u8, rows: u8) -> Option<Matrix> {
