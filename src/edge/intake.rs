@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::{
     livestat::LiveStream,
+    parity::Parity,
     stats::{IntakeMetrics, StreamStats},
 };
 use crate::{
@@ -20,10 +21,14 @@ use crate::{
     hub::{self, Hub, Publisher},
     repair::{
         control::{StreamInfo, StreamReport},
+        fec,
         message::Nack,
         receiver::{self, Event, Path, Receiver},
     },
-    rtp::{Depacketizer, Packet, Seq, Ssrc, depacketizer::Damage, packet::PAYLOAD_TYPE},
+    rtp::{
+        Depacketizer, Packet, Seq, Ssrc, depacketizer::Damage, flexfec::Repair,
+        packet::PAYLOAD_TYPE,
+    },
 };
 
 /// How streams are received.
@@ -77,9 +82,12 @@ struct Incoming {
     /// The cloud said that the stream is over: the last number it sent, and how long to wait.
     ending: Option<(Option<Seq>, Instant)>,
     header_hunt: Option<HeaderHunt>,
+    /// Once parity has come.
+    parity: Option<Parity>,
     damage: Damage,
     damage_logged: Option<Instant>,
     counted: receiver::Stats,
+    counted_parity: fec::decoder::Stats,
 }
 
 /// What a v0 cloud does not tell to one who joins late: the codec headers. They were the first
@@ -122,7 +130,7 @@ impl Intake {
 
     /// Takes one datagram of RTP, or a packet that came as a repair.
     pub fn handle_packet(&mut self, now: Instant, datagram: Bytes, path: Path) {
-        let packet = match Packet::parse(datagram) {
+        let packet = match Packet::parse(datagram.clone()) {
             Ok(packet) if packet.header.payload_type == PAYLOAD_TYPE => packet,
             _ => {
                 self.metrics.malformed.inc();
@@ -141,6 +149,35 @@ impl Intake {
             return;
         }
         stream.receiver.handle_packet(now, packet, path);
+        if let Some(parity) = &mut stream.parity {
+            for packet in parity.handle_media(datagram) {
+                stream.receiver.handle_packet(now, packet, Path::Parity);
+            }
+        }
+        self.pump(now, ssrc);
+    }
+
+    /// Takes one datagram of parity.
+    pub fn handle_parity(&mut self, now: Instant, datagram: Bytes) {
+        let repair = match Repair::parse(datagram) {
+            Ok(repair) => repair,
+            Err(_) => {
+                self.metrics.parity_malformed.inc();
+                return;
+            }
+        };
+        self.metrics.parity_received.inc();
+        let ssrc = repair.media;
+        let Some(stream) = self.streams.get_mut(&ssrc) else {
+            // Of a stream that is not wanted, or not named yet: it comes with the next block.
+            self.metrics.parity_unknown.inc();
+            return;
+        };
+        let packets = stream.receiver.stats().delays.total();
+        let parity = stream.parity.get_or_insert_with(|| Parity::new(now, ssrc, packets));
+        for packet in parity.handle_parity(now, repair) {
+            stream.receiver.handle_packet(now, packet, Path::Parity);
+        }
         self.pump(now, ssrc);
     }
 
@@ -213,9 +250,11 @@ impl Intake {
             unconfirmed_since: None,
             ending: None,
             header_hunt: None,
+            parity: None,
             damage: Damage::default(),
             damage_logged: None,
             counted: receiver::Stats::default(),
+            counted_parity: fec::decoder::Stats::default(),
         };
         if first.is_none() && !knows_headers {
             self.nacks.push_back(stream.begin_header_hunt(now));
@@ -344,6 +383,10 @@ impl Intake {
         });
         for stream in self.streams.values_mut() {
             stream.count(&self.metrics);
+            if let Some(parity) = &mut stream.parity {
+                let wait = parity.wait(now, stream.receiver.stats().delays.total());
+                stream.receiver.set_parity_wait(wait);
+            }
         }
         self.metrics.publish(self.streams.values().map(Incoming::stats));
     }
@@ -424,6 +467,7 @@ impl Intake {
                     }
                 }
                 Event::Restart(_) => {
+                    stream.parity = None;
                     tracing::warn!(stream = %stream.key, %ssrc, "the sender began anew");
                     stream.depacketizer.lost(0);
                 }
@@ -588,6 +632,11 @@ impl Incoming {
         let stats = *self.receiver.stats();
         metrics.add(&self.counted, &stats);
         self.counted = stats;
+        if let Some(parity) = &self.parity {
+            let stats = parity.stats();
+            metrics.add_parity(&self.counted_parity, &stats);
+            self.counted_parity = stats;
+        }
     }
 
     fn stats(&self) -> StreamStats {
@@ -799,6 +848,50 @@ mod tests {
         assert_eq!(intake.unnamed(later, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
         intake.stream_named(later, named("live/a", 7));
         assert_eq!(hub.len(), 1);
+    }
+
+    #[test]
+    fn parity_brings_back_what_was_lost_without_asking() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 9);
+        let settings = fec::encoder::Settings::new(fec::Matrix::new(5, 1).unwrap());
+        let mut encoder = fec::Encoder::new(settings, now, Ssrc(7), Ssrc(8), Seq(3));
+        intake.stream_up(now, up("live/a", 7, None, None));
+        intake.set_round_trip(now, Duration::from_millis(100), Duration::from_millis(1));
+        let (mut number, mut lost) = (0, 0);
+        for (i, burst) in bursts.iter().enumerate() {
+            let at = now + Duration::from_millis(20 * i as u64);
+            for packet in (0..burst.count()).filter_map(|n| burst.packet(n)) {
+                let mut parity = Vec::new();
+                encoder.push(at, &packet, &mut parity);
+                number += 1;
+                // The fourth of each row; the decoder begins with the first parity.
+                match number > 5 && number % 5 == 4 {
+                    true => lost += 1,
+                    false => intake.handle_packet(at, packet, Path::Live(0)),
+                }
+                parity.into_iter().for_each(|datagram| intake.handle_parity(at, datagram));
+            }
+        }
+        assert_eq!(read(&hub, "live/a")[1..], tags[6..]);
+        let report = &intake.reports()[0];
+        assert_eq!((lost, report.parity, report.received), (4, 4, number));
+    }
+
+    #[test]
+    fn parity_that_is_none_or_nobodys_is_counted() {
+        let (mut intake, _) = intake();
+        let now = Instant::now();
+        intake.handle_parity(now, Bytes::from_static(b"\x80\x6d nothing"));
+        assert_eq!(intake.metrics.parity_malformed.get(), 1);
+        let settings = fec::encoder::Settings::new(fec::Matrix::new(1, 1).unwrap());
+        let mut encoder = fec::Encoder::new(settings, now, Ssrc(7), Ssrc(8), Seq(3));
+        let mut parity = Vec::new();
+        encoder.push_burst(now, &bursts(7, 1).1[0], &mut parity);
+        parity.into_iter().for_each(|datagram| intake.handle_parity(now, datagram));
+        assert_eq!(intake.metrics.parity_unknown.get(), 1);
+        assert!(intake.unknown.is_empty());
     }
 
     #[test]

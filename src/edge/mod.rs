@@ -3,6 +3,7 @@
 pub mod ingress;
 pub mod intake;
 pub mod livestat;
+mod parity;
 pub mod stats;
 
 use std::{

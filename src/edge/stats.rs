@@ -11,7 +11,7 @@ use prometheus::{
 
 use crate::{
     StreamKey,
-    repair::{control::StreamReport, receiver::Stats, report::ReportSeries},
+    repair::{control::StreamReport, fec, receiver::Stats, report::ReportSeries},
     rtp::Ssrc,
 };
 
@@ -43,6 +43,14 @@ pub struct IntakeMetrics {
     pub nacks_dropped: IntCounter,
     /// Packets dropped on purpose: `pack_loss`.
     pub pack_loss: IntCounter,
+    /// Parity packets that came.
+    pub parity_received: IntCounter,
+    /// Of those: of streams that are not received.
+    pub parity_unknown: IntCounter,
+    /// Datagrams that should be parity and are none.
+    pub parity_malformed: IntCounter,
+    parity_useless: IntCounter,
+    parity_unrecoverable: IntCounter,
     restarts: IntCounter,
     packets: IntCounterVec,
     streams: Arc<Mutex<Vec<StreamStats>>>,
@@ -55,6 +63,11 @@ impl IntakeMetrics {
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
         let packets = register_int_counter_vec_with_registry!(
             Opts::new("downpour_edge_packets_total", "RTP packets by what became of them"),
+            &["fate"],
+            registry
+        )?;
+        let parity = register_int_counter_vec_with_registry!(
+            Opts::new("downpour_edge_parity_packets_total", "Parity by what became of it"),
             &["fate"],
             registry
         )?;
@@ -85,6 +98,11 @@ impl IntakeMetrics {
                 "downpour_edge_pack_loss_total",
                 "Packets dropped on purpose, by the setting pack_loss",
             )?,
+            parity_received: parity.with_label_values(&["received"]),
+            parity_unknown: parity.with_label_values(&["unknown_stream"]),
+            parity_malformed: parity.with_label_values(&["malformed"]),
+            parity_useless: parity.with_label_values(&["useless"]),
+            parity_unrecoverable: parity.with_label_values(&["unrecoverable"]),
             restarts: counter(
                 "downpour_edge_sender_restarts_total",
                 "Times that a sender began anew under the same SSRC",
@@ -101,6 +119,14 @@ impl IntakeMetrics {
             self.packets.with_label_values(&[fate]).inc_by(after - before);
         }
         self.restarts.inc_by(after.restarts - before.restarts);
+    }
+
+    /// Adds what happened between two states of one stream's counts of parity.
+    pub fn add_parity(&self, before: &fec::decoder::Stats, after: &fec::decoder::Stats) {
+        let since = |of: fn(&fec::decoder::Stats) -> u64| of(after).saturating_sub(of(before));
+        self.parity_useless.inc_by(since(|stats| stats.useless));
+        self.parity_unrecoverable.inc_by(since(|stats| stats.unrecoverable));
+        self.parity_malformed.inc_by(since(|stats| stats.malformed));
     }
 
     /// How each stream fared a moment ago.

@@ -8,7 +8,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 
-use super::receiver::{Histogram, MAX_PATHS, Stats};
+use super::receiver::{Histogram, MAX_PATHS, PathStats, Stats};
 use crate::{
     StreamKey,
     flv::{Tag, TagKind},
@@ -210,6 +210,8 @@ pub struct PathReport {
     pub received: u64,
     /// Packets that it lost.
     pub lost: u64,
+    /// Times that it lost packets, one or more in a row.
+    pub gaps: u64,
 }
 
 impl Stats {
@@ -233,7 +235,11 @@ impl Stats {
             nacks: self.requests,
             delays: delays(&self.delays),
             waits: delays(&self.waits),
-            paths: self.paths.map(|path| PathReport { received: path.received, lost: path.lost }),
+            paths: self.paths.map(|PathStats { received, lost, gaps }| PathReport {
+                received,
+                lost,
+                gaps,
+            }),
         }
     }
 }

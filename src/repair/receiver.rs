@@ -304,7 +304,8 @@ impl Receiver {
     }
 
     /// Tells how long after a packet the parity comes that could replace it; zero if there is none.
-    /// While there is time for more tries than one, a gap is not asked for before that.
+    /// A gap is not asked for before that, where asking takes longer and there is time for two tries
+    /// besides.
     pub fn set_parity_wait(&mut self, wait: Duration) {
         self.parity_wait = wait;
     }
@@ -428,18 +429,23 @@ impl Receiver {
         let other_path = shown_by.map_or(Duration::ZERO, |path| {
             self.paths.wait_for_other(now, path, number, round_trip.min(self.settings.latency / 4))
         });
+        self.wait_on_this_path().max(other_path)
+    }
+
+    /// How long what was not in order may still come by itself: late, or with its parity.
+    fn wait_on_this_path(&self) -> Duration {
+        let round_trip = self.round_trip.smoothed;
         let two_tries = self.round_trip.retry_after(1) + self.round_trip.least_for_a_try();
-        let parity = match self.parity_wait + two_tries <= self.settings.latency {
-            true => self.parity_wait,
-            false => Duration::ZERO,
-        };
-        self.reordering.wait(round_trip).max(other_path).max(parity)
+        let worth_it =
+            self.parity_wait <= round_trip && self.parity_wait + two_tries <= self.settings.latency;
+        let parity = if worth_it { self.parity_wait } else { Duration::ZERO };
+        self.reordering.wait(round_trip).max(parity)
     }
 
     /// Asks for a number soon that would be asked for later only because the other path might have
     /// brought it.
     fn hurry(&mut self, now: Instant, number: u64) {
-        let due = now + self.reordering.wait(self.round_trip.smoothed).max(self.parity_wait);
+        let due = now + self.wait_on_this_path();
         let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
         else {
             return;

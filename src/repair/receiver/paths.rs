@@ -54,6 +54,7 @@ impl Paths {
             let passed = state.newest + 1..number;
             let ahead = number - state.newest;
             stats.lost += ahead - 1;
+            stats.gaps += u64::from(ahead > 1);
             state.seen = if ahead < 128 { state.seen << ahead | 1 } else { 1 };
             state.newest = number;
             return passed;

@@ -46,6 +46,8 @@ pub struct PathStats {
     pub received: u64,
     /// Packets that it lost; one that it brought late is taken off again.
     pub lost: u64,
+    /// Times that it lost packets, one or more in a row.
+    pub gaps: u64,
 }
 
 /// How many packets were delayed by how much.
