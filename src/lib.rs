@@ -5,6 +5,7 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
+mod addr_range;
 pub mod cli;
 pub mod cloud;
 pub mod config;
@@ -26,4 +27,5 @@ mod stream_key;
 pub mod tls;
 pub mod udp;
 
+pub use addr_range::{AddrRange, InvalidRange};
 pub use stream_key::{InvalidStreamKey, StreamKey};

@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -103,6 +103,8 @@ pub struct OriginStream {
     start_unix_ms: u64,
     state: Mutex<State>,
     ended: AtomicBool,
+    /// Bytes of packets a second, as [`RateMeter`] has it.
+    byte_rate: AtomicU64,
     /// Repairs asked for, served, and refused as no longer held.
     pub repairs: RepairCounts,
 }
@@ -129,6 +131,7 @@ impl RepairCounts {
 
 struct State {
     history: History,
+    rate: RateMeter,
     /// Its first number, and how many packets were pushed before it.
     gop_start: Option<(Seq, u64)>,
     headers: Headers,
@@ -145,11 +148,13 @@ impl OriginStream {
             start_unix_ms,
             state: Mutex::new(State {
                 history,
+                rate: RateMeter::default(),
                 gop_start: None,
                 headers: Headers::default(),
                 header_bursts: [None, None],
             }),
             ended: AtomicBool::new(false),
+            byte_rate: AtomicU64::new(0),
             repairs: RepairCounts::default(),
         }
     }
@@ -161,6 +166,8 @@ impl OriginStream {
         if starts_gop {
             state.gop_start = Some((burst.first_seq(), state.history.pushed().0));
         }
+        let rate = state.rate.add(now, burst.bytes().len());
+        self.byte_rate.store(rate, Ordering::Relaxed);
         state.history.push(now, burst);
     }
 
@@ -245,6 +252,11 @@ impl OriginStream {
         self.lock().history.pushed()
     }
 
+    /// Bytes of packets a second, smoothed over some seconds; after the end, what it was before.
+    pub fn byte_rate(&self) -> u64 {
+        self.byte_rate.load(Ordering::Relaxed)
+    }
+
     /// Drops packets that have grown too old; pushes do so too, while there are any.
     pub fn expire(&self, now: Instant) {
         self.lock().history.expire(now);
@@ -255,5 +267,55 @@ impl OriginStream {
     }
 }
 
+/// Bytes a second: the mean of the first second, then smoothed from second to second.
+#[derive(Debug, Default)]
+struct RateMeter {
+    second: Option<(Instant, u64)>,
+    smoothed: Option<f64>,
+}
+
+impl RateMeter {
+    /// Counts `bytes` that went out at `now`; the rate.
+    fn add(&mut self, now: Instant, bytes: usize) -> u64 {
+        let (since, sum) = self.second.get_or_insert((now, 0));
+        let elapsed = now.saturating_duration_since(*since);
+        if elapsed >= METER_PERIOD {
+            let rate = *sum as f64 / elapsed.as_secs_f64();
+            self.smoothed =
+                Some(self.smoothed.map_or(rate, |old| old + (rate - old) * METER_WEIGHT));
+            (*since, *sum) = (now, 0);
+        }
+        *sum += bytes as u64;
+        // Before the first second is over, no more than what has been seen is known.
+        self.smoothed.map_or(*sum, |rate| rate as u64)
+    }
+}
+
+const METER_PERIOD: Duration = Duration::from_secs(1);
+const METER_WEIGHT: f64 = 0.25;
 /// Events kept for a slow listener before it has to list the streams afresh.
 const EVENT_BACKLOG: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_known_after_a_second_and_follows() {
+        let (start, mut meter) = (Instant::now(), RateMeter::default());
+        let mut at = 0;
+        let mut run = |seconds: u64, bytes: usize| {
+            let mut rate = 0;
+            for _ in 0..seconds * 50 {
+                rate = meter.add(start + Duration::from_millis(at), bytes);
+                at += 20;
+            }
+            rate
+        };
+        assert_eq!(run(1, 100), 5000, "what has been seen");
+        let rate = run(3, 100);
+        assert!((4900..=5100).contains(&rate), "{rate}");
+        let rate = run(20, 1000);
+        assert!((49_000..=51_000).contains(&rate), "{rate}");
+    }
+}

@@ -15,11 +15,12 @@ use ring::{digest, hmac};
 use rustls::{
     DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
-        WebPkiServerVerifier,
+        ClientSessionMemoryCache, ClientSessionStore, Resumption, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::ServerSessionMemoryCache,
 };
 
 /// Where the cloud keeps its certificate when no setting says otherwise.
@@ -70,7 +71,30 @@ impl Identity {
     /// # Errors
     /// If the key is of a kind that cannot sign.
     pub fn server_config(&self, protocols: &[&[u8]]) -> Result<quinn::ServerConfig, TlsError> {
+        self.resuming_server_config(protocols, 0)
+    }
+
+    /// The same, for a node that so many peers come back to: they resume their sessions, and what
+    /// they say first may come as early data (0-RTT, RFC 9001 §4.6).
+    ///
+    /// Sessions are kept here and not in tickets: each is good for one resumption, so that early
+    /// data that someone recorded is not taken a second time (RFC 8446 §8.1).
+    ///
+    /// # Errors
+    /// If the key is of a kind that cannot sign.
+    pub fn resuming_server_config(
+        &self,
+        protocols: &[&[u8]],
+        peers: usize,
+    ) -> Result<quinn::ServerConfig, TlsError> {
         let mut config = self.rustls_config()?;
+        if peers > 0 {
+            config.send_tls13_tickets = SESSIONS_PER_PEER;
+            config.session_storage =
+                ServerSessionMemoryCache::new(peers.min(MAX_PEERS_KEPT) * SESSIONS_PER_PEER);
+            // In QUIC it is this or none.
+            config.max_early_data_size = u32::MAX;
+        }
         config.alpn_protocols = protocols.iter().map(|alpn| alpn.to_vec()).collect();
         let config = QuicServerConfig::try_from(config)
             .map_err(|error| TlsError::Crypto(error.to_string()))?;
@@ -217,6 +241,7 @@ pub enum Trust {
 #[derive(Clone)]
 pub struct ClientTls {
     crypto: Arc<QuicClientConfig>,
+    sessions: Arc<ClientSessionMemoryCache>,
     verifier: Option<Arc<CloudVerifier>>,
 }
 
@@ -244,6 +269,7 @@ impl ClientTls {
                     cloud: cloud.to_owned(),
                     provider,
                     seen: Mutex::default(),
+                    verified: Mutex::default(),
                     refusal: Mutex::default(),
                 });
                 let config = builder
@@ -254,9 +280,25 @@ impl ClientTls {
             }
         };
         config.alpn_protocols = protocols.iter().map(|alpn| alpn.to_vec()).collect();
+        // What the edge says first may go with its first packet when it is back.
+        config.enable_early_data = true;
+        let sessions = Arc::new(ClientSessionMemoryCache::new(CLIENT_SESSIONS));
+        config.resumption = Resumption::store(sessions.clone());
         let crypto = QuicClientConfig::try_from(config)
             .map_err(|error| TlsError::Crypto(error.to_string()))?;
-        Ok(Self { crypto: Arc::new(crypto), verifier })
+        Ok(Self { crypto: Arc::new(crypto), sessions, verifier })
+    }
+
+    /// Forgets the sessions with `host` if the certificate that they began with would be refused
+    /// today: a resumed session shows none. To be called before each connection.
+    pub fn revalidate(&self, host: &str) {
+        let Some(verifier) = &self.verifier else { return };
+        let verified = *lock(&verifier.verified);
+        if verified.is_some_and(|fingerprint| verifier.check(fingerprint).is_err())
+            && let Ok(host) = ServerName::try_from(host.to_owned())
+        {
+            while self.sessions.take_tls13_ticket(&host).is_some() {}
+        }
     }
 
     /// What `quinn::ClientConfig::new` takes. Sessions are resumed across connections.
@@ -333,6 +375,8 @@ struct CloudVerifier {
     provider: Arc<CryptoProvider>,
     /// What a cloud without a pin showed in its last handshake.
     seen: Mutex<Option<Fingerprint>>,
+    /// What the last handshake showed that was no resumption.
+    verified: Mutex<Option<Fingerprint>>,
     refusal: Mutex<Option<String>>,
 }
 
@@ -368,8 +412,10 @@ impl CloudVerifier {
 
     fn pin(&self) -> Result<(), TlsError> {
         let Trust::TrustOnFirstUse(path) = &self.trust else { return Ok(()) };
-        let Some(seen) = lock(&self.seen).take() else { return Ok(()) };
+        let mut unpinned = lock(&self.seen);
+        let Some(seen) = *unpinned else { return Ok(()) };
         if self.pinned(path)?.is_some() {
+            *unpinned = None;
             return Ok(());
         }
         let line = format!("{} {seen}\n", self.cloud);
@@ -379,6 +425,8 @@ impl CloudVerifier {
             .open(path)
             .and_then(|mut file| file.write_all(line.as_bytes()).and_then(|()| file.sync_all()))
             .map_err(|error| TlsError::File { path: path.clone(), error })?;
+        // Not before: a session whose certificate could not be pinned may be resumed.
+        *unpinned = None;
         tracing::warn!(
             cloud = self.cloud, fingerprint = %seen, file = %path.display(),
             "first connection to this cloud: trusting its certificate from now on",
@@ -415,10 +463,12 @@ impl ServerCertVerifier for CloudVerifier {
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         *lock(&self.refusal) = None;
-        self.check(Fingerprint::of(end_entity)).map_err(|refusal| {
+        let seen = Fingerprint::of(end_entity);
+        self.check(seen).map_err(|refusal| {
             *lock(&self.refusal) = Some(refusal);
             rustls::Error::from(rustls::CertificateError::ApplicationVerificationFailure)
         })?;
+        *lock(&self.verified) = Some(seen);
         Ok(ServerCertVerified::assertion())
     }
 
@@ -503,6 +553,13 @@ fn provider() -> Arc<CryptoProvider> {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// A session's ticket is used once; a second one is there if a connection fails half-way.
+const SESSIONS_PER_PEER: usize = 2;
+/// Sessions cost about 200 bytes each; peers beyond these make a full handshake.
+const MAX_PEERS_KEPT: usize = 100_000;
+/// Hosts with which an edge keeps sessions.
+const CLIENT_SESSIONS: usize = 16;
 
 #[cfg(test)]
 mod tests {

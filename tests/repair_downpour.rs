@@ -414,21 +414,89 @@ async fn hello_must_come_in_time() {
 #[tokio::test]
 async fn a_budget_is_enforced_and_counted() {
     let cloud = Cloud::start_with(RepairServerSettings {
-        repair_rate: 1000,
+        repair_budget: 100,
         repair_burst: 50_000,
         ..Default::default()
     });
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    // Its rate is not known after one frame, so the edge has what everybody has: 16 KiB a second,
+    // ten of which are more than the burst.
     let seqs = feed.push(200);
+    let burst = 10 * 16 * 1024 / 1132;
     let mut edge = Edge::start(edge_settings(cloud.addr));
     welcome(&mut edge).await;
-    edge.handle.nack(nack(&feed, 1, &seqs));
-    let metrics = &cloud.metrics;
-    until(|| metrics.downpour.repairs.get() + metrics.dropped_budget.get() == 200).await;
-    assert!((40..=50).contains(&metrics.downpour.repairs.get()));
-    for seq in &seqs[..40] {
+    let began = Instant::now();
+    edge.handle.nack(Nack { slack_ms: 1000, ..nack(&feed, 1, &seqs) });
+    for seq in &seqs[..burst] {
         assert_eq!(edge.repair().await, feed.packet(*seq), "in the order of the nack");
     }
+    let metrics = &cloud.metrics;
+    until(|| metrics.downpour.repairs.get() + metrics.dropped_late.get() == 200).await;
+    let most = (10.0 + began.elapsed().as_secs_f64()) * 16.0 * 1024.0;
+    assert!(metrics.downpour.repair_bytes.get() as f64 <= most);
+    assert!(metrics.dropped_late.get() > 0);
+    assert!(metrics.deferred_budget.get() >= 40, "{:?}", metrics.deferred_budget);
+    // In the second that they had, those that waited went out as budget came.
+    assert!(metrics.downpour.repairs.get() > burst as u64 + 5, "{:?}", metrics.downpour.repairs);
+
+    // What there is no budget for goes by urgency, not by who came first.
+    let seqs = feed.push(2);
+    edge.handle.nack(Nack { slack_ms: 5000, ..nack(&feed, 1, &seqs[..1]) });
+    edge.handle.nack(Nack { slack_ms: 4000, ..nack(&feed, 1, &seqs[1..]) });
+    let late = feed.push(20);
+    edge.handle.nack(Nack { slack_ms: 6000, ..nack(&feed, 1, &late) });
+    let mut order = Vec::new();
+    while order.len() < 4 {
+        let packet = edge.repair().await;
+        let seq = Seq(u16::from_be_bytes([packet[2], packet[3]]));
+        if seqs.contains(&seq) || late.contains(&seq) {
+            order.push(seq);
+        }
+    }
+    assert_eq!(order[2..], late[..2], "{order:?}");
+}
+
+#[tokio::test]
+async fn no_budget_is_no_limit() {
+    let cloud = Cloud::start_with(RepairServerSettings {
+        repair_budget: 0,
+        repair_burst: 1,
+        ..Default::default()
+    });
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seqs = feed.push(3000);
+    let mut edge = Edge::start(edge_settings(cloud.addr));
+    welcome(&mut edge).await;
+    for part in seqs.chunks(100) {
+        edge.handle.nack(nack(&feed, 1, part));
+        for _ in part {
+            edge.repair().await;
+        }
+    }
+    assert_eq!(cloud.metrics.downpour.repairs.get(), 3000);
+    assert_eq!(cloud.metrics.deferred_budget.get(), 0);
+}
+
+#[tokio::test]
+async fn a_whole_history_fits_the_default_budget() {
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    // 4 Mbit/s for four seconds, and at an edge that joins then.
+    let mut seqs = Vec::new();
+    for _ in 0..4 {
+        seqs.extend(feed.push(450));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let mut edge = Edge::start(edge_settings(cloud.addr));
+    welcome(&mut edge).await;
+    let mut missing: HashSet<Seq> = seqs.into_iter().collect();
+    let ask: Vec<_> = missing.iter().copied().collect();
+    edge.handle.nack(nack(&feed, 1, &ask));
+    while !missing.is_empty() {
+        let packet = edge.repair().await;
+        missing.remove(&Seq(u16::from_be_bytes([packet[2], packet[3]])));
+    }
+    assert_eq!((cloud.metrics.dropped_budget.get(), cloud.metrics.dropped_late.get()), (0, 0));
 }
 
 #[tokio::test]
@@ -502,11 +570,15 @@ async fn edges_are_admitted_and_followed() {
     for token in [None, Some("Secret".to_owned())] {
         let mut stranger = Edge::start(RepairClientSettings { token, ..settings.clone() });
         assert_eq!(stranger.disconnected().await, "the token is wrong or missing");
+        assert!(stranger.metrics.refused_token.get() >= 1);
+        assert_eq!((stranger.metrics.refused_edge.get(), stranger.metrics.connects.get()), (0, 1));
     }
     let settings = RepairClientSettings { token: Some("secret".into()), ..settings };
     let mut mallory =
         Edge::start(RepairClientSettings { node: "mallory".into(), ..settings.clone() });
     assert_eq!(mallory.disconnected().await, "mallory may not");
+    assert!(mallory.metrics.refused_edge.get() >= 1);
+    assert_eq!(mallory.metrics.refused_token.get(), 0);
     drop(mallory);
 
     let mut edge = Edge::start(settings);
@@ -518,7 +590,8 @@ async fn edges_are_admitted_and_followed() {
     edge.shutdown.cancel();
     until(|| seen().len() == 4).await;
     assert_eq!(seen(), ["hello edge-1 Some(\"secret\") Some(5004)", "wants *", "lost 42", "left"]);
-    assert!(cloud.metrics.refused_edge.get() >= 3);
+    assert!(cloud.metrics.refused_edge.get() >= 1);
+    assert!(cloud.metrics.refused_token.get() >= 2);
 }
 
 #[tokio::test]
@@ -586,6 +659,8 @@ async fn a_pinned_certificate_is_the_only_one() {
     assert!(reason.starts_with(&wanted), "{reason}");
     assert_eq!(edge.metrics.connects.get(), 0);
     assert!(edge.metrics.connect_failures.get() > 0);
+    assert!(edge.metrics.refused_certificate.get() > 0);
+    until(|| cloud.metrics.refused_handshake.get() > 0).await;
 }
 
 #[tokio::test]
@@ -635,7 +710,10 @@ async fn an_authority_vouches_for_the_host_name() {
     let mut edge = Edge::start(settings("localhost", &paths[0]));
     welcome(&mut edge).await;
     let mut edge = Edge::start(settings("127.0.0.1", &paths[0]));
-    assert!(edge.disconnected().await.contains("certificate"));
+    let reason = edge.disconnected().await;
+    assert!(reason.starts_with("the certificate of cloud 127.0.0.1:"), "{reason}");
+    assert!(edge.metrics.refused_certificate.get() > 0);
+    until(|| cloud.metrics.refused_handshake.get() > 0).await;
 }
 
 #[tokio::test]

@@ -217,6 +217,50 @@ async fn v0_can_be_switched_off() {
         dial(&quic_client(), cloud.addr, b"quic-echo-server", TransportConfig::default()).await;
     assert!(dialled.is_err());
     until(|| cloud.metrics.refused_handshake.get() == 1).await;
+
+    let mut edge = Edge::start(v0_settings(cloud.addr));
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
+    let reason = edge.disconnected().await;
+    assert!(reason.ends_with("does not speak the protocol that was asked for"), "{reason}");
+    assert_eq!(edge.metrics.refused_protocol.get(), 1);
+}
+
+#[tokio::test]
+async fn v0_edges_may_be_named_by_address() {
+    let start = |ranges: &[&str]| {
+        Cloud::start_with(RepairServerSettings {
+            v0_allow: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+            ..Default::default()
+        })
+    };
+    let cloud = start(&["192.0.2.0/24", "::1"]);
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seq = feed.push(1)[0];
+    let edge = V0Edge::connect(&cloud).await;
+    let closed = match within(edge.connection.closed()).await {
+        quinn::ConnectionError::ApplicationClosed(close) => close,
+        other => panic!("{other}"),
+    };
+    assert_eq!(closed.error_code, quinn::VarInt::from_u32(3));
+    assert_eq!(&closed.reason[..], b"v0 repair is not allowed from this address");
+    assert_eq!((cloud.metrics.refused_v0_address.get(), cloud.metrics.v0.accepted.get()), (1, 0));
+    let mut edge = Edge::start(v0_settings(cloud.addr));
+    let nack = Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![seq] };
+    edge.handle.nack(nack.clone());
+    assert_eq!(edge.disconnected().await, "v0 repair is not allowed from this address");
+    assert!(edge.metrics.refused_edge.get() >= 1);
+    // It binds nobody else.
+    let mut edge = Edge::start(edge_settings(cloud.addr));
+    edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
+    edge.handle.nack(nack);
+    assert_eq!(edge.repair().await, feed.packet(seq));
+
+    let cloud = start(&["192.0.2.0/24", "127.0.0.0/8"]);
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seq = feed.push(1)[0];
+    let mut edge = V0Edge::connect(&cloud).await;
+    edge.ask(&[(7, seq.0)]).await;
+    assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
 }
 
 #[tokio::test]
@@ -240,19 +284,21 @@ async fn too_many_connections_are_refused_and_counted() {
 #[tokio::test]
 async fn a_budget_slows_v0_edges_down() {
     let cloud = Cloud::start_with(RepairServerSettings {
-        repair_rate: 50_000,
+        repair_budget: 1,
         repair_burst: 5_000,
         ..Default::default()
     });
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
-    let seqs = feed.push(20);
+    // 16 KiB a second is the least, and ten seconds of that come at once: 144 packets.
+    let seqs = feed.push(155);
     let mut edge = V0Edge::connect(&cloud).await;
     let began = std::time::Instant::now();
     edge.ask(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
     for &seq in &seqs {
         assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
     }
-    assert!(began.elapsed() >= Duration::from_millis(300), "{:?}", began.elapsed());
+    assert!(began.elapsed() >= Duration::from_millis(500), "{:?}", began.elapsed());
+    assert!(cloud.metrics.deferred_budget.get() >= 5);
 }
 
 fn v0_settings(addr: std::net::SocketAddr) -> RepairClientSettings {

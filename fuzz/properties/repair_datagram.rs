@@ -70,6 +70,6 @@ fn check_pairs(
 
 fn reread(datagram: Bytes, max_len: usize) -> Message {
     // A head and one pair is the least.
-    assert!(datagram.len() <= max_len.clamp(10, Message::MAX_LEN));
+    assert!(datagram.len() <= max_len.clamp(12, Message::MAX_LEN));
     Message::parse(datagram).expect("what was written can be read")
 }

@@ -112,7 +112,8 @@ impl Cloud {
             rtp_port: fanout.as_ref().map_or(config.rtp_port, Fanout::local_port),
             v0: config.v0_repair,
             max_connections: config.max_edges,
-            repair_rate: config.repair_rate,
+            v0_allow: config.v0_allow.clone(),
+            repair_budget: config.repair_budget,
             token: Some(config.edge_token.clone()).filter(|token| !token.is_empty()),
             ..RepairServerSettings::default()
         };

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
-use crate::tls;
+use crate::{AddrRange, tls};
 
 settings! {
     /// A cloud node's settings: `config.yaml`.
@@ -63,10 +63,14 @@ settings! {
             edge_token: String = String::new();
             /// Edges connected over QUIC at one time, 1 to 1000000.
             max_edges: usize = 10_000, in 1..=1_000_000;
-            /// Bytes of repairs a second for each edge at most, 0 to 10000000000; 0 is no limit.
-            repair_rate: u64 = 0, in 0..=10_000_000_000;
+            /// What an edge may be sent again, in per cent of the rate of its streams, 0 to 1000;
+            /// 0 is no limit. Ten seconds' worth, and no less than 2 MiB, may go at once.
+            repair_budget: u32 = 100, in 0..=1000;
             /// Whether existing Go edges may ask for lost packets; they cannot say a token.
             v0_repair: bool = true;
+            /// Addresses and prefixes that they may ask from, such as [10.0.0.0/8, 192.0.2.7]; []
+            /// is any.
+            v0_allow: Vec<AddrRange> = Vec::new();
         }
         "Recording" {
             /// Whether each publication is written to an FLV file.
@@ -109,6 +113,13 @@ impl CloudConfig {
                 format!("{} addresses are too many; {DESTINATIONS_MAX} at most", seen.len());
             return Err(("client_addr_list", message));
         }
+        if self.v0_allow.len() > V0_RANGES_MAX {
+            let message = format!(
+                "{} ranges are too many; give {V0_RANGES_MAX} at most",
+                self.v0_allow.len()
+            );
+            return Err(("v0_allow", message));
+        }
         if self.edge_token.len() > 1024 {
             return Err(("edge_token", "give at most 1024 bytes".into()));
         }
@@ -121,5 +132,7 @@ impl CloudConfig {
     }
 }
 
+/// Each is looked at for each connection.
+const V0_RANGES_MAX: usize = 1000;
 /// Addresses that are sent to without a hello.
 const DESTINATIONS_MAX: usize = 10_000;

@@ -9,7 +9,7 @@ use std::{
 
 use serde_yaml::Value;
 
-use crate::{repair::control::StreamPattern, tls::Fingerprint};
+use crate::{AddrRange, InvalidRange, repair::control::StreamPattern, tls::Fingerprint};
 
 /// A value that a configuration file can hold.
 pub trait Setting: Sized {
@@ -307,6 +307,17 @@ impl Setting for StreamPattern {
     }
 }
 
+impl Setting for AddrRange {
+    fn read(value: &Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or_else(|| InvalidRange::Address.to_string())?;
+        text.parse().map_err(|error: InvalidRange| error.to_string())
+    }
+
+    fn write(&self) -> String {
+        quoted(&self.to_string())
+    }
+}
+
 macro_rules! words {
     ($(#[$attr:meta])* pub enum $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)* }
      wanted: $wanted:literal, empty: $empty:ident) => {
@@ -528,6 +539,11 @@ mod tests {
         same(None::<Fingerprint>);
         same(Some("a1".repeat(32).parse::<Fingerprint>().unwrap()));
         same(["*", "live/*", "live/a"].map(|p| p.parse::<StreamPattern>().unwrap()).to_vec());
+        same(
+            ["192.0.2.0/24", "::1", "2001:db8::/32"]
+                .map(|r| r.parse::<AddrRange>().unwrap())
+                .to_vec(),
+        );
         same(LogLevel::Warn);
         same(RepairProtocol::Downpour);
     }

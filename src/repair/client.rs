@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use quinn::{Connection, Endpoint};
+use quinn::{Connecting, Connection, ConnectionError, Endpoint};
 use rustls::pki_types::ServerName;
 use tokio::{
     net::lookup_host,
@@ -29,6 +29,7 @@ use super::{
     Protocol, close,
     control::{Report, StreamInfo, StreamPattern, Welcome},
     message::{Gone, Heartbeat, Nack},
+    stream::ControlStream,
     transport,
 };
 use crate::{
@@ -43,6 +44,10 @@ pub struct RepairClient {
     /// The host in [`RepairClientSettings::cloud`], for the certificate.
     host: String,
     tls: ClientTls,
+    /// One for all connections: what servers gave for coming back stays with it.
+    config: quinn::ClientConfig,
+    /// Whether the last connection spoke `downpour/1`, so that a resumed one will.
+    resumes: bool,
     endpoint: Endpoint,
     ipv6: bool,
     shared: Arc<Shared>,
@@ -164,6 +169,8 @@ impl RepairClient {
             ProtocolChoice::Only(Protocol::V0) => &[v0],
         };
         let tls = ClientTls::new(&settings.trust, &settings.cloud, protocols)?;
+        let mut config = quinn::ClientConfig::new(tls.crypto());
+        config.transport_config(Arc::new(transport::client()));
         let (socket, ipv6) = match transport::bind((Ipv6Addr::UNSPECIFIED, 0).into()) {
             Ok(socket) => (socket, true),
             Err(_) => (
@@ -187,6 +194,8 @@ impl RepairClient {
             settings,
             host,
             tls,
+            config,
+            resumes: false,
             endpoint,
             ipv6,
             shared,
@@ -213,7 +222,10 @@ impl RepairClient {
             self.shared.set(None);
             let reason = match result {
                 Ok(()) | Err(Disconnect::Stopped) => break,
-                Err(reason) => reason.to_string(),
+                Err(reason) => {
+                    self.metrics.count(&reason);
+                    reason.to_string()
+                }
             };
             if reason != last_reason {
                 tracing::warn!(cloud = self.settings.cloud, reason, "no repair connection");
@@ -252,9 +264,10 @@ impl RepairClient {
             connected = self.connect() => connected,
             () = self.shutdown.cancelled() => return Ok(()),
         };
-        let (connection, protocol) = connected.inspect_err(|_| {
+        let Dialed { connection, protocol, control } = connected.inspect_err(|_| {
             self.metrics.connect_failures.inc();
         })?;
+        self.resumes = protocol == Protocol::Downpour;
         self.metrics.connects.inc();
         let _connected = ConnectedGuard::new(self.metrics.connected(protocol));
         self.shared.set(Some((connection.clone(), protocol)));
@@ -266,12 +279,11 @@ impl RepairClient {
 
         let result = match protocol {
             Protocol::V0 => v0::run(self, &connection, first_nack).await,
-            Protocol::Downpour => downpour::run(self, &connection).await,
+            Protocol::Downpour => downpour::run(self, &connection, control).await,
         };
         match &result {
             Ok(()) => connection.close(close::DONE, b"the edge is shutting down"),
             Err(reason @ Disconnect::Malformed(_)) => {
-                self.metrics.malformed.inc();
                 connection.close(close::MALFORMED, reason.to_string().as_bytes());
             }
             Err(Disconnect::Timeout(reason)) => connection.close(close::TIMEOUT, reason.as_bytes()),
@@ -280,7 +292,7 @@ impl RepairClient {
         result
     }
 
-    async fn connect(&self) -> Result<(Connection, Protocol), Disconnect> {
+    async fn connect(&self) -> Result<Dialed, Disconnect> {
         let cloud = &self.settings.cloud;
         let resolved = timeout(CONNECT_TIMEOUT, lookup_host(cloud)).await;
         let addrs: Vec<SocketAddr> = resolved
@@ -294,24 +306,20 @@ impl RepairClient {
             .get(pick)
             .ok_or_else(|| Disconnect::Resolve(cloud.clone(), "it has no address".into()))?;
 
-        let mut config = quinn::ClientConfig::new(self.tls.crypto());
-        config.transport_config(Arc::new(transport::client()));
+        self.tls.revalidate(&self.host);
         let connecting = self
             .endpoint
-            .connect_with(config, addr, &self.host)
+            .connect_with(self.config.clone(), addr, &self.host)
             .map_err(|error| Disconnect::Connect(error.to_string()))?;
-        let connection = match timeout(CONNECT_TIMEOUT, connecting).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => {
-                let refusal = self.tls.take_refusal();
-                return Err(Disconnect::Connect(refusal.unwrap_or_else(|| error.to_string())));
-            }
+        let (connection, control) = match timeout(CONNECT_TIMEOUT, self.shake(connecting)).await {
+            Ok(Ok(shaken)) => shaken,
+            Ok(Err(error)) => return Err(self.refusal(error)),
             Err(_) => return Err(Disconnect::Connect(format!("{addr} does not answer"))),
         };
         match Protocol::of(&connection) {
             Some(Protocol::Downpour) => {
                 self.tls.pin().map_err(|error| Disconnect::Connect(error.to_string()))?;
-                Ok((connection, Protocol::Downpour))
+                Ok(Dialed { connection, protocol: Protocol::Downpour, control })
             }
             // An existing cloud makes a new certificate at each start: to pin it is to refuse it
             // when it comes back. What is pinned already was checked in the handshake.
@@ -321,11 +329,70 @@ impl RepairClient {
                         tracing::warn!(cloud, "an existing (v0) cloud keeps no certificate to pin");
                     });
                 }
-                Ok((connection, Protocol::V0))
+                Ok(Dialed { connection, protocol: Protocol::V0, control: None })
             }
             None => Err(Disconnect::Malformed("the cloud chose no protocol".into())),
         }
     }
+
+    /// Completes the handshake. A cloud that this edge was connected to before is told hello with
+    /// the first packet (0-RTT), so that its welcome is here after one round trip; if it does not
+    /// take that, hello is to be said again. Nothing but the hello goes early: `server::Early` says
+    /// why that can be.
+    async fn shake(
+        &self,
+        connecting: Connecting,
+    ) -> Result<(Connection, Option<ControlStream>), ConnectionError> {
+        let connecting = if self.resumes {
+            match connecting.into_0rtt() {
+                Ok((connection, accepted)) => {
+                    let control = downpour::say_hello(&self.settings, &connection).await;
+                    // Also false if there is no connection.
+                    let accepted = accepted.await;
+                    if let Some(error) = connection.close_reason() {
+                        return Err(error);
+                    }
+                    if accepted {
+                        self.metrics.early_hellos.inc();
+                    }
+                    return Ok((connection, control.ok().filter(|_| accepted)));
+                }
+                Err(connecting) => connecting,
+            }
+        } else {
+            connecting
+        };
+        Ok((connecting.await?, None))
+    }
+
+    /// Why there was no connection, in plain words where it is about who the cloud is.
+    fn refusal(&self, error: ConnectionError) -> Disconnect {
+        if let Some(refusal) = self.tls.take_refusal() {
+            return Disconnect::Certificate(refusal);
+        }
+        let alert = match &error {
+            ConnectionError::TransportError(error) => u64::from(error.code)
+                .checked_sub(CRYPTO_ERROR)
+                .and_then(|alert| u8::try_from(alert).ok()),
+            _ => None,
+        };
+        match alert {
+            Some(42..=46 | 48) => Disconnect::Certificate(format!(
+                "the certificate of cloud {} is not trusted: {error}",
+                self.settings.cloud
+            )),
+            Some(120) => Disconnect::Protocol(self.settings.cloud.clone()),
+            _ => Disconnect::Connect(error.to_string()),
+        }
+    }
+}
+
+/// A connection whose handshake is complete.
+struct Dialed {
+    connection: Connection,
+    protocol: Protocol,
+    /// Where hello has been said, if it went with the first packet.
+    control: Option<ControlStream>,
 }
 
 /// Talks to a [`RepairClient`]; cloning shares it.
@@ -385,6 +452,14 @@ enum Disconnect {
     Resolve(String, String),
     #[error("{0}")]
     Connect(String),
+    /// The cloud is not who it should be.
+    #[error("{0}")]
+    Certificate(String),
+    #[error("cloud {0} does not speak the protocol that was asked for")]
+    Protocol(String),
+    /// The cloud does not want this edge.
+    #[error("{message}")]
+    Refused { token: bool, message: String },
     #[error("{0}")]
     Lost(String),
     #[error("{0}")]
@@ -409,10 +484,14 @@ impl Disconnect {
     }
 }
 
-impl From<quinn::ConnectionError> for Disconnect {
-    fn from(error: quinn::ConnectionError) -> Self {
+impl From<ConnectionError> for Disconnect {
+    fn from(error: ConnectionError) -> Self {
         match error {
-            quinn::ConnectionError::ApplicationClosed(close) if !close.reason.is_empty() => {
+            ConnectionError::ApplicationClosed(close) if close.error_code == close::REFUSED => {
+                let message = String::from_utf8_lossy(&close.reason).into_owned();
+                Self::Refused { token: false, message }
+            }
+            ConnectionError::ApplicationClosed(close) if !close.reason.is_empty() => {
                 Self::Lost(String::from_utf8_lossy(&close.reason).into_owned())
             }
             error => Self::Lost(error.to_string()),
@@ -511,3 +590,5 @@ impl Drop for ConnectedGuard {
 const NACK_QUEUE: usize = 256;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Where TLS alerts begin among QUIC's error codes (RFC 9001 §4.8).
+const CRYPTO_ERROR: u64 = 0x100;

@@ -1,12 +1,15 @@
 //! Recovery of lost packets: what was sent and is still held, what is missing and when to ask, and
 //! the QUIC connection over which edges ask.
 
+mod bucket;
 pub mod client;
 pub mod congestion;
 pub mod control;
 pub mod fec;
+pub mod group;
 pub mod history;
 pub mod message;
+pub mod outbox;
 pub mod receiver;
 pub mod report;
 pub mod resend;
@@ -26,7 +29,11 @@ pub enum Protocol {
 impl Protocol {
     /// The protocol that the two ends agreed on, if it is one of ours.
     pub fn of(connection: &quinn::Connection) -> Option<Self> {
-        let data = connection.handshake_data()?;
+        Self::of_handshake(connection.handshake_data()?)
+    }
+
+    /// The same, where the handshake is still under way.
+    fn of_handshake(data: Box<dyn std::any::Any>) -> Option<Self> {
         let data = data.downcast::<quinn::crypto::rustls::HandshakeData>().ok()?;
         [Self::V0, Self::Downpour]
             .into_iter()

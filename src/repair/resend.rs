@@ -70,6 +70,14 @@ impl<T: Clone> Resender<T> {
         true
     }
 
+    /// Tells that a packet is being sent only now, after it waited: what is asked for from here on
+    /// counts from now.
+    pub fn sent(&mut self, now: Instant, ssrc: Ssrc, seq: Seq) {
+        if self.answered.insert((ssrc, seq), now) != Some(now) {
+            self.order.push_back((now, (ssrc, seq)));
+        }
+    }
+
     /// Takes back that a packet was answered: it could not be sent, so a repetition may.
     pub fn not_sent(&mut self, ssrc: Ssrc, seq: Seq) {
         self.answered.remove(&(ssrc, seq));

@@ -1,6 +1,5 @@
 //! The cloud's end of the repair connection.
 
-mod bucket;
 mod downpour;
 mod heartbeat;
 mod metrics;
@@ -9,11 +8,14 @@ mod v0;
 use std::{
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
-use quinn::{Connection, Endpoint, Incoming};
+use bytes::Bytes;
+use quinn::{
+    Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream, ZeroRttAccepted,
+};
 use tokio::{
     sync::broadcast,
     task::{JoinError, JoinSet},
@@ -23,17 +25,18 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub use metrics::{ProtocolMetrics, RepairServerMetrics};
 
-use self::{
-    bucket::TokenBucket,
-    heartbeat::{Heartbeats, TICK},
-};
+use self::heartbeat::{Heartbeats, TICK};
 use super::{
-    Protocol, close,
+    Protocol,
+    bucket::TokenBucket,
+    close,
     control::{Nonce, Report, StreamPattern},
+    group::{GroupBudget, GroupRepair},
     message::Heartbeat,
     transport,
 };
 use crate::{
+    AddrRange,
     origin::Origin,
     tls::{Identity, TlsError},
 };
@@ -56,11 +59,16 @@ pub struct RepairServerSettings {
     pub token: Option<String>,
     /// Whether existing (v0) edges are served.
     pub v0: bool,
+    /// From where they may come; empty is from anywhere.
+    pub v0_allow: Vec<AddrRange>,
     /// Connections at a time; more are refused.
     pub max_connections: usize,
-    /// Bytes of repairs a second for each connection, 0 for no limit.
-    pub repair_rate: u64,
-    /// Bytes of repairs that may go out at once when [`Self::repair_rate`] is set.
+    /// What each connection may be sent again, in per cent of the byte rate of the streams that the
+    /// edge subscribes to, of all streams for a v0 edge and for a multicast group; but never under
+    /// 16 KiB a second. 0 for no limit.
+    pub repair_budget: u32,
+    /// Bytes of repairs that may go out at once, where ten seconds' budget is less: an edge that
+    /// joins fetches a whole group of pictures.
     pub repair_burst: u64,
 }
 
@@ -71,9 +79,10 @@ impl Default for RepairServerSettings {
             rtp_port: 0,
             token: None,
             v0: true,
+            v0_allow: Vec::new(),
             max_connections: 1024,
-            repair_rate: 0,
-            repair_burst: 1024 * 1024,
+            repair_budget: 100,
+            repair_burst: 2 * 1024 * 1024,
         }
     }
 }
@@ -93,6 +102,13 @@ pub trait EdgeSession: Send {
     fn subscribed(&mut self, streams: &[StreamPattern]);
     /// The edge told how it fares.
     fn reported(&mut self, report: Report);
+}
+
+/// Who sends to multicast groups.
+pub trait GroupSender: Send + Sync + 'static {
+    /// Sends one RTP packet to a group, without waiting. False if this node does not send to that
+    /// group: an edge's word alone must not choose where packets go.
+    fn send(&self, group: SocketAddr, packet: Bytes) -> bool;
 }
 
 /// An edge as it presents itself.
@@ -125,7 +141,7 @@ impl RepairServer {
         let downpour = Protocol::Downpour.alpn();
         let protocols: &[_] =
             if settings.v0 { &[downpour, Protocol::V0.alpn()] } else { &[downpour] };
-        let mut config = identity.server_config(protocols)?;
+        let mut config = identity.resuming_server_config(protocols, settings.max_connections)?;
         config
             .transport_config(Arc::new(transport::server()))
             .max_incoming(MAX_INCOMING)
@@ -138,7 +154,17 @@ impl RepairServer {
             })
             .map_err(|error| BindError::Socket(addr, error))?;
         let heartbeats = broadcast::channel(HEARTBEAT_BACKLOG).0;
-        let shared = Shared { origin, settings, metrics, handler: None, heartbeats };
+        let shared = Shared {
+            origin,
+            settings,
+            metrics,
+            handler: None,
+            group_sender: None,
+            groups: Mutex::default(),
+            edges: AtomicU64::new(0),
+            total_rate: Mutex::new((Instant::now(), None)),
+            heartbeats,
+        };
         Ok(Self { endpoint, shared: Arc::new(shared) })
     }
 
@@ -146,6 +172,14 @@ impl RepairServer {
     pub fn with_handler(mut self, handler: Arc<dyn EdgeHandler>) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.handler = Some(handler);
+        }
+        self
+    }
+
+    /// Answers what many edges of a multicast group ask for at once by sending it to the group.
+    pub fn with_group_sender(mut self, sender: Arc<dyn GroupSender>) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.group_sender = Some(sender);
         }
         self
     }
@@ -230,17 +264,43 @@ struct Shared {
     settings: RepairServerSettings,
     metrics: RepairServerMetrics,
     handler: Option<Arc<dyn EdgeHandler>>,
+    group_sender: Option<Arc<dyn GroupSender>>,
+    groups: Mutex<GroupRepair>,
+    /// Edges so far: each has its number.
+    edges: AtomicU64,
+    /// Bytes a second of all streams, and when that was found.
+    total_rate: Mutex<(Instant, Option<u64>)>,
     heartbeats: broadcast::Sender<Heartbeat>,
+}
+
+/// What one handshake came to.
+struct Accepted {
+    connection: Connection,
+    protocol: Protocol,
+    /// Where the handshake is not complete yet, because the edge was known and spoke at once.
+    early: Option<Early>,
+}
+
+/// What came as early data (0-RTT, RFC 8446 §2.3).
+///
+/// Someone who recorded it could send it again. TLS takes each session's early data once, as long
+/// as this process lives, and a session of an earlier process is unknown. Should it come twice all
+/// the same, no harm is done: it is a hello, which starts no RTP before its address is proven with
+/// the nonce, and brings repairs only on this connection, whose packets nobody else can read and
+/// which ends if its handshake does not.
+struct Early {
+    control: (SendStream, RecvStream),
+    established: ZeroRttAccepted,
 }
 
 impl Shared {
     async fn serve(&self, incoming: Incoming, shutdown: CancellationToken) {
         let peer = incoming.remote_address();
-        let connection = match timeout(HANDSHAKE_TIMEOUT, async { incoming.await }).await {
-            Ok(Ok(connection)) => connection,
+        let accepted = match timeout(HANDSHAKE_TIMEOUT, accept(incoming)).await {
+            Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => {
                 self.metrics.refused_handshake.inc();
-                tracing::debug!(%peer, %error, "no repair connection");
+                tracing::info!(%peer, %error, "an edge's handshake failed");
                 return;
             }
             Err(_) => {
@@ -249,17 +309,23 @@ impl Shared {
                 return;
             }
         };
-        // The TLS layer refuses any other, and none.
-        let Some(protocol) = Protocol::of(&connection) else {
-            connection.close(close::MALFORMED, b"unknown protocol");
+        let Accepted { connection, protocol, early } = accepted;
+        if protocol == Protocol::V0 && !self.allows_v0(peer) {
+            self.metrics.refused_v0_address.inc();
+            tracing::info!(%peer, "a v0 edge was refused: v0_allow does not name its address");
+            connection.close(close::REFUSED, b"v0 repair is not allowed from this address");
             return;
-        };
+        }
         let metrics = self.metrics.of(protocol);
         metrics.accepted.inc();
         metrics.open.inc();
         let open = OpenGuard(metrics.open.clone());
-        tracing::info!(%peer, protocol = protocol.as_str(), "edge connected for repair");
-        let reason = self.serve_protocol(protocol, &connection, &shutdown).await;
+        let resumed = early.is_some();
+        if resumed {
+            self.metrics.early_hellos.inc();
+        }
+        tracing::info!(%peer, protocol = protocol.as_str(), resumed, "edge connected for repair");
+        let reason = self.serve_protocol(protocol, &connection, early, &shutdown).await;
         drop(open);
         tracing::info!(%peer, protocol = protocol.as_str(), reason, "edge disconnected");
     }
@@ -269,6 +335,7 @@ impl Shared {
         &self,
         protocol: Protocol,
         connection: &Connection,
+        early: Option<Early>,
         shutdown: &CancellationToken,
     ) -> String {
         match protocol {
@@ -279,11 +346,54 @@ impl Shared {
                     error.to_string()
                 }
             },
-            Protocol::Downpour => match downpour::serve(self, connection, shutdown).await {
+            Protocol::Downpour => match downpour::serve(self, connection, early, shutdown).await {
                 Ok(()) => "done".into(),
                 Err(error) => error.to_string(),
             },
         }
+    }
+
+    fn allows_v0(&self, peer: SocketAddr) -> bool {
+        let allowed = &self.settings.v0_allow;
+        allowed.is_empty() || allowed.iter().any(|range| range.contains(peer.ip()))
+    }
+
+    /// What may be sent again to a peer that gets streams of `rate` bytes a second: bytes a second,
+    /// 0 for no limit, and bytes at once.
+    fn budget(&self, rate: u64) -> (u64, u64) {
+        let percent = u64::from(self.settings.repair_budget);
+        if percent == 0 {
+            return (0, 0);
+        }
+        let rate = (rate.saturating_mul(percent) / 100).max(MIN_REPAIR_RATE);
+        (rate, rate.saturating_mul(BURST_SECONDS).max(self.settings.repair_burst))
+    }
+
+    /// [`Shared::budget`] for all streams.
+    fn total_budget(&self, now: Instant) -> (u64, u64) {
+        let mut total = self.total_rate.lock().unwrap_or_else(PoisonError::into_inner);
+        let (found, known) = *total;
+        let rate = match known {
+            Some(rate) if now.saturating_duration_since(found) < BUDGET_AGE => rate,
+            _ => {
+                let streams = self.origin.streams();
+                let live = streams.iter().filter(|stream| !stream.ended());
+                let rate = live.map(|stream| stream.byte_rate()).fold(0, u64::saturating_add);
+                *total = (now, Some(rate));
+                rate
+            }
+        };
+        drop(total);
+        self.budget(rate)
+    }
+
+    fn group_budget(&self, now: Instant) -> GroupBudget {
+        let (rate, burst) = self.total_budget(now);
+        GroupBudget { rate, burst }
+    }
+
+    fn groups(&self) -> MutexGuard<'_, GroupRepair> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// No edge needs more sequence numbers a second; looking each one up is what one could make
@@ -298,6 +408,50 @@ impl Shared {
             tracing::error!("a repair connection's task panicked");
         }
     }
+}
+
+/// Takes a connection up to where it can be served: to the end of its handshake, or to its first
+/// words if they came with the first packet.
+async fn accept(incoming: Incoming) -> Result<Accepted, AcceptError> {
+    let mut connecting = incoming.accept()?;
+    let handshake = connecting.handshake_data().await?;
+    // The TLS layer refuses any other, and none.
+    let protocol = Protocol::of_handshake(handshake).ok_or(AcceptError::Protocol)?;
+    let (connection, mut established) = match protocol {
+        Protocol::V0 => {
+            let connection = connecting.await?;
+            return Ok(Accepted { connection, protocol, early: None });
+        }
+        Protocol::Downpour => match connecting.into_0rtt() {
+            Ok(opened) => opened,
+            Err(connecting) => {
+                let connection = connecting.await?;
+                return Ok(Accepted { connection, protocol, early: None });
+            }
+        },
+    };
+    let control = tokio::select! {
+        biased;
+        established = &mut established => match connection.close_reason() {
+            Some(error) => return Err(error.into()),
+            None if !established => return Err(AcceptError::Handshake),
+            None => None,
+        },
+        control = connection.accept_bi() => Some(control?),
+    };
+    let early = control.map(|control| Early { control, established });
+    Ok(Accepted { connection, protocol, early })
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+enum AcceptError {
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    #[error("unknown protocol")]
+    Protocol,
+    #[error("the handshake came to no end")]
+    Handshake,
 }
 
 /// Counts a connection as closed however its task ends.
@@ -338,5 +492,11 @@ const INCOMING_BUFFER: u64 = 8 * 1024 * 1024;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_REQUESTS_PER_SECOND: u64 = 100_000;
+/// Bytes a second that even a whisper of a stream gets: a packet in 70 ms.
+const MIN_REPAIR_RATE: u64 = 16 * 1024;
+/// Of budget that may be spent at once: as long as the ring holds packets by default.
+const BURST_SECONDS: u64 = 10;
+/// How old a budget may be before it is worked out anew.
+const BUDGET_AGE: Duration = Duration::from_secs(1);
 /// Heartbeats kept for a connection that is busy; it misses older ones.
 const HEARTBEAT_BACKLOG: usize = 1024;

@@ -27,7 +27,7 @@ pub fn server() -> TransportConfig {
         .receive_window(VarInt::from_u32(1024 * 1024))
         .send_window(1024 * 1024)
         .datagram_receive_buffer_size(Some(256 * 1024))
-        .datagram_send_buffer_size(1024 * 1024);
+        .datagram_send_buffer_size(SERVER_DATAGRAM_BUFFER);
     config
 }
 
@@ -85,6 +85,8 @@ fn common() -> TransportConfig {
 const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
 /// Streams that an edge may have open: the control or info stream, and its successors.
 const SERVER_BIDI_STREAMS: u32 = 4;
+/// Bytes of datagrams that wait for the congestion window.
+pub(super) const SERVER_DATAGRAM_BUFFER: usize = 1024 * 1024;
 /// Nacks too long for a datagram.
 pub(super) const SERVER_UNI_STREAMS: u32 = 16;
 /// Repairs too long for a datagram.

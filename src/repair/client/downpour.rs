@@ -9,7 +9,9 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairEvent};
+use super::{
+    Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
+};
 use crate::repair::{
     control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
     message::{Message, MessageError, Nack},
@@ -17,13 +19,11 @@ use crate::repair::{
     transport::CLIENT_UNI_STREAMS,
 };
 
-/// Speaks until the connection ends; `Ok` on shutdown.
-pub(super) async fn run(
-    client: &mut RepairClient,
+/// Opens the control stream with this edge's hello.
+pub(super) async fn say_hello(
+    settings: &RepairClientSettings,
     connection: &Connection,
-) -> Result<(), Disconnect> {
-    client.inbox.forget(&client.metrics);
-    let RepairClient { settings, inbox, events, metrics, shutdown, .. } = client;
+) -> Result<ControlStream, Disconnect> {
     let (send, recv) = connection.open_bi().await?;
     let mut control = ControlStream::new(send, recv, MAX_CONTROL_LEN);
     let hello = EdgeMessage::Hello(Hello {
@@ -36,21 +36,39 @@ pub(super) async fn run(
         parity: settings.parity,
         streams: settings.streams.clone(),
     });
+    control.send(&hello).await?;
+    Ok(control)
+}
+
+/// Speaks until the connection ends; `Ok` on shutdown. `control` is there if hello has been said.
+pub(super) async fn run(
+    client: &mut RepairClient,
+    connection: &Connection,
+    control: Option<ControlStream>,
+) -> Result<(), Disconnect> {
+    client.inbox.forget(&client.metrics);
+    let RepairClient { settings, inbox, events, metrics, shutdown, .. } = client;
     let opening = async {
-        control.send(&hello).await?;
+        let mut control = match control {
+            Some(control) => control,
+            None => say_hello(settings, connection).await?,
+        };
         match timeout(WELCOME_TIMEOUT, control.receive()).await {
-            Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok(RepairEvent::Welcome(welcome)),
-            Ok(Ok(Some(CloudMessage::Error { message, .. }))) => Err(Disconnect::Lost(message)),
+            Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok((control, welcome)),
+            Ok(Ok(Some(CloudMessage::Error { code, message }))) => {
+                Err(Disconnect::Refused { token: code == "token", message })
+            }
             Ok(Ok(_)) => Err(Disconnect::Malformed("the first message was not welcome".into())),
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(Disconnect::Timeout("the cloud did not say welcome in time")),
         }
     };
-    tokio::select! {
-        welcome = opening => events.send(welcome?).await?,
+    let (mut control, welcome) = tokio::select! {
+        opened = opening => opened?,
         error = connection.closed() => return Err(error.into()),
         () = shutdown.cancelled() => return Ok(()),
-    }
+    };
+    events.send(RepairEvent::Welcome(welcome)).await?;
 
     let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
     let result = tokio::select! {

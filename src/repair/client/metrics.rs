@@ -5,6 +5,7 @@ use prometheus::{
     register_int_counter_with_registry, register_int_gauge_vec_with_registry,
 };
 
+use super::Disconnect;
 use crate::repair::Protocol;
 
 /// Counters of a [`RepairClient`](super::RepairClient).
@@ -18,6 +19,16 @@ pub struct RepairClientMetrics {
     pub connects: IntCounter,
     /// Attempts that failed.
     pub connect_failures: IntCounter,
+    /// Connections whose hello went with the first packet (0-RTT).
+    pub early_hellos: IntCounter,
+    /// Attempts that ended because the cloud's certificate is not trusted.
+    pub refused_certificate: IntCounter,
+    /// Attempts that ended because the cloud did not take this edge's token.
+    pub refused_token: IntCounter,
+    /// Attempts that ended because the cloud does not want this edge for another reason.
+    pub refused_edge: IntCounter,
+    /// Attempts that ended because the cloud does not speak the protocol.
+    pub refused_protocol: IntCounter,
     /// Sequence numbers asked for.
     pub asked: IntCounter,
     /// Packets that came back.
@@ -61,11 +72,21 @@ impl RepairClientMetrics {
             &["what"],
             registry
         )?;
+        let refused = register_int_counter_vec_with_registry!(
+            Opts::new("downpour_repair_client_refused_total", "Connections that were refused"),
+            &["reason"],
+            registry
+        )?;
         Ok(Self {
             connected_v0: connected.with_label_values(&[Protocol::V0.as_str()]),
             connected_downpour: connected.with_label_values(&[Protocol::Downpour.as_str()]),
             connects: counter("connects_total", "Connections made")?,
             connect_failures: counter("connect_failures_total", "Attempts that failed")?,
+            early_hellos: counter("early_hellos_total", "Connections back in one round trip")?,
+            refused_certificate: refused.with_label_values(&["certificate"]),
+            refused_token: refused.with_label_values(&["token"]),
+            refused_edge: refused.with_label_values(&["edge"]),
+            refused_protocol: refused.with_label_values(&["protocol"]),
             asked: counter("asked_total", "Packets asked for")?,
             repairs: counter("repairs_total", "Packets that came back")?,
             repair_bytes: counter("repair_bytes_total", "Bytes of packets that came back")?,
@@ -76,6 +97,18 @@ impl RepairClientMetrics {
             dropped_events: dropped.with_label_values(&["event"]),
             malformed: counter("malformed_total", "Connections closed as malformed")?,
         })
+    }
+
+    /// Counts why a connection ended, where that has a counter.
+    pub(super) fn count(&self, reason: &Disconnect) {
+        match reason {
+            Disconnect::Malformed(_) => self.malformed.inc(),
+            Disconnect::Certificate(_) => self.refused_certificate.inc(),
+            Disconnect::Protocol(_) => self.refused_protocol.inc(),
+            Disconnect::Refused { token: true, .. } => self.refused_token.inc(),
+            Disconnect::Refused { token: false, .. } => self.refused_edge.inc(),
+            _ => {}
+        }
     }
 
     pub(super) fn connected(&self, protocol: Protocol) -> &IntGauge {

@@ -3,12 +3,14 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use quinn::{Connection, ConnectionError, SendDatagramError};
+use quinn::{
+    Connection, ConnectionError, RecvStream, SendDatagramError, SendStream, ZeroRttAccepted,
+};
 use ring::digest::{SHA256, digest};
 use tokio::{
     sync::{Semaphore, broadcast, mpsc},
@@ -17,18 +19,22 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{EdgeHello, EdgeSession, Shared, bucket::TokenBucket};
+use super::{BUDGET_AGE, Early, EdgeHello, EdgeSession, HANDSHAKE_TIMEOUT, Shared};
 use crate::{
     origin::{Headers, OriginEvent, OriginStream},
     repair::{
+        bucket::TokenBucket,
         close,
+        congestion::RepairControl,
         control::{
             CloudMessage, EdgeMessage, Hello, Nonce, StreamInfo, StreamPattern, VERSION, Welcome,
         },
+        group::{Answer, Ask},
         message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
+        outbox::{self, Next, Outbox, Pushed, Repair},
         resend::Resender,
         stream::{ControlStream, STREAM_TIMEOUT, StreamError, read_messages},
-        transport::SERVER_UNI_STREAMS,
+        transport::{SERVER_DATAGRAM_BUFFER, SERVER_UNI_STREAMS},
     },
     rtp::Ssrc,
 };
@@ -37,9 +43,10 @@ use crate::{
 pub(super) async fn serve(
     shared: &Shared,
     connection: &Connection,
+    early: Option<Early>,
     shutdown: &CancellationToken,
 ) -> Result<(), EdgeError> {
-    let result = run(shared, connection, shutdown).await;
+    let result = run(shared, connection, early, shutdown).await;
     match &result {
         Ok(()) if shutdown.is_cancelled() => {
             connection.close(close::SHUTDOWN, b"the cloud is shutting down");
@@ -50,6 +57,7 @@ pub(super) async fn serve(
                 connection.close(code, error.to_string().as_bytes());
             }
             match error.code() {
+                _ if matches!(error, EdgeError::Token) => shared.metrics.refused_token.inc(),
                 Some(close::MALFORMED) => shared.metrics.malformed.inc(),
                 Some(_) => shared.metrics.refused_edge.inc(),
                 None => {}
@@ -62,10 +70,15 @@ pub(super) async fn serve(
 async fn run(
     shared: &Shared,
     connection: &Connection,
+    early: Option<Early>,
     shutdown: &CancellationToken,
 ) -> Result<(), EdgeError> {
+    let (streams, established) = match early {
+        Some(Early { control, established }) => (Some(control), Some(established)),
+        None => (None, None),
+    };
     let (mut control, hello) = tokio::select! {
-        hello = timeout(HELLO_TIMEOUT, accept_control(connection)) => {
+        hello = timeout(HELLO_TIMEOUT, accept_control(connection, streams)) => {
             hello.map_err(|_| EdgeError::NoHello)??
         }
         () = shutdown.cancelled() => return Ok(()),
@@ -73,11 +86,11 @@ async fn run(
     let nonce = Nonce(rand::random());
     let edge = match admit(shared, connection.remote_address(), &hello, nonce) {
         Ok(edge) => edge,
-        Err(message) => {
-            let error = CloudMessage::Error { code: "refused".into(), message: message.clone() };
-            control.send(&error).await?;
+        Err(error) => {
+            let (code, message) = (error.word().into(), error.to_string());
+            control.send(&CloudMessage::Error { code, message }).await?;
             control.finish().await;
-            return Err(EdgeError::Refused(message));
+            return Err(error);
         }
     };
 
@@ -98,12 +111,25 @@ async fn run(
     session.subscribe(hello.streams).await?;
 
     let (stream_tx, stream_rx) = mpsc::channel(SERVER_UNI_STREAMS as usize);
-    let repairer = Repairer::new(shared, connection, &subscription);
+    let group = hello.group.filter(|group| group.ip().is_multicast());
+    let repairer = Repairer::new(shared, connection, &subscription, group);
     tokio::select! {
         result = session.run(events, shutdown) => result,
         result = repairer.run(stream_rx, heartbeats) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
+        error = unfinished(established) => Err(error),
     }
+}
+
+/// Returns if a handshake that was not complete when the edge's hello came does not complete soon.
+async fn unfinished(established: Option<ZeroRttAccepted>) -> EdgeError {
+    if let Some(established) = established
+        && timeout(HANDSHAKE_TIMEOUT, established).await.is_err()
+    {
+        return EdgeError::NoHandshake;
+    }
+    // If it failed, the connection is gone, and all else on it ends.
+    std::future::pending().await
 }
 
 /// Why a `downpour/1` connection ended.
@@ -115,13 +141,17 @@ pub(super) enum EdgeError {
     Control(#[from] StreamError),
     #[error("no hello came in time")]
     NoHello,
+    #[error("the handshake came to no end")]
+    NoHandshake,
     #[error("the first message was not hello")]
     NotHello,
     #[error("hello came twice")]
     HelloTwice,
     #[error("more than {MAX_PATTERNS} stream patterns")]
     TooManyPatterns,
-    #[error("refused: {0}")]
+    #[error("the token is wrong or missing")]
+    Token,
+    #[error("{0}")]
     Refused(String),
     #[error(transparent)]
     Message(#[from] MessageError),
@@ -136,15 +166,26 @@ impl EdgeError {
             Self::Connection(_) | Self::Control(StreamError::Read(_) | StreamError::Write(_)) => {
                 None
             }
-            Self::NoHello => Some(close::TIMEOUT),
-            Self::Refused(_) => Some(close::REFUSED),
+            Self::NoHello | Self::NoHandshake => Some(close::TIMEOUT),
+            Self::Token | Self::Refused(_) => Some(close::REFUSED),
             _ => Some(close::MALFORMED),
         }
     }
+
+    /// The word for programs in the message that refuses an edge.
+    fn word(&self) -> &'static str {
+        if matches!(self, Self::Token) { "token" } else { "refused" }
+    }
 }
 
-async fn accept_control(connection: &Connection) -> Result<(ControlStream, Hello), EdgeError> {
-    let (send, recv) = connection.accept_bi().await?;
+async fn accept_control(
+    connection: &Connection,
+    streams: Option<(SendStream, RecvStream)>,
+) -> Result<(ControlStream, Hello), EdgeError> {
+    let (send, recv) = match streams {
+        Some(streams) => streams,
+        None => connection.accept_bi().await?,
+    };
     let mut control = ControlStream::new(send, recv, MAX_EDGE_MESSAGE);
     match control.receive().await? {
         Some(EdgeMessage::Hello(hello)) => Ok((control, hello)),
@@ -165,6 +206,12 @@ struct Told {
 }
 
 impl Subscription {
+    /// Bytes a second of the streams that the edge gets.
+    fn byte_rate(&self) -> u64 {
+        let rates = self.told.values().map(|told| told.stream.byte_rate());
+        rates.fold(0, u64::saturating_add)
+    }
+
     fn wants(&self, stream: &OriginStream) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(stream.key()))
     }
@@ -313,11 +360,34 @@ struct Repairer<'a> {
     connection: &'a Connection,
     subscription: &'a Mutex<Subscription>,
     requests: TokenBucket,
-    bytes: TokenBucket,
-    resender: Resender<(Arc<OriginStream>, Bytes)>,
+    outbox: Outbox<Outgoing>,
+    budget_set: Instant,
+    /// Since when what is in the outbox cannot leave: until when, and why.
+    blocked: Option<(Instant, Blocked)>,
+    resender: Resender<Repair<Outgoing>>,
+    /// Which of the cloud's edges this is.
+    edge: u64,
+    /// The multicast group that it says it listens to, if this cloud sends to groups.
+    group: Option<SocketAddr>,
     /// Repairs too long for a datagram, on their way on streams.
     streams: JoinSet<()>,
     stream_slots: Arc<Semaphore>,
+}
+
+/// A packet to be sent again.
+#[derive(Clone)]
+struct Outgoing {
+    stream: Arc<OriginStream>,
+    packet: Bytes,
+    /// Where to, if not to the edge alone.
+    group: Option<SocketAddr>,
+}
+
+/// What holds repairs up.
+#[derive(Clone, Copy, PartialEq)]
+enum Blocked {
+    Budget,
+    Path,
 }
 
 impl<'a> Repairer<'a> {
@@ -325,15 +395,21 @@ impl<'a> Repairer<'a> {
         shared: &'a Shared,
         connection: &'a Connection,
         subscription: &'a Mutex<Subscription>,
+        group: Option<SocketAddr>,
     ) -> Self {
-        let settings = &shared.settings;
+        let now = Instant::now();
+        let (rate, burst) = shared.budget(lock(subscription).byte_rate());
         Self {
             shared,
             connection,
             subscription,
             requests: shared.request_bucket(),
-            bytes: TokenBucket::new(Instant::now(), settings.repair_rate, settings.repair_burst),
+            outbox: Outbox::new(now, rate, burst),
+            budget_set: now,
+            blocked: None,
             resender: Resender::new(),
+            edge: shared.edges.fetch_add(1, Ordering::Relaxed),
+            group: group.filter(|_| shared.group_sender.is_some()),
             streams: JoinSet::new(),
             stream_slots: Arc::new(Semaphore::new(MAX_REPAIR_STREAMS)),
         }
@@ -345,15 +421,17 @@ impl<'a> Repairer<'a> {
         mut heartbeats: broadcast::Receiver<Heartbeat>,
     ) -> Result<(), EdgeError> {
         loop {
-            let next_copy = self.resender.poll_timeout();
+            let blocked = self.blocked.map(|(until, _)| until);
+            let wake = self.resender.poll_timeout().into_iter().chain(blocked).min();
             tokio::select! {
                 datagram = self.connection.read_datagram() => self.handle(datagram?)?,
                 Some(message) = streams.recv() => self.handle(message?)?,
                 beat = heartbeats.recv() => if let Ok(beat) = beat {
                     self.heartbeat(beat)?;
                 },
-                () = sleep_until(next_copy.unwrap_or_else(Instant::now).into()),
-                    if next_copy.is_some() => self.send_copies()?,
+                () = sleep_until(wake.unwrap_or_else(Instant::now).into()), if wake.is_some() => {
+                    self.send_due()?;
+                }
             }
         }
     }
@@ -377,70 +455,216 @@ impl<'a> Repairer<'a> {
             metrics.dropped_flood.inc_by(asked);
             return Ok(());
         }
-        let stream = self
-            .shared
-            .origin
-            .stream(nack.ssrc)
-            .filter(|stream| lock(self.subscription).wants(stream));
-        self.resender.set_round_trip(self.connection.rtt());
+        let ssrc = nack.ssrc;
+        let stream =
+            self.shared.origin.stream(ssrc).filter(|stream| lock(self.subscription).wants(stream));
+        let round_trip = self.connection.rtt();
+        self.resender.set_round_trip(round_trip);
+        let slack = Duration::from_millis(nack.slack_ms.into());
+        let deadline = outbox::deadline(now, slack, round_trip);
         let mut gone = Vec::new();
-        let mut fresh = 0;
+        let (mut fresh, mut queued) = (0, 0);
         for seq in nack.seqs {
             let packet = stream.as_ref().and_then(|stream| stream.packet(seq));
             let (Some(stream), Some(packet)) = (&stream, packet) else {
                 gone.push(seq);
                 continue;
             };
-            if !self.resender.is_new(now, nack.ssrc, seq) {
+            if !self.resender.is_new(now, ssrc, seq) {
                 metrics.repeated.inc();
                 continue;
             }
             fresh += 1;
-            if !self.send_repair(stream, &packet)? {
-                self.resender.not_sent(nack.ssrc, seq);
+            let mut repair = Repair {
+                ssrc,
+                seq,
+                deadline,
+                len: packet.len(),
+                further: nack.copies - 1,
+                packet: Outgoing { stream: stream.clone(), packet, group: None },
+            };
+            if self.group.is_some() && self.answer_by_group(now, round_trip, &mut repair) {
                 continue;
             }
-            let further = nack.copies - 1;
-            if !self.resender.copy(now, (stream.clone(), packet), further) {
-                metrics.dropped_backlog.inc_by(further.into());
-            }
+            queued += self.queue(repair);
         }
+        self.flush(now)?;
+        self.count_deferred(queued);
         if let Some(stream) = &stream {
             let gone = gone.len() as u64;
             stream.repairs.add(fresh + gone, 0, gone);
         }
+        let metrics = &self.shared.metrics;
         metrics.downpour.gone.inc_by(gone.len() as u64);
         let max_len = self.connection.max_datagram_size().unwrap_or(Message::MAX_LEN);
-        for datagram in (Gone { ssrc: nack.ssrc, seqs: gone }).encode(max_len) {
+        for datagram in (Gone { ssrc, seqs: gone }).encode(max_len) {
             self.send_datagram(datagram)?;
         }
         Ok(())
     }
 
-    fn send_copies(&mut self) -> Result<(), EdgeError> {
+    /// Whether the group has the answer, or gets it now.
+    fn answer_by_group(
+        &mut self,
+        now: Instant,
+        round_trip: Duration,
+        repair: &mut Repair<Outgoing>,
+    ) -> bool {
+        let (Some(group), Some(sender)) = (self.group, &self.shared.group_sender) else {
+            return false;
+        };
+        let metrics = &self.shared.metrics;
+        let ask = Ask {
+            group,
+            edge: self.edge,
+            round_trip,
+            ssrc: repair.ssrc,
+            seq: repair.seq,
+            copies: repair.further + 1,
+            len: repair.len,
+        };
+        let answer = self.shared.groups().ask(now, ask, self.shared.group_budget(now));
+        match answer {
+            Answer::Unicast => false,
+            Answer::Covered => {
+                metrics.answered_by_group.inc();
+                true
+            }
+            Answer::Group { at_once, further } => {
+                if at_once && !sender.send(group, repair.packet.packet.clone()) {
+                    metrics.unknown_group.inc();
+                    self.shared.groups().refused(now, group);
+                    return false;
+                }
+                if at_once {
+                    self.count_group(repair);
+                } else {
+                    metrics.answered_by_group.inc();
+                }
+                repair.packet.group = Some(group);
+                if !self.resender.copy(now, repair.clone(), further) {
+                    metrics.dropped_backlog.inc_by(further.into());
+                }
+                true
+            }
+        }
+    }
+
+    fn count_group(&self, repair: &Repair<Outgoing>) {
+        repair.packet.stream.repairs.add(0, 1, 0);
+        self.shared.metrics.group_repairs.inc();
+        self.shared.metrics.group_bytes.inc_by(repair.len as u64);
+    }
+
+    /// Puts a repair where it waits for its turn; how many more wait now.
+    fn queue(&mut self, repair: Repair<Outgoing>) -> usize {
+        let metrics = &self.shared.metrics;
+        match self.outbox.push(repair) {
+            Pushed::Queued => 1,
+            Pushed::Merged => {
+                metrics.repeated.inc();
+                0
+            }
+            Pushed::Dropped(dropped) => {
+                self.resender.not_sent(dropped.ssrc, dropped.seq);
+                match self.blocked {
+                    Some((_, Blocked::Path)) => metrics.dropped_backlog.inc(),
+                    _ => metrics.dropped_budget.inc(),
+                }
+                0
+            }
+        }
+    }
+
+    /// Counts those of the repairs just queued that could not leave.
+    fn count_deferred(&self, queued: usize) {
+        let deferred = queued.min(self.outbox.len()) as u64;
+        match self.blocked {
+            Some((_, Blocked::Budget)) => self.shared.metrics.deferred_budget.inc_by(deferred),
+            Some((_, Blocked::Path)) => self.shared.metrics.deferred_path.inc_by(deferred),
+            None => {}
+        }
+    }
+
+    /// Sends the copies that are due, and what has waited.
+    fn send_due(&mut self) -> Result<(), EdgeError> {
         let now = Instant::now();
-        while let Some((stream, packet)) = self.resender.poll_copy(now) {
-            self.send_repair(&stream, &packet)?;
+        let mut queued = 0;
+        while let Some(mut copy) = self.resender.poll_copy(now) {
+            if let (Some(group), Some(sender)) = (copy.packet.group, &self.shared.group_sender) {
+                if sender.send(group, copy.packet.packet.clone()) {
+                    self.count_group(&copy);
+                }
+                continue;
+            }
+            // Copies are asked for near the deadline, which is an estimate: with budget to spare
+            // each goes out when it is due.
+            copy.deadline = copy.deadline.max(now);
+            copy.further = 0;
+            queued += self.queue(copy);
+        }
+        self.flush(now)?;
+        self.count_deferred(queued);
+        Ok(())
+    }
+
+    /// Sends what is most urgent, as far as budget and path allow.
+    fn flush(&mut self, now: Instant) -> Result<(), EdgeError> {
+        self.blocked = None;
+        if self.outbox.is_empty() {
+            return Ok(());
+        }
+        if now.saturating_duration_since(self.budget_set) >= BUDGET_AGE {
+            let (rate, burst) = self.shared.budget(lock(self.subscription).byte_rate());
+            self.outbox.set_budget(now, rate, burst);
+            self.budget_set = now;
+        }
+        // What quinn holds it sends in the order in which it came, so it gets no more than goes
+        // out in about a round trip: the rest waits where the urgent can overtake it.
+        let window = self.connection.stats().path.cwnd.max(RepairControl::FLOOR);
+        let window = usize::try_from(window).unwrap_or(usize::MAX);
+        let reserve = SERVER_DATAGRAM_BUFFER.saturating_sub(window);
+        while !self.outbox.is_empty() {
+            if self.connection.datagram_send_buffer_space() < reserve + Message::MAX_LEN {
+                self.blocked = Some((now + PATH_POLL, Blocked::Path));
+                break;
+            }
+            match self.outbox.poll(now) {
+                Next::Send(repair) => self.send_repair(now, repair)?,
+                Next::Late(repair) => {
+                    self.resender.not_sent(repair.ssrc, repair.seq);
+                    self.shared.metrics.dropped_late.inc();
+                }
+                Next::Wait(until) => {
+                    // Small steps would only cost time: a packet or so at once.
+                    self.blocked = Some((until.max(now + PATH_POLL), Blocked::Budget));
+                    break;
+                }
+                Next::Idle => break,
+            }
         }
         Ok(())
     }
 
-    /// Sends a packet once more, if the budget and the path have room for it; says whether.
-    fn send_repair(&mut self, stream: &OriginStream, packet: &Bytes) -> Result<bool, EdgeError> {
+    /// Sends a packet once more, if the path has room for it, and plans its copies.
+    fn send_repair(&mut self, now: Instant, repair: Repair<Outgoing>) -> Result<(), EdgeError> {
         let metrics = &self.shared.metrics;
-        if !self.bytes.take(Instant::now(), packet.len() as u64) {
-            metrics.dropped_budget.inc();
-            return Ok(false);
-        }
-        let message = encode_repair(packet);
+        let message = encode_repair(&repair.packet.packet);
         let fits = self.connection.max_datagram_size().is_some_and(|max| message.len() <= max);
         let sent = if fits { self.send_datagram(message)? } else { self.send_stream(message) };
-        if sent {
-            stream.repairs.add(0, 1, 0);
-            metrics.downpour.repairs.inc();
-            metrics.downpour.repair_bytes.inc_by(packet.len() as u64);
+        if !sent {
+            self.resender.not_sent(repair.ssrc, repair.seq);
+            return Ok(());
         }
-        Ok(sent)
+        self.resender.sent(now, repair.ssrc, repair.seq);
+        repair.packet.stream.repairs.add(0, 1, 0);
+        metrics.downpour.repairs.inc();
+        metrics.downpour.repair_bytes.inc_by(repair.len as u64);
+        let further = repair.further;
+        if !self.resender.copy(now, repair, further) {
+            metrics.dropped_backlog.inc_by(further.into());
+        }
+        Ok(())
     }
 
     /// Whether there was room.
@@ -497,17 +721,18 @@ fn admit(
     peer: SocketAddr,
     hello: &Hello,
     nonce: Nonce,
-) -> Result<Option<Box<dyn EdgeSession>>, String> {
+) -> Result<Option<Box<dyn EdgeSession>>, EdgeError> {
     let node = &hello.node;
     if node.is_empty() || node.len() > MAX_NODE_NAME || node.chars().any(char::is_control) {
-        return Err("the node name is empty, too long or holds control characters".into());
+        let reason = "the node name is empty, too long or holds control characters";
+        return Err(EdgeError::Refused(reason.into()));
     }
     if let Some(token) = &shared.settings.token {
         // Hashes are compared, so that the time it takes tells nothing about the token.
         let hash = |token: &str| digest(&SHA256, token.as_bytes());
         let given = hello.token.as_deref().map(hash);
         if given.is_none_or(|given| given.as_ref() != hash(token).as_ref()) {
-            return Err("the token is wrong or missing".into());
+            return Err(EdgeError::Token);
         }
     }
     tracing::info!(%peer, node, version = hello.version, "edge said hello");
@@ -519,7 +744,7 @@ fn admit(
         rtp_port: hello.rtp_port,
         nonce,
     };
-    handler.hello(&edge).map(Some)
+    handler.hello(&edge).map(Some).map_err(EdgeError::Refused)
 }
 
 fn lock(subscription: &Mutex<Subscription>) -> MutexGuard<'_, Subscription> {
@@ -527,6 +752,8 @@ fn lock(subscription: &Mutex<Subscription>) -> MutexGuard<'_, Subscription> {
 }
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How soon to look again whether what waits can leave.
+const PATH_POLL: Duration = Duration::from_millis(1);
 const MAX_REPAIR_STREAMS: usize = 64;
 const MAX_PATTERNS: usize = 1024;
 const MAX_NODE_NAME: usize = 128;

@@ -11,9 +11,9 @@ use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, Writ
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Shared, bucket::TokenBucket};
+use super::{BUDGET_AGE, Shared};
 use crate::{
-    repair::close,
+    repair::{bucket::TokenBucket, close},
     rtp::{Seq, Ssrc},
 };
 
@@ -69,6 +69,7 @@ struct Session<'a> {
     /// Limits on what one edge can make us do; the edge waits.
     requests: TokenBucket,
     bytes: TokenBucket,
+    budget_set: Instant,
 }
 
 #[derive(PartialEq)]
@@ -81,13 +82,15 @@ enum Served {
 
 impl<'a> Session<'a> {
     fn new(shared: &'a Shared, data: SendStream) -> Self {
-        let settings = &shared.settings;
+        let now = Instant::now();
+        let (rate, burst) = shared.total_budget(now);
         Self {
             shared,
             data,
             data_flowed: false,
             requests: shared.request_bucket(),
-            bytes: TokenBucket::new(Instant::now(), settings.repair_rate, settings.repair_burst),
+            bytes: TokenBucket::new(now, rate, burst),
+            budget_set: now,
         }
     }
 
@@ -153,7 +156,17 @@ impl<'a> Session<'a> {
             info.write_all(&0u16.to_be_bytes()).await?;
             return Ok(false);
         };
-        pause(self.bytes.charge(Instant::now(), packet.len() as u64)).await;
+        let now = Instant::now();
+        if now.saturating_duration_since(self.budget_set) >= BUDGET_AGE {
+            let (rate, burst) = self.shared.total_budget(now);
+            self.bytes.set(now, rate, burst);
+            self.budget_set = now;
+        }
+        let wait = self.bytes.charge(now, packet.len() as u64);
+        if !wait.is_zero() {
+            metrics.deferred_budget.inc();
+        }
+        pause(wait).await;
         self.data.write_all(&packet).await?;
         self.data_flowed = true;
         info.write_all(&length.to_be_bytes()).await?;
