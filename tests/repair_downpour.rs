@@ -414,13 +414,12 @@ async fn hello_must_come_in_time() {
 #[tokio::test]
 async fn a_budget_is_enforced_and_counted() {
     let cloud = Cloud::start_with(RepairServerSettings {
-        repair_budget: 100,
+        repair_budget: 1,
         repair_burst: 50_000,
         ..Default::default()
     });
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
-    // Its rate is not known after one frame, so the edge has what everybody has: 16 KiB a second,
-    // ten of which are more than the burst.
+    // A hundredth of that is less than everybody has: 16 KiB a second, and ten of those at once.
     let seqs = feed.push(200);
     let burst = 10 * 16 * 1024 / 1132;
     let mut edge = Edge::start(edge_settings(cloud.addr));

@@ -370,12 +370,13 @@ impl RepairClient {
         if let Some(refusal) = self.tls.take_refusal() {
             return Disconnect::Certificate(refusal);
         }
-        let alert = match &error {
-            ConnectionError::TransportError(error) => u64::from(error.code)
-                .checked_sub(CRYPTO_ERROR)
-                .and_then(|alert| u8::try_from(alert).ok()),
-            _ => None,
+        let code = match &error {
+            ConnectionError::TransportError(error) => u64::from(error.code),
+            ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
+            _ => 0,
         };
+        // The alert's number (RFC 8446 §6, RFC 7301 §3.2).
+        let alert = code.checked_sub(CRYPTO_ERROR).and_then(|alert| u8::try_from(alert).ok());
         match alert {
             Some(42..=46 | 48) => Disconnect::Certificate(format!(
                 "the certificate of cloud {} is not trusted: {error}",

@@ -432,9 +432,9 @@ async fn accept(incoming: Incoming) -> Result<Accepted, AcceptError> {
     };
     let control = tokio::select! {
         biased;
-        established = &mut established => match connection.close_reason() {
+        // What it resolves to means nothing at this end.
+        _ = &mut established => match connection.close_reason() {
             Some(error) => return Err(error.into()),
-            None if !established => return Err(AcceptError::Handshake),
             None => None,
         },
         control = connection.accept_bi() => Some(control?),
@@ -450,8 +450,6 @@ enum AcceptError {
     Connection(#[from] ConnectionError),
     #[error("unknown protocol")]
     Protocol,
-    #[error("the handshake came to no end")]
-    Handshake,
 }
 
 /// Counts a connection as closed however its task ends.
