@@ -87,9 +87,7 @@ async fn three_hundred_edges_lose_the_same_at_once() {
                 let lost = count.is_multiple_of(4).then(|| seqs[2]);
                 let recent = held.split_off(held.len().saturating_sub(500));
                 held = recent.clone();
-                if ticks.send((count, lost, recent)).is_err() {
-                    break;
-                }
+                ticks.send_replace((count, lost, recent));
             }
         }
     });
