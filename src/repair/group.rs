@@ -5,7 +5,7 @@
 //! cloud would answer each of them for itself, just when the path is short of room.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -79,14 +79,14 @@ impl GroupRepair {
         self.expire(now);
         let key = (ask.group, ask.ssrc, ask.seq);
         let full = self.asked.len() >= MAX_ASKED;
-        if !self.asked.contains_key(&key) {
-            if full {
-                return Answer::Unicast;
+        let asked = match self.asked.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(_) if full => return Answer::Unicast,
+            Entry::Vacant(entry) => {
+                self.order.push_back((now, key));
+                entry.insert(Asked::new(now))
             }
-            self.asked.insert(key, Asked::new(now));
-            self.order.push_back((now, key));
-        }
-        let Some(asked) = self.asked.get_mut(&key) else { return Answer::Unicast };
+        };
 
         if let Some(sent) = asked.sent {
             // What an edge asked for within its own round trip after the sending it asked for

@@ -155,6 +155,9 @@ mod tests {
         assert!(!resender.is_new(at(104), Ssrc(1), Seq(7)));
         resender.not_sent(Ssrc(1), Seq(7));
         assert!(resender.is_new(at(105), Ssrc(1), Seq(7)));
+        // One that waited 30 ms for budget counts from when it went.
+        resender.sent(at(135), Ssrc(1), Seq(7));
+        assert!(!resender.is_new(at(160), Ssrc(1), Seq(7)));
         assert!(resender.is_new(at(1000), Ssrc(1), Seq(8)));
         assert_eq!((resender.answered.len(), resender.order.len()), (1, 1));
     }
