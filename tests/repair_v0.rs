@@ -345,7 +345,7 @@ async fn our_edge_comes_back_after_the_cloud_closed() {
     assert_eq!(edge.repair().await, feed.packet(seq));
     cloud.stop().await;
     edge.disconnected().await;
-    let _cloud = Cloud::start_at(addr, identity, origin, RepairServerSettings::default());
+    let _cloud = Cloud::restart_at(addr, identity, origin, RepairServerSettings::default()).await;
     edge.handle.nack(nack);
     assert_eq!(edge.repair().await, feed.packet(seq));
 }

@@ -57,6 +57,27 @@ impl Cloud {
         Self::run(server, origin, identity, metrics)
     }
 
+    /// The same, where a cloud was just stopped: its socket may take a moment to close.
+    pub async fn restart_at(
+        addr: SocketAddr,
+        identity: Arc<Identity>,
+        origin: Origin,
+        settings: RepairServerSettings,
+    ) -> Self {
+        within(async {
+            loop {
+                let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
+                let (origin, settings) = (origin.clone(), settings.clone());
+                match RepairServer::bind(addr, &identity, origin.clone(), settings, metrics.clone())
+                {
+                    Ok(server) => return Self::run(server, origin, identity, metrics),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                }
+            }
+        })
+        .await
+    }
+
     pub fn run(
         server: RepairServer,
         origin: Origin,
