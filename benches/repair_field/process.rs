@@ -1,0 +1,122 @@
+//! Child processes, the ports they listen on, and what they cost.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
+    time::Duration,
+};
+
+/// A program that runs until this is dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+}
+
+impl Process {
+    /// Starts it in `dir` with its output in `NAME.log` there.
+    pub fn start(dir: &Path, name: &str, program: &str, args: &[&str]) -> io::Result<Self> {
+        let log = File::create(dir.join(format!("{name}.log")))?;
+        let mut command = Command::new(program);
+        command
+            .args(args)
+            .current_dir(dir)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        // SAFETY: prctl is async-signal-safe and touches no memory of ours.
+        unsafe {
+            command.pre_exec(|| {
+                // A bench that is interrupted leaves nothing running.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let child = command
+            .spawn()
+            .map_err(|error| io::Error::new(error.kind(), format!("{program}: {error}")))?;
+        Ok(Self { name: name.into(), child })
+    }
+
+    /// Seconds of processor time so far, in user mode and in the kernel.
+    pub fn cpu_seconds(&self) -> f64 {
+        let path = format!("/proc/{}/stat", self.child.id());
+        let stat = std::fs::read_to_string(path).unwrap_or_default();
+        // The second field is the name in parentheses and may hold anything (proc(5)); utime and
+        // stime are the 14th and the 15th.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+        let ticks: u64 =
+            fields.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<u64>().ok()).sum();
+        ticks as f64 / ticks_per_second()
+    }
+
+    /// # Errors
+    /// If it has ended.
+    pub fn check(&mut self) -> io::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => Err(io::Error::other(format!("{} ended: {status}", self.name))),
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail if it has ended, which is as well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A loopback address that nobody listens on and that this process has not given out yet.
+///
+/// It lies below the range from which the kernel takes ports for those who ask for any.
+pub fn free_address() -> SocketAddr {
+    loop {
+        let port = FIRST_PORT + NEXT_PORT.fetch_add(1, Ordering::Relaxed) % PORTS;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if TcpListener::bind(address).is_ok()
+            && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+        {
+            return address;
+        }
+    }
+}
+
+/// The body of what a local HTTP server answers.
+pub fn http_get(address: SocketAddr, path: &str) -> io::Result<String> {
+    let mut socket = TcpStream::connect_timeout(&address, HTTP_TIMEOUT)?;
+    socket.set_read_timeout(Some(HTTP_TIMEOUT))?;
+    write!(socket, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    match head.starts_with("HTTP/1.1 200") {
+        true => Ok(body.to_owned()),
+        false => Err(io::Error::other(head.lines().next().unwrap_or("no answer").to_owned())),
+    }
+}
+
+/// The samples of a Prometheus text: name with labels, and value.
+pub fn samples(text: &str) -> impl Iterator<Item = (&str, f64)> {
+    text.lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.rsplit_once(' '))
+        .filter_map(|(name, value)| Some((name, value.parse().ok()?)))
+}
+
+fn ticks_per_second() -> f64 {
+    // SAFETY: a query without arguments in memory.
+    (unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).max(1) as f64
+}
+
+static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
+const FIRST_PORT: u16 = 14_000;
+const PORTS: u16 = 16_000;
+const HTTP_TIMEOUT: Duration = Duration::from_secs(5);

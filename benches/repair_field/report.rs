@@ -1,0 +1,574 @@
+//! What the runs showed, as tables in Markdown.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write,
+    fs, io,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use crate::{
+    grid::{BUDGETS, OVERHEAD_OF_SRT, Profile, System},
+    plot, rist,
+    run::Outcome,
+    srt,
+};
+
+/// Index of the profile, budget in round trips, system.
+pub type Place = (usize, u32, System);
+
+/// All that has been measured.
+#[derive(Debug, Default)]
+pub struct Cells {
+    cells: BTreeMap<Place, Cell>,
+    pub runs: usize,
+    /// Runs that came to nothing, with the reason.
+    pub failures: Vec<String>,
+}
+
+impl Cells {
+    pub fn add(&mut self, place: Place, name: &str, seed: u64, outcome: io::Result<Outcome>) {
+        match outcome {
+            Ok(outcome) => {
+                self.runs += 1;
+                self.cells.entry(place).or_default().add(outcome);
+            }
+            Err(error) => self.failures.push(format!("{name}, seed {seed}: {error}")),
+        }
+    }
+
+    /// What bare UDP showed does not depend on the budget.
+    fn at(&self, profile: usize, budget: u32, system: System) -> Option<&Cell> {
+        let budget = if system == System::Udp { BUDGETS[0] } else { budget };
+        self.cells.get(&(profile, budget, system))
+    }
+}
+
+/// How it was measured.
+pub struct Circumstances {
+    pub command: Vec<String>,
+    pub seeds: u64,
+    pub seconds: f64,
+    pub parallel: u64,
+    pub took: Duration,
+}
+
+/// Writes `repair.md` and its plots into `dir`; tells their paths. In a file that is there, only
+/// what is between the markers is replaced.
+///
+/// # Errors
+/// If the file that is there lacks the markers, or something cannot be read or written.
+pub fn write(
+    dir: &Path,
+    profiles: &[Profile],
+    cells: &Cells,
+    circumstances: &Circumstances,
+) -> io::Result<Vec<PathBuf>> {
+    let page = dir.join("repair.md");
+    let text = match fs::read_to_string(&page) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => format!("{BEGIN}\n{END}\n"),
+        Err(error) => return Err(error),
+    };
+    let split = text.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?)));
+    let Some((head, (_, tail))) = split else {
+        return Err(io::Error::other(format!("{}: {BEGIN} … {END} is missing", page.display())));
+    };
+    let mut body = introduction(circumstances);
+    loss_table(&mut body, profiles, cells);
+    delay_table(&mut body, profiles, cells);
+    cost_table(&mut body, profiles, cells);
+    behind(&mut body, profiles, cells);
+    let mut written = Vec::new();
+    for (name, svg) in [
+        ("repair-loss.svg", plot::draw(&plot_of(profiles, cells, Quantity::Loss))),
+        ("repair-delay.svg", plot::draw(&plot_of(profiles, cells, Quantity::Delay))),
+    ] {
+        fs::write(dir.join(name), svg)?;
+        written.push(dir.join(name));
+    }
+    fs::write(&page, format!("{head}{BEGIN}\n\n{body}\n{END}{tail}"))?;
+    written.push(page);
+    Ok(written)
+}
+
+/// One run in a line.
+pub fn progress(outcome: &Outcome) -> String {
+    let cell = Cell::of(outcome.clone());
+    format!(
+        "lost {} % ({}/{}), hole {}, p50 {} p99 {} max {} ms, wire +{:.0} %, cpu {:.1} %, late {} us",
+        percent(cell.loss()),
+        outcome.lost,
+        outcome.sent,
+        outcome.longest_hole,
+        millis(cell.delay(0.5)),
+        millis(cell.delay(0.99)),
+        millis(cell.delay(1.0)),
+        cell.overhead(),
+        100.0 * outcome.cpu,
+        outcome.emulator_late.max(outcome.source_late),
+    )
+}
+
+/// All seeds of one place together.
+#[derive(Debug, Default)]
+struct Cell {
+    runs: u32,
+    unsound: u32,
+    sent: u64,
+    lost: u64,
+    longest_hole: u64,
+    duplicates: u64,
+    /// Sorted.
+    delays: Vec<u32>,
+    media_bytes: u64,
+    wire_bytes: u64,
+    cpu: f64,
+    there: Vec<(f64, f64)>,
+}
+
+impl Cell {
+    fn of(outcome: Outcome) -> Self {
+        let mut cell = Self::default();
+        cell.add(outcome);
+        cell
+    }
+
+    fn add(&mut self, outcome: Outcome) {
+        self.runs += 1;
+        self.unsound += u32::from(!outcome.is_sound());
+        self.sent += outcome.sent;
+        self.lost += outcome.lost;
+        self.longest_hole = self.longest_hole.max(outcome.longest_hole);
+        self.duplicates += outcome.duplicates;
+        self.delays.extend(outcome.delays);
+        self.delays.sort_unstable();
+        self.media_bytes += outcome.media_bytes;
+        self.wire_bytes += outcome.wire_bytes;
+        self.cpu += outcome.cpu;
+        for (bound, count) in outcome.there {
+            match self.there.iter_mut().find(|(known, _)| *known == bound) {
+                Some((_, sum)) => *sum += count,
+                None => self.there.push((bound, count)),
+            }
+        }
+    }
+
+    /// Per cent lost for good.
+    fn loss(&self) -> f64 {
+        100.0 * self.lost as f64 / self.sent.max(1) as f64
+    }
+
+    /// In milliseconds; of what was delivered.
+    fn delay(&self, quantile: f64) -> f64 {
+        let last = self.delays.len().saturating_sub(1);
+        let index = (self.delays.len() as f64 * quantile) as usize;
+        self.delays.get(index.min(last)).map_or(0.0, |micros| f64::from(*micros) / 1000.0)
+    }
+
+    /// The bound in milliseconds within which so large a share of packets was there.
+    fn there(&self, quantile: f64) -> Option<f64> {
+        let total = self.there.iter().map(|(_, count)| *count).fold(0.0, f64::max);
+        let enough = |(_, count): &&(f64, f64)| *count >= quantile * total;
+        (total > 0.0).then(|| self.there.iter().find(enough).map(|(bound, _)| *bound))?
+    }
+
+    /// Per cent of bytes beyond the media.
+    fn overhead(&self) -> f64 {
+        100.0 * (self.wire_bytes as f64 / self.media_bytes.max(1) as f64 - 1.0)
+    }
+
+    fn cpu_percent(&self) -> f64 {
+        100.0 * self.cpu / f64::from(self.runs.max(1))
+    }
+}
+
+fn introduction(circumstances: &Circumstances) -> String {
+    let Circumstances { command, seeds, seconds, parallel, took } = circumstances;
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "Measured on {} by `scripts/bench-repair{}` in {} min: {seeds} seeds a cell, {seconds} s a \
+         run, {parallel} runs at a time. Downpour {} at commit {}, SRT {}, RIST {}; {}.\n",
+        output("date", &["-u", "+%F"]).unwrap_or_else(|| "an unknown day".into()),
+        command.iter().map(|arg| format!(" {arg}")).collect::<String>(),
+        took.as_secs().div_ceil(60),
+        env!("CARGO_PKG_VERSION"),
+        commit(),
+        output(srt::PROGRAM, &["-version"])
+            .and_then(|text| version_after(&text, "version"))
+            .unwrap_or_else(|| "of unknown version".into()),
+        output(rist::SENDER, &["-h"])
+            .and_then(|text| version_after(&text, "version"))
+            .unwrap_or_else(|| "of unknown version".into()),
+        machine(),
+    );
+    let _ = writeln!(
+        text,
+        "Four values are those at a budget of 2 / 3 / 4 / 6 round trips, “–” is not measured. † marks \
+         where Downpour is not ahead of both, ‡ where it misses its target, * where the machine was \
+         too busy to be sure.\n\n\
+         ![Residual loss](repair-loss.svg)\n\n![Delay](repair-delay.svg)\n"
+    );
+    text
+}
+
+fn loss_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
+    text.push_str(
+        "### Lost for good, per cent\n\n\
+         | link | bare UDP | SRT | RIST | Downpour | must reach |\n|---|---|---|---|---|---|\n",
+    );
+    for (index, profile) in measured(profiles, cells) {
+        let of = |system| four(|_, budget| cells.at(index, budget, system).map(loss_cell));
+        let ours = four(|place, budget| {
+            let cell = cells.at(index, budget, System::Downpour)?;
+            let mut shown = loss_cell(cell);
+            if is_behind_in_loss(cells, index, budget) {
+                shown.push('†');
+            }
+            if profile.targets.loss.is_some_and(|targets| cell.loss() > targets[place]) {
+                shown.push('‡');
+            }
+            Some(shown)
+        });
+        let udp = cells.at(index, BUDGETS[0], System::Udp);
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {ours} | {} |",
+            profile.name,
+            udp.map_or("–".into(), loss_cell),
+            of(System::Srt),
+            of(System::Rist),
+            profile.targets.loss.map_or(String::new(), |targets| {
+                four(|place, _| Some(percent(targets[place])))
+            }),
+        );
+    }
+    text.push('\n');
+}
+
+fn delay_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
+    text.push_str(
+        "### Delay over one way, ms\n\nAs delivered, in order, to the application. “There” is when \
+         Downpour had a packet, repair included, and not when those before it let it through: upper \
+         bounds of its edge's histogram.\n\n\
+         | link | SRT p50 | SRT p99 | RIST p50 | RIST p99 | Downpour p50 | p99 | longest | \
+         there p50 | there p99 |\n|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for (index, profile) in measured(profiles, cells) {
+        let of = |system, quantile| {
+            four(|_, budget| Some(millis(cells.at(index, budget, system)?.delay(quantile))))
+        };
+        let ours = |quantile| {
+            four(|_, budget| {
+                let cell = cells.at(index, budget, System::Downpour)?;
+                let mut shown = millis(cell.delay(quantile));
+                if is_behind_in_delay(cells, index, budget, quantile) {
+                    shown.push('†');
+                }
+                Some(shown)
+            })
+        };
+        let round_trip = profile.round_trip.as_secs_f64() * 1000.0;
+        let there = |quantile, target: Option<f64>| {
+            four(|_, budget| {
+                let there = cells.at(index, budget, System::Downpour)?.there(quantile)?;
+                let over = target.is_some_and(|target| there > target);
+                Some(format!("≤ {}{}", millis(there), if over { "‡" } else { "" }))
+            })
+        };
+        let p99_target = profile.targets.p99_round_trips.map(|trips| trips * round_trip);
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            profile.name,
+            of(System::Srt, 0.5),
+            of(System::Srt, 0.99),
+            of(System::Rist, 0.5),
+            of(System::Rist, 0.99),
+            ours(0.5),
+            ours(0.99),
+            of(System::Downpour, 1.0),
+            there(0.5, profile.targets.median_ms),
+            there(0.99, p99_target),
+        );
+    }
+    text.push('\n');
+}
+
+fn cost_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
+    text.push_str(
+        "### Bytes beyond the media, longest hole, processor\n\nBytes both ways with IP and UDP \
+         headers, in per cent of the media. The hole is in packets, the longest of all seeds. \
+         Processor time is that of sender and receiver together in per cent of a core, at 4 round \
+         trips.\n\n\
+         | link | SRT bytes | RIST bytes | Downpour bytes | UDP hole | SRT hole | RIST hole | \
+         Downpour hole | SRT cpu | RIST cpu | Downpour cpu |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for (index, profile) in measured(profiles, cells) {
+        let bytes = |system| {
+            four(|_, budget| Some(format!("{:.0}", cells.at(index, budget, system)?.overhead())))
+        };
+        let our_bytes = four(|place, budget| {
+            let cell = cells.at(index, budget, System::Downpour)?;
+            let over = costs_too_much(cells, index, place);
+            Some(format!("{:.0}{}", cell.overhead(), if over { "‡" } else { "" }))
+        });
+        let hole = |system| {
+            four(|_, budget| Some(cells.at(index, budget, system)?.longest_hole.to_string()))
+        };
+        let udp_hole = cells.at(index, BUDGETS[0], System::Udp).map(|cell| cell.longest_hole);
+        let our_hole = four(|_, budget| {
+            let hole = cells.at(index, budget, System::Downpour)?.longest_hole;
+            let over = udp_hole.is_some_and(|own| hole > own);
+            Some(format!("{hole}{}", if over { "‡" } else { "" }))
+        });
+        let cpu = |system| match cells.at(index, 4, system) {
+            Some(cell) => format!("{:.1}", cell.cpu_percent()),
+            None => "–".into(),
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {our_bytes} | {} | {} | {} | {our_hole} | {} | {} | {} |",
+            profile.name,
+            bytes(System::Srt),
+            bytes(System::Rist),
+            udp_hole.map_or("–".into(), |hole| hole.to_string()),
+            hole(System::Srt),
+            hole(System::Rist),
+            cpu(System::Srt),
+            cpu(System::Rist),
+            cpu(System::Downpour),
+        );
+    }
+    text.push('\n');
+}
+
+/// Names each cell where Downpour is not ahead of both, or misses a target, and in what.
+fn behind(text: &mut String, profiles: &[Profile], cells: &Cells) {
+    text.push_str("### Where Downpour is not ahead of both, or misses a target\n\n");
+    let mut any = false;
+    for (index, profile) in measured(profiles, cells) {
+        for (place, budget) in BUDGETS.into_iter().enumerate() {
+            let Some(ours) = cells.at(index, budget, System::Downpour) else { continue };
+            let rivals = |value: &dyn Fn(&Cell) -> String| {
+                [System::Srt, System::Rist]
+                    .into_iter()
+                    .filter_map(|rival| {
+                        let cell = cells.at(index, budget, rival)?;
+                        Some(format!("{} {}", rival.name(), value(cell)))
+                    })
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            };
+            let mut faults = Vec::new();
+            if is_behind_in_loss(cells, index, budget) {
+                let loss = |cell: &Cell| format!("{} %", percent(cell.loss()));
+                faults.push(format!("loses {} ({})", loss(ours), rivals(&loss)));
+            }
+            if let Some(targets) = profile.targets.loss
+                && ours.loss() > targets[place]
+            {
+                let (loss, target) = (percent(ours.loss()), percent(targets[place]));
+                faults.push(format!("loses {loss} % (target {target} %; {} lost)", ours.lost));
+            }
+            for (name, quantile) in [("median", 0.5), ("p99", 0.99)] {
+                if is_behind_in_delay(cells, index, budget, quantile) {
+                    let delay = |cell: &Cell| format!("{} ms", millis(cell.delay(quantile)));
+                    faults.push(format!("{name} {} ({})", delay(ours), rivals(&delay)));
+                }
+            }
+            if costs_too_much(cells, index, place) {
+                let bytes = |cell: &Cell| format!("+{:.0} %", cell.overhead());
+                let factor = OVERHEAD_OF_SRT[place];
+                faults.push(format!(
+                    "sends {} (at most {factor} × SRT's; {})",
+                    bytes(ours),
+                    rivals(&bytes)
+                ));
+            }
+            if let Some(udp) = cells.at(index, budget, System::Udp)
+                && ours.longest_hole > udp.longest_hole
+            {
+                let (hole, own) = (ours.longest_hole, udp.longest_hole);
+                faults.push(format!("a hole of {hole} packets (the link's own: {own})"));
+            }
+            if ours.duplicates > 0 {
+                faults.push(format!("{} packets delivered again", ours.duplicates));
+            }
+            if !faults.is_empty() {
+                any = true;
+                let _ = writeln!(text, "- {}, {budget} ×: {}", profile.name, faults.join("; "));
+            }
+        }
+    }
+    if !any {
+        text.push_str("Nowhere.\n");
+    }
+    if !cells.failures.is_empty() {
+        text.push_str("\n### Runs that failed\n\n");
+        for failure in &cells.failures {
+            let _ = writeln!(text, "- {failure}");
+        }
+    }
+}
+
+/// Not ahead is level, too, but for the level at which nobody loses anything.
+fn is_behind_in_loss(cells: &Cells, profile: usize, budget: u32) -> bool {
+    let Some(ours) = cells.at(profile, budget, System::Downpour) else { return false };
+    ours.lost > 0
+        && [System::Srt, System::Rist]
+            .into_iter()
+            .filter_map(|rival| cells.at(profile, budget, rival))
+            .any(|rival| rival.loss() <= ours.loss())
+}
+
+fn is_behind_in_delay(cells: &Cells, profile: usize, budget: u32, quantile: f64) -> bool {
+    let Some(ours) = cells.at(profile, budget, System::Downpour) else { return false };
+    [System::Srt, System::Rist]
+        .into_iter()
+        .filter_map(|rival| cells.at(profile, budget, rival))
+        .any(|rival| rival.delay(quantile) <= ours.delay(quantile))
+}
+
+fn costs_too_much(cells: &Cells, profile: usize, place: usize) -> bool {
+    let budget = BUDGETS[place];
+    let ours = cells.at(profile, budget, System::Downpour);
+    let srt = cells.at(profile, budget, System::Srt);
+    ours.zip(srt).is_some_and(|(ours, srt)| {
+        // Half a per cent is what counting whole datagrams blurs.
+        ours.overhead() > srt.overhead() * OVERHEAD_OF_SRT[place] + 0.5
+    })
+}
+
+enum Quantity {
+    Loss,
+    Delay,
+}
+
+fn plot_of(profiles: &[Profile], cells: &Cells, quantity: Quantity) -> plot::Plot {
+    let series = |index: usize, system: System, quantile: f64| {
+        let points = BUDGETS.map(|budget| {
+            let cell = cells.at(index, budget, system)?;
+            Some(match quantity {
+                Quantity::Loss => cell.loss(),
+                Quantity::Delay => cell.delay(quantile),
+            })
+        });
+        plot::Series {
+            system: system.name(),
+            colour: match system {
+                System::Udp => "#999999",
+                System::Srt => "#d1495b",
+                System::Rist => "#2f6db5",
+                System::Downpour => "#1b7f4d",
+            },
+            dashed: quantile > 0.5,
+            points: points.to_vec(),
+        }
+    };
+    let panels = measured(profiles, cells).map(|(index, profile)| plot::Panel {
+        title: profile.name.clone(),
+        series: match quantity {
+            Quantity::Loss => System::ALL.map(|system| series(index, system, 0.5)).to_vec(),
+            Quantity::Delay => [System::Srt, System::Rist, System::Downpour]
+                .into_iter()
+                .flat_map(|system| [0.5, 0.99].map(|quantile| series(index, system, quantile)))
+                .collect(),
+        },
+    });
+    plot::Plot {
+        title: match quantity {
+            Quantity::Loss => "Packets lost for good, per cent, by budget in round trips",
+            Quantity::Delay => {
+                "Delay beyond one way, ms, by budget in round trips: median, and p99 dashed"
+            }
+        },
+        ticks: BUDGETS.map(|budget| budget.to_string()).to_vec(),
+        scale: match quantity {
+            Quantity::Loss => plot::Scale::Log { least: 0.001, most: 100.0 },
+            Quantity::Delay => plot::Scale::Linear,
+        },
+        panels: panels.collect(),
+    }
+}
+
+/// Those of which there is anything to show.
+fn measured<'a>(
+    profiles: &'a [Profile],
+    cells: &'a Cells,
+) -> impl Iterator<Item = (usize, &'a Profile)> {
+    let has_any = |index: usize| cells.cells.keys().any(|(profile, ..)| *profile == index);
+    profiles.iter().enumerate().filter(move |(index, _)| has_any(*index))
+}
+
+/// One value for each budget; one for all if none was measured.
+fn four(value: impl Fn(usize, u32) -> Option<String>) -> String {
+    let values = BUDGETS.into_iter().enumerate().map(|(place, budget)| value(place, budget));
+    let values: Vec<_> = values.collect();
+    match values.iter().all(Option::is_none) {
+        true => "–".into(),
+        false => {
+            values.into_iter().map(|v| v.unwrap_or("–".into())).collect::<Vec<_>>().join(" / ")
+        }
+    }
+}
+
+fn loss_cell(cell: &Cell) -> String {
+    format!("{}{}", percent(cell.loss()), if cell.unsound > 0 { "*" } else { "" })
+}
+
+/// Two significant digits.
+fn percent(value: f64) -> String {
+    let decimals = match value {
+        0.0 => return "0".into(),
+        _ if value >= 10.0 => 0,
+        _ => (1 - value.log10().floor() as i32).clamp(0, 6),
+    };
+    format!("{value:.0$}", decimals as usize)
+}
+
+fn millis(value: f64) -> String {
+    if value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") }
+}
+
+fn commit() -> String {
+    let commit = output("git", &["rev-parse", "--short", "HEAD"]).unwrap_or("unknown".into());
+    // Files that this bench writes itself do not count.
+    let changed = output("git", &["status", "--porcelain", "src", "benches", "Cargo.toml"]);
+    let changed = changed.is_some_and(|files| !files.is_empty());
+    if changed { format!("{commit} with changes") } else { commit }
+}
+
+fn machine() -> String {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("model name"))
+        .and_then(|line| line.split_once(':'))
+        .map_or("unknown processor", |(_, model)| model.trim())
+        .to_owned();
+    let count = std::thread::available_parallelism().map_or(1, |count| count.get());
+    format!("{count} × {model}, Linux {}", read("/proc/sys/kernel/osrelease").trim())
+}
+
+/// What a program says on both its outputs; `None` if there is no such program.
+fn output(program: &str, args: &[&str]) -> Option<String> {
+    let directory = env!("CARGO_MANIFEST_DIR");
+    let output = Command::new(program).args(args).current_dir(directory).output().ok()?;
+    let text = [output.stdout, output.stderr].concat();
+    Some(String::from_utf8_lossy(&text).trim().to_owned())
+}
+
+fn version_after(text: &str, word: &str) -> Option<String> {
+    let (_, rest) = text.split_once(&format!("{word}:"))?;
+    let version = rest.split_whitespace().next()?;
+    Some(version.trim_end_matches(',').to_owned())
+}
+
+const BEGIN: &str = "<!-- bench-repair: from here -->";
+const END: &str = "<!-- bench-repair: to here -->";
