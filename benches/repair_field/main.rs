@@ -40,7 +40,7 @@ struct Options {
     /// Seconds of media measured in each run.
     #[arg(long, default_value_t = 4.0)]
     seconds: f64,
-    /// Runs at the same time [default: 4 for each processor].
+    /// Runs at the same time [default: 6 for each processor].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=256))]
     jobs: Option<u64>,
     /// Only runs whose "LINK, BUDGET x, SYSTEM" holds this text; may be given several times, and
@@ -84,7 +84,7 @@ fn bench(options: &Options) -> io::Result<()> {
         return Ok(());
     }
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
-    let parallel = options.jobs.unwrap_or(4 * processors);
+    let parallel = options.jobs.unwrap_or(6 * processors);
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("repair_field");
     let whole = !options.quick && options.only.is_empty();
     let partial = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/repair_field");

@@ -107,7 +107,7 @@ pub fn progress(outcome: &Outcome) -> String {
         millis(cell.delay(0.99)),
         millis(cell.delay(1.0)),
         cell.overhead(),
-        100.0 * outcome.cpu,
+        cell.cpu_percent(),
         outcome.emulator_late.max(outcome.source_late),
     )
 }
@@ -147,7 +147,7 @@ impl Cell {
         self.delays.sort_unstable();
         self.media_bytes += outcome.media_bytes;
         self.wire_bytes += outcome.wire_bytes;
-        self.cpu += outcome.cpu;
+        self.cpu += outcome.cpu.iter().sum::<f64>();
         for (bound, count) in outcome.there {
             match self.there.iter_mut().find(|(known, _)| *known == bound) {
                 Some((_, sum)) => *sum += count,

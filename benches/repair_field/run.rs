@@ -17,7 +17,7 @@ use crate::{
     media::{PACKET_LEN, Sink, Source},
     process::{Process, free_address},
     rist, srt,
-    wire::{Door, Way, Wire},
+    wire::{Count, Door, Way, Wire},
 };
 
 /// What to run.
@@ -69,8 +69,11 @@ pub struct Outcome {
     /// Bytes of media, and of everything both ways with IP and UDP headers, while the link was bad.
     pub media_bytes: u64,
     pub wire_bytes: u64,
-    /// Processor time of both processes over wall time: 1 is a core.
-    pub cpu: f64,
+    /// The datagrams and payload bytes of each direction in that.
+    pub forward: Count,
+    pub back: Count,
+    /// Processor time of each process over wall time: 1 is a core.
+    pub cpu: Vec<f64>,
     /// What Downpour's edge counted by fate.
     pub fates: Vec<(String, f64)>,
     /// See [`EdgeCounts::there`].
@@ -125,7 +128,12 @@ pub fn run(setup: &Setup) -> io::Result<Outcome> {
     let sent_while_bad = rig.source.next() - first;
     let source_late = rig.source.take_lateness();
     let wall = start.elapsed();
-    let cpu = (rig.cpu_seconds() - cpu) / wall.as_secs_f64();
+    let cpu = rig
+        .cpu_seconds()
+        .iter()
+        .zip(cpu)
+        .map(|(now, then)| (now - then) / wall.as_secs_f64())
+        .collect();
     let clean = setup.profile.clean();
     rig.wire.set(&clean, &clean);
     std::thread::sleep(setup.profile.round_trip + MARGIN);
@@ -148,15 +156,24 @@ pub fn run(setup: &Setup) -> io::Result<Outcome> {
         hole = if arrival.is_some() { 0 } else { hole + 1 };
         longest_hole = longest_hole.max(hole);
     }
+    let lost_count = (arrivals.len() - delays.len()) as u64;
+    if setup.system == System::Udp && lost_count > traffic.dropped_forward {
+        return Err(io::Error::other(format!(
+            "{lost_count} packets are missing, but the emulator dropped {} only",
+            traffic.dropped_forward
+        )));
+    }
     let lost = arrivals.iter().zip(0..).filter(|(arrival, _)| arrival.is_none());
     Ok(Outcome {
         sent: end - first,
-        lost: (arrivals.len() - delays.len()) as u64,
+        lost: lost_count,
         longest_hole,
         duplicates: arrivals.iter().flatten().map(|arrival| u64::from(arrival.duplicates)).sum(),
         delays,
         media_bytes: sent_while_bad * PACKET_LEN as u64,
         wire_bytes: traffic.forward.on_the_wire() + traffic.back.on_the_wire(),
+        forward: traffic.forward,
+        back: traffic.back,
         cpu,
         fates: counts.fates,
         there: counts.there,
@@ -195,8 +212,8 @@ impl Rig {
         self.processes.iter_mut().try_for_each(Process::check)
     }
 
-    fn cpu_seconds(&self) -> f64 {
-        self.processes.iter().map(Process::cpu_seconds).sum()
+    fn cpu_seconds(&self) -> Vec<f64> {
+        self.processes.iter().map(Process::cpu_seconds).collect()
     }
 }
 

@@ -1,9 +1,10 @@
-//! SRT: `srt-live-transmit` on both ends, at its defaults but for the latency.
+//! SRT: `srt-live-transmit` on both ends, at its defaults but for the latency. It sends what it
+//! reads with one call, here one datagram, as one packet.
 
 use std::io;
 
 use crate::{
-    media::{PACKET_LEN, Sink, Source},
+    media::{Sink, Source},
     process::{Process, free_address},
     run::{Rig, Setup},
     wire::{Door, Way, Wire},
@@ -19,14 +20,12 @@ pub fn start(setup: &Setup) -> io::Result<Rig> {
         setup.seed,
     )?;
     let latency = setup.budget().as_millis();
-    let chunk = format!("-chunk:{PACKET_LEN}");
     let sink = Sink::udp(setup.clock, output)?;
     let receiver = Process::start(
         setup.dir,
         "srt-receiver",
         PROGRAM,
         &[
-            &chunk,
             &format!("srt://:{}?mode=listener&latency={latency}", listener.port()),
             &format!("udp://{output}"),
         ],
@@ -36,7 +35,6 @@ pub fn start(setup: &Setup) -> io::Result<Rig> {
         "srt-sender",
         PROGRAM,
         &[
-            &chunk,
             &format!("udp://127.0.0.1:{}?mode=listener", input.port()),
             &format!("srt://{}?mode=caller&latency={latency}", wire.door(0)),
         ],

@@ -53,7 +53,7 @@ pub struct Traffic {
     pub errors: u64,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
 pub struct Count {
     pub datagrams: u64,
     pub bytes: u64,
