@@ -50,6 +50,9 @@ struct Options {
     /// Where the report goes [default: docs for the whole grid, target/repair_field for less].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Keeps each run's configurations and logs, in target/tmp/repair_field.
+    #[arg(long)]
+    keep: bool,
     /// Lists the runs and ends.
     #[arg(long)]
     list: bool,
@@ -199,8 +202,8 @@ impl Board {
                 dir: dir.path(),
                 clock: Instant::now(),
             });
-            if outcome.is_err() {
-                eprintln!("  its logs are in {}", dir.keep().display());
+            if outcome.is_err() || options.keep {
+                eprintln!("  logs of the next are in {}", dir.keep().display());
             }
             outcome
         });
