@@ -61,7 +61,8 @@ impl RepairControl {
 
     /// `bytes` that were sent at `sent` have arrived; `rtt` is the smoothed round trip.
     fn acked(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: Duration) {
-        let base = self.base.update(now, rtt);
+        // Not the estimator's value: until its first sample that is the initial guess.
+        let base = self.base.update(now, now.saturating_duration_since(sent));
         self.round.acked += bytes;
         if now.saturating_duration_since(self.round.began) > rtt {
             self.round = Round { began: now, acked: 0, lost: 0 };
@@ -275,6 +276,17 @@ mod tests {
         let settled = control.window();
         run(&mut control, now, 2000, longer, |_| false);
         assert!(control.window() > settled || settled == RepairControl::CEILING);
+    }
+
+    /// The first packets are acknowledged before the estimator has its first sample.
+    #[test]
+    fn the_estimators_first_guess_is_no_base() {
+        let start = Instant::now();
+        let mut control = RepairControl::new(start);
+        let long = |_| Duration::from_millis(200);
+        control.acked(start + long(0), start, PACKET, true, Duration::from_millis(100));
+        run(&mut control, start, 2000, long, |_| false);
+        assert!(control.window() > RepairControl::INITIAL, "{}", control.window());
     }
 
     #[test]
