@@ -467,6 +467,30 @@ mod tests {
     }
 
     #[test]
+    fn bursts_come_when_they_come_whatever_is_sent() {
+        let settings = LinkSettings {
+            bursts: Some(Bursts::covering(0.1, Duration::from_millis(20))),
+            ..LinkSettings::default()
+        };
+        let start = Instant::now();
+        let lost = |step: u32| -> Vec<bool> {
+            let mut link = Link::new(settings.clone(), 4);
+            let mut fates = Vec::new();
+            for i in (0..10_000).step_by(step as usize) {
+                let before = link.stats().dropped_burst;
+                link.send(start + STEP * i, Bytes::from_static(b"x"));
+                if i % 2 == 0 {
+                    fates.push(link.stats().dropped_burst > before);
+                }
+            }
+            fates
+        };
+        let dense = lost(1);
+        assert!(dense.iter().filter(|lost| **lost).count() > 100);
+        assert_eq!(dense, lost(2));
+    }
+
+    #[test]
     fn a_sparse_flow_meets_no_longer_bursts_than_a_dense_one() {
         let bursts = Bursts::covering(0.2, Duration::from_millis(20));
         let mut link =
