@@ -245,7 +245,7 @@ impl Stats {
 }
 
 /// Sixteen random bytes, as 32 hexadecimal digits in JSON.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Nonce(pub [u8; 16]);
 
 impl fmt::Debug for Nonce {

@@ -10,6 +10,8 @@ pub mod group;
 pub mod history;
 pub mod message;
 pub mod outbox;
+pub mod paths;
+pub mod probe;
 pub mod receiver;
 pub mod report;
 pub mod resend;
