@@ -1,24 +1,32 @@
 //! Sends bursts of RTP to many addresses, on threads of its own.
 
+mod outlet;
+pub mod routes;
+
 use std::{
     collections::HashMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    slice,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc, Weak,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{self, SyncSender, TrySendError},
+        mpsc::{self, SyncSender},
     },
     thread,
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use prometheus::{
     IntCounter, IntCounterVec, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
     register_int_counter_with_registry, register_int_gauge_with_registry,
 };
-use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 
+use self::{
+    outlet::Outlet,
+    routes::{Routes, Target},
+};
 use crate::{
     rtp::Burst,
     udp::{self, MulticastOut},
@@ -57,42 +65,60 @@ pub struct Fanout {
 }
 
 struct Shared {
-    targets: RwLock<Arc<[SocketAddr]>>,
+    routes: Routes,
     queued_bytes: AtomicUsize,
     queue_limit: usize,
     local_port: u16,
     metrics: FanoutMetrics,
 }
 
+/// Takes what comes to the RTP port: from where, and the bytes of one or more datagrams of that
+/// sender, one behind the other. What it gives is sent back there, each as one datagram.
+pub type OnDatagrams = Arc<dyn Fn(SocketAddr, &[u8]) -> Vec<Bytes> + Send + Sync>;
+
 enum Job {
-    Burst(Burst),
-    /// One small datagram to every target, whatever waits: the port announcement.
-    Datagram(bytes::Bytes),
+    Burst(Burst, Arc<[Target]>),
+    /// One small datagram to several: the port announcement.
+    Datagram(Bytes, Arc<[Target]>),
+    /// One packet to one group: a repair for all of its members.
+    Packet(Bytes, Target),
 }
 
 impl Fanout {
-    /// Binds the RTP port and starts the sending thread; nothing is sent before
-    /// [`Fanout::set_targets`].
+    /// Binds the RTP port and starts its threads, which end with the last handle.
     ///
     /// # Errors
     /// If the port is taken, an option is refused or no thread can be started.
-    pub fn spawn(settings: &Settings, metrics: FanoutMetrics) -> io::Result<Self> {
+    pub fn spawn(
+        settings: &Settings,
+        routes: Routes,
+        on_datagrams: &OnDatagrams,
+        metrics: FanoutMetrics,
+    ) -> io::Result<Self> {
         let bind = |ip: IpAddr, port| {
-            let socket =
-                udp::sender(SocketAddr::new(ip, port), settings.send_buffer, settings.multicast)?;
-            Outlet::new(socket)
+            let addr = SocketAddr::new(ip, port);
+            Outlet::new(udp::sender(addr, settings.send_buffer, settings.multicast)?)
         };
         let v4 = bind(Ipv4Addr::UNSPECIFIED.into(), settings.port)?;
-        let local_port = v4.socket.local_addr()?.port();
+        let local_port = v4.socket().local_addr()?.port();
         // A machine without IPv6 seldom has IPv6 edges; if it has, that is told when one is sent to.
         let v6 = bind(Ipv6Addr::UNSPECIFIED.into(), local_port);
         let shared = Arc::new(Shared {
-            targets: RwLock::new(Arc::new([])),
+            routes,
             queued_bytes: AtomicUsize::new(0),
             queue_limit: settings.queue_bytes,
             local_port,
             metrics,
         });
+        for outlet in [Some(&v4), v6.as_ref().ok()].into_iter().flatten() {
+            let socket = outlet.socket().try_clone()?;
+            socket.set_read_timeout(Some(LISTEN_TIMEOUT))?;
+            let (on_datagrams, metrics) = (on_datagrams.clone(), shared.metrics.clone());
+            let alive = Arc::downgrade(&shared);
+            thread::Builder::new()
+                .name("rtp-port".into())
+                .spawn(move || listen(&socket, &on_datagrams, &metrics, &alive))?;
+        }
         let (queue, jobs) = mpsc::sync_channel(QUEUE_JOBS);
         let mut worker = Worker { v4, v6, shared: shared.clone(), told: HashMap::new() };
         thread::Builder::new().name("fanout".into()).spawn(move || {
@@ -103,33 +129,109 @@ impl Fanout {
         Ok(Self { shared, queue })
     }
 
-    /// Queues a burst for every target. Never waits: when the sending thread is too far behind the
+    /// Queues a burst for `targets`. Never waits: when the sending thread is too far behind the
     /// burst is not sent, which is counted.
-    pub fn send(&self, burst: Burst) {
-        let (bytes, packets) = (burst.bytes().len(), burst.count());
-        let shared = &self.shared;
-        let queued = shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if queued > shared.queue_limit || self.queue.try_send(Job::Burst(burst)).is_err() {
-            shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            shared.metrics.skipped.inc_by(packets as u64);
+    pub fn send(&self, burst: Burst, targets: Arc<[Target]>) {
+        if !targets.is_empty() {
+            self.queue(Job::Burst(burst, targets));
         }
     }
 
-    /// Queues one datagram for every target.
-    pub fn send_datagram(&self, datagram: bytes::Bytes) {
-        if let Err(TrySendError::Full(_)) = self.queue.try_send(Job::Datagram(datagram)) {
-            self.shared.metrics.skipped.inc();
+    /// Queues one packet for one multicast group, so that all of its members get it again. Says
+    /// whether `group` is an address that gets every stream: nothing is sent to any other, so that
+    /// no edge can have packets sent where it likes.
+    pub fn send_to(&self, group: SocketAddr, packet: Bytes) -> bool {
+        let known = group.ip().is_multicast() && self.shared.routes.is_fixed(group);
+        if known {
+            self.queue(Job::Packet(packet, group.into()));
         }
+        known
     }
 
-    /// Replaces the addresses that bursts go to from now on.
-    pub fn set_targets(&self, targets: Vec<SocketAddr>) {
-        *self.shared.targets.write().unwrap_or_else(PoisonError::into_inner) = targets.into();
+    /// Queues one datagram for every address that gets every stream.
+    pub fn send_to_fixed(&self, datagram: Bytes) {
+        self.queue(Job::Datagram(datagram, self.shared.routes.fixed()));
+    }
+
+    /// Who gets what.
+    pub fn routes(&self) -> &Routes {
+        &self.shared.routes
     }
 
     /// The UDP port that RTP comes from.
     pub fn local_port(&self) -> u16 {
         self.shared.local_port
+    }
+
+    fn queue(&self, job: Job) {
+        let (bytes, packets) = (job.bytes().len(), job.packets());
+        let shared = &self.shared;
+        let queued = shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if queued > shared.queue_limit || self.queue.try_send(job).is_err() {
+            shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            shared.metrics.skipped.inc_by(packets as u64);
+        }
+    }
+}
+
+impl Job {
+    fn bytes(&self) -> &Bytes {
+        match self {
+            Self::Burst(burst, _) => burst.bytes(),
+            Self::Datagram(bytes, _) | Self::Packet(bytes, _) => bytes,
+        }
+    }
+
+    /// Bytes from one packet's start to the next one's.
+    fn stride(&self) -> usize {
+        match self {
+            Self::Burst(burst, _) => burst.stride(),
+            Self::Datagram(bytes, _) | Self::Packet(bytes, _) => bytes.len().max(1),
+        }
+    }
+
+    fn packets(&self) -> usize {
+        match self {
+            Self::Burst(burst, _) => burst.count(),
+            Self::Datagram(..) | Self::Packet(..) => 1,
+        }
+    }
+
+    fn targets(&self) -> &[Target] {
+        match self {
+            Self::Burst(_, targets) | Self::Datagram(_, targets) => targets,
+            Self::Packet(_, target) => slice::from_ref(target),
+        }
+    }
+}
+
+/// Reads what comes to the RTP port until the last handle of the fan-out is gone.
+///
+/// It shares the socket with the sending thread and nothing else. It must leave the socket blocking,
+/// as that thread has it.
+fn listen(
+    socket: &UdpSocket,
+    on_datagrams: &OnDatagrams,
+    metrics: &FanoutMetrics,
+    alive: &Weak<Shared>,
+) {
+    // The longest datagram; the kernel may put several together up to that length (UDP GRO).
+    let mut buffer = vec![0; usize::from(u16::MAX)];
+    while alive.strong_count() > 0 {
+        match socket.recv_from(&mut buffer) {
+            Ok((len, from)) => {
+                for answer in on_datagrams(from, &buffer[..len]) {
+                    if let Err(error) = socket.send_to(&answer, from) {
+                        metrics.errors.with_label_values(&[error_label(&error)]).inc();
+                    }
+                }
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN)) => {}
+            Err(error) => {
+                tracing::debug!(%error, "reading the RTP port");
+                thread::sleep(LISTEN_PAUSE);
+            }
+        }
     }
 }
 
@@ -213,121 +315,33 @@ struct Worker {
 
 impl Worker {
     fn run(&mut self, job: Job) {
-        let targets = self.shared.targets.read().unwrap_or_else(PoisonError::into_inner).clone();
         let metrics = &self.shared.metrics;
-        for target in &*targets {
-            let sent = match (target, &mut self.v6) {
-                (SocketAddr::V4(_), _) => self.v4.send_job(*target, &job, metrics),
-                (SocketAddr::V6(_), Ok(v6)) => v6.send_job(*target, &job, metrics),
+        let (bytes, stride) = (job.bytes(), job.stride());
+        for Target { addr } in job.targets() {
+            let sent = match (addr, &mut self.v6) {
+                (SocketAddr::V4(_), _) => self.v4.send(*addr, bytes, stride, metrics),
+                (SocketAddr::V6(_), Ok(v6)) => v6.send(*addr, bytes, stride, metrics),
                 (SocketAddr::V6(_), Err(error)) => {
                     metrics.errors.with_label_values(&["unreachable"]).inc();
                     Err(io::Error::new(error.kind(), format!("no IPv6 here: {error}")))
                 }
             };
             if let Err(error) = sent {
-                tell(&mut self.told, *target, &error);
+                tell(&mut self.told, *addr, &error);
             }
         }
-        if let Job::Burst(burst) = &job {
-            self.shared.queued_bytes.fetch_sub(burst.bytes().len(), Ordering::Relaxed);
-        }
+        self.shared.queued_bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
     }
-}
-
-/// One socket and what the kernel offers on it.
-struct Outlet {
-    socket: UdpSocket,
-    state: UdpSocketState,
-    gso: bool,
-}
-
-impl Outlet {
-    fn new(socket: UdpSocket) -> io::Result<Self> {
-        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        // This thread has nothing else to do, so it waits for room, but not for long: the other
-        // targets wait too.
-        socket.set_nonblocking(false)?;
-        socket.set_write_timeout(Some(SEND_TIMEOUT))?;
-        let gso = state.max_gso_segments() > 1;
-        Ok(Self { socket, state, gso })
-    }
-
-    fn send_job(
-        &mut self,
-        target: SocketAddr,
-        job: &Job,
-        metrics: &FanoutMetrics,
-    ) -> io::Result<()> {
-        match job {
-            Job::Burst(burst) => self.send(target, burst.bytes(), burst.stride(), metrics),
-            Job::Datagram(datagram) => self.send(target, datagram, datagram.len().max(1), metrics),
-        }
-    }
-
-    /// Sends `bytes` as datagrams of `stride` bytes, the last one shorter. Goes on after a failure,
-    /// and gives the last one.
-    fn send(
-        &mut self,
-        target: SocketAddr,
-        bytes: &[u8],
-        stride: usize,
-        metrics: &FanoutMetrics,
-    ) -> io::Result<()> {
-        let mut failure = Ok(());
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let packets = match self.gso {
-                true => self.state.max_gso_segments().min(MAX_GSO_BYTES / stride).max(1),
-                false => 1,
-            };
-            let (train, after) = rest.split_at(rest.len().min(packets * stride));
-            let transmit = Transmit {
-                destination: target,
-                ecn: None,
-                contents: train,
-                segment_size: (train.len() > stride).then_some(stride),
-                src_ip: None,
-            };
-            match self.state.try_send(UdpSockRef::from(&self.socket), &transmit) {
-                Ok(()) => {
-                    metrics.calls.inc();
-                    metrics.datagrams.inc_by(train.len().div_ceil(stride) as u64);
-                    metrics.bytes.inc_by(train.len() as u64);
-                }
-                // The kernel or the network card does not segment: from now on one by one.
-                Err(error) if transmit.segment_size.is_some() && refuses_offload(&error) => {
-                    self.gso = false;
-                    tracing::warn!(
-                        "UDP segmentation offload is refused ({error}): sending one datagram a call"
-                    );
-                    metrics.offload.set(0);
-                    continue;
-                }
-                Err(error) => {
-                    metrics.errors.with_label_values(&[error_label(&error)]).inc();
-                    failure = Err(error);
-                }
-            }
-            rest = after;
-        }
-        if self.gso {
-            metrics.offload.set(1);
-        }
-        failure
-    }
-}
-
-fn refuses_offload(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::ENOTSUP))
 }
 
 /// Bursts that may wait, whatever their size.
 const QUEUE_JOBS: usize = 16 << 10;
-/// The largest UDP payload of IPv4: what one send with segmentation may carry.
-const MAX_GSO_BYTES: usize = 65_507;
 const MAX_TOLD: usize = 10_000;
 const TELL_EVERY: Duration = Duration::from_secs(60);
-const SEND_TIMEOUT: Duration = Duration::from_millis(20);
+/// How long the last handle may be gone before a thread that waits for datagrams sees it.
+const LISTEN_TIMEOUT: Duration = Duration::from_millis(500);
+/// An error that stays must not turn into a busy loop.
+const LISTEN_PAUSE: Duration = Duration::from_millis(10);
 
 #[cfg(test)]
 mod tests {
@@ -344,6 +358,13 @@ mod tests {
         (socket, addr)
     }
 
+    fn fanout(metrics: FanoutMetrics) -> Fanout {
+        let settings = Settings { port: 0, ..Settings::default() };
+        let routes = Routes::new(&Registry::new()).unwrap();
+        let echo: OnDatagrams = Arc::new(|_, datagrams| vec![Bytes::copy_from_slice(datagrams)]);
+        Fanout::spawn(&settings, routes, &echo, metrics).unwrap()
+    }
+
     fn wait_until(condition: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(5);
         while !condition() {
@@ -357,14 +378,13 @@ mod tests {
         let (a, a_addr) = receiver();
         let (b, b_addr) = receiver();
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-        let settings = Settings { port: 0, ..Settings::default() };
-        let fanout = Fanout::spawn(&settings, metrics.clone()).unwrap();
-        fanout.set_targets(vec![a_addr, b_addr]);
+        let fanout = fanout(metrics.clone());
+        fanout.routes().set_fixed([a_addr, b_addr]);
         let body: Vec<u8> = (0..100_000u32).map(|i| i as u8).collect();
         let tag = Tag::new(TagKind::Video, 5, &body).unwrap();
         let burst = Packetizer::new(Ssrc(9), 1120).packetize(&tag);
-        fanout.send_datagram(bytes::Bytes::from_static(b"0001abcd"));
-        fanout.send(burst.clone());
+        fanout.send_to_fixed(Bytes::from_static(b"0001abcd"));
+        fanout.send(burst.clone(), fanout.routes().fixed());
         for socket in [a, b] {
             let mut buffer = [0; 2000];
             let (len, from) = socket.recv_from(&mut buffer).unwrap();
@@ -386,14 +406,58 @@ mod tests {
     fn an_unreachable_target_is_counted_and_the_others_are_served() {
         let (socket, addr) = receiver();
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-        let settings = Settings { port: 0, ..Settings::default() };
         // Class E: no route leads there.
         let nowhere = "255.255.255.255:9".parse().unwrap();
-        let fanout = Fanout::spawn(&settings, metrics.clone()).unwrap();
-        fanout.set_targets(vec![nowhere, addr]);
+        let fanout = fanout(metrics.clone());
+        fanout.routes().set_fixed([nowhere, addr]);
         let tag = Tag::new(TagKind::Audio, 5, &[1, 2, 3]).unwrap();
-        fanout.send(Packetizer::new(Ssrc(9), 1120).packetize(&tag));
+        fanout.send(Packetizer::new(Ssrc(9), 1120).packetize(&tag), fanout.routes().fixed());
         assert_eq!(socket.recv_from(&mut [0; 2000]).unwrap().0, 26);
         wait_until(|| metrics.errors.with_label_values(&["not-permitted"]).get() == 1);
+    }
+
+    #[test]
+    fn what_comes_to_the_rtp_port_is_answered_while_bursts_go_out() {
+        let (socket, addr) = receiver();
+        let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+        fanout.routes().set_fixed([addr]);
+        let to = (Ipv4Addr::LOCALHOST, fanout.local_port());
+        let mut buffer = [0; 2000];
+        let mut packetizer = Packetizer::new(Ssrc(9), 1120);
+        for i in 0..100 {
+            // RTP begins with 0x80.
+            socket.send_to(&[i; 20], to).unwrap();
+            let tag = Tag::new(TagKind::Audio, 5, &[1, 2, 3]).unwrap();
+            fanout.send(packetizer.packetize(&tag), fanout.routes().fixed());
+            let lengths = [(); 2].map(|()| socket.recv_from(&mut buffer).unwrap().0);
+            assert!(lengths == [20, 26] || lengths == [26, 20], "{lengths:?}");
+        }
+    }
+
+    #[test]
+    fn a_packet_goes_to_a_group_that_is_listed_and_nowhere_else() {
+        let (socket, addr) = receiver();
+        let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+        let fanout = fanout(metrics.clone());
+        let group = "239.255.0.9:5999".parse().unwrap();
+        let packet = Bytes::from_static(b"packet");
+        assert!(!fanout.send_to(group, packet.clone()));
+        fanout.routes().set_fixed([addr, group]);
+        assert!(!fanout.send_to(addr, packet.clone()), "one edge has its repair by QUIC");
+        assert!(fanout.send_to(group, packet));
+        wait_until(|| {
+            let failed = metrics.errors.with_label_values(&["unreachable"]).get();
+            metrics.datagrams.get() + failed == 1
+        });
+        socket.set_nonblocking(true).unwrap();
+        assert!(socket.recv_from(&mut [0; 100]).is_err());
+    }
+
+    #[test]
+    fn its_threads_end_with_the_last_handle() {
+        let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+        let alive = Arc::downgrade(&fanout.shared);
+        drop(fanout);
+        wait_until(|| alive.strong_count() == 0);
     }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     cloud::Cloud,
-    config::{CloudConfig, Destination, EdgeConfig, ListenAddr, LogLevel},
+    config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
     edge::stats::{IntakeMetrics, StreamStats},
     edge::{Edge, EdgeAddrs},
     impair::{LinkSettings, RelaySettings, UdpRelay},
@@ -43,13 +43,12 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
 async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Result<(), Failure> {
     let scratch = Scratch::new()?;
     let failed = |error: StartError| Failure::Run(error.to_string());
-    let mut cloud = Cloud::bind(&cloud_config(&scratch)).await.map_err(failed)?;
+    let cloud = Cloud::bind(&cloud_config(&scratch)).await.map_err(failed)?;
     let addrs = cloud.addrs();
     let mut edges = Vec::new();
     for i in 0..args.edges {
         edges.push(DemoEdge::start(i, args.loss, &cloud).await?);
     }
-    cloud.set_destinations(edges.iter().map(|edge| Destination::from(edge.rtp)).collect());
 
     println!("A cloud and {} on this machine. Watch:", count(edges.len(), "edge"));
     for edge in &edges {
@@ -102,8 +101,6 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
 struct DemoEdge {
     edge: Edge,
     addrs: EdgeAddrs,
-    /// Where the cloud sends this edge's RTP: to the edge, or to the relay in front of it.
-    rtp: SocketAddr,
     relays: Vec<UdpRelay>,
 }
 
@@ -116,16 +113,23 @@ impl DemoEdge {
         };
         let mut relays = Vec::new();
         let mut quic = cloud.addrs().quic;
+        let mut cloud_rtp_addr = None;
         if loss > 0.0 {
             let repair = relay(quic, 2 * number as u64)?;
             quic = repair.local_addr();
             relays.push(repair);
+            if let Some(port) = cloud.addrs().rtp {
+                let media = relay((Ipv4Addr::LOCALHOST, port).into(), 2 * number as u64 + 1)?;
+                cloud_rtp_addr = Some(media.local_addr().into());
+                relays.push(media);
+            }
         }
         let config = EdgeConfig {
             udp_addr: loopback(0),
             flv_addr: usual_tcp(EdgeConfig::default().flv_addr.port() + number as u16),
             cloud_host: Ipv4Addr::LOCALHOST.to_string(),
             quic_addr: loopback(quic.port()),
+            cloud_rtp_addr,
             api_addr: loopback(cloud.addrs().api.port()),
             fingerprint: Some(cloud.addrs().fingerprint),
             node_name: format!("demo-{number}"),
@@ -135,13 +139,7 @@ impl DemoEdge {
         };
         let edge = Edge::bind(&config).await.map_err(|error| Failure::Run(error.to_string()))?;
         let addrs = edge.addrs();
-        let mut rtp = addrs.rtp;
-        if loss > 0.0 {
-            let media = relay(rtp, 2 * number as u64 + 1)?;
-            rtp = media.local_addr();
-            relays.push(media);
-        }
-        Ok(Self { edge, addrs, rtp, relays })
+        Ok(Self { edge, addrs, relays })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The cloud node: takes publications, sends them to the edges, and repairs what got lost.
 
 pub mod publications;
+pub mod subscribers;
 
 use std::{
     collections::HashSet,
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{CloudConfig, Destination},
-    fanout::{self, Fanout, FanoutMetrics},
+    fanout::{self, Fanout, FanoutMetrics, OnDatagrams, routes::Routes},
     http::{
         HttpServer,
         api::{self, CloudState},
@@ -32,6 +33,7 @@ use crate::{
     udp::MulticastOut,
 };
 use publications::{PublicationMetrics, Publications};
+use subscribers::{ProbeMetrics, Subscribers};
 
 /// A cloud node whose addresses are bound and that is ready to run.
 pub struct Cloud {
@@ -40,6 +42,7 @@ pub struct Cloud {
     api: HttpServer,
     fanout: Option<Fanout>,
     publications: Publications,
+    subscribers: Subscribers,
     recorder: Option<Recorder>,
     destinations: Vec<Destination>,
     addrs: CloudAddrs,
@@ -55,6 +58,9 @@ pub struct CloudAddrs {
     pub api: SocketAddr,
     /// QUIC.
     pub quic: SocketAddr,
+    /// The UDP port that RTP comes from and that edges prove their addresses to; `None` in debug
+    /// mode.
+    pub rtp: Option<u16>,
     /// The certificate that edges see on QUIC.
     pub fingerprint: Fingerprint,
 }
@@ -100,10 +106,15 @@ impl Cloud {
             ..fanout::Settings::default()
         };
         let fanout_metrics = FanoutMetrics::register(&registry)?;
+        let routes = Routes::new(&registry)?;
+        let subscribers = Subscribers::new(routes.clone(), ProbeMetrics::register(&registry)?);
+        let probed = subscribers.clone();
+        let on_datagrams: OnDatagrams =
+            Arc::new(move |from, bytes| probed.handle_datagrams(Instant::now(), from, bytes));
         let fanout = match config.debug {
             true => None,
             false => Some(
-                Fanout::spawn(&fanout_settings, fanout_metrics)
+                Fanout::spawn(&fanout_settings, routes, &on_datagrams, fanout_metrics)
                     .map_err(|error| StartError::listen("rtp_port", config.rtp_port, &error))?,
             ),
         };
@@ -127,7 +138,8 @@ impl Cloud {
         .map_err(|error| match error {
             BindError::Socket(_, error) => StartError::listen("quic_addr", quic_addr, &error),
             BindError::Tls(error) => StartError::new("cert_file", error),
-        })?;
+        })?
+        .with_handler(Arc::new(subscribers.clone()));
 
         let record_metrics = RecordMetrics::register(&registry)?;
         let recorder =
@@ -159,6 +171,7 @@ impl Cloud {
             rtmp: local("rtmp_addr", rtmp.local_addr())?,
             api: local("api_addr", api_listener.local_addr())?,
             quic: local("quic_addr", repair.local_addr())?,
+            rtp: fanout.as_ref().map(Fanout::local_port),
             fingerprint: identity.fingerprint(),
         };
         let state = CloudState {
@@ -181,6 +194,7 @@ impl Cloud {
             api,
             fanout,
             publications,
+            subscribers,
             recorder,
             destinations: config.client_addr_list.clone(),
             addrs,
@@ -193,24 +207,19 @@ impl Cloud {
         self.addrs
     }
 
-    /// Replaces the addresses that get every stream.
-    pub fn set_destinations(&mut self, destinations: Vec<Destination>) {
-        self.destinations = destinations;
-    }
-
     /// Runs until `shutdown`, then drains: no new publishers, edges told of every stream's end,
     /// recordings written.
     ///
     /// # Errors
     /// If a part of the node ended by itself; the rest is drained all the same.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), TaskEnded> {
-        let Self { rtmp, repair, api, fanout, publications, recorder, .. } = self;
+        let Self { rtmp, repair, api, fanout, publications, subscribers, recorder, .. } = self;
         let (ingest, egress) = (CancellationToken::new(), CancellationToken::new());
         let mut tasks = Tasks::default();
         tasks.spawn("RTMP server", rtmp.run(Arc::new(publications.clone()), ingest.clone()));
         tasks.spawn("repair server", repair.run(egress.clone()));
         tasks.spawn("HTTP server", api.run(egress.clone(), HTTP_GRACE));
-        tasks.spawn("expiry", expire(publications.clone(), egress.clone()));
+        tasks.spawn("expiry", expire(publications.clone(), subscribers, egress.clone()));
         if let Some(fanout) = fanout {
             let ports = (self.addrs.quic.port(), self.addrs.api.port());
             let announcing = announce(fanout, self.destinations, ports, egress.clone());
@@ -249,19 +258,19 @@ async fn announce(
     datagram.put_u16(api_port);
     let datagram: Bytes = datagram.freeze();
     let mut targets = Targets::new(destinations);
-    fanout.set_targets(targets.known());
+    fanout.routes().set_fixed(targets.known());
     let mut ticks = tokio::time::interval(ANNOUNCE_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
             changed = targets.next() => if changed {
-                fanout.set_targets(targets.known());
-                fanout.send_datagram(datagram.clone());
+                fanout.routes().set_fixed(targets.known());
+                fanout.send_to_fixed(datagram.clone());
             },
             _ = ticks.tick() => {
                 targets.look_up();
-                fanout.send_datagram(datagram.clone());
+                fanout.send_to_fixed(datagram.clone());
             }
         }
     }
@@ -357,12 +366,15 @@ fn choose(
     addresses.min_by_key(|address| (Some(*address) != current, address.is_ipv6()))
 }
 
-async fn expire(publications: Publications, shutdown: CancellationToken) {
+async fn expire(publications: Publications, subscribers: Subscribers, shutdown: CancellationToken) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
-            _ = ticks.tick() => publications.expire(Instant::now()),
+            _ = ticks.tick() => {
+                publications.expire(Instant::now());
+                subscribers.handle_timeout(Instant::now());
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     StreamKey,
-    fanout::Fanout,
+    fanout::{Fanout, routes::Route},
     flv::{Tag, TagKind},
     hub::{self, Hub},
     origin::{Headers, Origin, OriginStream},
@@ -247,6 +247,8 @@ struct Started {
     packetizer: Packetizer,
     headers: Headers,
     has_video: bool,
+    /// `None` where nothing is sent.
+    way_out: Option<(Fanout, Route)>,
 }
 
 impl Active {
@@ -269,8 +271,8 @@ impl Active {
         let starts_gop = tag.is_key_frame() || !started.has_video;
         // Into the history first: an edge may ask for a packet before the last one is sent.
         started.origin.push(now, burst.clone(), starts_gop);
-        if let Some(fanout) = &self.shared.fanout {
-            fanout.send(burst);
+        if let Some((fanout, route)) = &mut started.way_out {
+            fanout.send(burst, route.targets(now));
         }
         started.hub.push(tag);
     }
@@ -317,7 +319,12 @@ impl Active {
         (self.shared.on_start)(hub.stream());
         tracing::info!(stream = %self.key, %ssrc, "stream up");
         let packetizer = Packetizer::new(ssrc, payload_max);
-        Some(Started { hub, origin, packetizer, headers, has_video: false })
+        let fanout = self.shared.fanout.clone();
+        let way_out = fanout.map(|out| {
+            let route = out.routes().route(self.key.clone());
+            (out, route)
+        });
+        Some(Started { hub, origin, packetizer, headers, has_video: false, way_out })
     }
 
     /// Random, so that a restarted cloud or a second one is never mistaken for the first

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role, schema::settings};
+use super::{
+    Destination, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role, schema::settings,
+};
 use crate::{repair::control::StreamPattern, tls::Fingerprint};
 
 settings! {
@@ -13,6 +15,9 @@ settings! {
         "Addresses" {
             /// Where RTP arrives: :5222, or a group to join such as 239.0.0.1:5222.
             udp_addr: ListenAddr = ListenAddr::any(5222);
+            /// A second address or group for the same packets: another uplink, or a group beside
+            /// the unicast address; "" is none.
+            udp_addr_2: Option<ListenAddr> = None;
             /// An IPv4 address of the interface that the group is joined on; "" is the system's
             /// choice.
             multicast_interface: InterfaceAddr = InterfaceAddr(None);
@@ -27,6 +32,14 @@ settings! {
             /// The cloud's HTTP port, or host:port; asked for stream names where no downpour/1
             /// connection tells them.
             api_addr: ListenAddr = ListenAddr::any(8090);
+            /// Asks the cloud to send RTP here; false when this edge's address stands in the cloud's
+            /// client_addr_list and a relay or NAT lies between.
+            rtp_subscribe: bool = true;
+            /// Where the cloud's RTP port is reached, host:port; "" is the cloud's host and the
+            /// port that it tells.
+            cloud_rtp_addr: Option<Destination> = None;
+            /// The same for udp_addr_2; "" is what holds for udp_addr.
+            cloud_rtp_addr_2: Option<Destination> = None;
             /// How to ask for lost packets: auto, downpour, or v0 for an existing Go cloud.
             repair_protocol: RepairProtocol = RepairProtocol::Auto;
             /// true asks for no lost packets at all; video that is joined late then lacks its codec
@@ -119,6 +132,12 @@ impl EdgeConfig {
                 "cloud_host",
                 "give a host name or an address, without a port or brackets",
             );
+        }
+        if self.udp_addr_2.is_none() && self.cloud_rtp_addr_2.is_some() {
+            return fail("cloud_rtp_addr_2", "it is for udp_addr_2, which is \"\"");
+        }
+        if self.udp_addr.port() != 0 && self.udp_addr_2.as_ref() == Some(&self.udp_addr) {
+            return fail("udp_addr_2", "give another address than udp_addr, or \"\"");
         }
         if self.streams.is_empty() || self.streams.len() > PATTERNS_MAX {
             return fail("streams", "give 1 to 1000 patterns; [\"*\"] is every stream");

@@ -294,6 +294,28 @@ impl Setting for Option<Fingerprint> {
     }
 }
 
+macro_rules! optional_addresses {
+    ($($ty:ty),*) => {$(
+        impl Setting for Option<$ty> {
+            fn read(value: &Value) -> Result<Self, String> {
+                match value {
+                    Value::Null => Ok(None),
+                    Value::String(text) if text.is_empty() => Ok(None),
+                    _ => <$ty>::read(value)
+                        .map(Some)
+                        .map_err(|wanted| format!("{wanted}, or \"\" for none")),
+                }
+            }
+
+            fn write(&self) -> String {
+                self.as_ref().map_or_else(|| quoted(""), Setting::write)
+            }
+        }
+    )*};
+}
+
+optional_addresses!(ListenAddr, Destination);
+
 impl Setting for StreamPattern {
     fn read(value: &Value) -> Result<Self, String> {
         value
@@ -537,6 +559,9 @@ mod tests {
         same(InterfaceAddr(Some(Ipv4Addr::LOCALHOST)));
         same(InterfaceAddr(None));
         same(None::<Fingerprint>);
+        same(None::<Destination>);
+        same(Some("[::1]:5222".parse::<Destination>().unwrap()));
+        same(Some(ListenAddr::any(5224)));
         same(Some("a1".repeat(32).parse::<Fingerprint>().unwrap()));
         same(["*", "live/*", "live/a"].map(|p| p.parse::<StreamPattern>().unwrap()).to_vec());
         same(

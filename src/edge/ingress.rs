@@ -1,28 +1,29 @@
 //! The edge's receiving task: RTP socket and repair connection in, tags into the hub, requests out.
 
 use std::{
-    io::{self, IoSliceMut},
+    io,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use tokio::{io::Interest, net::UdpSocket, sync::mpsc, task::JoinHandle};
+use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     intake::Intake,
     livestat::{self, LiveStream, LivestatError},
+    prober::ProbeMetrics,
+    socket::{Buffers, CloudRtp, Lookups, RtpSocket, readable},
     stats::IntakeMetrics,
 };
 use crate::{
     repair::{
         Protocol,
         client::{ClientError, RepairEvent, RepairHandle},
-        control::Report,
+        control::{Nonce, Report, Welcome},
+        probe::{ProbeMessage, is_probe_message},
         receiver::Path,
     },
     rtp::{
@@ -78,11 +79,15 @@ pub type Connect = Box<
 
 /// Receives until it is told to stop.
 pub struct Ingress {
-    socket: Arc<UdpSocket>,
-    offload: UdpSocketState,
+    sockets: Vec<RtpSocket>,
     settings: Settings,
     intake: Intake,
     metrics: IntakeMetrics,
+    probe_metrics: ProbeMetrics,
+    /// The cloud's RTP port is being found.
+    found: Lookups,
+    /// That of the connection there is.
+    nonce: Option<Nonce>,
     cloud: Option<Cloud>,
     repair: Option<Connection>,
     lookup: Option<JoinHandle<Result<Vec<LiveStream>, LivestatError>>>,
@@ -107,23 +112,21 @@ impl Drop for Connection {
 }
 
 impl Ingress {
-    /// Takes a bound socket; connects at once if the cloud is known.
-    ///
-    /// # Errors
-    /// If the socket cannot be used with tokio.
+    /// Receives on one socket or on two; connects at once if the cloud is known.
     pub fn new(
-        socket: std::net::UdpSocket,
+        sockets: Vec<RtpSocket>,
         settings: Settings,
         intake: Intake,
         metrics: IntakeMetrics,
-    ) -> io::Result<Self> {
-        let offload = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        let socket = Arc::new(UdpSocket::from_std(socket)?);
+        probe_metrics: ProbeMetrics,
+    ) -> Self {
         let mut ingress = Self {
-            socket,
-            offload,
+            sockets,
             intake,
             metrics,
+            probe_metrics,
+            found: Lookups::default(),
+            nonce: None,
             cloud: None,
             repair: None,
             lookup: None,
@@ -136,23 +139,29 @@ impl Ingress {
         if !ingress.must_learn() {
             ingress.connect(ingress.settings.cloud.clone());
         }
-        Ok(ingress)
+        ingress
     }
 
     /// Receives until `shutdown`; then every stream ends.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let socket = self.socket.clone();
-        let mut buffers = Buffers::new(self.offload.gro_segments());
+        let sockets: Vec<_> = self.sockets.iter().map(RtpSocket::socket).collect();
+        let segments = self.sockets.iter().map(RtpSocket::gro_segments).max().unwrap_or(1);
+        let mut buffers = Buffers::new(segments);
         let mut next_tick = Instant::now();
         loop {
-            let wake = self.intake.poll_timeout().map_or(next_tick, |wake| wake.min(next_tick));
+            let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
+            let wakes = [self.intake.poll_timeout(), probe];
+            let wake = wakes.into_iter().flatten().fold(next_tick, Instant::min);
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
                 event = next_event(&mut self.repair) => self.handle_event(event),
                 found = finished(&mut self.lookup) => self.handle_lookup(found),
-                ready = socket.readable() => match ready {
-                    Ok(()) => self.receive(&mut buffers),
+                (path, nonce, cloud) = self.found.next() => if self.nonce == Some(nonce) {
+                    self.sockets.iter_mut().for_each(|socket| socket.set_cloud(path, cloud));
+                },
+                (i, ready) = readable(&sockets) => match ready {
+                    Ok(()) => self.receive(i, &mut buffers),
                     Err(error) => {
                         tracing::error!("the RTP socket is broken: {error}");
                         return;
@@ -168,22 +177,21 @@ impl Ingress {
                 self.tick(now);
             }
             self.send_requests();
+            for socket in &mut self.sockets {
+                socket.probe(now, &self.probe_metrics);
+            }
         }
     }
 
-    /// Empties the socket, within reason.
-    fn receive(&mut self, buffers: &mut Buffers) {
+    /// Empties a socket, within reason.
+    fn receive(&mut self, i: usize, buffers: &mut Buffers) {
         for _ in 0..MAX_READS {
-            let received = self.socket.try_io(Interest::READABLE, || {
-                buffers.fill(|slices, meta| {
-                    self.offload.recv(UdpSockRef::from(&*self.socket), slices, meta)
-                })
-            });
-            match received {
+            let now = Instant::now();
+            let Some(socket) = self.sockets.get_mut(i) else { return };
+            match socket.receive(now, buffers) {
                 Ok(count) => {
-                    let now = Instant::now();
                     for (from, datagram) in buffers.datagrams(count) {
-                        self.handle_datagram(now, from, datagram);
+                        self.handle_datagram(now, i, from, datagram);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -196,7 +204,15 @@ impl Ingress {
         }
     }
 
-    fn handle_datagram(&mut self, now: Instant, from: SocketAddr, datagram: &[u8]) {
+    fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: &[u8]) {
+        if is_probe_message(datagram) {
+            if let (Some(socket), Ok((message, _))) =
+                (self.sockets.get(i), ProbeMessage::parse(datagram))
+            {
+                socket.handle_probe_message(from, message, &self.probe_metrics);
+            }
+            return;
+        }
         if let Some((quic_port, api_port)) = parse_announcement(datagram) {
             if self.must_learn() {
                 let host = from.ip().to_canonical().to_string();
@@ -211,7 +227,8 @@ impl Ingress {
             self.metrics.pack_loss.inc();
             return;
         }
-        self.intake.handle_packet(now, Bytes::copy_from_slice(datagram), Path::Live(0));
+        // There are two sockets at most.
+        self.intake.handle_packet(now, Bytes::copy_from_slice(datagram), Path::Live(i as u8));
     }
 
     fn handle_event(&mut self, event: Option<RepairEvent>) {
@@ -219,6 +236,7 @@ impl Ingress {
         let Some(event) = event else {
             // The client ends only when it is told to.
             self.repair = None;
+            self.stop_probing();
             return;
         };
         let intake = &mut self.intake;
@@ -234,8 +252,15 @@ impl Ingress {
                 if let Some(repair) = &mut self.repair {
                     repair.protocol = None;
                 }
+                self.stop_probing();
             }
-            RepairEvent::Welcome(_) | RepairEvent::PathUp { .. } => {}
+            RepairEvent::Welcome(welcome) => self.start_probing(now, &welcome),
+            RepairEvent::PathUp { path, address } => {
+                tracing::info!(path, %address, "the cloud sends RTP to this edge");
+                for socket in &mut self.sockets {
+                    socket.path_up(now, path, &self.probe_metrics);
+                }
+            }
             RepairEvent::StreamUp(up) => intake.stream_up(now, up),
             RepairEvent::StreamUpdate { ssrc, headers } => intake.stream_update(ssrc, headers),
             RepairEvent::StreamEnd { ssrc, last_seq } => intake.stream_end(now, ssrc, last_seq),
@@ -244,6 +269,24 @@ impl Ingress {
             }
             RepairEvent::Gone(gone) => intake.gone(now, gone.ssrc, &gone.seqs),
             RepairEvent::Heartbeat(beat) => intake.heartbeat(now, beat.ssrc, beat.last),
+        }
+    }
+
+    fn start_probing(&mut self, now: Instant, welcome: &Welcome) {
+        let Some(cloud) = &self.cloud else { return };
+        let rtp = CloudRtp { host: cloud.host.clone(), port: welcome.rtp_port };
+        self.nonce = Some(welcome.nonce);
+        self.found.clear();
+        for socket in &mut self.sockets {
+            socket.start(now, welcome.nonce, &rtp, &mut self.found);
+        }
+    }
+
+    fn stop_probing(&mut self) {
+        self.nonce = None;
+        self.found.clear();
+        for socket in &mut self.sockets {
+            socket.stop(&self.probe_metrics);
         }
     }
 
@@ -269,6 +312,7 @@ impl Ingress {
         }
         self.intake.tick(now);
         self.look_up(now);
+        self.sockets.iter_mut().for_each(|socket| socket.complain(now));
     }
 
     /// Asks the HTTP API for names where the repair connection does not tell them.
@@ -360,45 +404,9 @@ impl Ingress {
                 }
             };
             self.intake.set_told(Instant::now(), false);
+            self.stop_probing();
         }
         self.cloud = Some(cloud);
-    }
-}
-
-/// Room for one batch of reads, each of which may hold many datagrams of one sender.
-struct Buffers {
-    bytes: Vec<u8>,
-    size: usize,
-    meta: [RecvMeta; quinn_udp::BATCH_SIZE],
-}
-
-impl Buffers {
-    fn new(gro_segments: usize) -> Self {
-        let size = (gro_segments * MAX_DATAGRAM).min(usize::from(u16::MAX));
-        Self {
-            bytes: vec![0; size * quinn_udp::BATCH_SIZE],
-            size,
-            meta: [RecvMeta::default(); quinn_udp::BATCH_SIZE],
-        }
-    }
-
-    fn fill(
-        &mut self,
-        recv: impl FnOnce(&mut [IoSliceMut<'_>], &mut [RecvMeta]) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        let mut chunks = self.bytes.chunks_exact_mut(self.size);
-        let mut slices: [_; quinn_udp::BATCH_SIZE] =
-            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        recv(&mut slices, &mut self.meta)
-    }
-
-    /// The datagrams of the first `count` reads, each with its sender.
-    fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, &[u8])> {
-        let reads = self.bytes.chunks_exact(self.size).zip(&self.meta).take(count);
-        reads.flat_map(|(bytes, meta)| {
-            let datagrams = bytes[..meta.len.min(bytes.len())].chunks(meta.stride.max(1));
-            datagrams.map(|datagram| (meta.addr, datagram))
-        })
     }
 }
 
@@ -449,5 +457,4 @@ const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
 const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
 /// Reads in a row before other work gets its turn.
 const MAX_READS: usize = 8;
-const MAX_DATAGRAM: usize = 1500;
 const EVENT_QUEUE: usize = 4096;

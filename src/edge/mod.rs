@@ -4,6 +4,8 @@ pub mod ingress;
 pub mod intake;
 pub mod livestat;
 mod parity;
+pub mod prober;
+pub mod socket;
 pub mod stats;
 
 use std::{
@@ -16,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{EdgeConfig, RepairProtocol},
+    config::{Destination, EdgeConfig, ListenAddr, RepairProtocol},
     http::{
         HttpServer,
         api::{self, EdgeState},
@@ -36,6 +38,8 @@ use crate::{
 };
 use ingress::{Cloud, Connect, Ingress};
 use intake::Intake;
+use prober::ProbeMetrics;
+use socket::RtpSocket;
 use stats::IntakeMetrics;
 
 /// An edge node whose addresses are bound and that is ready to run.
@@ -53,6 +57,8 @@ pub struct Edge {
 pub struct EdgeAddrs {
     /// RTP: an address of this machine, or a multicast group.
     pub rtp: SocketAddr,
+    /// The same, of the second path.
+    pub rtp_2: Option<SocketAddr>,
     /// HTTP: viewers and API.
     pub http: SocketAddr,
 }
@@ -70,17 +76,31 @@ impl Edge {
         let registry = metrics::registry(hub.clone(), None)?;
         let intake_metrics = IntakeMetrics::register(&registry)?;
 
-        let rtp_addr = node::resolve("udp_addr", &config.udp_addr)?;
-        let socket = udp::receiver(rtp_addr, config.multicast_interface.0, config.udp_recv_buffer)
-            .map_err(|error| StartError::listen("udp_addr", rtp_addr, &error))?;
+        let bind = |key, addr: &ListenAddr| {
+            let addr = node::resolve(key, addr)?;
+            udp::receiver(addr, config.multicast_interface.0, config.udp_recv_buffer)
+                .and_then(|socket| Ok((socket.local_addr()?, RtpSocket::new(socket)?)))
+                .map_err(|error| StartError::listen(key, addr, &error))
+        };
+        let (rtp, socket) = bind("udp_addr", &config.udp_addr)?;
+        let (rtp_2, socket_2) = match &config.udp_addr_2 {
+            Some(addr) => {
+                bind("udp_addr_2", addr).map(|(rtp, socket)| (Some(rtp), Some(socket)))?
+            }
+            None => (None, None),
+        };
         let listener = node::listen("flv_addr", &config.flv_addr).await?;
         let local = |key, result: std::io::Result<SocketAddr>| {
             result.map_err(|error| StartError::new(key, error))
         };
-        let addrs = EdgeAddrs {
-            rtp: local("udp_addr", socket.local_addr())?,
-            http: local("flv_addr", listener.local_addr())?,
-        };
+        let addrs = EdgeAddrs { rtp, rtp_2, http: local("flv_addr", listener.local_addr())? };
+        let via = config.cloud_rtp_addr.clone();
+        let via_2 = config.cloud_rtp_addr_2.clone().or_else(|| via.clone());
+        let mut asked = Asked::default();
+        let mut sockets = vec![asked.ask(config, rtp, socket, via)];
+        if let (Some(rtp), Some(socket)) = (rtp_2, socket_2) {
+            sockets.push(asked.ask(config, rtp, socket, via_2));
+        }
 
         let record_metrics = RecordMetrics::register(&registry)?;
         let recorder =
@@ -116,11 +136,12 @@ impl Edge {
             pack_loss: config.pack_loss,
             connect: match config.disable_quic {
                 true => None,
-                false => Some(connector(config, addrs.rtp.port(), repair_metrics)?),
+                false => Some(connector(config, asked, repair_metrics)?),
             },
         };
-        let ingress = Ingress::new(socket, settings, intake, intake_metrics.clone())
-            .map_err(|error| StartError::new("udp_addr", error))?;
+        let probe_metrics = ProbeMetrics::register(&registry)?;
+        let ingress =
+            Ingress::new(sockets, settings, intake, intake_metrics.clone(), probe_metrics);
         let http = viewers(config, listener, hub, registry)?;
         Ok(Self {
             ingress,
@@ -179,10 +200,42 @@ fn viewers(
     Ok(HttpServer::new(listener, Some(hub), api::edge_router(state), settings, http_metrics))
 }
 
+/// What the cloud is asked about RTP.
+#[derive(Debug, Clone, Copy, Default)]
+struct Asked {
+    /// The first port that is to get it.
+    port: Option<u16>,
+    /// Ports that are to get it.
+    paths: u8,
+    group: Option<SocketAddr>,
+}
+
+impl Asked {
+    /// RTP comes to a group by itself, and to an address of this edge when the cloud is asked.
+    fn ask(
+        &mut self,
+        config: &EdgeConfig,
+        addr: SocketAddr,
+        socket: RtpSocket,
+        via: Option<Destination>,
+    ) -> RtpSocket {
+        if addr.ip().is_multicast() {
+            self.group = self.group.or(Some(addr));
+            return socket;
+        }
+        if !config.rtp_subscribe {
+            return socket;
+        }
+        self.port = self.port.or(Some(addr.port()));
+        self.paths += 1;
+        socket.with_prober(self.paths - 1, via)
+    }
+}
+
 /// How repair connections are opened under these settings.
 fn connector(
     config: &EdgeConfig,
-    rtp_port: u16,
+    asked: Asked,
     metrics: RepairClientMetrics,
 ) -> Result<Connect, StartError> {
     let trust = match (config.insecure, config.fingerprint, path(&config.ca_file)) {
@@ -220,9 +273,9 @@ fn connector(
             node: node.clone(),
             token: token.clone(),
             streams: streams.clone(),
-            rtp_port: Some(rtp_port),
-            rtp_paths: 0,
-            group: None,
+            rtp_port: asked.port,
+            rtp_paths: asked.paths,
+            group: asked.group,
             parity: false,
         };
         RepairClient::spawn(settings, events, metrics.clone(), shutdown)

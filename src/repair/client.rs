@@ -27,9 +27,8 @@ pub use metrics::RepairClientMetrics;
 use self::backoff::Backoff;
 use super::{
     Protocol, close,
-    control::{Report, StreamInfo, StreamPattern, Welcome},
+    control::{MAX_PATTERNS, Report, StreamInfo, StreamPattern, Welcome},
     message::{Gone, Heartbeat, Nack},
-    stream::ControlStream,
     transport,
 };
 use crate::{
@@ -72,7 +71,7 @@ pub struct RepairClientSettings {
     pub node: String,
     /// What the cloud asks of edges, if anything.
     pub token: Option<String>,
-    /// The streams wanted.
+    /// The streams wanted at first.
     pub streams: Vec<StreamPattern>,
     /// The UDP port on which this edge takes RTP, if it wants RTP sent there.
     pub rtp_port: Option<u16>,
@@ -187,9 +186,15 @@ impl RepairClient {
 
         let (nacks, nack_queue) = mpsc::channel(NACK_QUEUE);
         let (report, reports) = watch::channel(Report::default());
+        let (wanted, wishes) = watch::channel(settings.streams.clone());
         let shared = Arc::new(Shared::default());
-        let handle =
-            RepairHandle { nacks, report, shared: shared.clone(), metrics: metrics.clone() };
+        let handle = RepairHandle {
+            nacks,
+            report,
+            wanted,
+            shared: shared.clone(),
+            metrics: metrics.clone(),
+        };
         let client = Self {
             settings,
             host,
@@ -199,7 +204,7 @@ impl RepairClient {
             endpoint,
             ipv6,
             shared,
-            inbox: Inbox { nacks: nack_queue, reports },
+            inbox: Inbox { nacks: nack_queue, reports, wishes },
             events: EventSender { events, metrics: metrics.clone() },
             metrics,
             shutdown,
@@ -264,7 +269,7 @@ impl RepairClient {
             connected = self.connect() => connected,
             () = self.shutdown.cancelled() => return Ok(()),
         };
-        let Dialed { connection, protocol, control } = connected.inspect_err(|_| {
+        let Dialed { connection, protocol, greeted } = connected.inspect_err(|_| {
             self.metrics.connect_failures.inc();
         })?;
         self.resumes = protocol == Protocol::Downpour;
@@ -279,7 +284,7 @@ impl RepairClient {
 
         let result = match protocol {
             Protocol::V0 => v0::run(self, &connection, first_nack).await,
-            Protocol::Downpour => downpour::run(self, &connection, control).await,
+            Protocol::Downpour => downpour::run(self, &connection, greeted).await,
         };
         match &result {
             Ok(()) => connection.close(close::DONE, b"the edge is shutting down"),
@@ -311,7 +316,7 @@ impl RepairClient {
             .endpoint
             .connect_with(self.config.clone(), addr, &self.host)
             .map_err(|error| Disconnect::Connect(error.to_string()))?;
-        let (connection, control) = match timeout(CONNECT_TIMEOUT, self.shake(connecting)).await {
+        let (connection, greeted) = match timeout(CONNECT_TIMEOUT, self.shake(connecting)).await {
             Ok(Ok(shaken)) => shaken,
             Ok(Err(error)) => return Err(self.refusal(error)),
             Err(_) => return Err(Disconnect::Connect(format!("{addr} does not answer"))),
@@ -319,7 +324,7 @@ impl RepairClient {
         match Protocol::of(&connection) {
             Some(Protocol::Downpour) => {
                 self.tls.pin().map_err(|error| Disconnect::Connect(error.to_string()))?;
-                Ok(Dialed { connection, protocol: Protocol::Downpour, control })
+                Ok(Dialed { connection, protocol: Protocol::Downpour, greeted })
             }
             // An existing cloud makes a new certificate at each start: to pin it is to refuse it
             // when it comes back. What is pinned already was checked in the handshake.
@@ -329,7 +334,7 @@ impl RepairClient {
                         tracing::warn!(cloud, "an existing (v0) cloud keeps no certificate to pin");
                     });
                 }
-                Ok(Dialed { connection, protocol: Protocol::V0, control: None })
+                Ok(Dialed { connection, protocol: Protocol::V0, greeted: None })
             }
             None => Err(Disconnect::Malformed("the cloud chose no protocol".into())),
         }
@@ -342,11 +347,13 @@ impl RepairClient {
     async fn shake(
         &self,
         connecting: Connecting,
-    ) -> Result<(Connection, Option<ControlStream>), ConnectionError> {
+    ) -> Result<(Connection, Option<downpour::Greeted>), ConnectionError> {
         let connecting = if self.resumes {
             match connecting.into_0rtt() {
                 Ok((connection, accepted)) => {
-                    let control = downpour::say_hello(&self.settings, &connection).await;
+                    let wanted = self.inbox.wishes.borrow().clone();
+                    let greeted =
+                        downpour::say_hello(&self.settings, wanted, &connection).await;
                     // Also false if there is no connection.
                     let accepted = accepted.await;
                     if let Some(error) = connection.close_reason() {
@@ -355,7 +362,7 @@ impl RepairClient {
                     if accepted {
                         self.metrics.early_hellos.inc();
                     }
-                    return Ok((connection, control.ok().filter(|_| accepted)));
+                    return Ok((connection, greeted.ok().filter(|_| accepted)));
                 }
                 Err(connecting) => connecting,
             }
@@ -392,8 +399,8 @@ impl RepairClient {
 struct Dialed {
     connection: Connection,
     protocol: Protocol,
-    /// Where hello has been said, if it went with the first packet.
-    control: Option<ControlStream>,
+    /// There if hello went with the first packet.
+    greeted: Option<downpour::Greeted>,
 }
 
 /// Talks to a [`RepairClient`]; cloning shares it.
@@ -401,6 +408,7 @@ struct Dialed {
 pub struct RepairHandle {
     nacks: mpsc::Sender<Nack>,
     report: watch::Sender<Report>,
+    wanted: watch::Sender<Vec<StreamPattern>>,
     shared: Arc<Shared>,
     metrics: RepairClientMetrics,
 }
@@ -421,6 +429,38 @@ impl RepairHandle {
         self.report.send_replace(report);
     }
 
+    /// Wants more streams, now and after each reconnection. A v0 cloud is not told.
+    ///
+    /// # Errors
+    /// If there would be more than [`MAX_PATTERNS`]; nothing is changed then.
+    pub fn subscribe(&self, patterns: &[StreamPattern]) -> Result<(), TooManyPatterns> {
+        let mut fits = true;
+        self.wanted.send_if_modified(|wanted| {
+            let mut more: Vec<StreamPattern> = Vec::new();
+            for pattern in patterns {
+                if !wanted.contains(pattern) && !more.contains(pattern) {
+                    more.push(pattern.clone());
+                }
+            }
+            fits = wanted.len() + more.len() <= MAX_PATTERNS;
+            if fits {
+                wanted.extend_from_slice(&more);
+            }
+            fits && !more.is_empty()
+        });
+        if fits { Ok(()) } else { Err(TooManyPatterns) }
+    }
+
+    /// Wants some streams no more, each as it was subscribed to: the cloud tells nothing of them
+    /// from then on, not even their end.
+    pub fn unsubscribe(&self, patterns: &[StreamPattern]) {
+        self.wanted.send_if_modified(|wanted| {
+            let before = wanted.len();
+            wanted.retain(|pattern| !patterns.contains(pattern));
+            wanted.len() < before
+        });
+    }
+
     /// The smoothed round-trip time to the cloud, while connected.
     pub fn rtt(&self) -> Option<Duration> {
         self.shared.lock().as_ref().map(|(connection, _)| connection.rtt())
@@ -431,6 +471,11 @@ impl RepairHandle {
         self.shared.lock().as_ref().map(|(_, protocol)| *protocol)
     }
 }
+
+/// More patterns than the cloud takes from one edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("more than {MAX_PATTERNS} stream patterns")]
+pub struct TooManyPatterns;
 
 /// Why a [`RepairClient`] cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -513,6 +558,7 @@ struct Stopped;
 struct Inbox {
     nacks: mpsc::Receiver<Nack>,
     reports: watch::Receiver<Report>,
+    wishes: watch::Receiver<Vec<StreamPattern>>,
 }
 
 impl Inbox {

@@ -412,6 +412,8 @@ pub enum ControlError {
     Json(String),
 }
 
+/// Patterns that one edge may subscribe to at one time.
+pub const MAX_PATTERNS: usize = 1024;
 /// The longest message, in bytes: 1 MiB.
 pub const MAX_CONTROL_LEN: usize = 1 << 20;
 

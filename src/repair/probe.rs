@@ -80,7 +80,10 @@ impl ProbeMessage {
             TYPE_CHALLENGE => {
                 let (mark, rest) = take(rest)?;
                 let (cookie, rest) = take(rest)?;
-                Ok((Self::Challenge { path, mark, cookie: Cookie(u64::from_be_bytes(cookie)) }, rest))
+                Ok((
+                    Self::Challenge { path, mark, cookie: Cookie(u64::from_be_bytes(cookie)) },
+                    rest,
+                ))
             }
             TYPE_PROOF => {
                 let (nonce, rest) = take(rest)?;

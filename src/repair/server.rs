@@ -17,7 +17,7 @@ use quinn::{
     Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream, ZeroRttAccepted,
 };
 use tokio::{
-    sync::broadcast,
+    sync::{broadcast, mpsc},
     task::{JoinError, JoinSet},
     time::{MissedTickBehavior, interval, timeout},
 };
@@ -30,7 +30,7 @@ use super::{
     Protocol,
     bucket::TokenBucket,
     close,
-    control::{Nonce, Report, StreamPattern},
+    control::{CloudMessage, Nonce, Report, StreamPattern},
     group::{GroupBudget, GroupRepair},
     message::Heartbeat,
     transport,
@@ -122,8 +122,14 @@ pub struct EdgeHello {
     pub token: Option<String>,
     /// The UDP port on which it takes RTP.
     pub rtp_port: Option<u16>,
-    /// What it will send from that port to prove its address.
+    /// For how many addresses it will send proof.
+    pub rtp_paths: u8,
+    /// The multicast group that it listens to.
+    pub group: Option<SocketAddr>,
+    /// What it will send from its RTP ports to prove their addresses.
     pub nonce: Nonce,
+    /// Messages for it, besides those about streams.
+    pub outbox: mpsc::Sender<CloudMessage>,
 }
 
 impl RepairServer {

@@ -23,9 +23,10 @@ impl Network {
         Self { rtp: Vec::new(), quic: Vec::new(), runtime }
     }
 
-    /// Adds a path for RTP to an edge; gives the address that the cloud is to send to.
-    pub fn add_rtp(&mut self, edge: SocketAddr, settings: RelaySettings) -> SocketAddr {
-        let relay = self.relay(edge, settings);
+    /// Adds a path for RTP: to an edge, and gives the address that the cloud is to send to; or to
+    /// the cloud as from behind a NAT, and gives the address that the edge is to probe.
+    pub fn add_rtp(&mut self, upstream: SocketAddr, settings: RelaySettings) -> SocketAddr {
+        let relay = self.relay(upstream, settings);
         let addr = relay.local_addr();
         self.rtp.push(relay);
         addr
@@ -39,9 +40,10 @@ impl Network {
         addr
     }
 
-    /// What happened to RTP on its way to the edges.
+    /// What happened to RTP on its way to the edges, and to probes on their way to the cloud.
     pub fn rtp_stats(&self) -> LinkStats {
-        total(self.rtp.iter().map(|relay| relay.stats().to_upstream))
+        let both = |relay: &UdpRelay| [relay.stats().to_upstream, relay.stats().to_client];
+        total(self.rtp.iter().flat_map(both))
     }
 
     /// What happened to the edges' QUIC packets, and to the cloud's.

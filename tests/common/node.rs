@@ -75,6 +75,8 @@ pub struct SiteSettings {
     pub seed: u64,
     /// Sends to a multicast group that all edges join, not to each edge.
     pub multicast: bool,
+    /// Sends to nobody who has not said hello; where there is a path of RTP, it is a NAT.
+    pub dynamic: bool,
     /// Lines for the cloud's configuration.
     pub cloud: Vec<String>,
     /// Lines for each edge's configuration.
@@ -108,7 +110,9 @@ impl SiteSettings {
         };
         let group = SocketAddr::from((group(), ports::free()));
         let rtp: Vec<_> = (0..self.edges).map(|_| loopback(ports::free())).collect();
-        let destinations = if self.multicast {
+        let destinations = if self.dynamic {
+            Vec::new()
+        } else if self.multicast {
             vec![group]
         } else {
             let relayed = rtp.iter().enumerate().map(|(edge, addr)| match &self.rtp {
@@ -124,7 +128,14 @@ impl SiteSettings {
                 None => cloud.quic,
             };
             let udp = if self.multicast { group } else { rtp[edge] };
-            Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, &cloud, &self.edge)
+            // Through a relay the cloud would take an edge that asks for another than the listed.
+            let mut lines = vec![format!("rtp_subscribe: {}", self.dynamic)];
+            if let (true, Some(settings)) = (self.dynamic, &self.rtp) {
+                let nat = network.add_rtp(cloud.rtp, path(settings, edge));
+                lines.push(format!("cloud_rtp_addr: {nat}"));
+            }
+            overlay(&mut lines, &self.edge);
+            Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, &cloud, &lines)
         });
         let edges = edges.collect();
         Site { cloud, edges, network, dir }
@@ -139,6 +150,7 @@ impl Default for SiteSettings {
             quic: None,
             seed: 1,
             multicast: false,
+            dynamic: false,
             cloud: Vec::new(),
             edge: Vec::new(),
         }
@@ -150,24 +162,26 @@ pub struct Cloud {
     pub node: Node,
     pub rtmp: SocketAddr,
     pub quic: SocketAddr,
+    /// Where its RTP comes from.
+    pub rtp: SocketAddr,
 }
 
 impl Cloud {
     #[track_caller]
     fn start(dir: &Path, destinations: &[SocketAddr], lines: &[String]) -> Self {
-        let [rtmp, quic, api] = [(); 3].map(|()| loopback(ports::free()));
+        let [rtmp, quic, api, rtp] = [(); 4].map(|()| loopback(ports::free()));
         let destinations: Vec<_> = destinations.iter().map(ToString::to_string).collect();
         let mut config = vec![
             format!("rtmp_addr: {rtmp}"),
             format!("quic_addr: {quic}"),
             format!("api_addr: {api}"),
-            format!("rtp_port: {}", ports::free()),
+            format!("rtp_port: {}", rtp.port()),
             format!("client_addr_list: [{}]", quoted(&destinations)),
             "multicast_interface: 127.0.0.1".into(),
             "multicast_ttl: 0".into(),
         ];
         overlay(&mut config, lines);
-        Self { node: Node::start("cloud", dir.join("cloud"), &config, api), rtmp, quic }
+        Self { node: Node::start("cloud", dir.join("cloud"), &config, api), rtmp, quic, rtp }
     }
 
     pub fn url(&self, key: &str) -> String {
@@ -351,6 +365,11 @@ impl Node {
         collect_files(&self.dir.join("records"), &mut files);
         files.sort();
         files
+    }
+
+    /// What it has logged so far.
+    pub fn log_text(&self) -> String {
+        std::fs::read_to_string(self.log()).expect("no log")
     }
 
     fn log(&self) -> PathBuf {

@@ -13,17 +13,25 @@ use super::{
     Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
 };
 use crate::repair::{
-    control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
+    control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, StreamPattern, VERSION},
     message::{Message, MessageError, Nack},
     stream::{ControlStream, StreamError, read_messages},
     transport::CLIENT_UNI_STREAMS,
 };
 
-/// Opens the control stream with this edge's hello.
+/// A control stream on which hello has been said.
+pub(super) struct Greeted {
+    control: ControlStream,
+    /// The patterns that the cloud was told.
+    told: Vec<StreamPattern>,
+}
+
+/// Opens the control stream with this edge's hello, which wants the streams in `told`.
 pub(super) async fn say_hello(
     settings: &RepairClientSettings,
+    told: Vec<StreamPattern>,
     connection: &Connection,
-) -> Result<ControlStream, Disconnect> {
+) -> Result<Greeted, Disconnect> {
     let (send, recv) = connection.open_bi().await?;
     let mut control = ControlStream::new(send, recv, MAX_CONTROL_LEN);
     let hello = EdgeMessage::Hello(Hello {
@@ -34,27 +42,28 @@ pub(super) async fn say_hello(
         rtp_paths: settings.rtp_paths,
         group: settings.group,
         parity: settings.parity,
-        streams: settings.streams.clone(),
+        streams: told.clone(),
     });
     control.send(&hello).await?;
-    Ok(control)
+    Ok(Greeted { control, told })
 }
 
-/// Speaks until the connection ends; `Ok` on shutdown. `control` is there if hello has been said.
+/// Speaks until the connection ends; `Ok` on shutdown. `greeted` is there if hello has been said.
 pub(super) async fn run(
     client: &mut RepairClient,
     connection: &Connection,
-    control: Option<ControlStream>,
+    greeted: Option<Greeted>,
 ) -> Result<(), Disconnect> {
     client.inbox.forget(&client.metrics);
     let RepairClient { settings, inbox, events, metrics, shutdown, .. } = client;
     let opening = async {
-        let mut control = match control {
-            Some(control) => control,
-            None => say_hello(settings, connection).await?,
+        let wanted = || inbox.wishes.borrow().clone();
+        let mut greeted = match greeted {
+            Some(greeted) => greeted,
+            None => say_hello(settings, wanted(), connection).await?,
         };
-        match timeout(WELCOME_TIMEOUT, control.receive()).await {
-            Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok((control, welcome)),
+        match timeout(WELCOME_TIMEOUT, greeted.control.receive()).await {
+            Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok((greeted, welcome)),
             Ok(Ok(Some(CloudMessage::Error { code, message }))) => {
                 Err(Disconnect::Refused { token: code == "token", message })
             }
@@ -63,7 +72,7 @@ pub(super) async fn run(
             Err(_) => Err(Disconnect::Timeout("the cloud did not say welcome in time")),
         }
     };
-    let (mut control, welcome) = tokio::select! {
+    let (mut greeted, welcome) = tokio::select! {
         opened = opening => opened?,
         error = connection.closed() => return Err(error.into()),
         () = shutdown.cancelled() => return Ok(()),
@@ -72,7 +81,7 @@ pub(super) async fn run(
 
     let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
     let result = tokio::select! {
-        result = converse(&mut control, &mut inbox.reports, events) => result,
+        result = converse(&mut greeted, &mut inbox.reports, &mut inbox.wishes, events) => result,
         result = receive(connection, stream_rx, events) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
         result = ask(connection, &mut inbox.nacks, metrics) => result,
@@ -94,16 +103,34 @@ impl From<StreamError> for Disconnect {
 
 /// The control stream.
 async fn converse(
-    control: &mut ControlStream,
+    greeted: &mut Greeted,
     reports: &mut watch::Receiver<Report>,
+    wishes: &mut watch::Receiver<Vec<StreamPattern>>,
     events: &EventSender,
 ) -> Result<(), Disconnect> {
+    let Greeted { control, told } = greeted;
     loop {
         let message = tokio::select! {
             message = control.receive() => message?,
             Ok(()) = reports.changed() => {
                 let report = reports.borrow_and_update().clone();
                 control.send(&EdgeMessage::Report(report)).await?;
+                continue;
+            }
+            Ok(()) = wishes.changed() => {
+                let wanted = wishes.borrow_and_update().clone();
+                let without = |of: &[StreamPattern], these: &[StreamPattern]| -> Vec<_> {
+                    of.iter().filter(|pattern| !these.contains(pattern)).cloned().collect()
+                };
+                let (more, fewer) = (without(&wanted, told), without(told, &wanted));
+                // First, so that the two together never exceed what the cloud takes.
+                if !fewer.is_empty() {
+                    control.send(&EdgeMessage::Unsubscribe { streams: fewer }).await?;
+                }
+                if !more.is_empty() {
+                    control.send(&EdgeMessage::Subscribe { streams: more }).await?;
+                }
+                *told = wanted;
                 continue;
             }
         };

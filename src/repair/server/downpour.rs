@@ -27,7 +27,8 @@ use crate::{
         close,
         congestion::RepairControl,
         control::{
-            CloudMessage, EdgeMessage, Hello, Nonce, StreamInfo, StreamPattern, VERSION, Welcome,
+            CloudMessage, EdgeMessage, Hello, MAX_PATTERNS, Nonce, StreamInfo, StreamPattern,
+            VERSION, Welcome,
         },
         group::{Answer, Ask},
         message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
@@ -84,7 +85,8 @@ async fn run(
         () = shutdown.cancelled() => return Ok(()),
     };
     let nonce = Nonce(rand::random());
-    let edge = match admit(shared, connection.remote_address(), &hello, nonce) {
+    let (outbox, messages) = mpsc::channel(CONTROL_BACKLOG);
+    let edge = match admit(shared, connection.remote_address(), &hello, nonce, outbox) {
         Ok(edge) => edge,
         Err(error) => {
             let (code, message) = (error.word().into(), error.to_string());
@@ -114,7 +116,7 @@ async fn run(
     let group = hello.group.filter(|group| group.ip().is_multicast());
     let repairer = Repairer::new(shared, connection, &subscription, group);
     tokio::select! {
-        result = session.run(events, shutdown) => result,
+        result = session.run(events, messages, shutdown) => result,
         result = repairer.run(stream_rx, heartbeats) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
         error = unfinished(established) => Err(error),
@@ -264,6 +266,7 @@ impl ControlSession<'_> {
     async fn run(
         &mut self,
         mut events: broadcast::Receiver<OriginEvent>,
+        mut messages: mpsc::Receiver<CloudMessage>,
         shutdown: &CancellationToken,
     ) -> Result<(), EdgeError> {
         loop {
@@ -277,6 +280,7 @@ impl ControlSession<'_> {
                         | OriginEvent::End(stream)) => self.tell(&stream).await?,
                     Err(_) => self.tell_all().await?,
                 },
+                Some(message) = messages.recv() => self.control.send(&message).await?,
                 () = shutdown.cancelled() => {
                     self.tell_all().await?;
                     self.control.finish().await;
@@ -721,6 +725,7 @@ fn admit(
     peer: SocketAddr,
     hello: &Hello,
     nonce: Nonce,
+    outbox: mpsc::Sender<CloudMessage>,
 ) -> Result<Option<Box<dyn EdgeSession>>, EdgeError> {
     let node = &hello.node;
     if node.is_empty() || node.len() > MAX_NODE_NAME || node.chars().any(char::is_control) {
@@ -742,7 +747,10 @@ fn admit(
         node: node.clone(),
         token: hello.token.clone(),
         rtp_port: hello.rtp_port,
+        rtp_paths: hello.rtp_paths,
+        group: hello.group,
         nonce,
+        outbox,
     };
     handler.hello(&edge).map(Some).map_err(EdgeError::Refused)
 }
@@ -754,8 +762,9 @@ fn lock(subscription: &Mutex<Subscription>) -> MutexGuard<'_, Subscription> {
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How soon to look again whether what waits can leave.
 const PATH_POLL: Duration = Duration::from_millis(1);
+/// Messages that wait for the control stream; who sends them tries again.
+const CONTROL_BACKLOG: usize = 16;
 const MAX_REPAIR_STREAMS: usize = 64;
-const MAX_PATTERNS: usize = 1024;
 const MAX_NODE_NAME: usize = 128;
 /// Bytes of a message from an edge; the longest is a report.
 const MAX_EDGE_MESSAGE: usize = 256 * 1024;

@@ -1,0 +1,339 @@
+//! Edges that said hello: where each takes RTP, and what it wants there.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use prometheus::{IntCounter, Opts, Registry, register_int_counter_vec_with_registry};
+use tokio::sync::mpsc;
+
+use crate::{
+    fanout::routes::Routes,
+    repair::{
+        control::{CloudMessage, Nonce, Report, StreamPattern},
+        paths::{Outcome, PathTable},
+        probe::{MAX_PATHS, ProbeMessage},
+        server::{EdgeHandler, EdgeHello, EdgeSession},
+    },
+};
+
+/// Turns hellos, subscriptions and probes into routes. Cloning shares it.
+#[derive(Clone)]
+pub struct Subscribers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    routes: Routes,
+    metrics: ProbeMetrics,
+    state: Mutex<State>,
+}
+
+struct State {
+    table: PathTable,
+    edges: HashMap<Nonce, Edge>,
+}
+
+struct Edge {
+    node: String,
+    outbox: mpsc::Sender<CloudMessage>,
+    /// Proven addresses that the edge has not been told of, because its control stream was full.
+    untold: [Option<SocketAddr>; MAX_PATHS as usize],
+}
+
+impl Subscribers {
+    /// Nobody has said hello yet.
+    pub fn new(routes: Routes, metrics: ProbeMetrics) -> Self {
+        let table = PathTable::new(Instant::now(), rand::random());
+        let state = Mutex::new(State { table, edges: HashMap::new() });
+        Self { shared: Arc::new(Shared { routes, metrics, state }) }
+    }
+
+    /// Takes what came to the RTP port; gives what is to be sent back.
+    pub fn handle_datagrams(&self, now: Instant, from: SocketAddr, datagrams: &[u8]) -> Vec<Bytes> {
+        let mut answers = Vec::new();
+        let mut rest = datagrams;
+        while !rest.is_empty() {
+            let Ok((message, after)) = ProbeMessage::parse(rest) else {
+                self.shared.metrics.malformed.inc();
+                break;
+            };
+            rest = after;
+            answers.extend(self.shared.handle_message(now, from, message));
+        }
+        answers
+    }
+
+    /// Sends nothing more to where nothing has come from for long. Meant to be called once a second.
+    pub fn handle_timeout(&self, now: Instant) {
+        let mut state = self.shared.lock();
+        let State { table, edges } = &mut *state;
+        for (nonce, path, address) in table.handle_timeout(now) {
+            self.shared.routes.set_address(nonce, path, None);
+            self.shared.metrics.lost.inc();
+            let node = edges.get(&nonce).map_or("", |edge| &edge.node);
+            tracing::warn!(node, path, %address, "no word from this address: no RTP to it any more");
+        }
+        for edge in edges.values_mut() {
+            edge.tell();
+        }
+    }
+}
+
+impl EdgeHandler for Subscribers {
+    fn hello(&self, edge: &EdgeHello) -> Result<Box<dyn EdgeSession>, String> {
+        if edge.rtp_paths > MAX_PATHS {
+            return Err(format!("rtp_paths is {}, when 0 to {MAX_PATHS} can be", edge.rtp_paths));
+        }
+        let Shared { routes, .. } = &*self.shared;
+        let paths = edge.rtp_port.map_or(0, |_| edge.rtp_paths);
+        if let Some(group) = edge.group.filter(|group| !routes.is_fixed(*group)) {
+            let node = &edge.node;
+            tracing::warn!(node, %group, "this edge listens to a group that nothing is sent to");
+        }
+        let mut state = self.shared.lock();
+        state.table.insert(Instant::now(), edge.nonce, paths);
+        let (node, outbox) = (edge.node.clone(), edge.outbox.clone());
+        state.edges.insert(edge.nonce, Edge { node, outbox, untold: Default::default() });
+        Ok(Box::new(Session { shared: self.shared.clone(), nonce: edge.nonce }))
+    }
+}
+
+/// What became of datagrams at the RTP port.
+#[derive(Clone)]
+pub struct ProbeMetrics {
+    challenged: IntCounter,
+    proven: IntCounter,
+    alive: IntCounter,
+    too_soon: IntCounter,
+    unknown_nonce: IntCounter,
+    bad_cookie: IntCounter,
+    malformed: IntCounter,
+    lost: IntCounter,
+}
+
+impl ProbeMetrics {
+    /// Makes the handles and registers them.
+    ///
+    /// # Errors
+    /// If their names are taken.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let outcomes = register_int_counter_vec_with_registry!(
+            Opts::new(
+                "downpour_probes_total",
+                "Datagrams with which edges prove their addresses, by what came of them; and \
+                 addresses lost to silence"
+            ),
+            &["outcome"],
+            registry
+        )?;
+        let outcome = |label: &str| outcomes.with_label_values(&[label]);
+        Ok(Self {
+            challenged: outcome("challenged"),
+            proven: outcome("proven"),
+            alive: outcome("alive"),
+            too_soon: outcome("too_soon"),
+            unknown_nonce: outcome("unknown_nonce"),
+            bad_cookie: outcome("bad_cookie"),
+            malformed: outcome("malformed"),
+            lost: outcome("lost"),
+        })
+    }
+}
+
+impl Shared {
+    fn handle_message(
+        &self,
+        now: Instant,
+        from: SocketAddr,
+        message: ProbeMessage,
+    ) -> Option<Bytes> {
+        let mut state = self.lock();
+        let State { table, edges } = &mut *state;
+        let (counter, answer) = match table.handle_message(now, from, message) {
+            Outcome::Challenge(challenge) => (&self.metrics.challenged, Some(challenge.encode())),
+            Outcome::Proven { nonce, path, address } => {
+                self.routes.set_address(nonce, path, Some(address));
+                if let Some(edge) = edges.get_mut(&nonce) {
+                    tracing::info!(node = edge.node, path, %address, "RTP goes to this edge");
+                    if let Some(untold) = edge.untold.get_mut(usize::from(path)) {
+                        *untold = Some(address);
+                    }
+                    edge.tell();
+                }
+                (&self.metrics.proven, None)
+            }
+            Outcome::Alive { nonce, .. } => {
+                if let Some(edge) = edges.get_mut(&nonce) {
+                    edge.tell();
+                }
+                (&self.metrics.alive, None)
+            }
+            Outcome::TooSoon => (&self.metrics.too_soon, None),
+            Outcome::UnknownNonce => (&self.metrics.unknown_nonce, None),
+            Outcome::BadCookie => (&self.metrics.bad_cookie, None),
+            Outcome::WrongWay => (&self.metrics.malformed, None),
+        };
+        counter.inc();
+        answer
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Edge {
+    fn tell(&mut self) {
+        for (path, untold) in (0..).zip(&mut self.untold) {
+            if let Some(address) = *untold
+                && self.outbox.try_send(CloudMessage::PathUp { path, address }).is_ok()
+            {
+                *untold = None;
+            }
+        }
+    }
+}
+
+/// One edge's connection.
+struct Session {
+    shared: Arc<Shared>,
+    nonce: Nonce,
+}
+
+impl EdgeSession for Session {
+    fn subscribed(&mut self, streams: &[StreamPattern]) {
+        self.shared.routes.set_patterns(self.nonce, streams);
+    }
+
+    fn reported(&mut self, _report: Report) {}
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.table.remove(&self.nonce);
+        state.edges.remove(&self.nonce);
+        // Under the lock: a proof that is being taken must not bring the route back.
+        self.shared.routes.remove(&self.nonce);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::repair::{paths::DEAD_AFTER, probe::Cookie};
+
+    const NONCE: Nonce = Nonce([3; 16]);
+
+    struct World {
+        routes: Routes,
+        subscribers: Subscribers,
+        messages: mpsc::Receiver<CloudMessage>,
+        outbox: mpsc::Sender<CloudMessage>,
+        now: Instant,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let registry = Registry::new();
+            let routes = Routes::new(&registry).unwrap();
+            let metrics = ProbeMetrics::register(&registry).unwrap();
+            let (outbox, messages) = mpsc::channel(1);
+            let subscribers = Subscribers::new(routes.clone(), metrics);
+            Self { routes, subscribers, messages, outbox, now: Instant::now() }
+        }
+
+        fn hello(&self, paths: u8) -> Result<Box<dyn EdgeSession>, String> {
+            self.subscribers.hello(&EdgeHello {
+                peer: address(9),
+                node: "edge".into(),
+                token: None,
+                rtp_port: Some(5222),
+                rtp_paths: paths,
+                group: None,
+                nonce: NONCE,
+                outbox: self.outbox.clone(),
+            })
+        }
+
+        fn prove(&mut self, path: u8, from: SocketAddr) {
+            self.now += Duration::from_millis(20);
+            let probe = ProbeMessage::Probe { path, nonce: NONCE }.encode();
+            let [challenge] = &self.subscribers.handle_datagrams(self.now, from, &probe)[..] else {
+                panic!("no challenge");
+            };
+            let Ok((ProbeMessage::Challenge { cookie, .. }, _)) = ProbeMessage::parse(challenge)
+            else {
+                panic!("{challenge:?}");
+            };
+            let proof = ProbeMessage::Proof { path, nonce: NONCE, cookie }.encode();
+            assert!(self.subscribers.handle_datagrams(self.now, from, &proof).is_empty());
+        }
+
+        fn targets(&self) -> Vec<SocketAddr> {
+            let targets = self.routes.route("live/a".parse().unwrap()).targets(self.now);
+            targets.iter().map(|target| target.addr).collect()
+        }
+    }
+
+    fn address(port: u16) -> SocketAddr {
+        ([10, 0, 0, 1], port).into()
+    }
+
+    #[test]
+    fn an_edge_is_sent_to_from_its_proof_until_its_connection_ends() {
+        let mut world = World::new();
+        let mut session = world.hello(2).unwrap();
+        session.subscribed(&["live/*".parse().unwrap()]);
+        assert!(world.targets().is_empty());
+        world.prove(0, address(1));
+        assert_eq!(world.targets(), [address(1)]);
+        let up = |path, port| CloudMessage::PathUp { path, address: address(port) };
+        // The second message finds no room and goes out with the next sign of life.
+        world.prove(1, address(2));
+        assert_eq!(world.messages.try_recv(), Ok(up(0, 1)));
+        assert!(world.messages.try_recv().is_err());
+        world.subscribers.handle_timeout(world.now);
+        assert_eq!(world.messages.try_recv(), Ok(up(1, 2)));
+        assert_eq!(world.targets(), [address(1), address(2)]);
+        session.subscribed(&[]);
+        assert!(world.targets().is_empty());
+        session.subscribed(&["*".parse().unwrap()]);
+        world.subscribers.handle_timeout(world.now + DEAD_AFTER - Duration::from_millis(10));
+        assert_eq!(world.targets(), [address(2)]);
+        assert_eq!(world.subscribers.shared.metrics.lost.get(), 1);
+        drop(session);
+        assert!(world.targets().is_empty());
+        let proof = ProbeMessage::Proof { path: 1, nonce: NONCE, cookie: Cookie(1) }.encode();
+        world.subscribers.handle_datagrams(world.now, address(2), &proof);
+        assert!(world.targets().is_empty());
+        assert_eq!(world.subscribers.shared.metrics.unknown_nonce.get(), 1);
+        assert!(world.subscribers.shared.lock().edges.is_empty());
+    }
+
+    #[test]
+    fn what_is_no_probe_is_counted_and_not_answered() {
+        let world = World::new();
+        let _session = world.hello(1).unwrap();
+        for junk in [&b"hello"[..], &[0x80; 40], b"DP"] {
+            assert!(world.subscribers.handle_datagrams(world.now, address(1), junk).is_empty());
+        }
+        let probe = ProbeMessage::Probe { path: 0, nonce: Nonce([9; 16]) }.encode();
+        assert!(world.subscribers.handle_datagrams(world.now, address(1), &probe).is_empty());
+        let metrics = &world.subscribers.shared.metrics;
+        assert_eq!((metrics.malformed.get(), metrics.unknown_nonce.get()), (3, 1));
+    }
+
+    #[test]
+    fn more_paths_than_there_are_is_refused() {
+        let refused = World::new().hello(3).err().unwrap();
+        assert_eq!(refused, "rtp_paths is 3, when 0 to 2 can be");
+    }
+}
