@@ -9,13 +9,16 @@ use std::{
 
 use common::{
     SOON,
-    compare::{Timestamps, assert_same_to_the_end, assert_same_while_it_lasted},
+    compare::{
+        Timestamps, assert_same_to_the_end, assert_same_while_it_lasted, media as without_script,
+    },
     media,
     node::{Site, SiteSettings},
     wait_for,
 };
 use downpour::{
     edge::prober::Prober,
+    flv::Tag,
     impair::LinkSettings,
     repair::{
         client::{
@@ -42,8 +45,8 @@ fn an_edge_says_hello_and_gets_its_stream() {
     push.until_done(PUSH);
     assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
     // It is RTP that brought the stream, not repair.
-    assert_eq!(packets(&site, "received"), fanned_out(&site));
-    assert_eq!(packets(&site, "asked"), 0.0);
+    assert_eq!(fanned_out(&site), packet_count(&media::short().tags));
+    assert!(packets(&site, "repaired_1") < 50.0);
 }
 
 #[test]
@@ -76,10 +79,11 @@ fn an_edge_gets_no_packets_of_streams_that_it_did_not_ask_for() {
     push.until_done(PUSH);
     other.until_done(PUSH);
     assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
-    assert_eq!(packets(&site, "received"), fanned_out(&site), "all that was sent was wanted");
-    let edge = site.edges[0].node.metrics();
-    assert_eq!(edge.sum("downpour_edge_unknown_packets_total", &[]), 0.0);
-    assert!(packets(&site, "received") > 100.0);
+    assert_eq!(fanned_out(&site), packet_count(&media::short().tags), "one stream was sent");
+    assert!(packets(&site, "received") >= fanned_out(&site), "and came");
+    // A few stragglers of the ended stream count as unknown; the other stream would be 562.
+    let unknown = site.edges[0].node.metrics().sum("downpour_edge_unknown_packets_total", &[]);
+    assert!(unknown < 50.0, "{unknown}");
 }
 
 /// An edge changes its mind while the stream runs.
@@ -115,7 +119,7 @@ fn with_a_wrong_token_there_is_no_rtp_and_a_plain_message() {
     let site = dynamic().with_cloud("edge_token: secret").with_edge("token: wrong").start();
     let refused = || {
         let metrics = site.cloud.node.metrics();
-        metrics.sum("downpour_repair_refused_total", &[("reason", "edge")])
+        metrics.sum("downpour_repair_server_refused_total", &[("reason", "edge")])
     };
     wait_for("the edge is refused", SOON, || (refused() > 0.0).then_some(()));
     site.push(media::short(), KEY).until_done(PUSH);
@@ -163,7 +167,7 @@ fn an_edge_that_comes_back_gets_its_stream_again() {
     assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
     // From the same port as before, while its old connection was still thought alive: once each.
     assert_eq!(packets(&site, "duplicate"), 0.0);
-    assert!(packets(&site, "received") > packets(&site, "asked"), "RTP, not repair alone");
+    assert!(packets(&site, "received") > 2.0 * packets(&site, "repaired_1"), "not repair alone");
 }
 
 #[test]
@@ -216,6 +220,12 @@ fn fanned_out(site: &Site) -> f64 {
     let metrics = site.cloud.node.metrics();
     assert!(metrics.has("downpour_fanout_datagrams_total"), "{}", metrics.text());
     metrics.sum("downpour_fanout_datagrams_total", &[])
+}
+
+/// Packets of RTP that a stream makes.
+fn packet_count(tags: &[Tag]) -> f64 {
+    let packets = |tag: &Tag| tag.unit().len().div_ceil(1120);
+    without_script(tags).iter().map(packets).sum::<usize>() as f64
 }
 
 /// The first edge's packets of one fate.

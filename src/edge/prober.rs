@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(prober.poll_probe(now), None);
         prober.start(now, NONCE);
         assert_eq!(prober.poll_timeout(), Some(now));
-        assert_eq!(probes(&mut prober, now, 5, false), [5, 1, 1, 1, 1]);
+        assert_eq!(probes(&mut prober, now, 5, false), [6, 1, 1, 1, 1]);
         assert!(prober.is_overdue(now + ms(5000)) && !prober.is_overdue(now + ms(6000)));
         prober.path_up(now + ms(5000));
         let later = now + ms(5001);
