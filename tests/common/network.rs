@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use downpour::impair::{LinkStats, RelaySettings, UdpRelay};
+use downpour::impair::{LinkSettings, LinkStats, RelaySettings, UdpRelay};
 use tokio::runtime::Runtime;
 
 /// Relays between a cloud and its edges, on a runtime of their own.
@@ -38,6 +38,13 @@ impl Network {
         let addr = relay.local_addr();
         self.quic.push(relay);
         addr
+    }
+
+    /// Cuts QUIC off for good.
+    pub fn cut_quic(&self) {
+        for relay in &self.quic {
+            relay.set_settings(LinkSettings::lossy(1.0), LinkSettings::lossy(1.0));
+        }
     }
 
     /// What happened to RTP on its way to the edges, and to probes on their way to the cloud.

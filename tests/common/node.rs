@@ -69,6 +69,8 @@ pub struct SiteSettings {
     pub edges: usize,
     /// The path of RTP to each edge; `None` sends directly.
     pub rtp: Option<LinkSettings>,
+    /// The path of RTP to a second address of each edge, which is sent the same packets.
+    pub second: Option<LinkSettings>,
     /// The path of QUIC between each edge and the cloud, both ways; `None` connects directly.
     pub quic: Option<LinkSettings>,
     /// Decides what those paths lose.
@@ -109,17 +111,24 @@ impl SiteSettings {
             ..RelaySettings::symmetric(settings.clone(), self.seed + 100 * edge as u64)
         };
         let group = SocketAddr::from((group(), ports::free()));
-        let rtp: Vec<_> = (0..self.edges).map(|_| loopback(ports::free())).collect();
+        let [rtp, second]: [Vec<_>; 2] =
+            [(); 2].map(|()| (0..self.edges).map(|_| loopback(ports::free())).collect());
         let destinations = if self.dynamic {
             Vec::new()
         } else if self.multicast {
             vec![group]
         } else {
-            let relayed = rtp.iter().enumerate().map(|(edge, addr)| match &self.rtp {
-                Some(settings) => network.add_rtp(*addr, path(settings, edge)),
-                None => *addr,
-            });
-            relayed.collect()
+            let mut destinations = Vec::new();
+            for (edge, (rtp, second)) in rtp.iter().zip(&second).enumerate() {
+                destinations.push(match &self.rtp {
+                    Some(settings) => network.add_rtp(*rtp, path(settings, edge)),
+                    None => *rtp,
+                });
+                if let Some(settings) = &self.second {
+                    destinations.push(network.add_rtp(*second, path(settings, edge + 25)));
+                }
+            }
+            destinations
         };
         let cloud = Cloud::start(dir.path(), &destinations, &self.cloud);
         let edges = (0..self.edges).map(|edge| {
@@ -134,6 +143,13 @@ impl SiteSettings {
                 let nat = network.add_rtp(cloud.rtp, path(settings, edge));
                 lines.push(format!("cloud_rtp_addr: {nat}"));
             }
+            if let Some(settings) = &self.second {
+                lines.push(format!("udp_addr_2: {}", second[edge]));
+                if self.dynamic {
+                    let nat = network.add_rtp(cloud.rtp, path(settings, edge + 25));
+                    lines.push(format!("cloud_rtp_addr_2: {nat}"));
+                }
+            }
             overlay(&mut lines, &self.edge);
             Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, &cloud, &lines)
         });
@@ -147,6 +163,7 @@ impl Default for SiteSettings {
         Self {
             edges: 1,
             rtp: None,
+            second: None,
             quic: None,
             seed: 1,
             multicast: false,
