@@ -10,6 +10,7 @@ pub mod cli;
 pub mod cloud;
 pub mod config;
 pub mod edge;
+pub mod edges;
 pub mod fanout;
 pub mod flv;
 pub mod http;

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{CloudConfig, Destination},
+    edges::{Edges, metrics::ReportCollector},
     fanout::{self, Fanout, FanoutMetrics, OnDatagrams, routes::Routes},
     http::{
         HttpServer,
@@ -107,7 +108,11 @@ impl Cloud {
         };
         let fanout_metrics = FanoutMetrics::register(&registry)?;
         let routes = Routes::new(&registry)?;
-        let subscribers = Subscribers::new(routes.clone(), ProbeMetrics::register(&registry)?);
+        let edges = Edges::default();
+        registry.register(Box::new(ReportCollector::new(edges.clone())?))?;
+        let probe_metrics = ProbeMetrics::register(&registry)?;
+        let subscribers =
+            Subscribers::new(routes.clone(), origin.clone(), edges.clone(), probe_metrics);
         let probed = subscribers.clone();
         let on_datagrams: OnDatagrams =
             Arc::new(move |from, bytes| probed.handle_datagrams(Instant::now(), from, bytes));
@@ -177,6 +182,7 @@ impl Cloud {
         let state = CloudState {
             hub,
             origin,
+            edges,
             registry: registry.clone(),
             started: Instant::now(),
             rtmp_port: addrs.rtmp.port(),

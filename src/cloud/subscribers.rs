@@ -1,7 +1,7 @@
 //! Edges that said hello: where each takes RTP, and what it wants there.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -12,13 +12,18 @@ use prometheus::{IntCounter, Opts, Registry, register_int_counter_vec_with_regis
 use tokio::sync::mpsc;
 
 use crate::{
+    edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
     fanout::routes::Routes,
+    origin::Origin,
     repair::{
+        Protocol,
         control::{CloudMessage, Nonce, Report, StreamPattern},
         paths::{Outcome, PathTable},
         probe::{MAX_PATHS, ProbeMessage},
+        receiver::DELAY_BOUNDS_MS,
         server::{EdgeHandler, EdgeHello, EdgeSession},
     },
+    rtp::Ssrc,
 };
 
 /// Turns hellos, subscriptions and probes into routes. Cloning shares it.
@@ -29,6 +34,8 @@ pub struct Subscribers {
 
 struct Shared {
     routes: Routes,
+    origin: Origin,
+    edges: Edges,
     metrics: ProbeMetrics,
     state: Mutex<State>,
 }
@@ -41,16 +48,18 @@ struct State {
 struct Edge {
     node: String,
     outbox: mpsc::Sender<CloudMessage>,
+    listed: Listed,
     /// Proven addresses that the edge has not been told of, because its control stream was full.
     untold: [Option<SocketAddr>; MAX_PATHS as usize],
 }
 
 impl Subscribers {
-    /// Nobody has said hello yet.
-    pub fn new(routes: Routes, metrics: ProbeMetrics) -> Self {
+    /// Nobody has said hello yet. Who does is listed in `edges`, with reports of the streams of
+    /// `origin`.
+    pub fn new(routes: Routes, origin: Origin, edges: Edges, metrics: ProbeMetrics) -> Self {
         let table = PathTable::new(Instant::now(), rand::random());
         let state = Mutex::new(State { table, edges: HashMap::new() });
-        Self { shared: Arc::new(Shared { routes, metrics, state }) }
+        Self { shared: Arc::new(Shared { routes, origin, edges, metrics, state }) }
     }
 
     /// Takes what came to the RTP port; gives what is to be sent back.
@@ -75,8 +84,11 @@ impl Subscribers {
         for (nonce, path, address) in table.handle_timeout(now) {
             self.shared.routes.set_address(nonce, path, None);
             self.shared.metrics.lost.inc();
-            let node = edges.get(&nonce).map_or("", |edge| &edge.node);
-            tracing::warn!(node, path, %address, "no word from this address: no RTP to it any more");
+            if let Some(edge) = edges.get(&nonce) {
+                edge.list_paths(table, &nonce);
+                let node = &edge.node;
+                tracing::warn!(node, path, %address, "no word from there: no RTP to it any more");
+            }
         }
         for edge in edges.values_mut() {
             edge.tell();
@@ -98,8 +110,19 @@ impl EdgeHandler for Subscribers {
         let mut state = self.shared.lock();
         state.table.insert(Instant::now(), edge.nonce, paths);
         let (node, outbox) = (edge.node.clone(), edge.outbox.clone());
-        state.edges.insert(edge.nonce, Edge { node, outbox, untold: Default::default() });
+        let listed = self.shared.edges.insert(EdgeInfo {
+            node: Some(node.clone()),
+            group: edge.group,
+            ..EdgeInfo::new(edge.peer, Protocol::Downpour.as_str())
+        });
+        let listing = Edge { node, outbox, listed, untold: Default::default() };
+        listing.list_paths(&state.table, &edge.nonce);
+        state.edges.insert(edge.nonce, listing);
         Ok(Box::new(Session { shared: self.shared.clone(), nonce: edge.nonce }))
+    }
+
+    fn v0_connected(&self, peer: SocketAddr) -> Box<dyn Send> {
+        Box::new(self.shared.edges.insert(EdgeInfo::new(peer, Protocol::V0.as_str())))
     }
 }
 
@@ -164,6 +187,7 @@ impl Shared {
                         *untold = Some(address);
                     }
                     edge.tell();
+                    edge.list_paths(table, &nonce);
                 }
                 (&self.metrics.proven, None)
             }
@@ -188,6 +212,11 @@ impl Shared {
 }
 
 impl Edge {
+    fn list_paths(&self, table: &PathTable, nonce: &Nonce) {
+        let paths = table.states(nonce).map(Into::into).collect();
+        self.listed.update(|info| info.paths = paths);
+    }
+
     fn tell(&mut self) {
         for (path, untold) in (0..).zip(&mut self.untold) {
             if let Some(address) = *untold
@@ -208,9 +237,33 @@ struct Session {
 impl EdgeSession for Session {
     fn subscribed(&mut self, streams: &[StreamPattern]) {
         self.shared.routes.set_patterns(self.nonce, streams);
+        if let Some(edge) = self.shared.lock().edges.get(&self.nonce) {
+            edge.listed.update(|info| info.patterns = streams.to_vec());
+        }
     }
 
-    fn reported(&mut self, _report: Report) {}
+    /// Keeps what is about streams that there are, each once: an edge must not fill the memory.
+    fn reported(&mut self, report: Report) {
+        let mut seen = HashSet::new();
+        let mut streams = Vec::new();
+        for mut report in report.streams {
+            let stream = self.shared.origin.stream(Ssrc(report.ssrc));
+            let Some(stream) = stream.filter(|_| seen.insert(report.ssrc)) else { continue };
+            for delays in [&mut report.delays, &mut report.waits] {
+                delays.counts.truncate(DELAY_BOUNDS_MS.len() + 1);
+                delays.counts.shrink_to_fit();
+            }
+            streams.push(StreamInfo { key: stream.key().clone(), report });
+        }
+        streams.sort_by(|a, b| a.key.cmp(&b.key));
+        if let Some(edge) = self.shared.lock().edges.get(&self.nonce) {
+            edge.listed.update(|info| {
+                info.round_trip_us = Some(report.round_trip_us).filter(|micros| *micros > 0);
+                info.reported_unix_ms = Some(unix_ms());
+                info.streams = streams;
+            });
+        }
+    }
 }
 
 impl Drop for Session {
@@ -228,12 +281,22 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::repair::{paths::DEAD_AFTER, probe::Cookie};
+    use crate::{
+        origin::OriginStream,
+        repair::{
+            control::{DelayReport, StreamReport},
+            history::History,
+            paths::DEAD_AFTER,
+            probe::Cookie,
+        },
+    };
 
     const NONCE: Nonce = Nonce([3; 16]);
 
     struct World {
         routes: Routes,
+        origin: Origin,
+        edges: Edges,
         subscribers: Subscribers,
         messages: mpsc::Receiver<CloudMessage>,
         outbox: mpsc::Sender<CloudMessage>,
@@ -246,8 +309,10 @@ mod tests {
             let routes = Routes::new(&registry).unwrap();
             let metrics = ProbeMetrics::register(&registry).unwrap();
             let (outbox, messages) = mpsc::channel(1);
-            let subscribers = Subscribers::new(routes.clone(), metrics);
-            Self { routes, subscribers, messages, outbox, now: Instant::now() }
+            let (origin, edges) = (Origin::new(), Edges::default());
+            let subscribers =
+                Subscribers::new(routes.clone(), origin.clone(), edges.clone(), metrics);
+            Self { routes, origin, edges, subscribers, messages, outbox, now: Instant::now() }
         }
 
         fn hello(&self, paths: u8) -> Result<Box<dyn EdgeSession>, String> {
@@ -316,6 +381,37 @@ mod tests {
         assert!(world.targets().is_empty());
         assert_eq!(world.subscribers.shared.metrics.unknown_nonce.get(), 1);
         assert!(world.subscribers.shared.lock().edges.is_empty());
+    }
+
+    #[test]
+    fn who_is_connected_is_listed_with_what_it_tells() {
+        let mut world = World::new();
+        let history = History::new(10, Duration::from_secs(1));
+        let stream = OriginStream::new("live/a".parse().unwrap(), Ssrc(7), 0, history);
+        world.origin.insert(Arc::new(stream));
+        let old = world.subscribers.v0_connected(address(8));
+        let mut session = world.hello(2).unwrap();
+        session.subscribed(&["live/*".parse().unwrap()]);
+        world.prove(1, address(1));
+        let about = |ssrc, received| StreamReport {
+            ssrc,
+            received,
+            delays: DelayReport { counts: vec![1; 500], sum_us: 1 },
+            ..Default::default()
+        };
+        let streams = vec![about(7, 5), about(7, 6), about(8, 1)];
+        session.reported(Report { round_trip_us: 900, streams });
+        let [v0, edge] = &world.edges.list()[..] else { panic!("{:?}", world.edges.list()) };
+        assert_eq!((v0.protocol, v0.peer, &v0.node), ("v0", address(8), &None));
+        assert_eq!((edge.protocol, edge.round_trip_us), ("downpour", Some(900)));
+        assert_eq!(edge.patterns, ["live/*".parse().unwrap()]);
+        let paths: Vec<_> = edge.paths.iter().map(|path| (path.state, path.address)).collect();
+        assert_eq!(paths, [("waiting", None), ("up", Some(address(1)))]);
+        let [stream] = &edge.streams[..] else { panic!("{:?}", edge.streams) };
+        assert_eq!((stream.key.as_str(), stream.report.received), ("live/a", 5));
+        assert_eq!(stream.report.delays.counts.len(), DELAY_BOUNDS_MS.len() + 1);
+        drop((session, old));
+        assert!(world.edges.list().is_empty());
     }
 
     #[test]

@@ -13,11 +13,13 @@ settings! {
             rtmp_addr: ListenAddr = ListenAddr::any(1935);
             /// Where edges ask for lost packets over QUIC.
             quic_addr: ListenAddr = ListenAddr::any(4242);
-            /// Where the HTTP API listens: /stat/livestat, /healthz, /metrics.
+            /// Where the HTTP API listens: /stat/livestat, /api/v1/edges, /healthz, /metrics.
             api_addr: ListenAddr = ListenAddr::any(8090);
-            /// The UDP port that RTP is sent from; 0 takes a free one.
+            /// The UDP port that RTP is sent from and edges prove their addresses to; 0 takes a free
+            /// one.
             rtp_port: u16 = 5220;
-            /// Edges and multicast groups that get every stream: ip:port or host:port, a list.
+            /// Multicast groups, and edges that cannot say hello, which get every stream: ip:port or
+            /// host:port, a list.
             client_addr_list: Vec<Destination> =
                 vec![Destination::ip([239, 0, 0, 1], 5222), Destination::ip([127, 0, 0, 1], 5224)];
         }

@@ -21,7 +21,13 @@ use axum::{
 use prometheus::Registry;
 use serde::{Deserialize, Serialize};
 
-use crate::{hub::Hub, metrics, origin::Origin};
+use crate::{
+    edges::{EdgeInfo, Edges},
+    hub::Hub,
+    metrics,
+    origin::Origin,
+    repair::receiver::DELAY_BOUNDS_MS,
+};
 
 /// What a cloud's API answers from.
 #[derive(Clone)]
@@ -30,6 +36,8 @@ pub struct CloudState {
     pub hub: Hub,
     /// The streams that are sent to edges.
     pub origin: Origin,
+    /// The edges that are connected.
+    pub edges: Edges,
     /// What `/metrics` tells.
     pub registry: Registry,
     /// When the node started.
@@ -49,11 +57,12 @@ pub struct EdgeState {
     pub started: Instant,
 }
 
-/// `/stat/livestat`, `/healthz` and `/metrics`.
+/// `/stat/livestat`, `/api/v1/edges`, `/healthz` and `/metrics`.
 pub fn cloud_router(state: CloudState) -> Router {
     let common = common_router(state.hub.clone(), state.registry.clone(), state.started);
     Router::new()
         .route("/stat/livestat", get(live_stat))
+        .route("/api/v1/edges", get(edges))
         .with_state(Arc::new(state))
         .merge(common)
         .fallback(not_found)
@@ -157,6 +166,21 @@ async fn live_stat(
     }
 }
 
+/// The edges that are connected, in the order of their coming.
+#[derive(Serialize)]
+struct EdgeList {
+    /// Upper bounds of the counts in each stream's `delays` and `waits`; the last count is of what
+    /// was longer.
+    delay_bounds_ms: &'static [u16],
+    edges: Vec<EdgeInfo>,
+}
+
+async fn edges(State(state): State<Arc<CloudState>>) -> Response {
+    let headers = [(ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (CACHE_CONTROL, "no-store")];
+    let list = EdgeList { delay_bounds_ms: &DELAY_BOUNDS_MS, edges: state.edges.list() };
+    (headers, Json(list)).into_response()
+}
+
 #[derive(Deserialize)]
 struct TimeQuery {
     stream: Option<String>,
@@ -252,10 +276,11 @@ mod tests {
 
     use super::*;
     use crate::{
+        edges::StreamInfo,
         flv::{Tag, TagKind},
         hub::LogLimits,
         origin::OriginStream,
-        repair::history::History,
+        repair::{control::StreamReport, history::History, paths::PathState},
         rtp::Ssrc,
     };
 
@@ -266,6 +291,7 @@ mod tests {
         let router = cloud_router(CloudState {
             hub: hub.clone(),
             origin: origin.clone(),
+            edges: Edges::default(),
             registry: metrics::registry(hub.clone(), Some(origin.clone())).unwrap(),
             started: Instant::now(),
             rtmp_port: 1935,
@@ -306,6 +332,53 @@ mod tests {
         origin.end(&stream);
         let (_, body) = get_json(&router, "/stat/livestat").await;
         assert_eq!(body["data"]["publishers"], Value::Null);
+    }
+
+    #[tokio::test]
+    async fn edges_are_listed_with_all_that_they_told() {
+        let (hub, origin, edges) = (hub(), Origin::new(), Edges::default());
+        let router = cloud_router(CloudState {
+            hub: hub.clone(),
+            origin: origin.clone(),
+            edges: edges.clone(),
+            registry: metrics::registry(hub, Some(origin)).unwrap(),
+            started: Instant::now(),
+            rtmp_port: 1935,
+        });
+        let (status, none) = get_json(&router, "/api/v1/edges").await;
+        assert_eq!((status, &none["edges"]), (200, &json!([])));
+        let mut info = EdgeInfo::new("10.0.0.7:4000".parse().unwrap(), "downpour");
+        info.node = Some("edge-7".into());
+        info.connected_unix_ms = 1_700_000_000_000;
+        info.patterns = vec!["live/*".parse().unwrap()];
+        info.paths = vec![PathState::Up("10.0.0.7:5222".parse().unwrap()).into()];
+        let report = StreamReport { ssrc: 9, received: 3, ..Default::default() };
+        info.streams = vec![StreamInfo { key: "live/a".parse().unwrap(), report }];
+        let _listed = edges.insert(info);
+        let (_, list) = get_json(&router, "/api/v1/edges").await;
+        assert_eq!(list["delay_bounds_ms"][1], 2);
+        let mut edge = list["edges"][0].clone();
+        let stream = edge["streams"][0].take();
+        assert_eq!(
+            edge,
+            json!({
+                "node": "edge-7",
+                "peer": "10.0.0.7:4000",
+                "protocol": "downpour",
+                "connected_unix_ms": 1_700_000_000_000_u64,
+                "round_trip_us": null,
+                "patterns": ["live/*"],
+                "group": null,
+                "paths": [{"state": "up", "address": "10.0.0.7:5222"}],
+                "reported_unix_ms": null,
+                "streams": [null],
+            })
+        );
+        let expected = serde_json::to_value(StreamReport::default()).unwrap();
+        for field in expected.as_object().unwrap().keys() {
+            assert!(stream.get(field).is_some(), "{field} is not in {stream}");
+        }
+        assert_eq!((&stream["key"], &stream["ssrc"]), (&json!("live/a"), &json!(9)));
     }
 
     #[tokio::test]

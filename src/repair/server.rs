@@ -94,6 +94,12 @@ pub trait EdgeHandler: Send + Sync + 'static {
     /// # Errors
     /// The reason.
     fn hello(&self, edge: &EdgeHello) -> Result<Box<dyn EdgeSession>, String>;
+
+    /// An existing (v0) edge connected, which says nothing of itself. What is given is dropped when
+    /// its connection ends.
+    fn v0_connected(&self, _peer: SocketAddr) -> Box<dyn Send> {
+        Box::new(())
+    }
 }
 
 /// One admitted edge; dropped when its connection ends.
@@ -345,13 +351,17 @@ impl Shared {
         shutdown: &CancellationToken,
     ) -> String {
         match protocol {
-            Protocol::V0 => match v0::serve(self, connection, shutdown).await {
-                Ok(()) => "done".into(),
-                Err(error) => {
-                    connection.close(close::DONE, b"");
-                    error.to_string()
+            Protocol::V0 => {
+                let peer = connection.remote_address();
+                let _listed = self.handler.as_ref().map(|handler| handler.v0_connected(peer));
+                match v0::serve(self, connection, shutdown).await {
+                    Ok(()) => "done".into(),
+                    Err(error) => {
+                        connection.close(close::DONE, b"");
+                        error.to_string()
+                    }
                 }
-            },
+            }
             Protocol::Downpour => match downpour::serve(self, connection, early, shutdown).await {
                 Ok(()) => "done".into(),
                 Err(error) => error.to_string(),
