@@ -28,6 +28,7 @@ use self::{
     routes::{Routes, Target},
 };
 use crate::{
+    repair::server::GroupSender,
     rtp::Burst,
     udp::{self, MulticastOut},
 };
@@ -171,6 +172,12 @@ impl Fanout {
             shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             shared.metrics.skipped.inc_by(packets as u64);
         }
+    }
+}
+
+impl GroupSender for Fanout {
+    fn send(&self, group: SocketAddr, packet: Bytes) -> bool {
+        self.send_to(group, packet)
     }
 }
 

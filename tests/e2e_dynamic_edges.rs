@@ -157,7 +157,7 @@ fn with_a_wrong_token_there_is_no_rtp_and_a_plain_message() {
     let site = dynamic().with_cloud("edge_token: secret").with_edge("token: wrong").start();
     let refused = || {
         let metrics = site.cloud.node.metrics();
-        metrics.sum("downpour_repair_server_refused_total", &[("reason", "edge")])
+        metrics.sum("downpour_repair_server_refused_total", &[("reason", "token")])
     };
     wait_for("the edge is refused", SOON, || (refused() > 0.0).then_some(()));
     site.push(media::short(), KEY).until_done(PUSH);

@@ -133,7 +133,7 @@ impl Cloud {
             token: Some(config.edge_token.clone()).filter(|token| !token.is_empty()),
             ..RepairServerSettings::default()
         };
-        let repair = RepairServer::bind(
+        let mut repair = RepairServer::bind(
             quic_addr,
             &identity,
             origin.clone(),
@@ -145,6 +145,9 @@ impl Cloud {
             BindError::Tls(error) => StartError::new("cert_file", error),
         })?
         .with_handler(Arc::new(subscribers.clone()));
+        if let Some(fanout) = &fanout {
+            repair = repair.with_group_sender(Arc::new(fanout.clone()));
+        }
 
         let record_metrics = RecordMetrics::register(&registry)?;
         let recorder =

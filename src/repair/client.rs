@@ -352,8 +352,7 @@ impl RepairClient {
             match connecting.into_0rtt() {
                 Ok((connection, accepted)) => {
                     let wanted = self.inbox.wishes.borrow().clone();
-                    let greeted =
-                        downpour::say_hello(&self.settings, wanted, &connection).await;
+                    let greeted = downpour::say_hello(&self.settings, wanted, &connection).await;
                     // Also false if there is no connection.
                     let accepted = accepted.await;
                     if let Some(error) = connection.close_reason() {
