@@ -10,7 +10,7 @@ use std::{
 
 use downpour::{
     impair::{Blackout, Bursts, LinkSettings},
-    repair::receiver::Settings,
+    repair::receiver::{GRACE, Settings},
 };
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -39,7 +39,7 @@ fn each_packet_is_handed_on_once_in_order_or_told_to_be_lost() {
         assert!(out.delays.len() as u64 <= arrived && arrived <= out.sent);
         assert_eq!(out.stats.waits.total(), out.delays.len() as u64);
         let jump = run.jump.map_or(Duration::ZERO, |(_, by)| by);
-        let longest = run.receiver.latency.max(run.receiver.join_latency) + jump;
+        let longest = run.receiver.latency.max(run.receiver.join_latency) + GRACE + jump;
         assert!(
             out.longest_gap <= longest + Duration::from_millis(1),
             "{:?} {run:?} {:?}",
@@ -59,16 +59,16 @@ fn each_packet_is_handed_on_once_in_order_or_told_to_be_lost() {
     }
 }
 
-/// A packet is lost for good when its first copy and every try are: p at first, and each try loses
-/// its request, said twice, or all of its copies. At 10 % both ways and four round trips that is
-/// 0.1 · (1 − (1 − p²)(1 − p)) · (1 − (1 − p²)²) · (1 − (1 − p³)²) = 4.3·10⁻⁷ for three tries; the
-/// issue asks for 10⁻⁶.
+/// A packet is lost for good when its first copy and every try are: p at first; a try loses its
+/// request, said twice, or its one copy; the last its request, said thrice, or all of three copies.
+/// At 10 % both ways and four round trips that is 0.1 · (1 − (1 − p²)(1 − p))³ · (1 − (1 − p³)²) =
+/// 2.6·10⁻⁷ for four tries; 10⁻⁶ is the target.
 #[test]
 fn at_ten_per_cent_and_four_round_trips_one_in_a_million_is_lost() {
     let (sent, lost, late) = <[AtomicU64; 3]>::default().into();
     let one_way = Duration::from_millis(50);
     over_seeds(SEEDS, |seed| {
-        let run = Run::field(&lossy(one_way, 0.1), Duration::from_millis(405), 100, seed);
+        let run = Run::field(&lossy(one_way, 0.1), Duration::from_millis(400), 100, seed);
         let out = run.play();
         sent.fetch_add(out.sent, Ordering::Relaxed);
         lost.fetch_add(out.lost, Ordering::Relaxed);

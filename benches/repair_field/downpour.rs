@@ -45,6 +45,8 @@ pub fn start(setup: &Setup) -> io::Result<Rig> {
             format!("api_addr: {api}"),
             format!("latency_ms: {}", setup.budget().as_millis()),
             "insecure: true".into(),
+            // It is in the cloud's list, behind the wire.
+            "rtp_subscribe: false".into(),
         ],
     )?;
     wait_for("the edge is connected to the cloud", START, || {

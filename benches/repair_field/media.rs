@@ -60,7 +60,7 @@ impl Source {
         })
     }
 
-    /// One packet a tag. MP3, because it needs no codec header and any tag may come first.
+    /// One packet a tag: its header and body are [`PACKET_LEN`] bytes. MP3, because it needs no codec header and any tag may come first.
     pub fn rtmp(clock: Instant, cadence: Cadence, url: RtmpUrl) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Self::start(clock, cadence, move |mut pacer| {
@@ -70,8 +70,8 @@ impl Source {
                 while let Some(number) = pacer.next() {
                     let timestamp = cadence.due(number).as_millis() as u32;
                     let body = encode(number, clock.elapsed());
-                    let tag =
-                        Tag::new(TagKind::Audio, timestamp, &body).map_err(io::Error::other)?;
+                    let tag = Tag::new(TagKind::Audio, timestamp, &body[Tag::HEADER_LEN..])
+                        .map_err(io::Error::other)?;
                     publisher.send(&tag).await.map_err(io::Error::other)?;
                     // The pacer sleeps without the runtime's knowledge.
                     tokio::task::yield_now().await;
@@ -277,17 +277,23 @@ impl SinkState {
     }
 }
 
+/// A datagram; without as many bytes as a tag's header has, a tag's body.
 fn encode(number: u64, sent: Duration) -> [u8; PACKET_LEN] {
-    let mut body = [FILLER; PACKET_LEN];
+    let mut packet = [FILLER; PACKET_LEN];
+    let body = &mut packet[Tag::HEADER_LEN..];
     body[0] = MP3_44_KHZ_STEREO;
     body[1..9].copy_from_slice(&number.to_be_bytes());
     body[9..17].copy_from_slice(&(sent.as_nanos() as u64).to_be_bytes());
-    body
+    packet
 }
 
-/// Number and time of sending; `None` if it is no whole packet of ours.
-fn decode(body: &[u8]) -> Option<(u64, Duration)> {
-    if body.len() != PACKET_LEN || body[0] != MP3_44_KHZ_STEREO || body[17..] != FILLING {
+/// Number and time of sending; `None` if it is no whole packet of ours, nor the body of a tag.
+fn decode(packet: &[u8]) -> Option<(u64, Duration)> {
+    let body = match packet.len() {
+        PACKET_LEN => &packet[Tag::HEADER_LEN..],
+        _ => packet,
+    };
+    if body.len() != BODY_LEN || body[0] != MP3_44_KHZ_STEREO || body[17..] != FILLING {
         return None;
     }
     let number = u64::from_be_bytes(*body[1..].first_chunk()?);
@@ -298,7 +304,8 @@ fn decode(body: &[u8]) -> Option<(u64, Duration)> {
 /// The first byte of an FLV audio tag's body (FLV 10.1 §E.4.2.1).
 const MP3_44_KHZ_STEREO: u8 = 0x2f;
 const FILLER: u8 = 0xa5;
-const FILLING: [u8; PACKET_LEN - 17] = [FILLER; PACKET_LEN - 17];
+const BODY_LEN: usize = PACKET_LEN - Tag::HEADER_LEN;
+const FILLING: [u8; BODY_LEN - 17] = [FILLER; BODY_LEN - 17];
 /// More than any run sends: a stray datagram must not eat the memory.
 const NUMBER_MAX: u64 = 10_000_000;
 /// How often threads look whether they are to stop.

@@ -179,9 +179,7 @@ impl RepairClient {
         };
         let endpoint = quinn::default_runtime()
             .ok_or_else(|| io::Error::other("no tokio runtime"))
-            .and_then(|runtime| {
-                Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)
-            })
+            .and_then(|runtime| Endpoint::new(transport::edge_endpoint(), None, socket, runtime))
             .map_err(ClientError::Socket)?;
 
         let (nacks, nack_queue) = mpsc::channel(NACK_QUEUE);

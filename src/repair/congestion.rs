@@ -44,8 +44,9 @@ impl RepairControl {
     pub const FLOOR: u64 = 64 * 1024;
     /// The widest window, in bytes: 320 Mbit/s at 100 ms.
     pub const CEILING: u64 = 4 * 1024 * 1024;
-    /// The first window, in bytes.
-    pub const INITIAL: u64 = 256 * 1024;
+    /// The first window, in bytes: half a second of 16 Mbit/s, which is missing all at once where a
+    /// path was cut for so long.
+    pub const INITIAL: u64 = 1024 * 1024;
 
     /// A path on which nothing was sent yet.
     pub fn new(now: Instant) -> Self {

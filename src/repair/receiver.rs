@@ -2,7 +2,7 @@
 //! again, and gives up in time. No socket, no clock: every call is told what time it is.
 //!
 //! Packets leave in order, each at most once. A packet that is in order leaves at once; one behind
-//! a gap waits for the gap, and a gap lasts at most [`Settings::latency`] from when it was seen.
+//! a gap waits for the gap, and a gap lasts [`Settings::latency`] from when it was seen.
 //!
 //! A publication may come over two paths, each of which brings all of it. The first copy of a packet
 //! counts, and only what both lost is asked for.
@@ -24,14 +24,15 @@ pub use self::{
 
 use self::{
     paths::Paths,
-    timing::{MIN_REPEAT_GAP, Reordering, RoundTrip, TIMER_GRAIN},
+    timing::{Losing, Reordering, RoundTrip, TIMER_GRAIN},
 };
+use super::resend::SPACING;
 use crate::rtp::{Packet, Seq};
 
 /// How long to wait and how much to hold.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
-    /// How long a missing packet is waited for, from when its gap was seen.
+    /// How long a missing packet is waited for, from when its gap was seen; and [`GRACE`] besides.
     pub latency: Duration,
     /// How long packets are waited for that were sent before this receiver joined.
     pub join_latency: Duration,
@@ -101,7 +102,16 @@ pub struct Receiver {
     asks: BinaryHeap<Reverse<(Instant, u64)>>,
     events: VecDeque<Event>,
     round_trip: RoundTrip,
+    /// Requests made or looked for so far.
+    request: u64,
+    /// Missing numbers that were asked for.
+    asked_now: usize,
+    /// More are missing than random loss explains: the path was cut, and has much to bring.
+    flooded: bool,
+    /// The number that was repaired last, and when.
+    repaired_last: (u64, Option<Instant>),
     reordering: Reordering,
+    losing: Losing,
     paths: Paths,
     /// How long after a gap parity that could close it may come.
     parity_wait: Duration,
@@ -145,6 +155,8 @@ struct Missing {
     due: Instant,
     deadline: Instant,
     asked_at: Option<Instant>,
+    /// The request that it was part of last.
+    said_in: u64,
     tries: u8,
     /// Copies that the last try asked for.
     copies: u8,
@@ -166,7 +178,12 @@ impl Receiver {
             asks: BinaryHeap::new(),
             events: VecDeque::new(),
             round_trip: RoundTrip::default(),
+            request: 0,
+            asked_now: 0,
+            flooded: false,
+            repaired_last: (0, None),
             reordering: Reordering::default(),
+            losing: Losing::default(),
             paths: Paths::default(),
             parity_wait: Duration::ZERO,
             probation: None,
@@ -214,6 +231,7 @@ impl Receiver {
         let number = newest.wrapping_add_signed(distance);
         if distance > 0 {
             self.rerun = None;
+            self.losing.came_after(distance.unsigned_abs() - 1);
         } else if live.is_some() && number < self.next && self.is_rerun(now, seq) {
             // Those before it in the run were taken for old; they are asked for again.
             self.begin_anew(now, seq.plus(usize::from(u16::MAX) - RERUN_LEN + 2));
@@ -329,6 +347,7 @@ impl Receiver {
 
     /// Numbers that are due to be asked for at `now`; call until it gives `None`.
     pub fn poll_request(&mut self, now: Instant) -> Option<Request> {
+        self.request += 1;
         let mut numbers = Vec::new();
         let mut asked_copies = 1;
         let mut deadline = now + self.settings.latency.max(self.settings.join_latency);
@@ -341,10 +360,16 @@ impl Receiver {
                 self.asks.pop();
                 continue;
             };
-            if !numbers.is_empty() && copies != asked_copies {
+            // A repetition in the same request would be lost with it.
+            let said = self.missing_at(number).is_some_and(|m| m.said_in == self.request);
+            if said || !numbers.is_empty() && copies != asked_copies {
                 break;
             }
             self.asks.pop();
+            if self.missing_at(number).is_some_and(|m| self.is_on_its_way(now, number, m)) {
+                self.postpone(now, number);
+                continue;
+            }
             self.mark_asked(now, number);
             if let Some(missing) = self.missing_at(number) {
                 deadline = deadline.min(missing.deadline);
@@ -406,14 +431,15 @@ impl Receiver {
     /// releases what the window has no room for.
     fn open_gap(&mut self, now: Instant, number: u64, shown_by: Option<usize>, wait: Duration) {
         let latency = if self.joined { self.settings.latency } else { self.settings.join_latency };
-        let due = now + wait;
+        let (due, deadline) = (now + wait, now + latency + GRACE);
         for missing in self.next + self.window.len() as u64..number {
             self.window.push_back(Slot::Missing(Missing {
                 since: now,
                 shown_by,
                 due,
-                deadline: now + latency,
+                deadline,
                 asked_at: None,
+                said_in: 0,
                 tries: 0,
                 copies: 0,
                 repeats: 0,
@@ -429,17 +455,32 @@ impl Receiver {
         let other_path = shown_by.map_or(Duration::ZERO, |path| {
             self.paths.wait_for_other(now, path, number, round_trip.min(self.settings.latency / 4))
         });
-        self.wait_on_this_path().max(other_path)
+        // Where there is time and much is lost, several losses go into one request.
+        let batch = match self.losing.is_heavy()
+            && self.round_trip.tries_within(self.settings.latency) > 4
+        {
+            true => (self.round_trip.smoothed / 16).max(SPACING),
+            false => Duration::ZERO,
+        };
+        self.wait_on_this_path().max(other_path).max(batch)
     }
 
     /// How long what was not in order may still come by itself: late, or with its parity.
     fn wait_on_this_path(&self) -> Duration {
         let round_trip = self.round_trip.smoothed;
-        let two_tries = self.round_trip.retry_after(1) + self.round_trip.least_for_a_try();
+        let two_tries = self.round_trip.retry_after() + self.round_trip.least_for_a_try();
         let worth_it =
             self.parity_wait <= round_trip && self.parity_wait + two_tries <= self.settings.latency;
         let parity = if worth_it { self.parity_wait } else { Duration::ZERO };
         self.reordering.wait(round_trip).max(parity)
+    }
+
+    fn postpone(&mut self, now: Instant, number: u64) {
+        let due = now + (self.round_trip.smoothed / 4).max(MIN_STALL);
+        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize) {
+            missing.due = due;
+            self.asks.push(Reverse((due, number)));
+        }
     }
 
     /// Asks for a number soon that would be asked for later only because the other path might have
@@ -482,17 +523,20 @@ impl Receiver {
                 }
             }
             Path::Repair => {
+                self.repaired_last = (number, Some(now));
                 self.stats.repaired[usize::from(missing.tries.clamp(1, 3)) - 1] += 1;
                 self.reordering.was_lost();
                 // The answer to a later try may be that to an earlier one (Karn's algorithm). The
-                // repeats of one try follow it so closely that they hardly blur it.
-                if let (1, Some(ago)) = (missing.tries, asked_for) {
+                // repeats of one try follow it so closely that they hardly blur it. And in a flood
+                // it tells how many were sent before it.
+                if let (1, Some(ago), false) = (missing.tries, asked_for, self.flooded) {
                     self.round_trip.sample(now, ago);
                 }
             }
         }
-        self.stats.delays.add(delay);
         *slot = Slot::Held { packet, since };
+        self.stats.delays.add(delay);
+        self.answered(asked_for.is_some());
     }
 
     /// How many copies to ask for, or `None` if it is no longer missing or cannot come in time.
@@ -516,25 +560,43 @@ impl Receiver {
 
     /// How many copies a new try asks for, and how often it is repeated.
     ///
-    /// Requests are small, so each is said twice: that alone takes most of the way back out of the
-    /// odds. Copies cost as much as the media, so they grow with the tries that failed and with
-    /// the nearness of the deadline. With loss p both ways a try fails with p² + p at first,
-    /// later with 2p², and the last one with 2p³.
+    /// With loss p both ways a try fails with 2p, about; said twice, with p² + p; with two copies,
+    /// with 2p²; said thrice and with three copies, with 2p³. Copies cost as much as the media, so
+    /// they are for what has failed already and is near its deadline: few packets come that far.
+    /// Requests are small, but where much is lost there are many, so those that have time for
+    /// several tries are then said once.
     fn effort(&self, missing: &Missing, left: Duration) -> (u8, u8) {
-        let is_last = left < self.round_trip.retry_after(1) + self.round_trip.least_for_a_try();
-        match (missing.tries, is_last) {
-            (0, false) => (1, 1),
-            (0, true) => (2, 2),
-            (_, false) => (2, 1),
-            (_, true) => (3, 2),
+        match (self.round_trip.tries_within(left), missing.tries) {
+            // Copies of so many packets would take the place of others that are in time.
+            _ if self.flooded => (1, 1),
+            (0 | 1, 0) => (2, 2),
+            (0 | 1, _) => (3, 2),
+            (2, 1) | (_, 3..) => (2, 1),
+            (..=4, _) => (1, 1),
+            _ => (1, u8::from(!self.losing.is_heavy())),
         }
     }
 
+    /// Whether the answers to requests are coming in, one behind the other, and have not got to
+    /// this number yet: then it is not overdue, however long ago it was asked for.
+    fn is_on_its_way(&self, now: Instant, number: u64, missing: &Missing) -> bool {
+        missing.tries > 0
+            && self.flooded
+            && number > self.repaired_last.0
+            && self.repaired_last.1.is_some_and(|at| {
+                now.saturating_duration_since(at) < (self.round_trip.smoothed / 4).max(MIN_STALL)
+            })
+            && now + self.round_trip.least_for_a_try() + self.round_trip.smoothed / 4
+                < missing.deadline
+    }
+
     fn mark_asked(&mut self, now: Instant, number: u64) {
-        let repeat_after = self.round_trip.repeat_after();
         let Some(missing) = self.missing_at(number) else { return };
         let left = missing.deadline.saturating_duration_since(now);
         let (copies, repeats) = self.effort(missing, left);
+        // A last try is said as often as there is still time for it and its copies.
+        let spare = left.saturating_sub(self.round_trip.smoothed);
+        let spacing = SPACING.min(spare / 4);
         let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
         else {
             return;
@@ -544,6 +606,8 @@ impl Receiver {
         } else {
             if missing.tries == 0 {
                 self.stats.asked += 1;
+                self.asked_now += 1;
+                self.flooded |= self.asked_now > FLOOD;
             }
             missing.tries = missing.tries.saturating_add(1);
             missing.asked_at = Some(now);
@@ -551,19 +615,31 @@ impl Receiver {
         }
         let next_ask = match missing.repeats {
             0 => {
-                // The last time that it was said may be the one that is heard, and the last copy
-                // the one that comes; but where time is short, a further try is worth more.
-                let patient = now + self.round_trip.retry_after(missing.copies);
-                let hasty = missing.asked_at.unwrap_or(now) + self.round_trip.retry_after(1);
-                match patient + self.round_trip.least_for_a_try() <= missing.deadline {
-                    true => patient,
-                    false => hasty.max(now + MIN_REPEAT_GAP),
-                }
+                // The last time that it was said may be the one that is heard, and the answer may
+                // take its time; but neither is worth waiting for where that costs a try.
+                let asked_at = missing.asked_at.unwrap_or(now);
+                let (patient, hasty) =
+                    (self.round_trip.retry_after(), self.round_trip.retry_in_haste_after());
+                let tries = |at: Instant| {
+                    self.round_trip.tries_within(missing.deadline.saturating_duration_since(at))
+                };
+                let most = tries(asked_at + hasty);
+                [now + patient, asked_at + patient, asked_at + hasty]
+                    .into_iter()
+                    .find(|at| tries(*at) >= most)
+                    .unwrap_or(asked_at + hasty)
+                    .max(now + spacing)
             }
-            _ => now + repeat_after,
+            _ => now + spacing,
         };
         missing.due = next_ask;
+        missing.said_in = self.request;
         self.asks.push(Reverse((next_ask, number)));
+    }
+
+    fn answered(&mut self, was_asked: bool) {
+        self.asked_now -= usize::from(was_asked);
+        self.flooded &= self.asked_now > EBB;
     }
 
     fn missing_at(&self, number: u64) -> Option<&Missing> {
@@ -647,7 +723,8 @@ impl Receiver {
                 self.stats.waits.add(now.saturating_duration_since(since));
                 self.events.push_back(Event::Packet(packet));
             }
-            Some(Slot::Missing(_)) => {
+            Some(Slot::Missing(missing)) => {
+                self.answered(missing.tries > 0);
                 self.stats.lost += 1;
                 match self.events.back_mut() {
                     Some(Event::Lost(count)) => *count += 1,
@@ -679,6 +756,15 @@ const RERUN_PAUSE: Duration = Duration::from_millis(50);
 /// How long packets from before the sender began anew are taken for stragglers, which two paths and
 /// reordering bring in any order.
 const STRAGGLERS_COME: Duration = Duration::from_secs(5);
+/// How much longer than its latency a packet is waited for, so that a latency of n round trips is
+/// time for n tries. Playout buffers were measured to add 2 to 16 ms to theirs.
+pub const GRACE: Duration = Duration::from_millis(10);
+/// Missing packets asked for, all at one time, that are more than random loss explains, and at which
+/// that is over.
+const FLOOD: usize = 256;
+const EBB: usize = 16;
+/// Answers that come in leave no longer pauses than this, and a quarter of a round trip.
+const MIN_STALL: Duration = Duration::from_millis(5);
 /// How long what a heartbeat tells of is waited for, at most, before it is asked for.
 const MAX_HEAD_START: Duration = Duration::from_millis(10);
 /// Remembered only to tell a packet that came too late from one that came twice.

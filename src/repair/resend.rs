@@ -1,7 +1,7 @@
 //! What is sent again to one edge, and when: the sender's half of repair, without socket or clock.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -16,17 +16,17 @@ use crate::rtp::{Seq, Ssrc};
 pub struct Resender<T> {
     /// Half the round trip, within bounds: shorter than any try is from the next.
     guard: Duration,
-    spacing: Duration,
     answered: HashMap<(Ssrc, Seq), Instant>,
     /// The keys of `answered`, oldest first.
     order: VecDeque<(Instant, (Ssrc, Seq))>,
-    /// Further copies, in the order of their times.
-    copies: VecDeque<Copy<T>>,
+    /// Further copies by their times, and by the order in which they were planned.
+    copies: BTreeMap<(Instant, u64), Copy<T>>,
+    planned: u64,
 }
 
 #[derive(Debug)]
 struct Copy<T> {
-    due: Instant,
+    spacing: Duration,
     packet: T,
     /// How many to send, this one included.
     left: u8,
@@ -37,17 +37,16 @@ impl<T: Clone> Resender<T> {
     pub fn new() -> Self {
         Self {
             guard: MIN_GUARD,
-            spacing: MIN_SPACING,
             answered: HashMap::new(),
             order: VecDeque::new(),
-            copies: VecDeque::new(),
+            copies: BTreeMap::new(),
+            planned: 0,
         }
     }
 
     /// Tells the round trip to the edge.
     pub fn set_round_trip(&mut self, round_trip: Duration) {
         self.guard = (round_trip / 2).clamp(MIN_GUARD, MAX_GUARD);
-        self.spacing = copy_spacing(round_trip);
     }
 
     /// Whether a request for this packet is to be answered: it is not if it only repeats one that
@@ -83,36 +82,40 @@ impl<T: Clone> Resender<T> {
         self.answered.remove(&(ssrc, seq));
     }
 
-    /// Plans `further` copies of a packet that is being sent. False if too many wait already.
-    pub fn copy(&mut self, now: Instant, packet: T, further: u8) -> bool {
+    /// Plans `further` copies of a packet that is being sent, all of them within so long. False if
+    /// too many wait already.
+    pub fn copy(&mut self, now: Instant, packet: T, further: u8, within: Duration) -> bool {
         if further == 0 {
             return true;
         }
         let room = self.copies.len() < MAX_COPIES;
         if room {
-            self.copies.push_back(Copy { due: now + self.spacing, packet, left: further });
+            let spacing = SPACING.min(within / u32::from(further));
+            self.plan(now, Copy { spacing, packet, left: further });
         }
         room
     }
 
     /// The next copy that is due at `now`; call until it gives `None`.
     pub fn poll_copy(&mut self, now: Instant) -> Option<T> {
-        if self.copies.front()?.due > now {
-            return None;
-        }
-        let mut copy = self.copies.pop_front()?;
+        let entry = self.copies.first_entry().filter(|entry| entry.key().0 <= now)?;
+        let mut copy = entry.remove();
         copy.left -= 1;
         let packet = copy.packet.clone();
         if copy.left > 0 {
-            copy.due = now + self.spacing;
-            self.copies.push_back(copy);
+            self.plan(now, copy);
         }
         Some(packet)
     }
 
     /// When the next copy is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.copies.front().map(|copy| copy.due)
+        self.copies.first_key_value().map(|((due, _), _)| *due)
+    }
+
+    fn plan(&mut self, now: Instant, copy: Copy<T>) {
+        self.planned += 1;
+        self.copies.insert((now + copy.spacing, self.planned), copy);
     }
 }
 
@@ -122,17 +125,12 @@ impl<T: Clone> Default for Resender<T> {
     }
 }
 
-/// How far apart copies of a packet are sent: so far that one short burst of loss does not take all
-/// of them. Edges count on it when they time their next try.
-pub fn copy_spacing(round_trip: Duration) -> Duration {
-    (round_trip / 10).clamp(MIN_SPACING, MAX_SPACING)
-}
-
+/// How far apart copies of a packet are sent, and a request is repeated: the shortest bursts of loss
+/// take but one, and the last is hardly later than the first.
+pub const SPACING: Duration = Duration::from_millis(2);
 /// Above the repeats of a try, below the shortest time to the next (`receiver`).
-const MIN_GUARD: Duration = Duration::from_millis(4);
+const MIN_GUARD: Duration = Duration::from_millis(5);
 const MAX_GUARD: Duration = Duration::from_millis(100);
-const MIN_SPACING: Duration = Duration::from_millis(2);
-const MAX_SPACING: Duration = Duration::from_millis(10);
 /// Answers remembered: at 100,000 requests a second, the longest guard's worth.
 const MAX_ANSWERED: usize = 10_000;
 /// Copies that wait for their time: each holds on to the burst it is from.
@@ -168,26 +166,22 @@ mod tests {
         let mut resender = Resender::new();
         for i in 0..100_000u32 {
             resender.is_new(now, Ssrc(i), Seq(i as u16));
-            resender.copy(now, i, 2);
+            resender.copy(now, i, 2, Duration::MAX);
         }
         assert!(resender.answered.len() <= MAX_ANSWERED + 2);
         assert_eq!(resender.copies.len(), MAX_COPIES);
     }
 
     #[test]
-    fn copies_come_spaced() {
+    fn copies_come_spaced_and_in_time() {
         let now = Instant::now();
+        let at = |ms| now + Duration::from_millis(ms);
         let mut resender = Resender::new();
-        resender.set_round_trip(Duration::from_millis(50));
-        assert!(
-            resender.copy(now, 'a', 2) && resender.copy(now, 'b', 1) && resender.copy(now, 'c', 0)
-        );
-        assert_eq!(resender.poll_copy(now), None);
-        let due = resender.poll_timeout().unwrap();
-        assert_eq!(due, now + Duration::from_millis(5));
-        let first: Vec<_> = std::iter::from_fn(|| resender.poll_copy(due)).collect();
-        assert_eq!(first, ['a', 'b']);
-        assert_eq!(resender.poll_copy(due + Duration::from_millis(5)), Some('a'));
+        for (packet, further, within) in [('a', 2, 100), ('b', 1, 1), ('c', 0, 100), ('d', 2, 4)] {
+            assert!(resender.copy(now, packet, further, Duration::from_millis(within)));
+        }
+        let mut come = |ms| std::iter::from_fn(|| resender.poll_copy(at(ms))).collect::<String>();
+        assert_eq!([0, 1, 2, 3, 4].map(&mut come), ["", "b", "ad", "", "ad"]);
         assert_eq!(resender.poll_timeout(), None);
     }
 }

@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn_proto::RandomConnectionIdGenerator;
 
 use super::congestion::RepairControlFactory;
 
@@ -47,6 +48,15 @@ pub fn client() -> TransportConfig {
     config
 }
 
+/// What an edge's endpoint is made with: connection ids of two bytes, for it has a connection or two
+/// and the id is in each repair. (None at all would tie a connection to the cloud's address, which
+/// the one before it takes along when it goes.)
+pub(super) fn edge_endpoint() -> EndpointConfig {
+    let mut config = EndpointConfig::default();
+    config.cid_generator(|| Box::new(RandomConnectionIdGenerator::new(2)));
+    config
+}
+
 /// A UDP socket with room for a burst of nacks or repairs. An IPv6 wildcard takes IPv4 too.
 ///
 /// # Errors
@@ -71,8 +81,11 @@ pub(super) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
 /// detector falls back to 1200 bytes, so a datagram must always be ready to meet that size.
 fn common() -> TransportConfig {
     let mut acks = AckFrequencyConfig::default();
-    // Acks time the round trip that retries are timed by; a delayed one makes it look longer.
-    acks.max_ack_delay(Some(Duration::from_millis(5)));
+    // Nothing waits for an ack: what is lost is asked for again by number, and answers time the round
+    // trip. One an answer would cost a tenth of the answers.
+    acks.ack_eliciting_threshold(VarInt::from_u32(16))
+        .reordering_threshold(VarInt::from_u32(0))
+        .max_ack_delay(Some(ACK_DELAY));
     let mut config = TransportConfig::default();
     config
         .congestion_controller_factory(Arc::new(RepairControlFactory))
@@ -82,6 +95,7 @@ fn common() -> TransportConfig {
     config
 }
 
+const ACK_DELAY: Duration = Duration::from_millis(20);
 const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
 /// Streams that an edge may have open: the control or info stream, and its successors.
 const SERVER_BIDI_STREAMS: u32 = 4;

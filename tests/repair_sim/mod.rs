@@ -50,7 +50,8 @@ impl Run {
             up: link.clone(),
             receiver: Settings { latency, join_latency: latency, ..Settings::default() },
             interval: Duration::from_millis(1),
-            tags: vec![1000; tags],
+            // With its header a tag of 1000 bytes.
+            tags: vec![989; tags],
             before: 0,
             restart: None,
             jump: None,
@@ -265,6 +266,9 @@ impl<'a> World<'a> {
 
     fn repair(&mut self, nack: Nack) {
         let mut gone = Vec::new();
+        let round_trip = self.run.down.delay + self.run.up.delay;
+        let slack = Duration::from_millis(nack.slack_ms.into());
+        let within = slack.saturating_sub(round_trip);
         for seq in nack.seqs {
             if !self.resender.is_new(self.now, SSRC, seq) {
                 continue;
@@ -272,7 +276,7 @@ impl<'a> World<'a> {
             match self.history.packet(seq) {
                 Some(packet) => {
                     self.send_repair(&packet);
-                    self.resender.copy(self.now, packet, nack.copies - 1);
+                    self.resender.copy(self.now, packet, nack.copies - 1, within);
                 }
                 None => gone.push(seq),
             }
@@ -354,6 +358,6 @@ const PAYLOAD: usize = 1120;
 const HEARTBEAT: Duration = Duration::from_millis(50);
 /// IPv4 and UDP.
 const UDP_HEADERS: usize = 28;
-/// IPv4, UDP, and a short-header packet with one datagram frame: connection id 8, number 2, frame
-/// 3, tag 16.
-const QUIC_HEADERS: usize = 28 + 30;
+/// IPv4, UDP, and a short-header packet with one datagram frame to an edge: connection id
+/// 2, number 2, frame 3, tag 16.
+const QUIC_HEADERS: usize = 28 + 24;

@@ -2,19 +2,18 @@
 
 use std::time::{Duration, Instant};
 
-use crate::repair::resend::copy_spacing;
-
 /// The time from a request to its answer, smoothed as in RFC 6298 §2.
 #[derive(Debug)]
 pub(super) struct RoundTrip {
     pub(super) smoothed: Duration,
     variation: Duration,
     sampled_at: Option<Instant>,
+    hinted: bool,
 }
 
 impl RoundTrip {
     pub(super) fn sample(&mut self, now: Instant, sample: Duration) {
-        if self.sampled_at.replace(now).is_none() {
+        if self.sampled_at.replace(now).is_none() && !self.hinted {
             self.smoothed = sample;
             self.variation = sample / 4;
             return;
@@ -29,14 +28,29 @@ impl RoundTrip {
         if !self.sampled_at.is_some_and(fresh) {
             self.smoothed = round_trip;
             self.variation = variation;
+            self.hinted = true;
         }
     }
 
-    /// How long after a request for so many copies the last of them is overdue.
-    pub(super) fn retry_after(&self, copies: u8) -> Duration {
+    /// How long after a request its answer is overdue.
+    pub(super) fn retry_after(&self) -> Duration {
         let margin = (self.variation * 2).clamp(MIN_MARGIN, self.smoothed / 2 + MIN_MARGIN);
-        let copies = copy_spacing(self.smoothed) * u32::from(copies.saturating_sub(1));
-        (self.smoothed + margin + copies + TIMER_GRAIN).max(MIN_RETRY)
+        (self.smoothed + margin + TIMER_GRAIN).max(MIN_RETRY)
+    }
+
+    /// How long after a request its answer is later than most.
+    pub(super) fn retry_in_haste_after(&self) -> Duration {
+        let margin = (self.variation / 2).clamp(MIN_MARGIN, self.smoothed / 4 + MIN_MARGIN);
+        (self.smoothed + margin + TIMER_GRAIN).max(MIN_RETRY)
+    }
+
+    /// How many tries, one after the other, there is time for at the most.
+    pub(super) fn tries_within(&self, left: Duration) -> u32 {
+        let each = self.retry_in_haste_after().as_micros().max(1);
+        match left.checked_sub(self.least_for_a_try()) {
+            Some(more) => 1 + (more.as_micros() / each) as u32,
+            None => 0,
+        }
     }
 
     /// What comes sooner after a request than this is no answer to it.
@@ -44,21 +58,16 @@ impl RoundTrip {
         self.smoothed * 3 / 4
     }
 
-    /// How much time a try needs to be of use, said twice.
+    /// How much time a try needs to be of use.
     pub(super) fn least_for_a_try(&self) -> Duration {
-        self.smoothed + self.repeat_after()
-    }
-
-    /// How long after a request it is repeated.
-    pub(super) fn repeat_after(&self) -> Duration {
-        (self.smoothed / 16).clamp(MIN_REPEAT_GAP, MAX_REPEAT_GAP)
+        self.smoothed + TIMER_GRAIN
     }
 }
 
 impl Default for RoundTrip {
     fn default() -> Self {
         let guess = Duration::from_millis(100);
-        Self { smoothed: guess, variation: guess / 8, sampled_at: None }
+        Self { smoothed: guess, variation: guess / 8, sampled_at: None, hinted: false }
     }
 }
 
@@ -90,18 +99,40 @@ impl Reordering {
         if self.share < REORDERING_IS_COMMON {
             return Duration::ZERO;
         }
-        self.lateness.min(round_trip / 4).min(MAX_REORDER_WAIT)
+        // What is due within the timer's grain is asked for already.
+        (self.lateness + TIMER_GRAIN * 2).min(round_trip / 4).min(MAX_REORDER_WAIT)
+    }
+}
+
+/// Learns how much does not come by itself.
+#[derive(Debug, Default)]
+pub(super) struct Losing {
+    /// Share of packets, 0..=1, over the last few hundred.
+    share: f32,
+}
+
+impl Losing {
+    /// A packet came, and as many before it did not.
+    pub(super) fn came_after(&mut self, missing: u64) {
+        for _ in 0..missing.min(LOSING_OVER) {
+            self.share += (1.0 - self.share) / LOSING_OVER as f32;
+        }
+        self.share -= self.share / LOSING_OVER as f32;
+    }
+
+    pub(super) fn is_heavy(&self) -> bool {
+        self.share > HEAVY_LOSS
     }
 }
 
 /// Timers are that coarse; what is due within it is due.
 pub(super) const TIMER_GRAIN: Duration = Duration::from_millis(1);
-pub(super) const MIN_REPEAT_GAP: Duration = Duration::from_millis(2);
-const MAX_REPEAT_GAP: Duration = Duration::from_millis(5);
 /// On a path without delay, requests are not worth more than that.
-const MIN_RETRY: Duration = Duration::from_millis(5);
+const MIN_RETRY: Duration = Duration::from_millis(6);
 /// What timers and queues on both ends add to a round trip that does not vary.
 const MIN_MARGIN: Duration = Duration::from_millis(1);
 const MAX_REORDER_WAIT: Duration = Duration::from_millis(25);
 const REORDERING_IS_COMMON: f32 = 0.05;
+const LOSING_OVER: u64 = 256;
+const HEAVY_LOSS: f32 = 0.12;
 const SAMPLE_FRESH: Duration = Duration::from_secs(5);

@@ -546,7 +546,8 @@ impl<'a> Repairer<'a> {
                     metrics.answered_by_group.inc();
                 }
                 repair.packet.group = Some(group);
-                if !self.resender.copy(now, repair.clone(), further) {
+                let within = repair.deadline.saturating_duration_since(now);
+                if !self.resender.copy(now, repair.clone(), further, within) {
                     metrics.dropped_backlog.inc_by(further.into());
                 }
                 true
@@ -665,7 +666,8 @@ impl<'a> Repairer<'a> {
         metrics.downpour.repairs.inc();
         metrics.downpour.repair_bytes.inc_by(repair.len as u64);
         let further = repair.further;
-        if !self.resender.copy(now, repair, further) {
+        let within = repair.deadline.saturating_duration_since(now);
+        if !self.resender.copy(now, repair, further, within) {
             metrics.dropped_backlog.inc_by(further.into());
         }
         Ok(())

@@ -27,7 +27,7 @@ impl Heartbeats {
     ///
     /// A new number is told once the stream has been quiet for 10 ms, so that the packets
     /// themselves come first; about every 50 ms while it is never quiet. Then the same number again
-    /// after 50 and 250 ms, and every second.
+    /// after 50, 100, 200 and 400 ms, and every second.
     pub(super) fn poll(&mut self, now: Instant, live: &[(Ssrc, Seq)]) -> Vec<Heartbeat> {
         self.streams.retain(|ssrc, _| live.iter().any(|(other, _)| other == ssrc));
         let beats = live.iter().filter(|&&(ssrc, newest)| {
@@ -84,7 +84,12 @@ impl Beat {
 
 const QUIET: Duration = Duration::from_millis(10);
 const LONGEST_UNTOLD: Duration = Duration::from_millis(40);
-const REPEATS: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
+const REPEATS: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+];
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -110,7 +115,7 @@ mod tests {
     fn a_tail_is_told_soon_and_then_ever_less_often() {
         let beats = run(3400, |at| if at < 100 { 7 } else { 9 });
         let times: Vec<_> = beats.iter().filter(|(_, seq)| *seq == 9).map(|(at, _)| *at).collect();
-        assert_eq!(times, [110, 150, 350, 1350, 2350, 3350]);
+        assert_eq!(times, [110, 150, 200, 300, 500, 1500, 2500]);
     }
 
     #[test]
