@@ -7,6 +7,7 @@
 //! A publication may come over two paths, each of which brings all of it. The first copy of a packet
 //! counts, and only what both lost is asked for.
 
+mod asking;
 mod paths;
 mod stats;
 mod timing;
@@ -26,7 +27,6 @@ use self::{
     paths::Paths,
     timing::{Losing, Reordering, RoundTrip, TIMER_GRAIN},
 };
-use super::resend::SPACING;
 use crate::rtp::{Packet, Seq};
 
 /// How long to wait and how much to hold.
@@ -345,47 +345,6 @@ impl Receiver {
         self.events.pop_front()
     }
 
-    /// Numbers that are due to be asked for at `now`; call until it gives `None`.
-    pub fn poll_request(&mut self, now: Instant) -> Option<Request> {
-        self.request += 1;
-        let mut numbers = Vec::new();
-        let mut asked_copies = 1;
-        let mut deadline = now + self.settings.latency.max(self.settings.join_latency);
-        while let Some(&Reverse((due, number))) = self.asks.peek() {
-            // What falls due within the timer's grain goes along now.
-            if due > now + TIMER_GRAIN || numbers.len() >= MAX_REQUEST {
-                break;
-            }
-            let Some(copies) = self.copies_to_ask(now, due, number) else {
-                self.asks.pop();
-                continue;
-            };
-            // A repetition in the same request would be lost with it.
-            let said = self.missing_at(number).is_some_and(|m| m.said_in == self.request);
-            if said || !numbers.is_empty() && copies != asked_copies {
-                break;
-            }
-            self.asks.pop();
-            if self.missing_at(number).is_some_and(|m| self.is_on_its_way(now, number, m)) {
-                self.postpone(now, number);
-                continue;
-            }
-            self.mark_asked(now, number);
-            if let Some(missing) = self.missing_at(number) {
-                deadline = deadline.min(missing.deadline);
-            }
-            asked_copies = copies;
-            numbers.push(number);
-        }
-        self.stats.requests += numbers.len() as u64;
-        numbers.sort_unstable();
-        (!numbers.is_empty()).then(|| Request {
-            seqs: numbers.iter().map(|number| Seq(*number as u16)).collect(),
-            copies: asked_copies,
-            deadline,
-        })
-    }
-
     /// When to call [`Receiver::handle_timeout`] and the polls again, if nothing comes before.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let ask = self.asks.peek().map(|Reverse((due, _))| *due);
@@ -449,54 +408,6 @@ impl Receiver {
         }
     }
 
-    /// How long what is missing from `number` on is waited for before it is asked for.
-    fn first_wait(&self, now: Instant, shown_by: Option<usize>, number: u64) -> Duration {
-        let round_trip = self.round_trip.smoothed;
-        let other_path = shown_by.map_or(Duration::ZERO, |path| {
-            self.paths.wait_for_other(now, path, number, round_trip.min(self.settings.latency / 4))
-        });
-        // Where there is time and much is lost, several losses go into one request.
-        let batch = match self.losing.is_heavy()
-            && self.round_trip.tries_within(self.settings.latency) > 4
-        {
-            true => (self.round_trip.smoothed / 16).max(SPACING),
-            false => Duration::ZERO,
-        };
-        self.wait_on_this_path().max(other_path).max(batch)
-    }
-
-    /// How long what was not in order may still come by itself: late, or with its parity.
-    fn wait_on_this_path(&self) -> Duration {
-        let round_trip = self.round_trip.smoothed;
-        let two_tries = self.round_trip.retry_after() + self.round_trip.least_for_a_try();
-        let worth_it =
-            self.parity_wait <= round_trip && self.parity_wait + two_tries <= self.settings.latency;
-        let parity = if worth_it { self.parity_wait } else { Duration::ZERO };
-        self.reordering.wait(round_trip).max(parity)
-    }
-
-    fn postpone(&mut self, now: Instant, number: u64) {
-        let due = now + (self.round_trip.smoothed / 4).max(MIN_STALL);
-        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize) {
-            missing.due = due;
-            self.asks.push(Reverse((due, number)));
-        }
-    }
-
-    /// Asks for a number soon that would be asked for later only because the other path might have
-    /// brought it.
-    fn hurry(&mut self, now: Instant, number: u64) {
-        let due = now + self.wait_on_this_path();
-        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
-        else {
-            return;
-        };
-        if missing.tries == 0 && missing.due > due {
-            missing.due = due;
-            self.asks.push(Reverse((due, number)));
-        }
-    }
-
     fn fill(&mut self, now: Instant, number: u64, packet: Packet, path: Path) {
         let slot = &mut self.window[(number - self.next) as usize];
         let Slot::Missing(missing) = slot else {
@@ -537,109 +448,6 @@ impl Receiver {
         *slot = Slot::Held { packet, since };
         self.stats.delays.add(delay);
         self.answered(asked_for.is_some());
-    }
-
-    /// How many copies to ask for, or `None` if it is no longer missing or cannot come in time.
-    fn copies_to_ask(&self, now: Instant, due: Instant, number: u64) -> Option<u8> {
-        let missing = self.missing_at(number).filter(|missing| missing.due == due)?;
-        let left = missing.deadline.saturating_duration_since(now);
-        let too_late = match (missing.tries, missing.repeats) {
-            // The round trip may be shorter than we think.
-            (0, _) => false,
-            (_, 0) => left < self.round_trip.least_for_a_try(),
-            _ => left < self.round_trip.smoothed,
-        };
-        if missing.gone || too_late {
-            return None;
-        }
-        Some(match missing.repeats {
-            0 => self.effort(missing, left).0,
-            _ => missing.copies,
-        })
-    }
-
-    /// How many copies a new try asks for, and how often it is repeated.
-    ///
-    /// With loss p both ways a try fails with 2p, about; said twice, with p² + p; with two copies,
-    /// with 2p²; said thrice and with three copies, with 2p³. Copies cost as much as the media, so
-    /// they are for what has failed already and is near its deadline: few packets come that far.
-    /// Requests are small, but where much is lost there are many, so those that have time for
-    /// several tries are then said once.
-    fn effort(&self, missing: &Missing, left: Duration) -> (u8, u8) {
-        match (self.round_trip.tries_within(left), missing.tries) {
-            // Copies of so many packets would take the place of others that are in time.
-            _ if self.flooded => (1, 1),
-            (0 | 1, 0) => (2, 2),
-            (0 | 1, _) => (3, 2),
-            (2, 1) | (_, 3..) => (2, 1),
-            (..=4, _) => (1, 1),
-            _ => (1, u8::from(!self.losing.is_heavy())),
-        }
-    }
-
-    /// Whether the answers to requests are coming in, one behind the other, and have not got to
-    /// this number yet: then it is not overdue, however long ago it was asked for.
-    fn is_on_its_way(&self, now: Instant, number: u64, missing: &Missing) -> bool {
-        missing.tries > 0
-            && self.flooded
-            && number > self.repaired_last.0
-            && self.repaired_last.1.is_some_and(|at| {
-                now.saturating_duration_since(at) < (self.round_trip.smoothed / 4).max(MIN_STALL)
-            })
-            && now + self.round_trip.least_for_a_try() + self.round_trip.smoothed / 4
-                < missing.deadline
-    }
-
-    fn mark_asked(&mut self, now: Instant, number: u64) {
-        let Some(missing) = self.missing_at(number) else { return };
-        let left = missing.deadline.saturating_duration_since(now);
-        let (copies, repeats) = self.effort(missing, left);
-        // A last try is said as often as there is still time for it and its copies.
-        let spare = left.saturating_sub(self.round_trip.smoothed);
-        let spacing = SPACING.min(spare / 4);
-        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
-        else {
-            return;
-        };
-        if missing.repeats > 0 {
-            missing.repeats -= 1;
-        } else {
-            if missing.tries == 0 {
-                self.stats.asked += 1;
-                self.asked_now += 1;
-                self.flooded |= self.asked_now > FLOOD;
-            }
-            missing.tries = missing.tries.saturating_add(1);
-            missing.asked_at = Some(now);
-            (missing.copies, missing.repeats) = (copies, repeats);
-        }
-        let next_ask = match missing.repeats {
-            0 => {
-                // The last time that it was said may be the one that is heard, and the answer may
-                // take its time; but neither is worth waiting for where that costs a try.
-                let asked_at = missing.asked_at.unwrap_or(now);
-                let (patient, hasty) =
-                    (self.round_trip.retry_after(), self.round_trip.retry_in_haste_after());
-                let tries = |at: Instant| {
-                    self.round_trip.tries_within(missing.deadline.saturating_duration_since(at))
-                };
-                let most = tries(asked_at + hasty);
-                [now + patient, asked_at + patient, asked_at + hasty]
-                    .into_iter()
-                    .find(|at| tries(*at) >= most)
-                    .unwrap_or(asked_at + hasty)
-                    .max(now + spacing)
-            }
-            _ => now + spacing,
-        };
-        missing.due = next_ask;
-        missing.said_in = self.request;
-        self.asks.push(Reverse((next_ask, number)));
-    }
-
-    fn answered(&mut self, was_asked: bool) {
-        self.asked_now -= usize::from(was_asked);
-        self.flooded &= self.asked_now > EBB;
     }
 
     fn missing_at(&self, number: u64) -> Option<&Missing> {
@@ -746,8 +554,6 @@ impl Receiver {
 
 /// Extended numbers begin here, so that one before the first is no underflow.
 const BASE: u64 = 1 << 32;
-/// Numbers in one request: two datagrams' worth at the worst.
-const MAX_REQUEST: usize = 512;
 /// Old numbers in a row, and the time that they go on for, after which they are no stragglers. A
 /// pause counts for so much at most: a clock may jump.
 const RERUN_LEN: usize = 32;
@@ -759,12 +565,6 @@ const STRAGGLERS_COME: Duration = Duration::from_secs(5);
 /// How much longer than its latency a packet is waited for, so that a latency of n round trips is
 /// time for n tries. Playout buffers were measured to add 2 to 16 ms to theirs.
 pub const GRACE: Duration = Duration::from_millis(10);
-/// Missing packets asked for, all at one time, that are more than random loss explains, and at which
-/// that is over.
-const FLOOD: usize = 256;
-const EBB: usize = 16;
-/// Answers that come in leave no longer pauses than this, and a quarter of a round trip.
-const MIN_STALL: Duration = Duration::from_millis(5);
 /// How long what a heartbeat tells of is waited for, at most, before it is asked for.
 const MAX_HEAD_START: Duration = Duration::from_millis(10);
 /// Remembered only to tell a packet that came too late from one that came twice.

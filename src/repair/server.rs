@@ -3,6 +3,7 @@
 mod downpour;
 mod heartbeat;
 mod metrics;
+mod repairer;
 mod v0;
 
 use std::{
