@@ -6,7 +6,10 @@ mod repair_sim;
 
 use std::time::Duration;
 
-use downpour::impair::{Bursts, LinkSettings};
+use downpour::{
+    impair::{Bursts, LinkSettings},
+    repair::receiver::DELAY_BOUNDS_MS,
+};
 
 use repair_sim::{Run, lossy};
 
@@ -35,12 +38,12 @@ fn less_is_lost_than_anywhere_else_and_for_fewer_bytes() {
     };
     let cells = [
         iid(20, 0.05, "5 %", [0.1, 0.005, 0.0, 0.0], 0.09),
-        iid(20, 0.2, "20 %", [1.0, 0.1, 0.01, 0.0], 0.31),
+        iid(20, 0.2, "20 %", [1.0, 0.1, 0.01, 0.0], 0.32),
         iid(100, 0.05, "5 %", [0.1, 0.002, 0.0, 0.0], 0.09),
         iid(100, 0.1, "10 %", [0.3, 0.01, 0.0001, 0.0], 0.15),
-        iid(100, 0.2, "20 %", [1.0, 0.1, 0.01, 0.0], 0.31),
+        iid(100, 0.2, "20 %", [1.0, 0.1, 0.01, 0.0], 0.32),
         iid(200, 0.1, "10 %", [0.92, 0.14, 0.04, 0.007], 0.15),
-        iid(100, 0.3, "30 %", [4.2, 1.7, 0.41, 0.03], 0.55),
+        iid(100, 0.3, "30 %", [4.2, 1.7, 0.41, 0.03], 0.6),
         Cell {
             round_trip: 100,
             link: bursts,
@@ -50,6 +53,10 @@ fn less_is_lost_than_anywhere_else_and_for_fewer_bytes() {
         },
     ];
     for Cell { round_trip, link, what, targets, dearest } in cells {
+        // The first bound that is at least a round trip and a quarter; 99 % of packets are to be
+        // there within 1.3 where 5 % are lost.
+        let on_time =
+            DELAY_BOUNDS_MS.partition_point(|bound| u64::from(*bound) < round_trip * 5 / 4);
         for (budget, target) in [2, 3, 4, 6].into_iter().zip(targets) {
             let (mut lost, mut sent, mut dearest_run, mut longest) = (0, 0, 0.0f64, 0);
             let (mut delays, mut late) = (Vec::new(), 0);
@@ -61,9 +68,7 @@ fn less_is_lost_than_anywhere_else_and_for_fewer_bytes() {
                 longest = longest.max(out.longest_hole);
                 dearest_run = dearest_run.max(out.overhead);
                 delays.extend(out.delays);
-                // Within a round trip and a half: the bounds of the histogram are that coarse.
-                let within = usize::from(round_trip == 100) + 6;
-                late += out.stats.delays.counts[within + 1..].iter().sum::<u64>();
+                late += out.stats.delays.counts[on_time + 1..].iter().sum::<u64>();
             }
             delays.sort_unstable();
             let residual = lost as f64 / sent as f64 * 100.0;
@@ -78,6 +83,8 @@ fn less_is_lost_than_anywhere_else_and_for_fewer_bytes() {
             let allowed = target / 100.0 * sent as f64;
             assert!(lost as f64 <= allowed + 3.0 * allowed.sqrt() + 1.0, "{lost} of {sent}");
             let dearest = if budget < 4 { dearest * 1.5 } else { dearest };
+            let on_time = late as f64 / sent as f64 <= 0.01;
+            assert!(on_time || what != "5 %", "{late} of {sent} were late");
             assert!(dearest_run <= dearest, "{dearest_run:.3} for {what}, {budget} round trips");
         }
     }

@@ -24,9 +24,11 @@ impl Receiver {
                 self.asks.pop();
                 continue;
             };
-            // A repetition in the same request would be lost with it.
-            let said = self.missing_at(number).is_some_and(|m| m.said_in == self.request);
-            if said || !numbers.is_empty() && copies != asked_copies {
+            // A repetition must not be in the same request, nor in the same packet.
+            let too_soon = self.missing_at(number).is_some_and(|missing| {
+                missing.said_in == self.request || missing.repeats > 0 && due > now
+            });
+            if too_soon || !numbers.is_empty() && copies != asked_copies {
                 break;
             }
             self.asks.pop();
@@ -160,7 +162,7 @@ impl Receiver {
         let (copies, repeats) = self.effort(missing, left);
         // A last try is said as often as there is still time for it and its copies.
         let spare = left.saturating_sub(self.round_trip.smoothed);
-        let spacing = SPACING.min(spare / 4);
+        let spacing = SPACING.min(spare / 4).max(LEAST_SPACING);
         let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
         else {
             return;
@@ -207,6 +209,8 @@ impl Receiver {
     }
 }
 
+/// What is said within less goes into one packet of the repair connection, and is lost with it.
+const LEAST_SPACING: Duration = Duration::from_millis(1);
 /// Missing packets asked for, all at one time, that are more than random loss explains, and at which
 /// that is over.
 const FLOOD: usize = 256;

@@ -78,4 +78,5 @@ impl Histogram {
 }
 
 /// Upper bounds of the delays that a [`Histogram`] tells apart, in milliseconds.
-pub const DELAY_BOUNDS_MS: [u16; 12] = [0, 2, 5, 10, 20, 50, 100, 150, 200, 300, 500, 1000];
+pub const DELAY_BOUNDS_MS: [u16; 16] =
+    [0, 2, 5, 10, 15, 20, 25, 50, 75, 100, 125, 150, 200, 300, 500, 1000];

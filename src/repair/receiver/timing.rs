@@ -60,7 +60,7 @@ impl RoundTrip {
 
     /// How much time a try needs to be of use.
     pub(super) fn least_for_a_try(&self) -> Duration {
-        self.smoothed + TIMER_GRAIN
+        self.smoothed + TIMER_GRAIN * 2
     }
 }
 
