@@ -14,7 +14,7 @@ use downpour::{
     origin::Origin,
     repair::{
         client::{RepairClientSettings, RepairEvent},
-        control::{Report, StreamReport},
+        control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport},
         server::RepairServerSettings,
     },
     tls::{Identity, Trust},
@@ -23,9 +23,11 @@ use repair_support::{Cloud, Edge, Feed, edge_settings, until};
 
 const ROUND_TRIP: Duration = Duration::from_millis(400);
 
-/// Has the cloud close the connection: a report that is too long for it. Waits until it did.
+/// Has the cloud close the connection: a report that no edge makes, too long for it. Waits until it did.
 async fn cut(edge: &mut Edge) -> String {
-    let streams = vec![StreamReport::default(); 4000];
+    let counts = vec![0; MAX_EDGE_MESSAGE / 2];
+    let delays = DelayReport { counts, sum_us: 0 };
+    let streams = vec![StreamReport { delays, ..StreamReport::default() }];
     edge.handle.report(Report { round_trip_us: 0, streams });
     edge.disconnected().await
 }

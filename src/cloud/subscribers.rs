@@ -1,7 +1,7 @@
 //! Edges that said hello: where each takes RTP, and what it wants there.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -238,29 +238,40 @@ impl EdgeSession for Session {
     fn subscribed(&mut self, streams: &[StreamPattern]) {
         self.shared.routes.set_patterns(self.nonce, streams);
         if let Some(edge) = self.shared.lock().edges.get(&self.nonce) {
-            edge.listed.update(|info| info.patterns = streams.to_vec());
+            edge.listed.update(|info| {
+                info.patterns = streams.to_vec();
+                info.streams.retain(|stream| streams.iter().any(|p| p.matches(&stream.key)));
+            });
         }
     }
 
-    /// Keeps what is about streams that there are, each once: an edge must not fill the memory.
+    /// Keeps what is about streams that are live, each once: an edge must not fill the memory. What
+    /// this report does not name stays as it was told before, for a report may come in parts.
     fn reported(&mut self, report: Report) {
-        let mut seen = HashSet::new();
-        let mut streams = Vec::new();
+        let origin = &self.shared.origin;
+        let live = |ssrc| origin.stream(Ssrc(ssrc)).filter(|stream| !stream.ended());
+        let mut told = HashMap::new();
         for mut report in report.streams {
-            let stream = self.shared.origin.stream(Ssrc(report.ssrc));
-            let Some(stream) = stream.filter(|_| seen.insert(report.ssrc)) else { continue };
+            let Some(stream) = live(report.ssrc) else { continue };
             for delays in [&mut report.delays, &mut report.waits] {
                 delays.counts.truncate(DELAY_BOUNDS_MS.len() + 1);
                 delays.counts.shrink_to_fit();
             }
-            streams.push(StreamInfo { key: stream.key().clone(), report });
+            told.insert(report.ssrc, StreamInfo { key: stream.key().clone(), report });
         }
-        streams.sort_by(|a, b| a.key.cmp(&b.key));
         if let Some(edge) = self.shared.lock().edges.get(&self.nonce) {
             edge.listed.update(|info| {
                 info.round_trip_us = Some(report.round_trip_us).filter(|micros| *micros > 0);
                 info.reported_unix_ms = Some(unix_ms());
-                info.streams = streams;
+                info.streams.retain_mut(|stream| match told.remove(&stream.report.ssrc) {
+                    Some(newer) => {
+                        *stream = newer;
+                        true
+                    }
+                    None => live(stream.report.ssrc).is_some(),
+                });
+                info.streams.extend(told.into_values());
+                info.streams.sort_by(|a, b| a.key.cmp(&b.key));
             });
         }
     }
@@ -408,10 +419,50 @@ mod tests {
         let paths: Vec<_> = edge.paths.iter().map(|path| (path.state, path.address)).collect();
         assert_eq!(paths, [("waiting", None), ("up", Some(address(1)))]);
         let [stream] = &edge.streams[..] else { panic!("{:?}", edge.streams) };
-        assert_eq!((stream.key.as_str(), stream.report.received), ("live/a", 5));
+        assert_eq!((stream.key.as_str(), stream.report.received), ("live/a", 6));
         assert_eq!(stream.report.delays.counts.len(), DELAY_BOUNDS_MS.len() + 1);
         drop((session, old));
         assert!(world.edges.list().is_empty());
+    }
+
+    #[test]
+    fn a_report_in_parts_updates_what_was_told_of_live_streams() {
+        let world = World::new();
+        let mut session = world.hello(1).unwrap();
+        session.subscribed(&["live/*".parse().unwrap(), "tv/*".parse().unwrap()]);
+        let stream = |key: String, ssrc| {
+            let history = History::new(10, Duration::from_secs(1));
+            let stream = OriginStream::new(key.parse().unwrap(), Ssrc(ssrc), 0, history);
+            let stream = Arc::new(stream);
+            world.origin.insert(stream.clone());
+            stream
+        };
+        let streams: Vec<_> = (0..3000).map(|i| stream(format!("live/{i:04}"), i)).collect();
+        stream("tv/a".into(), 3000);
+        let mut report = |ssrcs: std::ops::Range<u32>, received| {
+            let about = |ssrc| StreamReport { ssrc, received, ..Default::default() };
+            let whole = Report { round_trip_us: 900, streams: ssrcs.map(about).collect() };
+            whole.split().for_each(|part| session.reported(part));
+        };
+        let told = || {
+            let [edge] = &world.edges.list()[..] else { panic!("{:?}", world.edges.list()) };
+            assert!(edge.streams.is_sorted_by_key(|stream| stream.key.clone()));
+            edge.streams.iter().map(|s| (s.report.ssrc, s.report.received)).collect::<Vec<_>>()
+        };
+        report(0..3001, 1);
+        assert_eq!(told(), (0..3001).map(|ssrc| (ssrc, 1)).collect::<Vec<_>>());
+        report(100..200, 2);
+        let twice = |ssrc: u32| (ssrc, 1 + u64::from((100..200).contains(&ssrc)));
+        assert_eq!(told(), (0..3001).map(twice).collect::<Vec<_>>());
+        // Ended, though its packets are still held, and taken away.
+        world.origin.end(&streams[150]);
+        world.origin.remove(Ssrc(7));
+        report(0..10, 3);
+        report(150..151, 3);
+        assert_eq!(told().len(), 2999);
+        assert!(told().iter().all(|(ssrc, _)| ![7, 150].contains(ssrc)));
+        session.subscribed(&["tv/*".parse().unwrap()]);
+        assert_eq!(told(), [(3000, 1)]);
     }
 
     #[test]

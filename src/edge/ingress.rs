@@ -307,7 +307,8 @@ impl Ingress {
             if now.duration_since(self.last_report) >= REPORT_EVERY {
                 self.last_report = now;
                 let round_trip_us = repair.handle.rtt().map_or(0, |rtt| rtt.as_micros() as u64);
-                repair.handle.report(Report { round_trip_us, streams: self.intake.reports() });
+                let streams = self.intake.reports(MAX_REPORTS);
+                repair.handle.report(Report { round_trip_us, streams });
             }
         }
         self.intake.tick(now);
@@ -451,6 +452,8 @@ fn parse_announcement(datagram: &[u8]) -> Option<(u16, u16)> {
 const VERSION_2_ONLY: u8 = 2 << 6;
 const TICK: Duration = Duration::from_millis(200);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// Streams in one report: about 600 kB. With more of them they take turns.
+const MAX_REPORTS: usize = 1000;
 const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
 /// A stream that has been silent for so long may have ended without our being told.

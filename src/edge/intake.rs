@@ -54,6 +54,8 @@ pub struct Intake {
     /// Publications that ended a moment ago: their stragglers are not the start of something.
     ended: VecDeque<(Instant, Ssrc)>,
     nacks: VecDeque<Nack>,
+    /// Every stream once; those at the front are reported next.
+    report_turns: VecDeque<Ssrc>,
     /// Called with each stream as it comes up: the recorder's way in.
     on_start: OnStart,
     refusal_logged: Option<Instant>,
@@ -121,6 +123,7 @@ impl Intake {
             unknown: HashMap::new(),
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
+            report_turns: VecDeque::new(),
             on_start: Box::new(on_start),
             refusal_logged: None,
             told: false,
@@ -267,6 +270,7 @@ impl Intake {
         }
         self.by_key.insert(up.key, up.ssrc);
         self.streams.insert(up.ssrc, stream);
+        self.report_turns.push_front(up.ssrc);
         self.pump(now, up.ssrc);
     }
 
@@ -415,9 +419,14 @@ impl Intake {
             .map(|(ssrc, _)| *ssrc)
     }
 
-    /// How each stream fares, for the cloud.
-    pub fn reports(&self) -> Vec<StreamReport> {
-        self.streams.values().map(Incoming::report).collect()
+    /// How streams fare, for the cloud: all of them, or the next `most` of them, in turn.
+    pub fn reports(&mut self, most: usize) -> Vec<StreamReport> {
+        let turns = self.report_turns.len().min(most);
+        let reports = self.report_turns.iter().take(turns);
+        let reports =
+            reports.filter_map(|ssrc| self.streams.get(ssrc)).map(Incoming::report).collect();
+        self.report_turns.rotate_left(turns);
+        reports
     }
 
     fn hold_unknown(&mut self, now: Instant, packet: Packet, path: Path) {
@@ -502,6 +511,7 @@ impl Intake {
 
     fn remove(&mut self, ssrc: Ssrc, why: &str) {
         let Some(mut stream) = self.streams.remove(&ssrc) else { return };
+        self.report_turns.retain(|turn| *turn != ssrc);
         stream.count(&self.metrics);
         if self.by_key.get(&stream.key) == Some(&ssrc) {
             self.by_key.remove(&stream.key);
@@ -875,8 +885,28 @@ mod tests {
             }
         }
         assert_eq!(read(&hub, "live/a")[1..], tags[6..]);
-        let report = &intake.reports()[0];
+        let report = &intake.reports(1)[0];
         assert_eq!((lost, report.parity, report.received), (4, 4, number));
+    }
+
+    #[test]
+    fn streams_are_reported_in_turn() {
+        let (mut intake, _) = intake();
+        let now = Instant::now();
+        for ssrc in 7..10 {
+            intake.stream_up(now, up(&format!("live/{ssrc}"), ssrc, None, None));
+        }
+        let told = |intake: &mut Intake| {
+            let mut told: Vec<_> = intake.reports(2).iter().map(|report| report.ssrc).collect();
+            told.extend(intake.reports(1).iter().map(|report| report.ssrc));
+            told.sort_unstable();
+            told
+        };
+        assert_eq!(told(&mut intake), [7, 8, 9]);
+        assert_eq!(told(&mut intake), [7, 8, 9]);
+        intake.end(now, Ssrc(8), "test");
+        assert_eq!(intake.reports(9).len(), 2);
+        assert_eq!(intake.report_turns.len(), 2);
     }
 
     #[test]

@@ -421,7 +421,8 @@ impl RepairHandle {
         }
     }
 
-    /// Tells the cloud how this edge fares. Only the newest report counts; a v0 cloud gets none.
+    /// Tells the cloud how this edge fares, in as many messages as it takes. A report that is not
+    /// under way when the next one comes is not told; a v0 cloud gets none.
     pub fn report(&self, report: Report) {
         self.report.send_replace(report);
     }

@@ -145,15 +145,29 @@ pub struct StreamInfo {
     pub newest: Option<Seq>,
 }
 
-/// How an edge fares.
+/// How an edge fares. It may come in parts: a stream that it does not name fares as last told.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The round trip to the cloud, smoothed, in microseconds.
     #[serde(default)]
     pub round_trip_us: u64,
-    /// One entry a stream.
+    /// One entry a stream; of some or of all streams.
     #[serde(default)]
     pub streams: Vec<StreamReport>,
+}
+
+impl Report {
+    /// The same in reports that each fit in a message from an edge: of at most [`MAX_REPORTED`]
+    /// streams, and at least one report, for the round trip.
+    pub fn split(self) -> impl Iterator<Item = Self> {
+        let Self { round_trip_us, streams } = self;
+        let count = streams.len().div_ceil(MAX_REPORTED).max(1);
+        let mut streams = streams.into_iter();
+        (0..count).map(move |_| Self {
+            round_trip_us,
+            streams: streams.by_ref().take(MAX_REPORTED).collect(),
+        })
+    }
 }
 
 /// How one stream fares at an edge. Counters are in packets and run from the stream's start there.
@@ -416,6 +430,11 @@ pub enum ControlError {
 pub const MAX_PATTERNS: usize = 1024;
 /// The longest message, in bytes: 1 MiB.
 pub const MAX_CONTROL_LEN: usize = 1 << 20;
+/// The longest message from an edge, in bytes: 256 KiB.
+pub const MAX_EDGE_MESSAGE: usize = 256 * 1024;
+/// Streams in one report. With counters of twenty digits it takes less than half of
+/// [`MAX_EDGE_MESSAGE`].
+pub const MAX_REPORTED: usize = 100;
 
 /// Headers as hexadecimal FLV tags without `PreviousTagSize`.
 mod headers {
@@ -579,6 +598,45 @@ mod tests {
         reader.push(&frame);
         info.headers.metadata = None;
         assert_eq!(reader.next_message(), Ok(Some(CloudMessage::StreamUp(info))));
+    }
+
+    #[test]
+    fn no_part_of_a_report_is_too_long_for_a_message() {
+        let most = Histogram { counts: [u64::MAX; _], sum_us: u64::MAX };
+        let mut worst = Stats { delays: most, waits: most, ..Stats::default() }.report(Ssrc(0));
+        worst.paths = [PathReport { received: u64::MAX, lost: u64::MAX, gaps: u64::MAX }; _];
+        worst.repaired = [u64::MAX; 3];
+        let StreamReport {
+            received,
+            lost,
+            parity,
+            given_up,
+            abandoned,
+            too_late,
+            duplicate,
+            reordered,
+            nacks,
+            ..
+        } = &mut worst;
+        for count in
+            [received, lost, parity, given_up, abandoned, too_late, duplicate, reordered, nacks]
+        {
+            *count = u64::MAX;
+        }
+        for count in [0, 1, MAX_REPORTED, MAX_REPORTED + 1, 3000] {
+            let about = |i| StreamReport { ssrc: u32::MAX - i as u32, ..worst.clone() };
+            let streams = (0..count).map(about).collect();
+            let report = Report { round_trip_us: u64::MAX, streams };
+            let parts: Vec<_> = report.clone().split().collect();
+            assert_eq!(parts.len(), count.div_ceil(MAX_REPORTED).max(1));
+            for part in &parts {
+                let frame = encode_control(&EdgeMessage::Report(part.clone())).unwrap();
+                assert!(frame.len() < MAX_EDGE_MESSAGE / 2, "{}", frame.len());
+                assert_eq!(part.round_trip_us, u64::MAX);
+            }
+            let parts = parts.into_iter().flat_map(|part| part.streams);
+            assert_eq!(parts.collect::<Vec<_>>(), report.streams);
+        }
     }
 
     proptest! {

@@ -16,7 +16,17 @@ use super::{
 
 /// The control stream, message by message.
 pub(super) struct ControlStream {
-    send: SendStream,
+    /// The half that sends.
+    pub(super) sender: ControlSender,
+    /// The half that receives.
+    pub(super) receiver: ControlReceiver,
+}
+
+/// One half of a [`ControlStream`].
+pub(super) struct ControlSender(SendStream);
+
+/// The other half.
+pub(super) struct ControlReceiver {
     recv: RecvStream,
     reader: ControlReader,
 }
@@ -24,9 +34,32 @@ pub(super) struct ControlStream {
 impl ControlStream {
     /// Takes messages of up to `max_len` bytes.
     pub(super) fn new(send: SendStream, recv: RecvStream, max_len: usize) -> Self {
-        Self { send, recv, reader: ControlReader::new(max_len) }
+        Self {
+            sender: ControlSender(send),
+            receiver: ControlReceiver { recv, reader: ControlReader::new(max_len) },
+        }
     }
 
+    /// As [`ControlReceiver::receive`].
+    pub(super) async fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, StreamError> {
+        self.receiver.receive().await
+    }
+
+    /// As [`ControlSender::send`].
+    pub(super) async fn send(&mut self, message: &impl Serialize) -> Result<(), StreamError> {
+        self.sender.send(message).await
+    }
+
+    /// Ends the stream and waits a little for the peer to have all of it.
+    pub(super) async fn finish(&mut self) {
+        let send = &mut self.sender.0;
+        if send.finish().is_ok() {
+            let _ = timeout(FINISH_TIMEOUT, send.stopped()).await;
+        }
+    }
+}
+
+impl ControlReceiver {
     /// The next message; none at the stream's end. Loses nothing when cancelled.
     pub(super) async fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, StreamError> {
         loop {
@@ -40,17 +73,12 @@ impl ControlStream {
             }
         }
     }
+}
 
+impl ControlSender {
     /// Sends a message; waits while the peer does not read.
     pub(super) async fn send(&mut self, message: &impl Serialize) -> Result<(), StreamError> {
-        Ok(self.send.write_all(&encode_control(message)?).await?)
-    }
-
-    /// Ends the stream and waits a little for the peer to have all of it.
-    pub(super) async fn finish(&mut self) {
-        if self.send.finish().is_ok() {
-            let _ = timeout(FINISH_TIMEOUT, self.send.stopped()).await;
-        }
+        Ok(self.0.write_all(&encode_control(message)?).await?)
     }
 }
 

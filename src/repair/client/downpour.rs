@@ -15,7 +15,7 @@ use super::{
 use crate::repair::{
     control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, StreamPattern, VERSION},
     message::{Message, MessageError, Nack},
-    stream::{ControlStream, StreamError, read_messages},
+    stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
     transport::CLIENT_UNI_STREAMS,
 };
 
@@ -72,7 +72,7 @@ pub(super) async fn run(
             Err(_) => Err(Disconnect::Timeout("the cloud did not say welcome in time")),
         }
     };
-    let (mut greeted, welcome) = tokio::select! {
+    let (Greeted { mut control, mut told }, welcome) = tokio::select! {
         opened = opening => opened?,
         error = connection.closed() => return Err(error.into()),
         () = shutdown.cancelled() => return Ok(()),
@@ -81,7 +81,8 @@ pub(super) async fn run(
 
     let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
     let result = tokio::select! {
-        result = converse(&mut greeted, &mut inbox.reports, &mut inbox.wishes, events) => result,
+        result = tell(&mut control.sender, &mut told, &mut inbox.reports, &mut inbox.wishes) => result,
+        result = hear(&mut control.receiver, events) => result,
         result = receive(connection, stream_rx, events) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
         result = ask(connection, &mut inbox.nacks, metrics) => result,
@@ -101,21 +102,23 @@ impl From<StreamError> for Disconnect {
     }
 }
 
-/// The control stream.
-async fn converse(
-    greeted: &mut Greeted,
+/// What the edge tells on the control stream.
+///
+/// Apart from what it hears there: an end that writes what the other has no room for, and does not
+/// read meanwhile, could wait for an end that does the same.
+async fn tell(
+    control: &mut ControlSender,
+    told: &mut Vec<StreamPattern>,
     reports: &mut watch::Receiver<Report>,
     wishes: &mut watch::Receiver<Vec<StreamPattern>>,
-    events: &EventSender,
 ) -> Result<(), Disconnect> {
-    let Greeted { control, told } = greeted;
     loop {
-        let message = tokio::select! {
-            message = control.receive() => message?,
+        tokio::select! {
             Ok(()) = reports.changed() => {
                 let report = reports.borrow_and_update().clone();
-                control.send(&EdgeMessage::Report(report)).await?;
-                continue;
+                for part in report.split() {
+                    control.send(&EdgeMessage::Report(part)).await?;
+                }
             }
             Ok(()) = wishes.changed() => {
                 let wanted = wishes.borrow_and_update().clone();
@@ -131,10 +134,17 @@ async fn converse(
                     control.send(&EdgeMessage::Subscribe { streams: more }).await?;
                 }
                 *told = wanted;
-                continue;
             }
-        };
-        match message {
+            // The handle is gone; the events still matter.
+            else => std::future::pending().await,
+        }
+    }
+}
+
+/// What the cloud tells on the control stream.
+async fn hear(control: &mut ControlReceiver, events: &EventSender) -> Result<(), Disconnect> {
+    loop {
+        match control.receive().await? {
             Some(CloudMessage::StreamUp(info)) => events.send(RepairEvent::StreamUp(info)).await?,
             Some(CloudMessage::StreamUpdate { ssrc, headers }) => {
                 events.send(RepairEvent::StreamUpdate { ssrc, headers }).await?;

@@ -21,8 +21,8 @@ use crate::{
     repair::{
         close,
         control::{
-            CloudMessage, EdgeMessage, Hello, MAX_PATTERNS, Nonce, StreamInfo, StreamPattern,
-            VERSION, Welcome,
+            CloudMessage, EdgeMessage, Hello, MAX_EDGE_MESSAGE, MAX_PATTERNS, Nonce, StreamInfo,
+            StreamPattern, VERSION, Welcome,
         },
         message::MessageError,
         stream::{ControlStream, StreamError, read_messages},
@@ -397,5 +397,3 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Messages that wait for the control stream; who sends them tries again.
 const CONTROL_BACKLOG: usize = 16;
 const MAX_NODE_NAME: usize = 128;
-/// Bytes of a message from an edge; the longest is a report.
-const MAX_EDGE_MESSAGE: usize = 256 * 1024;
