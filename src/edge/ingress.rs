@@ -193,6 +193,9 @@ impl Ingress {
                     for (from, datagram) in buffers.datagrams(count) {
                         self.handle_datagram(now, i, from, datagram);
                     }
+                    if count < Buffers::READS {
+                        return;
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // An earlier send's ICMP answer, for one; the next read goes on.
@@ -204,23 +207,23 @@ impl Ingress {
         }
     }
 
-    fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: &[u8]) {
-        if is_probe_message(datagram) {
+    fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: Bytes) {
+        if is_probe_message(&datagram) {
             if let (Some(socket), Ok((message, _))) =
-                (self.sockets.get(i), ProbeMessage::parse(datagram))
+                (self.sockets.get(i), ProbeMessage::parse(&datagram))
             {
                 socket.handle_probe_message(from, message, &self.probe_metrics);
             }
             return;
         }
-        if let Some((quic_port, api_port)) = parse_announcement(datagram) {
+        if let Some((quic_port, api_port)) = parse_announcement(&datagram) {
             if self.must_learn() {
                 let host = from.ip().to_canonical().to_string();
                 self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
             }
             return;
         }
-        if self.must_learn() && self.cloud.is_none() && is_rtp(datagram) {
+        if self.must_learn() && self.cloud.is_none() && is_rtp(&datagram) {
             self.learn_from_source(from.ip());
         }
         if self.settings.pack_loss > 0.0 && self.rng.random_bool(self.settings.pack_loss) {
@@ -228,7 +231,7 @@ impl Ingress {
             return;
         }
         // There are two sockets at most.
-        self.intake.handle_packet(now, Bytes::copy_from_slice(datagram), Path::Live(i as u8));
+        self.intake.handle_packet(now, datagram, Path::Live(i as u8));
     }
 
     fn handle_event(&mut self, event: Option<RepairEvent>) {

@@ -3,7 +3,7 @@
 //! No socket and no clock: the ingress task feeds it and carries its requests away.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -61,8 +61,10 @@ pub struct Intake {
     refusal_logged: Option<Instant>,
     /// Whether the cloud tells which streams there are and when they end.
     told: bool,
-    /// No stream needs anything before this.
-    wake: Option<Instant>,
+    /// Whether parity has come of any stream.
+    has_parity: bool,
+    /// When each stream that waits for something is to be looked at: [`Incoming::wake`].
+    wakes: BTreeSet<(Instant, Ssrc)>,
 }
 
 type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send>;
@@ -79,6 +81,8 @@ struct Incoming {
     depacketizer: Depacketizer,
     publisher: Publisher,
     last_packet: Instant,
+    /// Its place in [`Intake::wakes`], if it has one.
+    wake: Option<Instant>,
     /// A new connection to the cloud has not named it yet.
     unconfirmed_since: Option<Instant>,
     /// The cloud said that the stream is over: the last number it sent, and how long to wait.
@@ -127,13 +131,15 @@ impl Intake {
             on_start: Box::new(on_start),
             refusal_logged: None,
             told: false,
-            wake: None,
+            has_parity: false,
+            wakes: BTreeSet::new(),
         }
     }
 
     /// Takes one datagram of RTP, or a packet that came as a repair.
     pub fn handle_packet(&mut self, now: Instant, datagram: Bytes, path: Path) {
-        let packet = match Packet::parse(datagram.clone()) {
+        let whole = self.has_parity.then(|| datagram.clone());
+        let packet = match Packet::parse(datagram) {
             Ok(packet) if packet.header.payload_type == PAYLOAD_TYPE => packet,
             _ => {
                 self.metrics.malformed.inc();
@@ -152,7 +158,7 @@ impl Intake {
             return;
         }
         stream.receiver.handle_packet(now, packet, path);
-        if let Some(parity) = &mut stream.parity {
+        if let (Some(parity), Some(datagram)) = (&mut stream.parity, whole) {
             for packet in parity.handle_media(datagram) {
                 stream.receiver.handle_packet(now, packet, Path::Parity);
             }
@@ -176,6 +182,7 @@ impl Intake {
             self.metrics.parity_unknown.inc();
             return;
         };
+        self.has_parity = true;
         let packets = stream.receiver.stats().delays.total();
         let parity = stream.parity.get_or_insert_with(|| Parity::new(now, ssrc, packets));
         for packet in parity.handle_parity(now, repair) {
@@ -250,6 +257,7 @@ impl Intake {
             depacketizer,
             publisher,
             last_packet: now,
+            wake: None,
             unconfirmed_since: None,
             ending: None,
             header_hunt: None,
@@ -347,13 +355,12 @@ impl Intake {
 
     /// Does what is due: requests, packets to give up, streams to end.
     pub fn handle_timeout(&mut self, now: Instant) {
-        if self.wake.is_none_or(|wake| wake > now) {
-            return;
-        }
-        self.wake = None;
-        let all: Vec<_> = self.streams.keys().copied().collect();
-        for ssrc in all {
+        // Each once: one that is due again at once has its turn at the next call.
+        let mut due = self.wakes.split_off(&(now + TIMER_STEP, Ssrc(0)));
+        std::mem::swap(&mut due, &mut self.wakes);
+        for (_, ssrc) in due {
             if let Some(stream) = self.streams.get_mut(&ssrc) {
+                stream.wake = None;
                 stream.receiver.handle_timeout(now);
                 self.pump(now, ssrc);
             }
@@ -402,7 +409,7 @@ impl Intake {
 
     /// When to call [`Intake::handle_timeout`].
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.wake
+        self.wakes.first().map(|(at, _)| *at)
     }
 
     /// Whether a stream has been silent for `age`, so that it may be over without our being told.
@@ -500,7 +507,13 @@ impl Intake {
             stream.ending.map(|(_, until)| until),
             stream.header_hunt.as_ref().map(|hunt| hunt.until),
         ];
-        self.wake = timeouts.into_iter().chain([self.wake]).flatten().min();
+        let wake = timeouts.into_iter().flatten().min();
+        if wake != stream.wake {
+            if let Some(before) = std::mem::replace(&mut stream.wake, wake) {
+                self.wakes.remove(&(before, ssrc));
+            }
+            self.wakes.extend(wake.map(|at| (at, ssrc)));
+        }
     }
 
     /// Removes a stream that is surely over: what still comes of it are stragglers.
@@ -512,6 +525,9 @@ impl Intake {
     fn remove(&mut self, ssrc: Ssrc, why: &str) {
         let Some(mut stream) = self.streams.remove(&ssrc) else { return };
         self.report_turns.retain(|turn| *turn != ssrc);
+        if let Some(wake) = stream.wake {
+            self.wakes.remove(&(wake, ssrc));
+        }
         stream.count(&self.metrics);
         if self.by_key.get(&stream.key) == Some(&ssrc) {
             self.by_key.remove(&stream.key);
@@ -683,6 +699,8 @@ const HUNT_EVERY: Duration = Duration::from_secs(1);
 const HUNT_TRIES: u8 = 15;
 /// The video and the audio header, one packet each, and room for one that is longer.
 const HUNT_PACKETS: usize = 4;
+/// What is due before `now` and this is due now.
+const TIMER_STEP: Duration = Duration::from_nanos(1);
 const REFUSAL_LOG_EVERY: Duration = Duration::from_secs(60);
 const DAMAGE_LOG_EVERY: Duration = Duration::from_secs(1);
 
@@ -887,6 +905,32 @@ mod tests {
         assert_eq!(read(&hub, "live/a")[1..], tags[6..]);
         let report = &intake.reports(1)[0];
         assert_eq!((lost, report.parity, report.received), (4, 4, number));
+    }
+
+    #[test]
+    fn only_streams_that_wait_for_something_have_a_timer() {
+        let (mut intake, _) = intake();
+        let now = Instant::now();
+        for ssrc in [7, 8] {
+            intake.stream_up(now, up(&format!("live/{ssrc}"), ssrc, None, None));
+            let (_, bursts) = bursts(ssrc, 4);
+            feed(&mut intake, now, &bursts[0], Path::Live(0));
+            assert_eq!(intake.poll_timeout(), None);
+            if ssrc == 8 {
+                feed(&mut intake, now, &bursts[2], Path::Live(0));
+            }
+        }
+        assert_eq!(intake.wakes.len(), 1);
+        intake.handle_timeout(intake.poll_timeout().unwrap());
+        assert_eq!(intake.poll_nack().unwrap().ssrc, Ssrc(8));
+        assert_eq!((intake.poll_nack(), intake.wakes.len()), (None, 1));
+        feed(&mut intake, now, &bursts(8, 4).1[1], Path::Repair);
+        // What was to be asked again is found to have come.
+        intake.handle_timeout(intake.poll_timeout().unwrap());
+        assert_eq!(intake.poll_timeout(), None);
+        feed(&mut intake, now, &bursts(7, 4).1[3], Path::Live(0));
+        intake.end(now, Ssrc(7), "test");
+        assert!(intake.wakes.is_empty());
     }
 
     #[test]

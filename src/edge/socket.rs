@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use tokio::{io::Interest, net::UdpSocket, task::JoinSet};
 
@@ -58,13 +59,24 @@ impl RtpSocket {
         self.offload.gro_segments()
     }
 
-    /// One batch of reads: how many there were.
+    /// One batch of reads: how many there were. Fewer than [`Buffers::READS`] have emptied the
+    /// socket.
     pub fn receive(&mut self, now: Instant, buffers: &mut Buffers) -> io::Result<usize> {
-        let count = self.socket.try_io(Interest::READABLE, || {
-            buffers.fill(|slices, meta| {
+        let mut count = 0;
+        let result = self.socket.try_io(Interest::READABLE, || {
+            count = buffers.fill(|slices, meta| {
                 self.offload.recv(UdpSockRef::from(&*self.socket), slices, meta)
-            })
-        })?;
+            })?;
+            match count < Buffers::READS {
+                // What comes from now on makes the socket readable anew (epoll(7), edge-triggered):
+                // there is no need to read once more to hear that there is nothing.
+                true => Err(io::ErrorKind::WouldBlock.into()),
+                false => Ok(()),
+            }
+        });
+        if count == 0 {
+            result?;
+        }
         if let Some(probing) = &mut self.probing {
             probing.prober.heard(now);
         }
@@ -251,6 +263,9 @@ pub struct Buffers {
 }
 
 impl Buffers {
+    /// Reads of a whole batch.
+    pub const READS: usize = quinn_udp::BATCH_SIZE;
+
     /// For sockets on which the kernel puts up to `gro_segments` datagrams into one.
     pub fn new(gro_segments: usize) -> Self {
         let size = (gro_segments * MAX_DATAGRAM).min(usize::from(u16::MAX));
@@ -271,23 +286,58 @@ impl Buffers {
         recv(&mut slices, &mut self.meta)
     }
 
-    /// The datagrams of the first `count` reads, each with its sender.
-    pub fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, &[u8])> {
+    /// The datagrams of the first `count` reads, each with its sender. A few of them share
+    /// memory, which is free again once all are dropped.
+    pub fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, Bytes)> {
         let reads = self.bytes.chunks_exact(self.size).zip(&self.meta).take(count);
         reads.flat_map(|(bytes, meta)| {
-            let datagrams = bytes[..meta.len.min(bytes.len())].chunks(meta.stride.max(1));
-            datagrams.map(|datagram| (meta.addr, datagram))
+            let stride = meta.stride.max(1);
+            let shares = bytes[..meta.len.min(bytes.len())].chunks(stride * SHARED);
+            shares.flat_map(move |share| {
+                let mut share = Bytes::copy_from_slice(share);
+                std::iter::from_fn(move || {
+                    let datagram = share.split_to(share.len().min(stride));
+                    (!datagram.is_empty()).then_some((meta.addr, datagram))
+                })
+            })
         })
     }
 }
 
 const MAX_DATAGRAM: usize = 1500;
+/// Most tags have no more packets, and one packet that is held behind a gap keeps no more others in
+/// memory.
+const SHARED: usize = 8;
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_are_taken_apart_into_datagrams() {
+        let mut buffers = Buffers::new(64);
+        let sender = |port| SocketAddr::from(([10, 0, 0, 1], port));
+        let reads = [(10, 100), (100, 100), (20 * 100 + 7, 100), (0, 0)];
+        let count = buffers.fill(|slices, metas| {
+            for (i, (len, stride)) in reads.into_iter().enumerate() {
+                slices[i][..len].iter_mut().zip(0..).for_each(|(byte, n)| *byte = (n / 100) as u8);
+                metas[i].len = len;
+                metas[i].stride = stride;
+                metas[i].addr = sender(i as u16);
+            }
+            Ok(reads.len())
+        });
+        let datagrams: Vec<_> = buffers.datagrams(count.unwrap()).collect();
+        assert_eq!(datagrams.len(), 1 + 1 + 21);
+        assert_eq!(datagrams[0], (sender(0), Bytes::from(vec![0; 10])));
+        assert_eq!(datagrams[1], (sender(1), Bytes::from(vec![0; 100])));
+        for (n, datagram) in datagrams[2..22].iter().enumerate() {
+            assert_eq!(datagram, &(sender(2), Bytes::from(vec![n as u8; 100])));
+        }
+        assert_eq!(datagrams[22], (sender(2), Bytes::from(vec![20; 7])));
+    }
 
     #[test]
     fn a_socket_probes_an_address_that_it_can_reach() {

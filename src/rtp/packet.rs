@@ -1,6 +1,6 @@
 //! The RTP packet (RFC 3550 §5.1).
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 
 use super::{Seq, Ssrc};
 
@@ -51,7 +51,7 @@ impl Packet {
     ///
     /// # Errors
     /// If it is not RTP version 2 or shorter than its own header says.
-    pub fn parse(datagram: Bytes) -> Result<Self, PacketError> {
+    pub fn parse(mut datagram: Bytes) -> Result<Self, PacketError> {
         let Some(&[b0, b1, s0, s1, t0, t1, t2, t3, c0, c1, c2, c3]) =
             datagram.first_chunk::<HEADER_LEN>()
         else {
@@ -78,6 +78,9 @@ impl Packet {
         if start > end {
             return Err(PacketError::Truncated);
         }
+        // Not a slice, which would count another reference to the memory.
+        datagram.truncate(end);
+        datagram.advance(start);
         Ok(Self {
             header: Header {
                 marker: b1 & MARKER != 0,
@@ -86,7 +89,7 @@ impl Packet {
                 timestamp: u32::from_be_bytes([t0, t1, t2, t3]),
                 ssrc: Ssrc(u32::from_be_bytes([c0, c1, c2, c3])),
             },
-            payload: datagram.slice(start..end),
+            payload: datagram,
         })
     }
 }

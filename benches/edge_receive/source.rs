@@ -1,0 +1,215 @@
+//! Publications in real time, as a cloud's fan-out sends them.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use downpour::{
+    flv::{Tag, TagKind},
+    origin::{Headers, Origin, OriginStream},
+    repair::history::History,
+    rtp::{Burst, Packetizer, Ssrc},
+    udp::{self, MulticastOut},
+};
+use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+/// Sends until it is stopped.
+pub struct Source {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    loss: AtomicU8,
+    sent: AtomicU64,
+}
+
+impl Source {
+    /// Publishes `count` streams at `origin` and sends them to each of `targets`.
+    pub fn start(count: u32, origin: &Origin, targets: [SocketAddr; 2]) -> io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        let mut sender = Sender::new(shared.clone(), targets)?;
+        let tags = Tags::new()?;
+        let start = Instant::now();
+        let mut streams = Vec::new();
+        let mut due = BinaryHeap::new();
+        for number in 0..count {
+            let history = History::new(5000, Duration::from_secs(10));
+            let key = format!("live/{number}").parse().map_err(io::Error::other)?;
+            let stream = Arc::new(OriginStream::new(key, Ssrc(number + 1), 0, history));
+            stream.set_headers(tags.headers.clone());
+            origin.insert(stream.clone());
+            streams.push((stream, Packetizer::new(Ssrc(number + 1), PAYLOAD)));
+            // Encoders do not run in step.
+            let phase = GOP * number / count;
+            due.push(Reverse((phase, number, Kind::Video(0))));
+            due.push(Reverse((phase, number, Kind::Audio(0))));
+        }
+        let state = shared.clone();
+        let thread = std::thread::Builder::new().name("source".into()).spawn(move || {
+            while let Some(Reverse((at, number, kind))) = due.pop() {
+                if state.stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                std::thread::sleep((start + at).saturating_duration_since(Instant::now()));
+                let (stream, packetizer) = &mut streams[number as usize];
+                let (tag, next) = tags.at(kind);
+                let burst = packetizer.packetize(tag);
+                stream.push(Instant::now(), burst.clone(), tag.is_key_frame());
+                sender.send(&burst)?;
+                due.push(Reverse((at + kind.period(), number, next)));
+            }
+            Ok(())
+        })?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Leaves out so many per cent from now on.
+    pub fn set_loss(&self, percent: u8) {
+        self.shared.loss.store(percent, Ordering::Relaxed);
+    }
+
+    /// Datagrams that were sent to each target.
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::Relaxed)
+    }
+
+    /// Ends; tells how many datagrams each target was sent.
+    pub fn stop(mut self) -> io::Result<u64> {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result?,
+            _ => return Err(io::Error::other("the source panicked")),
+        }
+        Ok(self.sent())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Video(u32),
+    Audio(u32),
+}
+
+impl Kind {
+    fn period(self) -> Duration {
+        match self {
+            Self::Video(_) => FRAME,
+            Self::Audio(_) => AUDIO_FRAME,
+        }
+    }
+}
+
+/// One group of pictures, played again and again: its time stands still, which no receiver minds.
+struct Tags {
+    headers: Headers,
+    key: Tag,
+    inter: Tag,
+    audio: Tag,
+}
+
+impl Tags {
+    fn new() -> io::Result<Self> {
+        let tag = |kind, start: &[u8], length: usize| {
+            let mut body = vec![0x5a; length];
+            body[..start.len()].copy_from_slice(start);
+            Tag::new(kind, 0, &body).map_err(io::Error::other)
+        };
+        Ok(Self {
+            headers: Headers {
+                video: Some(tag(TagKind::Video, &[0x17, 0], 60)?),
+                audio: Some(tag(TagKind::Audio, &[0xaf, 0], 4)?),
+                metadata: None,
+            },
+            key: tag(TagKind::Video, &[0x17, 1], KEY_BYTES)?,
+            inter: tag(TagKind::Video, &[0x27, 1], INTER_BYTES)?,
+            audio: tag(TagKind::Audio, &[0xaf, 1], AUDIO_BYTES)?,
+        })
+    }
+
+    fn at(&self, kind: Kind) -> (&Tag, Kind) {
+        match kind {
+            Kind::Video(0) => (&self.key, Kind::Video(1)),
+            Kind::Video(frame) => (&self.inter, Kind::Video((frame + 1) % GOP_FRAMES)),
+            Kind::Audio(frame) => (&self.audio, Kind::Audio(frame)),
+        }
+    }
+}
+
+struct Sender {
+    shared: Arc<Shared>,
+    socket: UdpSocket,
+    state: UdpSocketState,
+    targets: [SocketAddr; 2],
+    rng: SmallRng,
+    kept: Vec<u8>,
+}
+
+impl Sender {
+    fn new(shared: Arc<Shared>, targets: [SocketAddr; 2]) -> io::Result<Self> {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let socket = udp::sender(any, 4 << 20, MulticastOut::default())?;
+        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        socket.set_nonblocking(false)?;
+        let rng = SmallRng::seed_from_u64(SEED);
+        Ok(Self { shared, socket, state, targets, rng, kept: Vec::new() })
+    }
+
+    /// One call a target, as the fan-out does it. What is left out is missing from between the
+    /// others, as a network card that joins what comes would hand them on.
+    fn send(&mut self, burst: &Burst) -> io::Result<()> {
+        let loss = f64::from(self.shared.loss.load(Ordering::Relaxed)) / 100.0;
+        self.kept.clear();
+        let mut count = 0;
+        for packet in burst.bytes().chunks(burst.stride()) {
+            if loss == 0.0 || !self.rng.random_bool(loss) {
+                self.kept.extend_from_slice(packet);
+                count += 1;
+            }
+        }
+        let most = self.state.max_gso_segments().min(MAX_GSO_BYTES / burst.stride()).max(1);
+        for train in self.kept.chunks(most * burst.stride()) {
+            for destination in self.targets {
+                let segment_size = (train.len() > burst.stride()).then_some(burst.stride());
+                let transmit = Transmit {
+                    destination,
+                    ecn: None,
+                    contents: train,
+                    segment_size,
+                    src_ip: None,
+                };
+                self.state.try_send(UdpSockRef::from(&self.socket), &transmit)?;
+            }
+        }
+        // Neither is always the first.
+        self.targets.reverse();
+        self.shared.sent.fetch_add(count, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+const PAYLOAD: usize = 1120;
+const SEED: u64 = 1;
+const MAX_GSO_BYTES: usize = 65_000;
+/// 25 pictures a second, every fiftieth a key frame as long as six others; 128 kbit/s of AAC: with
+/// it, 1 Mbit/s.
+const GOP: Duration = Duration::from_secs(2);
+const GOP_FRAMES: u32 = 50;
+const FRAME: Duration = Duration::from_millis(40);
+const INTER_BYTES: usize = 3964;
+const KEY_BYTES: usize = 6 * INTER_BYTES;
+/// 1024 samples at 44.1 kHz.
+const AUDIO_FRAME: Duration = Duration::from_micros(23_220);
+const AUDIO_BYTES: usize = 371;
