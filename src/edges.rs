@@ -15,6 +15,7 @@ use crate::{
     StreamKey,
     repair::{
         control::{StreamPattern, StreamReport},
+        fec::Matrix,
         paths::PathState,
     },
 };
@@ -70,6 +71,8 @@ pub struct PathInfo {
 pub struct StreamInfo {
     /// Its name.
     pub key: StreamKey,
+    /// The parity that the edge is sent, if any.
+    pub fec: Option<Matrix>,
     /// How it fares.
     #[serde(flatten)]
     pub report: StreamReport,

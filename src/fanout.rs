@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use prometheus::{
     IntCounter, IntCounterVec, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
     register_int_counter_with_registry, register_int_gauge_with_registry,
@@ -83,6 +83,39 @@ enum Job {
     Datagram(Bytes, Arc<[Target]>),
     /// One packet to one group: a repair for all of its members.
     Packet(Bytes, Target),
+    /// Parity of what went before.
+    Parity(Train, Arc<[Target]>),
+}
+
+/// Packets of one length, one behind the other; the last one may be shorter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Train {
+    bytes: Bytes,
+    stride: usize,
+}
+
+impl Train {
+    /// Puts packets together, in their order, into as few trains as their lengths allow.
+    pub fn collect(packets: impl IntoIterator<Item = Bytes>) -> Vec<Self> {
+        let mut trains: Vec<(BytesMut, usize)> = Vec::new();
+        for packet in packets.into_iter().filter(|packet| !packet.is_empty()) {
+            match trains.last_mut() {
+                // Behind a shorter one, none can follow.
+                Some((bytes, stride))
+                    if packet.len() <= *stride && bytes.len().is_multiple_of(*stride) =>
+                {
+                    bytes.extend_from_slice(&packet);
+                }
+                _ => trains.push((BytesMut::from(&packet[..]), packet.len())),
+            }
+        }
+        trains.into_iter().map(|(bytes, stride)| Self { bytes: bytes.freeze(), stride }).collect()
+    }
+
+    /// How many they are.
+    pub fn packets(&self) -> usize {
+        self.bytes.len().div_ceil(self.stride)
+    }
 }
 
 impl Fanout {
@@ -138,6 +171,13 @@ impl Fanout {
         }
     }
 
+    /// Queues parity for `targets`, as [`Fanout::send`] does.
+    pub fn send_parity(&self, train: Train, targets: Arc<[Target]>) {
+        if !targets.is_empty() {
+            self.queue(Job::Parity(train, targets));
+        }
+    }
+
     /// Queues one packet for one multicast group, so that all of its members get it again. Says
     /// whether `group` is an address that gets every stream: nothing is sent to any other, so that
     /// no edge can have packets sent where it likes.
@@ -185,6 +225,7 @@ impl Job {
     fn bytes(&self) -> &Bytes {
         match self {
             Self::Burst(burst, _) => burst.bytes(),
+            Self::Parity(train, _) => &train.bytes,
             Self::Datagram(bytes, _) | Self::Packet(bytes, _) => bytes,
         }
     }
@@ -193,6 +234,7 @@ impl Job {
     fn stride(&self) -> usize {
         match self {
             Self::Burst(burst, _) => burst.stride(),
+            Self::Parity(train, _) => train.stride,
             Self::Datagram(bytes, _) | Self::Packet(bytes, _) => bytes.len().max(1),
         }
     }
@@ -200,13 +242,16 @@ impl Job {
     fn packets(&self) -> usize {
         match self {
             Self::Burst(burst, _) => burst.count(),
+            Self::Parity(train, _) => train.packets(),
             Self::Datagram(..) | Self::Packet(..) => 1,
         }
     }
 
     fn targets(&self) -> &[Target] {
         match self {
-            Self::Burst(_, targets) | Self::Datagram(_, targets) => targets,
+            Self::Burst(_, targets) | Self::Datagram(_, targets) | Self::Parity(_, targets) => {
+                targets
+            }
             Self::Packet(_, target) => slice::from_ref(target),
         }
     }
@@ -269,12 +314,15 @@ impl FanoutMetrics {
             registry
         )?;
         Ok(Self {
-            datagrams: counter("downpour_fanout_datagrams_total", "RTP datagrams sent")?,
-            bytes: counter("downpour_fanout_bytes_total", "Bytes of RTP datagrams sent")?,
+            datagrams: counter(
+                "downpour_fanout_datagrams_total",
+                "Datagrams of RTP and parity sent",
+            )?,
+            bytes: counter("downpour_fanout_bytes_total", "Bytes of those datagrams")?,
             calls: counter("downpour_fanout_calls_total", "System calls that sent them")?,
             skipped: counter(
                 "downpour_fanout_skipped_packets_total",
-                "Packets not sent because the fan-out was behind; edges ask for them",
+                "Packets not sent because the fan-out was behind; edges ask for those that are not parity",
             )?,
             errors,
             offload,
@@ -458,6 +506,27 @@ mod tests {
         });
         socket.set_nonblocking(true).unwrap();
         assert!(socket.recv_from(&mut [0; 100]).is_err());
+    }
+
+    #[test]
+    fn packets_of_one_length_make_a_train() {
+        let packets = [5, 5, 5, 4, 5, 0, 5, 6].map(|len| Bytes::from(vec![len as u8; len]));
+        let trains = Train::collect(packets.clone());
+        let shapes: Vec<_> = trains.iter().map(|t| (t.packets(), t.stride)).collect();
+        assert_eq!(shapes, [(4, 5), (2, 5), (1, 6)]);
+        let bytes: Vec<u8> = trains.iter().flat_map(|train| train.bytes.to_vec()).collect();
+        assert_eq!(bytes, packets.concat());
+        // They leave as the packets that they were.
+        let (socket, addr) = receiver();
+        let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+        for train in trains {
+            fanout.send_parity(train, Arc::new([addr.into()]));
+        }
+        for packet in packets.iter().filter(|packet| !packet.is_empty()) {
+            let mut buffer = [0; 2000];
+            let (len, _) = socket.recv_from(&mut buffer).unwrap();
+            assert_eq!(&buffer[..len], &packet[..]);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus::{
-    IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::{Collector, Desc},
     process_collector::ProcessCollector,
     proto::MetricFamily,
@@ -167,6 +167,7 @@ struct OriginFamilies {
     asked: IntCounterVec,
     served: IntCounterVec,
     gone: IntCounterVec,
+    parity_overhead: GaugeVec,
 }
 
 impl OriginFamilies {
@@ -192,6 +193,13 @@ impl OriginFamilies {
                 "Packets asked for that were no longer held.",
                 stream,
             )?,
+            parity_overhead: GaugeVec::new(
+                Opts::new(
+                    "downpour_fec_overhead_ratio",
+                    "Parity packets a media packet, of those receivers that get most.",
+                ),
+                stream,
+            )?,
         })
     }
 
@@ -206,9 +214,10 @@ impl OriginFamilies {
         self.asked.with_label_values(key).inc_by(load(&stream.repairs.asked));
         self.served.with_label_values(key).inc_by(load(&stream.repairs.served));
         self.gone.with_label_values(key).inc_by(load(&stream.repairs.gone));
+        self.parity_overhead.with_label_values(key).set(stream.parity_overhead());
     }
 
-    fn all(&self) -> [&dyn Collector; 7] {
+    fn all(&self) -> [&dyn Collector; 8] {
         [
             &self.packets,
             &self.bytes,
@@ -217,6 +226,7 @@ impl OriginFamilies {
             &self.asked,
             &self.served,
             &self.gone,
+            &self.parity_overhead,
         ]
     }
 }

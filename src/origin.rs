@@ -105,6 +105,8 @@ pub struct OriginStream {
     ended: AtomicBool,
     /// Bytes of packets a second, as [`RateMeter`] has it.
     byte_rate: AtomicU64,
+    /// Parity packets a thousand media packets.
+    parity_overhead: AtomicU64,
     /// Repairs asked for, served, and refused as no longer held.
     pub repairs: RepairCounts,
 }
@@ -155,6 +157,7 @@ impl OriginStream {
             }),
             ended: AtomicBool::new(false),
             byte_rate: AtomicU64::new(0),
+            parity_overhead: AtomicU64::new(0),
             repairs: RepairCounts::default(),
         }
     }
@@ -255,6 +258,22 @@ impl OriginStream {
     /// Bytes of packets a second, smoothed over some seconds; after the end, what it was before.
     pub fn byte_rate(&self) -> u64 {
         self.byte_rate.load(Ordering::Relaxed)
+    }
+
+    /// Packets a second, as [`OriginStream::byte_rate`] has it; 0 during the first second.
+    pub fn packet_rate(&self) -> f64 {
+        let (packets, bytes) = self.pushed();
+        self.byte_rate() as f64 * packets as f64 / bytes.max(1) as f64
+    }
+
+    /// Tells how many parity packets there are a media packet.
+    pub fn set_parity_overhead(&self, overhead: f64) {
+        self.parity_overhead.store((overhead * 1000.0).round() as u64, Ordering::Relaxed);
+    }
+
+    /// Parity packets a media packet, of those receivers that get most; 0 without.
+    pub fn parity_overhead(&self) -> f64 {
+        self.parity_overhead.load(Ordering::Relaxed) as f64 / 1000.0
     }
 
     /// Drops packets that have grown too old; pushes do so too, while there are any.

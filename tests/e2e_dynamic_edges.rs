@@ -308,6 +308,7 @@ impl Client {
             rtp_paths: 1,
             group: None,
             parity: false,
+            latency: Duration::from_millis(500),
         };
         let metrics = RepairClientMetrics::register(&Registry::new()).unwrap();
         let (sender, events) = mpsc::channel(4096);

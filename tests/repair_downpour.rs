@@ -251,6 +251,7 @@ fn hello(streams: &[&str]) -> EdgeMessage {
         rtp_paths: 1,
         group: None,
         parity: false,
+        latency_ms: 500,
         streams: streams.iter().map(|pattern| pattern.parse().unwrap()).collect(),
     })
 }

@@ -1,5 +1,7 @@
 //! The cloud node: takes publications, sends them to the edges, and repairs what got lost.
 
+mod adaptation;
+mod parity;
 pub mod publications;
 pub mod subscribers;
 
@@ -15,9 +17,12 @@ use tokio::{task::JoinSet, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{CloudConfig, Destination},
+    config::{ClientAddr, CloudConfig, Destination},
     edges::{Edges, metrics::ReportCollector},
-    fanout::{self, Fanout, FanoutMetrics, OnDatagrams, routes::Routes},
+    fanout::{
+        self, Fanout, FanoutMetrics, OnDatagrams,
+        routes::{FixedTarget, Routes},
+    },
     http::{
         HttpServer,
         api::{self, CloudState},
@@ -28,6 +33,7 @@ use crate::{
     node::{StartError, TaskEnded, Tasks, listen, resolve},
     origin::Origin,
     record::{RecordMetrics, Recorder},
+    repair::fec::Fec,
     repair::server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
     rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
     tls::{Fingerprint, Identity},
@@ -45,7 +51,7 @@ pub struct Cloud {
     publications: Publications,
     subscribers: Subscribers,
     recorder: Option<Recorder>,
-    destinations: Vec<Destination>,
+    destinations: Vec<(Destination, Fec)>,
     addrs: CloudAddrs,
     grace: Duration,
 }
@@ -108,6 +114,7 @@ impl Cloud {
         };
         let fanout_metrics = FanoutMetrics::register(&registry)?;
         let routes = Routes::new(&registry)?;
+        routes.set_edge_fec(config.fec);
         let edges = Edges::default();
         registry.register(Box::new(ReportCollector::new(edges.clone())?))?;
         let probe_metrics = ProbeMetrics::register(&registry)?;
@@ -182,6 +189,9 @@ impl Cloud {
             rtp: fanout.as_ref().map(Fanout::local_port),
             fingerprint: identity.fingerprint(),
         };
+        let with_fec =
+            |client: &ClientAddr| (client.addr.clone(), client.fec.unwrap_or(config.fec));
+        let destinations = config.client_addr_list.iter().map(with_fec).collect();
         let state = CloudState {
             hub,
             origin,
@@ -205,7 +215,7 @@ impl Cloud {
             publications,
             subscribers,
             recorder,
-            destinations: config.client_addr_list.clone(),
+            destinations,
             addrs,
             grace: Duration::from_millis(config.shutdown_grace_ms),
         })
@@ -228,6 +238,7 @@ impl Cloud {
         tasks.spawn("RTMP server", rtmp.run(Arc::new(publications.clone()), ingest.clone()));
         tasks.spawn("repair server", repair.run(egress.clone()));
         tasks.spawn("HTTP server", api.run(egress.clone(), HTTP_GRACE));
+        tasks.spawn("parity", drive_parity(publications.clone(), egress.clone()));
         tasks.spawn("expiry", expire(publications.clone(), subscribers, egress.clone()));
         if let Some(fanout) = fanout {
             let ports = (self.addrs.quic.port(), self.addrs.api.port());
@@ -257,7 +268,7 @@ impl Cloud {
 /// from its first datagram only, and may be started at any time (wire v0).
 async fn announce(
     fanout: Fanout,
-    destinations: Vec<Destination>,
+    destinations: Vec<(Destination, Fec)>,
     (quic_port, api_port): (u16, u16),
     shutdown: CancellationToken,
 ) {
@@ -287,7 +298,7 @@ async fn announce(
 
 /// The destinations and the address that each was last found to have.
 struct Targets {
-    destinations: Vec<Destination>,
+    destinations: Vec<(Destination, Fec)>,
     addresses: Vec<Option<SocketAddr>>,
     failed: HashSet<usize>,
     last_round: Option<Instant>,
@@ -296,8 +307,9 @@ struct Targets {
 
 impl Targets {
     /// Addresses are known at once; names are after [`Targets::look_up`].
-    fn new(destinations: Vec<Destination>) -> Self {
-        let literal = |d: &Destination| Some((d.host().parse::<IpAddr>().ok()?, d.port()).into());
+    fn new(destinations: Vec<(Destination, Fec)>) -> Self {
+        let literal =
+            |(d, _): &(Destination, Fec)| Some((d.host().parse::<IpAddr>().ok()?, d.port()).into());
         Self {
             addresses: destinations.iter().map(literal).collect(),
             destinations,
@@ -307,8 +319,11 @@ impl Targets {
         }
     }
 
-    fn known(&self) -> Vec<SocketAddr> {
-        self.addresses.iter().flatten().copied().collect()
+    fn known(&self) -> Vec<FixedTarget> {
+        let known = self.addresses.iter().zip(&self.destinations);
+        known
+            .filter_map(|(addr, (_, fec))| Some(FixedTarget { addr: (*addr)?, fec: *fec }))
+            .collect()
     }
 
     /// Begins to look up what is due: names that failed each time, the others now and then, since
@@ -321,7 +336,7 @@ impl Targets {
         if all {
             self.last_round = Some(Instant::now());
         }
-        for (i, destination) in self.destinations.iter().enumerate() {
+        for (i, (destination, _)) in self.destinations.iter().enumerate() {
             let is_name = destination.host().parse::<IpAddr>().is_err();
             if is_name && (all || self.failed.contains(&i)) {
                 let (host, port) = (destination.host().to_owned(), destination.port());
@@ -347,7 +362,7 @@ impl Targets {
         let Some(Ok((i, found))) = self.look_ups.join_next().await else {
             return std::future::pending().await;
         };
-        let destination = &self.destinations[i];
+        let (destination, _) = &self.destinations[i];
         match found {
             Ok(address) => {
                 if self.failed.remove(&i) {
@@ -388,6 +403,13 @@ async fn expire(publications: Publications, subscribers: Subscribers, shutdown: 
     }
 }
 
+async fn drive_parity(publications: Publications, shutdown: CancellationToken) {
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = publications.drive_parity() => {}
+    }
+}
+
 fn node_name() -> String {
     crate::node::host_name().unwrap_or_else(|| "cloud".into())
 }
@@ -406,9 +428,10 @@ mod tests {
     #[tokio::test]
     async fn addresses_are_sent_to_at_once_and_names_when_they_are_found() {
         let destinations = ["127.0.0.1:5000", "localhost:5001", "no-such-name.invalid:5002"];
-        let destinations = destinations.map(|d| d.parse().unwrap()).to_vec();
+        let destinations = destinations.map(|d| (d.parse().unwrap(), Fec::Auto)).to_vec();
         let mut targets = Targets::new(destinations);
-        assert_eq!(targets.known(), ["127.0.0.1:5000".parse().unwrap()]);
+        let literal = FixedTarget { addr: ([127, 0, 0, 1], 5000).into(), fec: Fec::Auto };
+        assert_eq!(targets.known(), [literal]);
         targets.look_up();
         let mut changes = 0;
         while !targets.look_ups.is_empty() {
@@ -416,7 +439,7 @@ mod tests {
         }
         assert_eq!(changes, 1);
         assert_eq!((targets.known().len(), targets.failed.len()), (2, 1));
-        assert!(targets.known()[1].ip().is_loopback());
+        assert!(targets.known()[1].addr.ip().is_loopback());
         // What was found once is kept when it cannot be found any more.
         targets.look_ups.spawn(async { (1, Err("gone".into())) });
         assert!(!targets.next().await);

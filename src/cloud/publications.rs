@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -12,6 +12,7 @@ use std::{
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 use tokio_util::sync::CancellationToken;
 
+use super::parity::{ParityFlag, ParityMetrics, ParityOut, ParityWatch};
 use crate::{
     StreamKey,
     fanout::{Fanout, routes::Route},
@@ -43,6 +44,7 @@ pub struct Settings {
 pub struct PublicationMetrics {
     retired_early: IntCounter,
     takeovers: IntCounter,
+    parity: ParityMetrics,
 }
 
 impl PublicationMetrics {
@@ -61,7 +63,7 @@ impl PublicationMetrics {
             "Publishers that took a key over from a silent one",
             registry
         )?;
-        Ok(Self { retired_early, takeovers })
+        Ok(Self { retired_early, takeovers, parity: ParityMetrics::register(registry)? })
     }
 }
 
@@ -79,6 +81,7 @@ struct Shared {
     fanout: Option<Fanout>,
     metrics: PublicationMetrics,
     live: Mutex<HashMap<StreamKey, Live>>,
+    parity: Arc<ParityWatch>,
     retired: Mutex<VecDeque<(Instant, Arc<OriginStream>)>>,
     /// Called with each stream as it starts: the recorder's way in.
     on_start: OnStart,
@@ -90,6 +93,8 @@ type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send + Sync>;
 struct Live {
     id: usize,
     kick: CancellationToken,
+    /// Whether it has encoders of parity.
+    has_parity: Arc<AtomicBool>,
     active: Arc<Mutex<Option<Active>>>,
 }
 
@@ -111,6 +116,7 @@ impl Publications {
             fanout,
             metrics,
             live: Mutex::default(),
+            parity: Arc::default(),
             retired: Mutex::default(),
             on_start: Box::new(on_start),
         };
@@ -122,6 +128,30 @@ impl Publications {
         let live: Vec<_> = lock(&self.shared.live).drain().map(|(_, live)| live).collect();
         live.iter().for_each(Live::end);
         live.len()
+    }
+
+    /// Sends the parity of streams that pause. Never ends; does nothing while there is none to send.
+    pub async fn drive_parity(&self) {
+        loop {
+            self.shared.parity.until_any().await;
+            tokio::time::sleep(PARITY_TICK).await;
+            self.handle_timeout(Instant::now());
+        }
+    }
+
+    fn handle_timeout(&self, now: Instant) {
+        let live = lock(&self.shared.live);
+        let active: Vec<_> = live
+            .values()
+            .filter(|live| live.has_parity.load(Ordering::Acquire))
+            .map(|live| live.active.clone())
+            .collect();
+        drop(live);
+        for active in active {
+            if let Some(active) = &mut *lock(&active) {
+                active.handle_timeout(now);
+            }
+        }
     }
 
     /// Forgets packets that have grown too old, and streams that ended long enough ago. Meant to be
@@ -184,15 +214,19 @@ impl PublishHandler for Publications {
         if live.len() >= settings.max_streams {
             return Err(PublishError::Full(format!("max_streams is {}", settings.max_streams)));
         }
+        let parity_flag = ParityFlag::new(self.shared.parity.clone());
+        let has_parity = parity_flag.reader();
         let active = Active {
             shared: self.shared.clone(),
+            parity_flag,
             key: request.key.clone(),
             metadata: None,
             started: None,
             last_tag: Instant::now(),
         };
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let entry = Live { id, kick: request.kick, active: Arc::new(Mutex::new(Some(active))) };
+        let active = Arc::new(Mutex::new(Some(active)));
+        let entry = Live { id, kick: request.kick, has_parity, active };
         live.insert(request.key.clone(), entry.clone());
         Ok(Box::new(Handle { publications: self.clone(), key: request.key, live: entry }))
     }
@@ -233,6 +267,7 @@ impl Drop for Handle {
 
 struct Active {
     shared: Arc<Shared>,
+    parity_flag: ParityFlag,
     key: StreamKey,
     /// Came before the first media.
     metadata: Option<Tag>,
@@ -248,7 +283,33 @@ struct Started {
     headers: Headers,
     has_video: bool,
     /// `None` where nothing is sent.
-    way_out: Option<(Fanout, Route)>,
+    way_out: Option<WayOut>,
+}
+
+/// How a publication's packets leave.
+struct WayOut {
+    fanout: Fanout,
+    route: Route,
+    parity: ParityOut,
+}
+
+impl WayOut {
+    fn send(&mut self, now: Instant, burst: Burst) {
+        let Self { fanout, route, parity } = self;
+        let snapshot = route.targets(now);
+        fanout.send(burst.clone(), snapshot.media.clone());
+        parity.push(now, &burst, snapshot, |train, targets| fanout.send_parity(train, targets));
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        let Self { fanout, route, parity } = self;
+        let send = |train, targets| fanout.send_parity(train, targets);
+        parity.handle_timeout(now, route.targets(now), send);
+    }
+
+    fn finish(&mut self, now: Instant) {
+        self.parity.finish(now, |train, targets| self.fanout.send_parity(train, targets));
+    }
 }
 
 impl Active {
@@ -271,10 +332,19 @@ impl Active {
         let starts_gop = tag.is_key_frame() || !started.has_video;
         // Into the history first: an edge may ask for a packet before the last one is sent.
         started.origin.push(now, burst.clone(), starts_gop);
-        if let Some((fanout, route)) = &mut started.way_out {
-            fanout.send(burst, route.targets(now));
+        if let Some(way_out) = &mut started.way_out {
+            way_out.send(now, burst);
+            started.origin.set_parity_overhead(way_out.parity.overhead());
+            self.parity_flag.set(way_out.parity.is_active());
         }
         started.hub.push(tag);
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        if let Some(way_out) = self.started.as_mut().and_then(|started| started.way_out.as_mut()) {
+            way_out.handle_timeout(now);
+            self.parity_flag.set(way_out.parity.is_active());
+        }
     }
 
     /// Script data does not travel as RTP (wire v0). Metadata is told to edges as a header; captions,
@@ -320,9 +390,10 @@ impl Active {
         tracing::info!(stream = %self.key, %ssrc, "stream up");
         let packetizer = Packetizer::new(ssrc, payload_max);
         let fanout = self.shared.fanout.clone();
-        let way_out = fanout.map(|out| {
-            let route = out.routes().route(self.key.clone());
-            (out, route)
+        let way_out = fanout.map(|fanout| {
+            let route = fanout.routes().route(self.key.clone(), ssrc);
+            let metrics = self.shared.metrics.parity.clone();
+            WayOut { fanout, route, parity: ParityOut::new(Instant::now(), ssrc, metrics) }
         });
         Some(Started { hub, origin, packetizer, headers, has_video: false, way_out })
     }
@@ -341,7 +412,10 @@ impl Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
-        if let Some(started) = self.started.take() {
+        if let Some(mut started) = self.started.take() {
+            if let Some(way_out) = &mut started.way_out {
+                way_out.finish(Instant::now());
+            }
             self.shared.origin.end(&started.origin);
             self.shared.retire(started.origin.clone());
             tracing::info!(stream = %self.key, ssrc = %started.origin.ssrc(), "stream ended");
@@ -373,6 +447,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Bytes of packets that ended streams may hold, all together.
 const RETIRED_BYTES: usize = 64 << 20;
 const RETIRED_STREAMS: usize = 1024;
+/// How much later than due the parity of a stream that pauses may be sent.
+const PARITY_TICK: Duration = Duration::from_millis(20);
 
 static NEXT_ID: AtomicUsize = AtomicUsize::new(0);
 

@@ -1,7 +1,7 @@
 //! Edges that said hello: where each takes RTP, and what it wants there.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -11,13 +11,14 @@ use bytes::Bytes;
 use prometheus::{IntCounter, Opts, Registry, register_int_counter_vec_with_registry};
 use tokio::sync::mpsc;
 
+use super::adaptation::{Adaptation, Reporter, loss_between};
 use crate::{
     edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
-    fanout::routes::Routes,
+    fanout::routes::{Adapted, Choice, Routes},
     origin::Origin,
     repair::{
         Protocol,
-        control::{CloudMessage, Nonce, Report, StreamPattern},
+        control::{CloudMessage, Nonce, PathReport, Report, StreamPattern, StreamReport},
         paths::{Outcome, PathTable},
         probe::{MAX_PATHS, ProbeMessage},
         receiver::DELAY_BOUNDS_MS,
@@ -38,9 +39,12 @@ struct Shared {
     edges: Edges,
     metrics: ProbeMetrics,
     state: Mutex<State>,
+    adaptation: Mutex<Adaptation>,
 }
 
 struct State {
+    /// Edges so far.
+    count: u64,
     table: PathTable,
     edges: HashMap<Nonce, Edge>,
 }
@@ -58,8 +62,9 @@ impl Subscribers {
     /// `origin`.
     pub fn new(routes: Routes, origin: Origin, edges: Edges, metrics: ProbeMetrics) -> Self {
         let table = PathTable::new(Instant::now(), rand::random());
-        let state = Mutex::new(State { table, edges: HashMap::new() });
-        Self { shared: Arc::new(Shared { routes, origin, edges, metrics, state }) }
+        let state = Mutex::new(State { count: 0, table, edges: HashMap::new() });
+        let adaptation = Mutex::default();
+        Self { shared: Arc::new(Shared { routes, origin, edges, metrics, state, adaptation }) }
     }
 
     /// Takes what came to the RTP port; gives what is to be sent back.
@@ -80,7 +85,7 @@ impl Subscribers {
     /// Sends nothing more to where nothing has come from for long. Meant to be called once a second.
     pub fn handle_timeout(&self, now: Instant) {
         let mut state = self.shared.lock();
-        let State { table, edges } = &mut *state;
+        let State { table, edges, .. } = &mut *state;
         for (nonce, path, address) in table.handle_timeout(now) {
             self.shared.routes.set_address(nonce, path, None);
             self.shared.metrics.lost.inc();
@@ -93,6 +98,8 @@ impl Subscribers {
         for edge in edges.values_mut() {
             edge.tell();
         }
+        drop(state);
+        self.shared.adapt(now);
     }
 }
 
@@ -118,7 +125,16 @@ impl EdgeHandler for Subscribers {
         let listing = Edge { node, outbox, listed, untold: Default::default() };
         listing.list_paths(&state.table, &edge.nonce);
         state.edges.insert(edge.nonce, listing);
-        Ok(Box::new(Session { shared: self.shared.clone(), nonce: edge.nonce }))
+        state.count += 1;
+        routes.set_takes_parity(edge.nonce, edge.parity);
+        Ok(Box::new(Session {
+            shared: self.shared.clone(),
+            nonce: edge.nonce,
+            group: edge.group,
+            reporter: Reporter { edge: state.count, latency: edge.latency },
+            reported: HashMap::new(),
+            adapted: HashSet::new(),
+        }))
     }
 
     fn v0_connected(&self, peer: SocketAddr) -> Box<dyn Send> {
@@ -176,7 +192,7 @@ impl Shared {
         message: ProbeMessage,
     ) -> Option<Bytes> {
         let mut state = self.lock();
-        let State { table, edges } = &mut *state;
+        let State { table, edges, .. } = &mut *state;
         let (counter, answer) = match table.handle_message(now, from, message) {
             Outcome::Challenge(challenge) => (&self.metrics.challenged, Some(challenge.encode())),
             Outcome::Proven { nonce, path, address } => {
@@ -206,6 +222,41 @@ impl Shared {
         answer
     }
 
+    /// Gives out the parity that reports call for.
+    fn adapt(&self, now: Instant) {
+        let streams = self.origin.streams();
+        let live = streams.iter().filter(|stream| !stream.ended());
+        let rates = live.map(|stream| (stream.ssrc(), stream.packet_rate())).collect();
+        let mut adaptation = self.adaptation();
+        let changes = adaptation.decide(now, &rates);
+        if self.routes.adapts_fixed() {
+            self.routes.set_blind(adaptation.decide_blind(&rates).clone());
+        }
+        drop(adaptation);
+        for change in &changes {
+            let Choice::Use(after) = change.choice else { continue };
+            if after == change.before {
+                continue;
+            }
+            let Some(stream) = self.origin.stream(change.ssrc) else { continue };
+            let to = match change.adapted {
+                Adapted::Fixed(addr) => addr.to_string(),
+                Adapted::Edge(nonce) => {
+                    self.lock().edges.get(&nonce).map(|edge| edge.node.clone()).unwrap_or_default()
+                }
+            };
+            let [before, after] =
+                [change.before, after].map(|m| m.map_or("off".into(), |m| m.to_string()));
+            tracing::info!(stream = %stream.key(), to, before, after, "parity is adapted");
+        }
+        let choices: Vec<_> = changes.iter().map(|c| (c.adapted, c.ssrc, c.choice)).collect();
+        self.routes.set_choices(&choices);
+    }
+
+    fn adaptation(&self) -> MutexGuard<'_, Adaptation> {
+        self.adaptation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -232,6 +283,30 @@ impl Edge {
 struct Session {
     shared: Arc<Shared>,
     nonce: Nonce,
+    group: Option<SocketAddr>,
+    reporter: Reporter,
+    /// What it reported last of each stream's paths.
+    reported: HashMap<Ssrc, [PathReport; MAX_PATHS as usize]>,
+    /// Whose parity its reports were taken for.
+    adapted: HashSet<Adapted>,
+}
+
+impl Session {
+    /// Takes what the edge's paths lost since its last report.
+    fn adapt<'a>(&mut self, now: Instant, reports: impl Iterator<Item = &'a StreamReport>) {
+        let adapted = self.shared.routes.adapted_by(&self.nonce, self.group);
+        let mut adaptation = self.shared.adaptation();
+        for report in reports {
+            let ssrc = Ssrc(report.ssrc);
+            let before = self.reported.insert(ssrc, report.paths).unwrap_or_default();
+            let Some(loss) = loss_between(&before, &report.paths) else { continue };
+            for adapted in &adapted {
+                adaptation.handle_report(now, *adapted, ssrc, self.reporter, loss);
+            }
+        }
+        drop(adaptation);
+        self.adapted.extend(adapted);
+    }
 }
 
 impl EdgeSession for Session {
@@ -248,7 +323,7 @@ impl EdgeSession for Session {
     /// Keeps what is about streams that are live, each once: an edge must not fill the memory. What
     /// this report does not name stays as it was told before, for a report may come in parts.
     fn reported(&mut self, report: Report) {
-        let origin = &self.shared.origin;
+        let origin = self.shared.origin.clone();
         let live = |ssrc| origin.stream(Ssrc(ssrc)).filter(|stream| !stream.ended());
         let mut told = HashMap::new();
         for mut report in report.streams {
@@ -257,8 +332,12 @@ impl EdgeSession for Session {
                 delays.counts.truncate(DELAY_BOUNDS_MS.len() + 1);
                 delays.counts.shrink_to_fit();
             }
-            told.insert(report.ssrc, StreamInfo { key: stream.key().clone(), report });
+            let fec = self.shared.routes.parity_of(&self.nonce, self.group, stream.ssrc());
+            let key = stream.key().clone();
+            told.insert(report.ssrc, StreamInfo { key, fec, report });
         }
+        self.adapt(Instant::now(), told.values().map(|stream| &stream.report));
+        self.reported.retain(|ssrc, _| live(ssrc.0).is_some());
         if let Some(edge) = self.shared.lock().edges.get(&self.nonce) {
             edge.listed.update(|info| {
                 info.round_trip_us = Some(report.round_trip_us).filter(|micros| *micros > 0);
@@ -279,6 +358,7 @@ impl EdgeSession for Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        self.shared.adaptation().remove_edge(self.reporter.edge, &self.adapted);
         let mut state = self.shared.lock();
         state.table.remove(&self.nonce);
         state.edges.remove(&self.nonce);
@@ -294,12 +374,7 @@ mod tests {
     use super::*;
     use crate::{
         origin::OriginStream,
-        repair::{
-            control::{DelayReport, StreamReport},
-            history::History,
-            paths::DEAD_AFTER,
-            probe::Cookie,
-        },
+        repair::{control::DelayReport, history::History, paths::DEAD_AFTER, probe::Cookie},
     };
 
     const NONCE: Nonce = Nonce([3; 16]);
@@ -334,6 +409,8 @@ mod tests {
                 rtp_port: Some(5222),
                 rtp_paths: paths,
                 group: None,
+                parity: true,
+                latency: Duration::from_millis(500),
                 nonce: NONCE,
                 outbox: self.outbox.clone(),
             })
@@ -354,8 +431,8 @@ mod tests {
         }
 
         fn targets(&self) -> Vec<SocketAddr> {
-            let targets = self.routes.route("live/a".parse().unwrap()).targets(self.now);
-            targets.iter().map(|target| target.addr).collect()
+            let mut route = self.routes.route("live/a".parse().unwrap(), Ssrc(7));
+            route.targets(self.now).media.iter().map(|target| target.addr).collect()
         }
     }
 

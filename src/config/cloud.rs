@@ -1,9 +1,13 @@
 //! What a cloud node can be told.
 
-use std::path::PathBuf;
+use std::{collections::HashSet, path::PathBuf};
 
-use super::{Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
-use crate::{AddrRange, tls};
+use super::{ClientAddr, Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
+use crate::{
+    AddrRange,
+    repair::fec::{Fec, PARITY_PORT_OFFSET},
+    tls,
+};
 
 settings! {
     /// A cloud node's settings: `config.yaml`.
@@ -18,10 +22,13 @@ settings! {
             /// The UDP port that RTP is sent from and edges prove their addresses to; 0 takes a free
             /// one.
             rtp_port: u16 = 5220;
-            /// Multicast groups, and edges that cannot say hello, which get every stream: ip:port or
-            /// host:port, a list.
-            client_addr_list: Vec<Destination> =
-                vec![Destination::ip([239, 0, 0, 1], 5222), Destination::ip([127, 0, 0, 1], 5224)];
+            /// Multicast groups, and edges that cannot say hello, which get every stream: a list of
+            /// ip:port or host:port, or of {addr: ip:port, fec: auto} where one has a fec of its
+            /// own.
+            client_addr_list: Vec<ClientAddr> = vec![
+                Destination::ip([239, 0, 0, 1], 5222).into(),
+                Destination::ip([127, 0, 0, 1], 5224).into(),
+            ];
         }
         "RTP" {
             /// RTP packets of a stream that are held for repair, 1 to 32768.
@@ -31,6 +38,9 @@ settings! {
             /// Bytes of media in an RTP packet, 512 to 1180; over 1120, repairs may not fit a QUIC
             /// datagram.
             rtp_payload_max: usize = 1120, in 512..=1180;
+            /// Parity packets with which edges make lost ones anew: off, auto (as much as their reports
+            /// call for), or {columns: 10, rows: 5}; rows: 1 is row parity alone.
+            fec: Fec = Fec::Off;
             /// Routers that multicast may pass, 0 to 255; 1 stays in the local network.
             multicast_ttl: u8 = 1;
             /// Whether edges on this machine get what is sent to a group.
@@ -101,8 +111,9 @@ settings! {
 
 impl CloudConfig {
     fn check(&self) -> Result<(), (&'static str, String)> {
-        let mut seen = std::collections::HashSet::new();
-        for destination in &self.client_addr_list {
+        let mut seen = HashSet::new();
+        for client in &self.client_addr_list {
+            let destination = &client.addr;
             if !seen.insert(destination.to_string()) {
                 return Err((
                     "client_addr_list",
@@ -115,6 +126,7 @@ impl CloudConfig {
                 format!("{} addresses are too many; {DESTINATIONS_MAX} at most", seen.len());
             return Err(("client_addr_list", message));
         }
+        self.check_parity()?;
         if self.v0_allow.len() > V0_RANGES_MAX {
             let message = format!(
                 "{} ranges are too many; give {V0_RANGES_MAX} at most",
@@ -129,6 +141,45 @@ impl CloudConfig {
         super::check_pair(&self.cert_file, &self.key_file)
     }
 
+    /// Parity for an address of the list needs a port of its own there.
+    fn check_parity(&self) -> Result<(), (&'static str, String)> {
+        let fail = |message: String| Err(("client_addr_list", message));
+        let listed: HashSet<_> =
+            self.client_addr_list.iter().map(|c| (c.addr.host(), c.addr.port())).collect();
+        let mut matrices = Vec::new();
+        for ClientAddr { addr, fec } in &self.client_addr_list {
+            let fec = fec.unwrap_or(self.fec);
+            if fec == Fec::Off {
+                continue;
+            }
+            let Some(port) = addr.port().checked_add(PARITY_PORT_OFFSET) else {
+                return fail(format!(
+                    "parity for {addr} would go to port + {PARITY_PORT_OFFSET}, and there is none; \
+                     take a lower port, or switch its fec off"
+                ));
+            };
+            if listed.contains(&(addr.host(), port)) {
+                return fail(format!(
+                    "parity for {addr} goes to port + {PARITY_PORT_OFFSET}, which is {}:{port} of \
+                     this list; change one, or switch its fec off",
+                    addr.host()
+                ));
+            }
+            if let Fec::Fixed(matrix) = fec
+                && !matrices.contains(&matrix)
+            {
+                matrices.push(matrix);
+            }
+        }
+        if matrices.len() > MATRICES_MAX {
+            let count = matrices.len();
+            return fail(format!(
+                "{count} different matrices for fec are too many; {MATRICES_MAX} at most"
+            ));
+        }
+        Ok(())
+    }
+
     fn warnings(&self) -> Vec<String> {
         Vec::new()
     }
@@ -138,3 +189,5 @@ impl CloudConfig {
 const V0_RANGES_MAX: usize = 1000;
 /// Addresses that are sent to without a hello.
 const DESTINATIONS_MAX: usize = 10_000;
+/// Each costs every stream an encoder.
+const MATRICES_MAX: usize = 8;

@@ -66,6 +66,9 @@ settings! {
         "Repair" {
             /// How late a packet may come before it counts as lost, in milliseconds, 20 to 30000.
             latency_ms: u64 = 500, in 20..=30_000;
+            /// Whether to take parity packets, should the cloud send any; where RTP comes to a group or
+            /// by the cloud's list, they come to the port after next.
+            fec: bool = true;
             /// Bytes of kernel buffer for RTP, 65536 to 1073741824.
             udp_recv_buffer: usize = 8 << 20, in 1 << 16..=1 << 30;
             /// Share of received packets to throw away, for tests, 0 to 1.

@@ -6,11 +6,13 @@
 
 mod cloud;
 mod edge;
+mod fec;
 mod schema;
 mod value;
 
 pub use cloud::CloudConfig;
 pub use edge::EdgeConfig;
+pub use fec::ClientAddr;
 pub use schema::{Key, Section, Settings};
 pub use value::{Destination, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Setting};
 
@@ -411,11 +413,27 @@ protect: true
                 "client_addr_list:\n- 10.0.0.1:5222\n- 10.0.0.2",
                 "config.yaml:1:1: client_addr_list: [\"10.0.0.1:5222\", \"10.0.0.2\"] will not \
                  do; give a list in which each item is an address such as 10.0.0.7:5222, \
-                 239.0.0.1:5222 or host:5222",
+                 239.0.0.1:5222 or host:5222, or a mapping such as {addr: \"10.0.0.7:5222\", \
+                 fec: auto}",
             ),
             (
                 "client_addr_list: [a:1, b:2, a:1]",
                 "config.yaml:1:19: client_addr_list: a:1 stands there twice; leave one",
+            ),
+            (
+                "fec: {columns: 40, rows: 5}",
+                "config.yaml:1:6: fec: {\"columns\":40,\"rows\":5} will not do; give off, auto, \
+                 or {columns: 1 to 32, rows: 1 to 32} whose product is at most 400",
+            ),
+            (
+                "fec: auto\nclient_addr_list: [10.0.0.7:5222, 10.0.0.7:5224]",
+                "config.yaml:2:19: client_addr_list: parity for 10.0.0.7:5222 goes to port + 2, \
+                 which is 10.0.0.7:5224 of this list; change one, or switch its fec off",
+            ),
+            (
+                "client_addr_list: [{addr: 10.0.0.7:65534, fec: {columns: 5, rows: 1}}]",
+                "config.yaml:1:19: client_addr_list: parity for 10.0.0.7:65534 would go to port \
+                 + 2, and there is none; take a lower port, or switch its fec off",
             ),
             ("debug: true\ndebug: true", "config.yaml:2:1: debug stands there twice; leave one"),
             ("- a\n- b", "config.yaml: it must hold lines of the form `key: value`"),

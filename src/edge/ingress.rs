@@ -28,6 +28,7 @@ use crate::{
     },
     rtp::{
         Ssrc,
+        flexfec::Repair,
         packet::{HEADER_LEN, PAYLOAD_TYPE},
     },
 };
@@ -79,7 +80,10 @@ pub type Connect = Box<
 
 /// Receives until it is told to stop.
 pub struct Ingress {
+    /// Of RTP, and behind them of parity.
     sockets: Vec<RtpSocket>,
+    /// How many of them take RTP.
+    rtp_sockets: usize,
     settings: Settings,
     intake: Intake,
     metrics: IntakeMetrics,
@@ -112,16 +116,19 @@ impl Drop for Connection {
 }
 
 impl Ingress {
-    /// Receives on one socket or on two; connects at once if the cloud is known.
+    /// Receives RTP on one socket or on two, and nothing but parity on up to two others; connects
+    /// at once if the cloud is known.
     pub fn new(
-        sockets: Vec<RtpSocket>,
+        rtp: Vec<RtpSocket>,
+        parity: Vec<RtpSocket>,
         settings: Settings,
         intake: Intake,
         metrics: IntakeMetrics,
         probe_metrics: ProbeMetrics,
     ) -> Self {
         let mut ingress = Self {
-            sockets,
+            rtp_sockets: rtp.len(),
+            sockets: rtp.into_iter().chain(parity).collect(),
             intake,
             metrics,
             probe_metrics,
@@ -208,6 +215,12 @@ impl Ingress {
     }
 
     fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: Bytes) {
+        if i >= self.rtp_sockets || Repair::is_one(&datagram) {
+            if !self.throws_away() {
+                self.intake.handle_parity(now, datagram);
+            }
+            return;
+        }
         if is_probe_message(&datagram) {
             if let (Some(socket), Ok((message, _))) =
                 (self.sockets.get(i), ProbeMessage::parse(&datagram))
@@ -226,12 +239,20 @@ impl Ingress {
         if self.must_learn() && self.cloud.is_none() && is_rtp(&datagram) {
             self.learn_from_source(from.ip());
         }
-        if self.settings.pack_loss > 0.0 && self.rng.random_bool(self.settings.pack_loss) {
-            self.metrics.pack_loss.inc();
+        if self.throws_away() {
             return;
         }
-        // There are two sockets at most.
+        // There are two sockets of RTP at most.
         self.intake.handle_packet(now, datagram, Path::Live(i as u8));
+    }
+
+    /// Whether to lose the next packet on purpose.
+    fn throws_away(&mut self) -> bool {
+        let lost = self.settings.pack_loss > 0.0 && self.rng.random_bool(self.settings.pack_loss);
+        if lost {
+            self.metrics.pack_loss.inc();
+        }
+        lost
     }
 
     fn handle_event(&mut self, event: Option<RepairEvent>) {

@@ -31,6 +31,7 @@ use crate::{
     repair::{
         Protocol,
         client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
+        fec::PARITY_PORT_OFFSET,
         receiver,
     },
     tls::{ClientTls, Trust},
@@ -101,6 +102,7 @@ impl Edge {
         if let (Some(rtp), Some(socket)) = (rtp_2, socket_2) {
             sockets.push(asked.ask(config, rtp, socket, via_2));
         }
+        let parity = parity_sockets(config, [Some(rtp), rtp_2].into_iter().flatten());
 
         let record_metrics = RecordMetrics::register(&registry)?;
         let recorder =
@@ -141,7 +143,7 @@ impl Edge {
         };
         let probe_metrics = ProbeMetrics::register(&registry)?;
         let ingress =
-            Ingress::new(sockets, settings, intake, intake_metrics.clone(), probe_metrics);
+            Ingress::new(sockets, parity, settings, intake, intake_metrics.clone(), probe_metrics);
         let http = viewers(config, listener, hub, registry)?;
         Ok(Self {
             ingress,
@@ -186,6 +188,34 @@ impl Edge {
         }
         outcome
     }
+}
+
+/// Where parity comes beside RTP that nobody asked for: without these it is not taken, and all else
+/// goes on.
+fn parity_sockets(config: &EdgeConfig, rtp: impl Iterator<Item = SocketAddr>) -> Vec<RtpSocket> {
+    // To an address that is proved, it comes there.
+    let unasked = |addr: &SocketAddr| addr.ip().is_multicast() || !config.rtp_subscribe;
+    let bind = |rtp: SocketAddr| {
+        let port = rtp.port().checked_add(PARITY_PORT_OFFSET);
+        let bound = match port {
+            Some(port) => {
+                let addr = SocketAddr::new(rtp.ip(), port);
+                udp::receiver(addr, config.multicast_interface.0, PARITY_BUFFER)
+                    .and_then(RtpSocket::new)
+            }
+            None => Err(std::io::Error::other("there is no such port")),
+        };
+        bound
+            .map_err(|error| {
+                tracing::warn!(
+                    %rtp,
+                    "no parity is taken: its port, {PARITY_PORT_OFFSET} above that of RTP, cannot \
+                     be bound: {error}"
+                );
+            })
+            .ok()
+    };
+    rtp.filter(|addr| config.fec && unasked(addr)).filter_map(bind).collect()
 }
 
 fn viewers(
@@ -265,6 +295,7 @@ fn connector(
     let node = name.or_else(node::host_name).unwrap_or_else(|| "edge".into());
     let token = Some(config.token.clone()).filter(|token| !token.is_empty());
     let streams = config.streams.clone();
+    let (parity, latency) = (config.fec, Duration::from_millis(config.latency_ms));
     Ok(Box::new(move |cloud, events, shutdown| {
         let settings = RepairClientSettings {
             cloud: cloud.to_owned(),
@@ -276,7 +307,8 @@ fn connector(
             rtp_port: asked.port,
             rtp_paths: asked.paths,
             group: asked.group,
-            parity: false,
+            parity,
+            latency,
         };
         RepairClient::spawn(settings, events, metrics.clone(), shutdown)
     }))
@@ -286,6 +318,8 @@ fn path(path: &std::path::Path) -> Option<PathBuf> {
     (!path.as_os_str().is_empty()).then(|| path.to_owned())
 }
 
+/// Bytes of kernel buffer: parity is a part of what RTP is.
+const PARITY_BUFFER: usize = 2 << 20;
 /// Who joins fetches up to a whole group of pictures first.
 const JOIN_LATENCY_MS: u64 = 1000;
 /// Without word from the cloud, a stream is over after so long a silence.

@@ -245,6 +245,7 @@ fn choose(addrs: impl Iterator<Item = SocketAddr>, v4_only: bool) -> Option<Sock
 
 /// Waits until one of up to two sockets can be read; says which.
 pub async fn readable(sockets: &[Arc<UdpSocket>]) -> (usize, io::Result<()>) {
+    // One or two for RTP, and as many for parity.
     let ready = async |i: usize| match sockets.get(i) {
         Some(socket) => socket.readable().await,
         None => std::future::pending().await,
@@ -252,6 +253,8 @@ pub async fn readable(sockets: &[Arc<UdpSocket>]) -> (usize, io::Result<()>) {
     tokio::select! {
         result = ready(0) => (0, result),
         result = ready(1) => (1, result),
+        result = ready(2) => (2, result),
+        result = ready(3) => (3, result),
     }
 }
 

@@ -161,6 +161,7 @@ mod tests {
         info.streams = (0..streams)
             .map(|i| StreamInfo {
                 key: format!("live/{i}").parse().unwrap(),
+                fec: None,
                 report: StreamReport {
                     received: 10,
                     parity: u64::MAX,

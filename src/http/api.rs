@@ -353,7 +353,7 @@ mod tests {
         info.patterns = vec!["live/*".parse().unwrap()];
         info.paths = vec![PathState::Up("10.0.0.7:5222".parse().unwrap()).into()];
         let report = StreamReport { ssrc: 9, received: 3, ..Default::default() };
-        info.streams = vec![StreamInfo { key: "live/a".parse().unwrap(), report }];
+        info.streams = vec![StreamInfo { key: "live/a".parse().unwrap(), fec: None, report }];
         let _listed = edges.insert(info);
         let (_, list) = get_json(&router, "/api/v1/edges").await;
         assert_eq!(list["delay_bounds_ms"][1], 2);

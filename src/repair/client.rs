@@ -81,6 +81,8 @@ pub struct RepairClientSettings {
     pub group: Option<SocketAddr>,
     /// Whether it takes parity where it takes RTP.
     pub parity: bool,
+    /// How late a packet may come to be of use.
+    pub latency: Duration,
 }
 
 /// What to speak with the cloud.

@@ -107,6 +107,9 @@ pub struct Hello {
     /// Whether it takes parity packets where it takes RTP.
     #[serde(default)]
     pub parity: bool,
+    /// How late a packet may come to be of use, in milliseconds.
+    #[serde(default = "half_a_second")]
+    pub latency_ms: u32,
     /// The streams it wants.
     #[serde(default)]
     pub streams: Vec<StreamPattern>,
@@ -483,6 +486,10 @@ mod headers {
             metadata: tag(wire.metadata, TagKind::Script)?,
         })
     }
+}
+
+fn half_a_second() -> u32 {
+    500
 }
 
 fn one_path() -> u8 {

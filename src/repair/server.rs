@@ -133,6 +133,10 @@ pub struct EdgeHello {
     pub rtp_paths: u8,
     /// The multicast group that it listens to.
     pub group: Option<SocketAddr>,
+    /// Whether it takes parity where it takes RTP.
+    pub parity: bool,
+    /// How late a packet may come to be of use to it.
+    pub latency: Duration,
     /// What it will send from its RTP ports to prove their addresses.
     pub nonce: Nonce,
     /// Messages for it, besides those about streams.

@@ -29,7 +29,8 @@ pub const PAYLOAD_TYPE: u8 = 109;
 /// Bytes in front of a repair packet's body: RTP header, one CSRC, FEC header.
 pub const OVERHEAD: usize = HEADER_LEN + CSRC_LEN + FEC_HEADER_LEN;
 
-/// Which media packets a repair packet is the parity of, counted from its base (RFC 8627 §4.2.2).
+/// Which media packets a repair packet is the parity of, counted from its base, as the L and D of
+/// RFC 8627 say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protection {
     /// Successive packets: L = `count`, D = 0, or 1 if column parity comes too.
@@ -169,7 +170,7 @@ impl Repair {
     }
 }
 
-/// What is protected of a packet's fixed header, as the FEC header has it (RFC 8627 §6.2): P, X,
+/// What is protected of a packet's fixed header, as the FEC header of RFC 8627 has it: P, X,
 /// CC, M and PT where they stand, then the length of all that follows the fixed header in place of
 /// the sequence number, then the timestamp. None if it is too short or too long for a packet.
 pub fn word(packet: &[u8]) -> Option<u64> {

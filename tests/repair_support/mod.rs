@@ -202,6 +202,7 @@ pub fn edge_settings(addr: SocketAddr) -> RepairClientSettings {
         rtp_paths: 1,
         group: None,
         parity: false,
+        latency: Duration::from_millis(500),
     }
 }
 

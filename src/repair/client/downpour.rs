@@ -42,6 +42,7 @@ pub(super) async fn say_hello(
         rtp_paths: settings.rtp_paths,
         group: settings.group,
         parity: settings.parity,
+        latency_ms: settings.latency.as_millis().try_into().unwrap_or(u32::MAX),
         streams: told.clone(),
     });
     control.send(&hello).await?;

@@ -100,6 +100,11 @@ impl Adapt {
         edge.seen = now;
     }
 
+    /// Sets [`Settings::delay_max`] anew, as the stream's rate changes.
+    pub fn set_delay_max(&mut self, packets: usize) {
+        self.settings.delay_max = packets;
+    }
+
     /// Forgets an edge.
     pub fn remove(&mut self, edge: u64) {
         self.edges.remove(&edge);
@@ -115,7 +120,8 @@ impl Adapt {
         };
         let paced = self.changed.is_none_or(|at| now.saturating_duration_since(at) >= PACE);
         let current = overhead(self.chosen);
-        let next = if overhead(enough) > current {
+        let too_slow = self.chosen.is_some_and(|matrix| !self.is_in_time(matrix));
+        let next = if overhead(enough) > current || too_slow && enough != self.chosen {
             self.less_since = None;
             enough
         } else if overhead(roomy) < current {
@@ -160,6 +166,13 @@ impl Adapt {
         needed.get(rank.clamp(1, needed.len().max(1)) - 1).copied().flatten()
     }
 
+    /// What is chosen may take a little longer: a rate that wavers about a limit changes nothing.
+    fn is_in_time(&self, matrix: Matrix) -> bool {
+        let limit = self.settings.delay_max;
+        let slack = if self.chosen == Some(matrix) { limit / 4 } else { 0 };
+        matrix.delay() <= limit.saturating_add(slack)
+    }
+
     /// The least parity for a path, or the most useful where none is enough.
     fn least(&self, loss: f64, burst: f64) -> Option<Matrix> {
         if loss <= TARGET {
@@ -169,7 +182,7 @@ impl Adapt {
         let allowed = || {
             LADDER.iter().filter(|rung| {
                 rung.matrix.overhead() <= self.settings.overhead_max + 1e-9
-                    && rung.matrix.delay() <= self.settings.delay_max
+                    && self.is_in_time(rung.matrix)
             })
         };
         let enough = allowed().find(|rung| rung.limits[class] >= loss);
@@ -351,6 +364,23 @@ mod tests {
         let none = Settings { overhead_max: 0.0, ..settings };
         assert_eq!(choose(none, bursts(0.2, Some(1.0))), None);
         assert_eq!(choose(settings, bursts(f64::NAN, None)), None);
+    }
+
+    #[test]
+    fn parity_that_has_come_to_take_too_long_is_given_up() {
+        let start = Instant::now();
+        let settings = Settings { blind: None, delay_max: 400, ..Settings::default() };
+        let mut adapt = Adapt::new(settings);
+        let reports = [singles(0.02)];
+        assert_eq!(run(&mut adapt, start, 0..20, &reports), [(0, matrix(20, 10))]);
+        adapt.set_delay_max(390);
+        assert_eq!(run(&mut adapt, start, 20..30, &reports), [], "a little");
+        adapt.set_delay_max(200);
+        assert_eq!(run(&mut adapt, start, 30..40, &reports), [(30, matrix(10, 10))]);
+        adapt.set_delay_max(10);
+        assert_eq!(run(&mut adapt, start, 40..50, &reports), [(40, matrix(10, 1))]);
+        adapt.set_delay_max(4);
+        assert_eq!(run(&mut adapt, start, 50..60, &reports), [(50, None)]);
     }
 
     #[test]

@@ -226,7 +226,7 @@ impl Encoder {
             }
             stride => Protection::Column { stride, count },
         };
-        // RFC 8627 §4.2.1: the time of sending, here on the media's clock.
+        // RFC 8627: the time of sending, here on the media's clock.
         let waited = now.saturating_duration_since(self.newest.0).as_millis() as u32;
         let timestamp = self.newest.1.wrapping_add(waited.wrapping_mul(CLOCK_KHZ));
         let repair = Repair {

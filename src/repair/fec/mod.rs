@@ -11,6 +11,26 @@ pub use adapt::Adapt;
 pub use decoder::Decoder;
 pub use encoder::Encoder;
 
+use std::fmt;
+
+use serde::Serialize;
+
+/// What parity a receiver is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fec {
+    /// None.
+    #[default]
+    Off,
+    /// As much as reports call for, or what a path without a way back is given.
+    Auto,
+    /// Always this.
+    Fixed(Matrix),
+}
+
+/// Where RTP goes to a group or to an address of the cloud's list, parity goes so many ports higher,
+/// as SMPTE ST 2022-1 has it for columns: who does not know of it never sees any.
+pub const PARITY_PORT_OFFSET: u16 = 2;
+
 /// How packets are put together for parity, in the terms of SMPTE ST 2022-1: packets are written
 /// into a block of L columns and D rows, row by row.
 ///
@@ -18,7 +38,7 @@ pub use encoder::Encoder;
 /// sent right behind the row. Column parity is over the D packets of a column, L packets apart, so
 /// that all columns together repair a burst of L packets; it is sent during the next block, so that
 /// one burst does not take block and parity. With both (2-D), what one repairs helps the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Matrix {
     columns: u8,
     rows: u8,
@@ -98,6 +118,12 @@ impl Matrix {
         let rows = if self.has_row_parity() { 1.0 / f64::from(self.columns) } else { 0.0 };
         let columns = if self.has_column_parity() { 1.0 / f64::from(self.rows) } else { 0.0 };
         rows + columns
+    }
+}
+
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}×{}", self.columns, self.rows)
     }
 }
 

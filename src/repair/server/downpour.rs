@@ -383,6 +383,8 @@ fn admit(
         rtp_port: hello.rtp_port,
         rtp_paths: hello.rtp_paths,
         group: hello.group,
+        parity: hello.parity,
+        latency: Duration::from_millis(hello.latency_ms.into()),
         nonce,
         outbox,
     };
