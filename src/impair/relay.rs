@@ -43,7 +43,19 @@ impl UdpRelay {
     /// # Errors
     /// If no socket can be had. Must be called inside a tokio runtime.
     pub fn start(upstream: SocketAddr, settings: RelaySettings) -> io::Result<Self> {
-        let socket = bind(loopback(upstream.is_ipv6()))?;
+        Self::start_at(loopback(upstream.is_ipv6()), upstream, settings)
+    }
+
+    /// Listens on `listen`, as [`Self::start`] does on a port of its choice.
+    ///
+    /// # Errors
+    /// If the address is taken.
+    pub fn start_at(
+        listen: SocketAddr,
+        upstream: SocketAddr,
+        settings: RelaySettings,
+    ) -> io::Result<Self> {
+        let socket = bind(listen)?;
         let local_addr = socket.local_addr()?;
         let shared = Arc::new(Shared::default());
         let (paths, changes) = watch::channel(Paths {

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use downpour::impair::{LinkSettings, LinkStats, RelaySettings, UdpRelay};
 use tokio::runtime::Runtime;
 
+use super::ports;
+
 /// Relays between a cloud and its edges, on a runtime of their own.
 pub struct Network {
     rtp: Vec<UdpRelay>,
@@ -30,6 +32,29 @@ impl Network {
         let addr = relay.local_addr();
         self.rtp.push(relay);
         addr
+    }
+
+    /// Adds a path for RTP to an edge, and one of the same kind for its parity; gives the address
+    /// that the cloud is to send to.
+    pub fn add_rtp_and_parity(&mut self, edge: SocketAddr, settings: RelaySettings) -> SocketAddr {
+        let parity = |addr: SocketAddr| SocketAddr::new(addr.ip(), addr.port() + 2);
+        let listen = SocketAddr::new(edge.ip(), ports::free_for_rtp());
+        let other = RelaySettings { seed: settings.seed + 1000, ..settings.clone() };
+        for (listen, edge, settings) in
+            [(listen, edge, settings), (parity(listen), parity(edge), other)]
+        {
+            let _inside = self.runtime.enter();
+            let relay = UdpRelay::start_at(listen, edge, settings).expect("cannot start a relay");
+            self.rtp.push(relay);
+        }
+        listen
+    }
+
+    /// Makes every path of RTP another one, both ways.
+    pub fn set_rtp(&self, path: &LinkSettings) {
+        for relay in &self.rtp {
+            relay.set_settings(path.clone(), path.clone());
+        }
     }
 
     /// Adds a path for an edge's QUIC; gives the address that the edge is to connect to.

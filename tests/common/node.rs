@@ -27,6 +27,8 @@ pub struct Site {
     pub cloud: Cloud,
     pub edges: Vec<Edge>,
     pub network: Network,
+    /// Where the cloud sends to unasked.
+    pub destinations: Vec<SocketAddr>,
     dir: TempDir,
 }
 
@@ -75,6 +77,8 @@ pub struct SiteSettings {
     pub quic: Option<LinkSettings>,
     /// Decides what those paths lose.
     pub seed: u64,
+    /// Relays parity beside the RTP to each edge's first address.
+    pub parity: bool,
     /// Sends to a multicast group that all edges join, not to each edge.
     pub multicast: bool,
     /// Sends to nobody who has not said hello; where there is a path of RTP, it is a NAT.
@@ -110,9 +114,9 @@ impl SiteSettings {
             // A hundred apart: a relay derives its clients' seeds from its own.
             ..RelaySettings::symmetric(settings.clone(), self.seed + 100 * edge as u64)
         };
-        let group = SocketAddr::from((group(), ports::free()));
+        let group = SocketAddr::from((group(), ports::free_for_rtp()));
         let [rtp, second]: [Vec<_>; 2] =
-            [(); 2].map(|()| (0..self.edges).map(|_| loopback(ports::free())).collect());
+            [(); 2].map(|()| (0..self.edges).map(|_| loopback(ports::free_for_rtp())).collect());
         let destinations = if self.dynamic {
             Vec::new()
         } else if self.multicast {
@@ -121,6 +125,9 @@ impl SiteSettings {
             let mut destinations = Vec::new();
             for (edge, (rtp, second)) in rtp.iter().zip(&second).enumerate() {
                 destinations.push(match &self.rtp {
+                    Some(settings) if self.parity => {
+                        network.add_rtp_and_parity(*rtp, path(settings, edge))
+                    }
                     Some(settings) => network.add_rtp(*rtp, path(settings, edge)),
                     None => *rtp,
                 });
@@ -154,7 +161,7 @@ impl SiteSettings {
             Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, &cloud, &lines)
         });
         let edges = edges.collect();
-        Site { cloud, edges, network, dir }
+        Site { cloud, edges, network, destinations, dir }
     }
 }
 
@@ -166,6 +173,7 @@ impl Default for SiteSettings {
             second: None,
             quic: None,
             seed: 1,
+            parity: false,
             multicast: false,
             dynamic: false,
             cloud: Vec::new(),

@@ -24,6 +24,16 @@ pub fn free() -> u16 {
     }
 }
 
+/// A port for RTP: that of its parity, two above, is kept free too.
+pub fn free_for_rtp() -> u16 {
+    loop {
+        let [rtp, _, parity] = [(); 3].map(|()| free());
+        if parity == rtp + 2 {
+            return rtp;
+        }
+    }
+}
+
 static NEXT: AtomicU16 = AtomicU16::new(0);
 const FIRST: u16 = 12_000;
 const BLOCK: u16 = 200;
