@@ -907,6 +907,38 @@ mod tests {
         assert_eq!((lost, report.parity, report.received), (4, 4, number));
     }
 
+    /// Nothing behind it has come that would show the loss.
+    #[test]
+    fn parity_brings_back_the_last_packet_of_a_row() {
+        let (mut intake, hub) = intake();
+        let now = Instant::now();
+        let (tags, bursts) = bursts(7, 9);
+        let settings = fec::encoder::Settings::new(fec::Matrix::new(2, 1).unwrap());
+        let mut encoder = fec::Encoder::new(settings, now, Ssrc(7), Ssrc(8), Seq(3));
+        intake.stream_up(now, up("live/a", 7, None, None));
+        let packets: Vec<_> =
+            bursts.iter().flat_map(|b| (0..b.count()).filter_map(|n| b.packet(n))).collect();
+        let last = packets.len() / 2 * 2 - 1;
+        for (i, packet) in packets[..=last].iter().enumerate() {
+            let mut parity = Vec::new();
+            encoder.push(now, packet, &mut parity);
+            if i != last {
+                intake.handle_packet(now, packet.clone(), Path::Live(0));
+            }
+            parity.into_iter().for_each(|datagram| intake.handle_parity(now, datagram));
+        }
+        let before = read(&hub, "live/a").len();
+        assert_eq!(intake.reports(10)[0].parity, 1);
+        // It was late, not lost.
+        intake.handle_packet(now, packets[last].clone(), Path::Live(0));
+        assert_eq!(intake.reports(10)[0].duplicate, 1);
+        assert_eq!(read(&hub, "live/a").len(), before);
+        packets[last + 1..].iter().for_each(|packet| {
+            intake.handle_packet(now, packet.clone(), Path::Live(0));
+        });
+        assert!(read(&hub, "live/a").ends_with(&tags[6..]));
+    }
+
     #[test]
     fn only_streams_that_wait_for_something_have_a_timer() {
         let (mut intake, _) = intake();

@@ -219,8 +219,9 @@ impl Receiver {
         }
         let newest = self.next + self.window.len() as u64 - 1;
         let distance = i64::from(seq.distance_from(Seq(newest as u16)));
-        if live.is_none() && distance > 0 {
-            // Only what is missing is asked for, and that is never ahead of the newest.
+        if path == Path::Repair && distance > 0 {
+            // Only what is missing is asked for, and that is never ahead of the newest. Parity may
+            // bring what nothing has yet shown to be missing: the last packets of a row.
             self.stats.duplicate += 1;
             return;
         }
@@ -244,6 +245,7 @@ impl Receiver {
             self.probation = None;
             passed = self.paths.arrived(now, path, number, &mut self.stats.paths[path]);
         }
+        self.stats.parity += u64::from(path == Path::Parity && distance > 0);
         if distance == 1 && self.window.is_empty() {
             self.joined = true;
             self.next += 1;
