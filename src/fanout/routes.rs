@@ -2,7 +2,7 @@
 //! for it.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     net::SocketAddr,
     sync::{
         Arc, PoisonError, RwLock, RwLockWriteGuard,
@@ -129,10 +129,9 @@ impl Routes {
             let mut before = std::mem::take(&mut state.is_fixed);
             let mut fixed = Vec::new();
             for FixedTarget { addr, fec } in targets.into_iter().map(Into::into) {
-                if !state.is_fixed.contains_key(&addr) {
+                if let Entry::Vacant(entry) = state.is_fixed.entry(addr) {
                     let adapted = before.remove(&addr).map(|route| route.adapted);
-                    let route = FixedRoute { fec, adapted: adapted.unwrap_or_default() };
-                    state.is_fixed.insert(addr, route);
+                    entry.insert(FixedRoute { fec, adapted: adapted.unwrap_or_default() });
                     fixed.push(Target { addr });
                 }
             }
