@@ -437,7 +437,7 @@ pub const MAX_CONTROL_LEN: usize = 1 << 20;
 pub const MAX_EDGE_MESSAGE: usize = 256 * 1024;
 /// Streams in one report. With counters of twenty digits it takes less than half of
 /// [`MAX_EDGE_MESSAGE`].
-pub const MAX_REPORTED: usize = 100;
+pub const MAX_REPORTED: usize = 75;
 
 /// Headers as hexadecimal FLV tags without `PreviousTagSize`.
 mod headers {
