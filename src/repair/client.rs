@@ -426,6 +426,7 @@ impl RepairHandle {
     /// Tells the cloud how this edge fares, in as many messages as it takes. A report that is not
     /// under way when the next one comes is not told; a v0 cloud gets none.
     pub fn report(&self, report: Report) {
+        self.metrics.round_trip.set(report.round_trip_us as f64 / 1e6);
         self.report.send_replace(report);
     }
 

@@ -108,6 +108,8 @@ pub struct Receiver {
     asked_now: usize,
     /// More are missing than random loss explains: the path was cut, and has much to bring.
     flooded: bool,
+    /// What is asked for together is asked for at whole steps of time from here.
+    epoch: Option<Instant>,
     /// The number that was repaired last, and when.
     repaired_last: (u64, Option<Instant>),
     reordering: Reordering,
@@ -181,6 +183,7 @@ impl Receiver {
             request: 0,
             asked_now: 0,
             flooded: false,
+            epoch: None,
             repaired_last: (0, None),
             reordering: Reordering::default(),
             losing: Losing::default(),
@@ -392,7 +395,8 @@ impl Receiver {
     /// releases what the window has no room for.
     fn open_gap(&mut self, now: Instant, number: u64, shown_by: Option<usize>, wait: Duration) {
         let latency = if self.joined { self.settings.latency } else { self.settings.join_latency };
-        let (due, deadline) = (now + wait, now + latency + GRACE);
+        let deadline = now + latency + GRACE;
+        let due = self.together(now, now + wait, deadline);
         for missing in self.next + self.window.len() as u64..number {
             self.window.push_back(Slot::Missing(Missing {
                 since: now,
@@ -565,8 +569,9 @@ const RERUN_PAUSE: Duration = Duration::from_millis(50);
 /// reordering bring in any order.
 const STRAGGLERS_COME: Duration = Duration::from_secs(5);
 /// How much longer than its latency a packet is waited for, so that a latency of n round trips is
-/// time for n tries. Playout buffers were measured to add 2 to 16 ms to theirs.
-pub const GRACE: Duration = Duration::from_millis(10);
+/// time for n tries, timers being as coarse as they are. Playout buffers were measured to add 2 to
+/// 16 ms to theirs.
+pub const GRACE: Duration = Duration::from_millis(15);
 /// How long what a heartbeat tells of is waited for, at most, before it is asked for.
 const MAX_HEAD_START: Duration = Duration::from_millis(10);
 /// Remembered only to tell a packet that came too late from one that came twice.

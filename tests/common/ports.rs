@@ -10,26 +10,28 @@ use std::{
 /// They lie below the range from which the kernel takes ports for outgoing connections: a node that
 /// is killed must find its port free when it comes back, and some tests open 10,000 connections.
 pub fn free() -> u16 {
-    // Test processes that run at the same time take different blocks.
-    let block = FIRST + (std::process::id() % BLOCKS) as u16 * BLOCK;
-    loop {
-        let offset = NEXT.fetch_add(1, Ordering::Relaxed);
-        assert!(offset < 5 * BLOCK, "no port is free");
-        let port = FIRST + (block - FIRST + offset) % (BLOCKS as u16 * BLOCK);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
-            && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
-        {
-            return port;
-        }
-    }
+    free_run(1)
 }
 
 /// A port for RTP: that of its parity, two above, is kept free too.
 pub fn free_for_rtp() -> u16 {
+    free_run(3)
+}
+
+/// The first of so many ports in a row.
+fn free_run(count: u16) -> u16 {
+    // Test processes that run at the same time take different blocks.
+    let block = (std::process::id() % BLOCKS) as u16 * BLOCK;
     loop {
-        let [rtp, _, parity] = [(); 3].map(|()| free());
-        if parity == rtp + 2 {
-            return rtp;
+        let offset = NEXT.fetch_add(count, Ordering::Relaxed);
+        assert!(offset < 5 * BLOCK, "no port is free");
+        let first = FIRST + (block + offset) % (BLOCKS as u16 * BLOCK);
+        let is_free = |port| {
+            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+                && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+        };
+        if (first..first + count).all(is_free) {
+            return first;
         }
     }
 }

@@ -1,8 +1,9 @@
 //! What the repair client counts.
 
 use prometheus::{
-    IntCounter, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
-    register_int_counter_with_registry, register_int_gauge_vec_with_registry,
+    Gauge, IntCounter, IntGauge, Opts, Registry, register_gauge_with_registry,
+    register_int_counter_vec_with_registry, register_int_counter_with_registry,
+    register_int_gauge_vec_with_registry,
 };
 
 use super::Disconnect;
@@ -15,6 +16,8 @@ pub struct RepairClientMetrics {
     pub connected_v0: IntGauge,
     /// 1 while connected to a `downpour/1` cloud.
     pub connected_downpour: IntGauge,
+    /// The round trip to the cloud, smoothed, in seconds; 0 before there was one.
+    pub round_trip: Gauge,
     /// Connections made.
     pub connects: IntCounter,
     /// Attempts that failed.
@@ -80,6 +83,11 @@ impl RepairClientMetrics {
         Ok(Self {
             connected_v0: connected.with_label_values(&[Protocol::V0.as_str()]),
             connected_downpour: connected.with_label_values(&[Protocol::Downpour.as_str()]),
+            round_trip: register_gauge_with_registry!(
+                "downpour_repair_client_round_trip_seconds",
+                "The round trip to the cloud, smoothed",
+                registry
+            )?,
             connects: counter("connects_total", "Connections made")?,
             connect_failures: counter("connect_failures_total", "Attempts that failed")?,
             early_hellos: counter("early_hellos_total", "Connections back in one round trip")?,

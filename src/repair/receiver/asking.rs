@@ -63,14 +63,7 @@ impl Receiver {
         let other_path = shown_by.map_or(Duration::ZERO, |path| {
             self.paths.wait_for_other(now, path, number, round_trip.min(self.settings.latency / 4))
         });
-        // Where there is time and much is lost, several losses go into one request.
-        let batch = match self.losing.is_heavy()
-            && self.round_trip.tries_within(self.settings.latency) > 4
-        {
-            true => (self.round_trip.smoothed / 16).max(SPACING),
-            false => Duration::ZERO,
-        };
-        self.wait_on_this_path().max(other_path).max(batch)
+        self.wait_on_this_path().max(other_path)
     }
 
     /// How long what was not in order may still come by itself: late, or with its parity.
@@ -138,7 +131,7 @@ impl Receiver {
             (0 | 1, 0) => (2, 2),
             (0 | 1, _) => (3, 2),
             (2, 1) | (_, 3..) => (2, 1),
-            (..=4, _) => (1, 1),
+            (..=PLENTY, _) => (1, 1),
             _ => (1, u8::from(!self.losing.is_heavy())),
         }
     }
@@ -198,9 +191,25 @@ impl Receiver {
             }
             _ => now + spacing,
         };
-        missing.due = next_ask;
-        missing.said_in = self.request;
-        self.asks.push(Reverse((next_ask, number)));
+        let (repeats, deadline) = (missing.repeats, missing.deadline);
+        let due = if repeats == 0 { self.together(now, next_ask, deadline) } else { next_ask };
+        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize) {
+            missing.due = due;
+            missing.said_in = self.request;
+        }
+        self.asks.push(Reverse((due, number)));
+    }
+
+    /// When to ask for what is due then: where much is lost and there is time for many tries, at the
+    /// next step of a sixteenth of the round trip, so that one request asks for several.
+    pub(super) fn together(&mut self, now: Instant, due: Instant, deadline: Instant) -> Instant {
+        let left = deadline.saturating_duration_since(due);
+        if !self.losing.is_heavy() || self.round_trip.tries_within(left) <= PLENTY {
+            return due;
+        }
+        let step = (self.round_trip.smoothed / 16).as_micros().max(1);
+        let since = due.saturating_duration_since(*self.epoch.get_or_insert(now)).as_micros();
+        due + Duration::from_micros(((step - since % step) % step) as u64)
     }
 
     pub(super) fn answered(&mut self, was_asked: bool) {
@@ -211,6 +220,8 @@ impl Receiver {
 
 /// What is said within less goes into one packet of the repair connection, and is lost with it.
 const LEAST_SPACING: Duration = Duration::from_millis(1);
+/// Tries for which there is no lack of time if there is time for more.
+const PLENTY: u32 = 4;
 /// Missing packets asked for, all at one time, that are more than random loss explains, and at which
 /// that is over.
 const FLOOD: usize = 256;
