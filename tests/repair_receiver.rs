@@ -73,6 +73,20 @@ fn after_a_long_cut_packets_are_not_asked_for_faster_than_they_come() {
     assert!(out.stats.duplicate < 200, "{:?}", out.stats);
 }
 
+/// RTP by satellite, the way back on the ground: word of packets is there long before they are.
+#[test]
+fn packets_that_lag_behind_word_of_them_are_waited_for() {
+    let run = Run {
+        live: vec![lossy(Duration::from_millis(310), 0.02)],
+        ..Run::field(&link(Duration::from_millis(10)), Duration::from_millis(500), 20_000, 6)
+    };
+    let out = run.play();
+    assert_eq!((out.lost, out.restarts), (0, 0), "{:?}", out.stats);
+    // The first second's are asked for before it is known.
+    let asked = out.stats.asked as f64 / out.sent as f64;
+    assert!((0.02..0.06).contains(&asked), "{asked}");
+}
+
 #[test]
 fn two_paths_lose_only_what_both_lose() {
     let one_way = Duration::from_millis(50);

@@ -55,7 +55,8 @@ fn each_packet_is_handed_on_once_in_order_or_told_to_be_lost() {
     {
         let count = count.into_inner();
         println!("{count} of {SEEDS} runs with {what}");
-        assert!(count > SEEDS / 100, "{count} with {what}");
+        // A sender begins anew in one run of ten, and hardly ever so near the end that it is missed.
+        assert!(count > SEEDS * 8 / 100, "{count} with {what}");
     }
 }
 

@@ -25,6 +25,7 @@ pub fn check(mut data: &[u8]) {
         window: 1 << (window % 11),
         latency: Duration::from_millis(u64::from(latency) * 4),
         join_latency: Duration::from_millis(u64::from(join) * 4),
+        group: false,
     };
     let mut newest = Seq(u16::from(first) << 8);
     let (receiver, next) = match first {

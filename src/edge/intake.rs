@@ -71,7 +71,7 @@ type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send>;
 
 struct Unknown {
     since: Instant,
-    packets: Vec<Packet>,
+    packets: Vec<(Packet, Path)>,
 }
 
 struct Incoming {
@@ -202,7 +202,7 @@ impl Intake {
     pub fn stream_named(&mut self, now: Instant, stream: LiveStream) {
         let LiveStream { key, ssrc, start_unix_ms } = stream;
         let held = self.unknown.get(&ssrc).and_then(|unknown| unknown.packets.first());
-        let first = held.map(|packet| packet.header.seq).filter(|seq| *seq == Seq::FIRST);
+        let first = held.map(|(packet, _)| packet.header.seq).filter(|seq| *seq == Seq::FIRST);
         let headers = Headers::default();
         let up = StreamInfo { key, ssrc, start_unix_ms, headers, gop_start: None, newest: None };
         self.bring_up(now, up, first);
@@ -242,6 +242,13 @@ impl Intake {
         let knows_headers = metadata.is_some() || video.is_some() || audio.is_some();
         publisher.set_headers(metadata, video, audio);
         let held = self.unknown.remove(&up.ssrc).map(|unknown| unknown.packets).unwrap_or_default();
+        // A group of pictures that is longer than the window cannot be fetched whole.
+        let window = self.settings.receiver.window;
+        let fits = |first: &Seq| {
+            let ahead = up.newest.map_or(0, |newest| newest.distance_from(*first));
+            usize::try_from(ahead).is_ok_and(|ahead| ahead < window)
+        };
+        let first = first.filter(fits);
         let (receiver, depacketizer) = match first {
             Some(first) => {
                 (Receiver::starting_at(self.settings.receiver, first), Depacketizer::new())
@@ -270,8 +277,8 @@ impl Intake {
         if first.is_none() && !knows_headers {
             self.nacks.push_back(stream.begin_header_hunt(now));
         }
-        for packet in held {
-            stream.receiver.handle_packet(now, packet, Path::Live(0));
+        for (packet, path) in held {
+            stream.receiver.handle_packet(now, packet, path);
         }
         if let (Some(_), Some(newest)) = (first, up.newest) {
             stream.receiver.handle_heartbeat(now, newest);
@@ -301,7 +308,7 @@ impl Intake {
         }
         // Everything missing has a deadline by now; nothing can come after the last of them.
         let patience = self.settings.receiver.latency.max(self.settings.receiver.join_latency);
-        stream.ending = Some((last, now + patience));
+        stream.ending = Some((last, now + patience + receiver::GRACE));
         self.pump(now, ssrc);
     }
 
@@ -382,7 +389,7 @@ impl Intake {
             match self.told {
                 true => self.end(now, ssrc, "the cloud came back without it"),
                 // It may go on: then it is a stream that nobody has named, and comes up again.
-                false => self.remove(ssrc, "nothing comes, and the cloud is not heard of"),
+                false => self.remove(now, ssrc, "nothing comes, and the cloud is not heard of"),
             }
         }
         self.unknown.retain(|_, unknown| {
@@ -448,7 +455,7 @@ impl Intake {
         let unknown = self.unknown.entry(ssrc).or_insert_with(fresh);
         // The first ones are kept: they may hold the headers, and the later can be asked for.
         if unknown.packets.len() < MAX_UNKNOWN_PACKETS {
-            unknown.packets.push(packet);
+            unknown.packets.push((packet, path));
         } else {
             self.metrics.unknown_dropped.inc();
         }
@@ -470,28 +477,7 @@ impl Intake {
                 self.metrics.nacks_dropped.inc();
             }
         }
-        while let Some(event) = stream.receiver.poll_event() {
-            match event {
-                Event::Packet(packet) => {
-                    if let Some(tag) = stream.depacketizer.packet(&packet) {
-                        stream.push(tag);
-                    }
-                }
-                Event::Lost(packets) => {
-                    if let Some(last) = stream.depacketizer.lost(packets) {
-                        stream.receiver.abandon_through(now, last);
-                    }
-                }
-                Event::Restart(_) => {
-                    stream.parity = None;
-                    tracing::warn!(stream = %stream.key, %ssrc, "the sender began anew");
-                    stream.depacketizer.lost(0);
-                }
-            }
-        }
-        if let Some(damage) = stream.depacketizer.take_damage() {
-            stream.note_damage(now, damage, &self.metrics);
-        }
+        stream.hand_on(now, &self.metrics);
         if stream.header_hunt.as_ref().is_some_and(|hunt| hunt.until <= now) {
             self.nacks.extend(stream.hunt_on(now));
         }
@@ -519,11 +505,14 @@ impl Intake {
     /// Removes a stream that is surely over: what still comes of it are stragglers.
     fn end(&mut self, now: Instant, ssrc: Ssrc, why: &str) {
         self.ended.push_back((now, ssrc));
-        self.remove(ssrc, why);
+        self.remove(now, ssrc, why);
     }
 
-    fn remove(&mut self, ssrc: Ssrc, why: &str) {
+    fn remove(&mut self, now: Instant, ssrc: Ssrc, why: &str) {
         let Some(mut stream) = self.streams.remove(&ssrc) else { return };
+        // What waits behind a gap is of use all the same.
+        stream.receiver.finish(now);
+        stream.hand_on(now, &self.metrics);
         self.report_turns.retain(|turn| *turn != ssrc);
         if let Some(wake) = stream.wake {
             self.wakes.remove(&(wake, ssrc));
@@ -584,6 +573,32 @@ impl Incoming {
             self.end_wait();
         }
         true
+    }
+
+    /// Puts what the receiver gives into tags, and those into the hub.
+    fn hand_on(&mut self, now: Instant, metrics: &IntakeMetrics) {
+        while let Some(event) = self.receiver.poll_event() {
+            match event {
+                Event::Packet(packet) => {
+                    if let Some(tag) = self.depacketizer.packet(&packet) {
+                        self.push(tag);
+                    }
+                }
+                Event::Lost(packets) => {
+                    if let Some(last) = self.depacketizer.lost(packets) {
+                        self.receiver.abandon_through(now, last);
+                    }
+                }
+                Event::Restart(_) => {
+                    self.parity = None;
+                    tracing::warn!(stream = %self.key, ssrc = %self.ssrc, "the sender began anew");
+                    self.depacketizer.lost(0);
+                }
+            }
+        }
+        if let Some(damage) = self.depacketizer.take_damage() {
+            self.note_damage(now, damage, metrics);
+        }
     }
 
     /// The time for a try of the hunt is over: media goes on, and the next try begins if there is

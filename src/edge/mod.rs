@@ -113,6 +113,7 @@ impl Edge {
                 receiver: receiver::Settings {
                     latency: Duration::from_millis(config.latency_ms),
                     join_latency: Duration::from_millis(config.latency_ms.max(JOIN_LATENCY_MS)),
+                    group: [Some(rtp), rtp_2].into_iter().flatten().any(|a| a.ip().is_multicast()),
                     ..receiver::Settings::default()
                 },
                 silence: SILENCE,

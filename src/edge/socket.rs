@@ -136,8 +136,9 @@ impl RtpSocket {
     /// Sends a probe if one is due.
     pub fn probe(&mut self, now: Instant, metrics: &ProbeMetrics) {
         let Some(probing) = &mut self.probing else { return };
-        let (Some(cloud), probe) = (probing.cloud, probing.prober.poll_probe(now)) else { return };
-        if let Some(probe) = probe {
+        // Not before there is somewhere to send it: a probe that is made counts as sent.
+        let Some(cloud) = probing.cloud else { return };
+        if let Some(probe) = probing.prober.poll_probe(now) {
             self.send(cloud, probe, metrics);
         }
     }

@@ -25,7 +25,7 @@ pub use self::{
 
 use self::{
     paths::Paths,
-    timing::{Losing, Reordering, RoundTrip, TIMER_GRAIN},
+    timing::{Lag, Losing, Reordering, RoundTrip, TIMER_GRAIN},
 };
 use crate::rtp::{Packet, Seq};
 
@@ -38,12 +38,15 @@ pub struct Settings {
     pub join_latency: Duration,
     /// Packets held behind a gap, and numbers missing in it, together.
     pub window: usize,
+    /// Whether repairs may come as live packets do, because the sender sends them to a multicast
+    /// group.
+    pub group: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let latency = Duration::from_millis(500);
-        Self { latency, join_latency: Duration::from_secs(1), window: 1 << 14 }
+        Self { latency, join_latency: Duration::from_secs(1), window: 1 << 14, group: false }
     }
 }
 
@@ -114,6 +117,7 @@ pub struct Receiver {
     repaired_last: (u64, Option<Instant>),
     reordering: Reordering,
     losing: Losing,
+    lag: Lag,
     paths: Paths,
     /// How long after a gap parity that could close it may come.
     parity_wait: Duration,
@@ -187,6 +191,7 @@ impl Receiver {
             repaired_last: (0, None),
             reordering: Reordering::default(),
             losing: Losing::default(),
+            lag: Lag::default(),
             paths: Paths::default(),
             parity_wait: Duration::ZERO,
             probation: None,
@@ -246,11 +251,13 @@ impl Receiver {
         let mut passed = number..number;
         if let Some(path) = live {
             self.probation = None;
-            passed = self.paths.arrived(now, path, number, &mut self.stats.paths[path]);
+            let was_asked = self.missing_at(number).is_some_and(|missing| missing.tries > 0);
+            let stats = &mut self.stats.paths[path];
+            passed = self.paths.arrived(now, path, number, was_asked, stats);
+            self.lag.came(now, number);
         }
         self.stats.parity += u64::from(path == Path::Parity && distance > 0);
         if distance == 1 && self.window.is_empty() {
-            self.joined = true;
             self.next += 1;
             self.stats.delays.add_zero();
             self.stats.waits.add_zero();
@@ -259,7 +266,6 @@ impl Receiver {
             self.open_gap(now, number, live, self.first_wait(now, live, newest + 1));
             self.window.push_back(Slot::Held { packet, since: now });
             self.stats.delays.add_zero();
-            self.joined = true;
         } else if number < self.next {
             match self.given_up.iter().any(|(from, to)| (*from..*to).contains(&number)) {
                 true => self.stats.too_late += 1,
@@ -268,6 +274,7 @@ impl Receiver {
         } else {
             self.fill(now, number, packet, path);
         }
+        self.joined |= live.is_some();
         // What the other path had shown to be missing, this one has now lost too.
         for number in passed.start.max(self.next)..passed.end.min(newest + 1) {
             self.hurry(now, number);
@@ -282,16 +289,25 @@ impl Receiver {
         }
         let newest = self.next + self.window.len() as u64 - 1;
         let distance = last.distance_from(Seq(newest as u16));
-        if distance > 0 && distance as usize <= self.settings.window {
+        if distance >= 0 {
+            // A sender that goes on has not begun anew, whatever comes of it.
+            self.rerun = None;
+        }
+        if distance <= 0 {
+            self.lag.decay();
+        } else if distance as usize <= self.settings.window {
             // It came by another way, and may have overtaken what it tells of; what was sent before
             // we joined will not come by itself.
-            let wait = match self.joined {
-                true => self
-                    .first_wait(now, None, newest + 1)
-                    .max((self.round_trip.smoothed / 4).clamp(TIMER_GRAIN, MAX_HEAD_START)),
-                false => Duration::ZERO,
-            };
-            self.open_gap(now, newest + distance as u64 + 1, None, wait);
+            let end = newest + distance as u64 + 1;
+            if self.joined {
+                let due = now + self.lag.wait();
+                let head_start = (self.round_trip.smoothed / 4).clamp(TIMER_GRAIN, MAX_HEAD_START);
+                let wait = self.first_wait(now, None, newest + 1).max(head_start);
+                self.open_gap(due, end, None, wait);
+                self.lag.told(now, end - 1);
+            } else {
+                self.open_gap(now, end, None, Duration::ZERO);
+            }
             self.release(now);
         }
     }
@@ -358,6 +374,14 @@ impl Receiver {
             _ => None,
         };
         ask.into_iter().chain(give_up).min()
+    }
+
+    /// Waits for nothing any more: [`Receiver::poll_event`] gives all that is there, and what is
+    /// missing as lost.
+    pub fn finish(&mut self, now: Instant) {
+        while !self.window.is_empty() {
+            self.pop_front(now);
+        }
     }
 
     /// Whether everything up to `last` has been handed on or given up.
@@ -434,7 +458,9 @@ impl Receiver {
                 self.reordering.was_lost();
             }
             Path::Live(path) => {
-                if missing.shown_by.is_none_or(|by| by == usize::from(path)) {
+                // Not what word of it has overtaken, nor what another of the group asked for.
+                let again = self.settings.group && asked_for.is_some();
+                if missing.shown_by == Some(usize::from(path)) && !again {
                     self.stats.reordered += 1;
                     self.reordering.came_late(delay);
                 }
@@ -507,9 +533,8 @@ impl Receiver {
     fn begin_anew(&mut self, now: Instant, first: Seq) {
         let newest = self.next + self.window.len() as u64 - 1;
         self.before = Some((Seq(newest as u16), now));
-        while !self.window.is_empty() {
-            self.pop_front(now);
-        }
+        self.finish(now);
+        self.lag = Lag::default();
         self.asks.clear();
         self.given_up.clear();
         self.paths.reset();

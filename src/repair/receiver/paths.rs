@@ -33,12 +33,14 @@ struct PathState {
 }
 
 impl Paths {
-    /// A packet came; gives the numbers that the path passed over to it.
+    /// A packet came, which may have been asked for; gives the numbers that the path passed over to
+    /// it.
     pub(super) fn arrived(
         &mut self,
         now: Instant,
         path: usize,
         number: u64,
+        was_asked: bool,
         stats: &mut PathStats,
     ) -> Range<u64> {
         stats.received += 1;
@@ -62,7 +64,8 @@ impl Paths {
         let behind = state.newest - number;
         if number >= state.first && behind < 128 && state.seen & (1 << behind) == 0 {
             state.seen |= 1 << behind;
-            stats.lost = stats.lost.saturating_sub(1);
+            // What was asked for may be its repair, sent to all of a group: the path did lose it.
+            stats.lost = stats.lost.saturating_sub(u64::from(!was_asked));
         }
         number..number
     }

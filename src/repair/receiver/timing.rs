@@ -104,6 +104,43 @@ impl Reordering {
     }
 }
 
+/// Learns how much later packets come than the word that they were sent, where the two go different
+/// ways: a satellite's, and the ground's.
+#[derive(Debug, Default)]
+pub(super) struct Lag {
+    /// The newest number that was told and had not come, and when.
+    told: Option<(u64, Instant)>,
+    lag: Duration,
+}
+
+impl Lag {
+    /// Everything up to `newest` was sent, and has not come.
+    pub(super) fn told(&mut self, now: Instant, newest: u64) {
+        self.told.get_or_insert((newest, now));
+    }
+
+    /// A packet came as it was sent.
+    pub(super) fn came(&mut self, now: Instant, number: u64) {
+        let Some((told, at)) = self.told.filter(|(told, _)| *told <= number) else { return };
+        self.told = None;
+        // If it is a later one, that one was lost, and says nothing.
+        if number == told {
+            let lag = now.saturating_duration_since(at);
+            self.lag = lag.max(self.lag - self.lag.saturating_sub(lag) / 8);
+        }
+    }
+
+    /// Word came that was not ahead of the packets.
+    pub(super) fn decay(&mut self) {
+        self.lag -= self.lag / 8;
+    }
+
+    /// How long to wait for what was told.
+    pub(super) fn wait(&self) -> Duration {
+        (self.lag * 9 / 8).min(MAX_LAG)
+    }
+}
+
 /// Learns how much does not come by itself.
 #[derive(Debug, Default)]
 pub(super) struct Losing {
@@ -133,6 +170,8 @@ const MIN_RETRY: Duration = Duration::from_millis(6);
 const MIN_MARGIN: Duration = Duration::from_millis(1);
 const MAX_REORDER_WAIT: Duration = Duration::from_millis(25);
 const REORDERING_IS_COMMON: f32 = 0.05;
+/// Longer than a satellite's way and its queues.
+const MAX_LAG: Duration = Duration::from_secs(2);
 const LOSING_OVER: u64 = 256;
 const HEAVY_LOSS: f32 = 0.12;
 const SAMPLE_FRESH: Duration = Duration::from_secs(5);
