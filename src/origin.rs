@@ -263,7 +263,10 @@ impl OriginStream {
     /// Packets a second, as [`OriginStream::byte_rate`] has it; 0 during the first second.
     pub fn packet_rate(&self) -> f64 {
         let (packets, bytes) = self.pushed();
-        self.byte_rate() as f64 * packets as f64 / bytes.max(1) as f64
+        match self.lock().rate.smoothed {
+            Some(rate) => rate * packets as f64 / bytes.max(1) as f64,
+            None => 0.0,
+        }
     }
 
     /// Tells how many parity packets there are a media packet.

@@ -130,7 +130,8 @@ impl EdgeHandler for Subscribers {
         Ok(Box::new(Session {
             shared: self.shared.clone(),
             nonce: edge.nonce,
-            group: edge.group,
+            // Whatever else it names is none of its business.
+            group: edge.group.filter(|group| group.ip().is_multicast()),
             reporter: Reporter { edge: state.count, latency: edge.latency },
             reported: HashMap::new(),
             adapted: HashSet::new(),
@@ -298,7 +299,8 @@ impl Session {
         let mut adaptation = self.shared.adaptation();
         for report in reports {
             let ssrc = Ssrc(report.ssrc);
-            let before = self.reported.insert(ssrc, report.paths).unwrap_or_default();
+            // The first one may be of a long time before this connection.
+            let Some(before) = self.reported.insert(ssrc, report.paths) else { continue };
             let Some(loss) = loss_between(&before, &report.paths) else { continue };
             for adapted in &adapted {
                 adaptation.handle_report(now, *adapted, ssrc, self.reporter, loss);

@@ -144,8 +144,9 @@ impl CloudConfig {
     /// Parity for an address of the list needs a port of its own there.
     fn check_parity(&self) -> Result<(), (&'static str, String)> {
         let fail = |message: String| Err(("client_addr_list", message));
-        let listed: HashSet<_> =
-            self.client_addr_list.iter().map(|c| (c.addr.host(), c.addr.port())).collect();
+        // Whatever their hosts: a socket on all addresses of a host gets what comes to a group that
+        // anybody there has joined (Linux, IP_MULTICAST_ALL).
+        let ports: HashSet<_> = self.client_addr_list.iter().map(|c| c.addr.port()).collect();
         let mut matrices = Vec::new();
         for ClientAddr { addr, fec } in &self.client_addr_list {
             let fec = fec.unwrap_or(self.fec);
@@ -158,11 +159,10 @@ impl CloudConfig {
                      take a lower port, or switch its fec off"
                 ));
             };
-            if listed.contains(&(addr.host(), port)) {
+            if ports.contains(&port) {
                 return fail(format!(
-                    "parity for {addr} goes to port + {PARITY_PORT_OFFSET}, which is {}:{port} of \
-                     this list; change one, or switch its fec off",
-                    addr.host()
+                    "parity for {addr} goes to port + {PARITY_PORT_OFFSET}, {port}, at which this list \
+                     has an edge that might take it for media; change one, or switch its fec off"
                 ));
             }
             if let Fec::Fixed(matrix) = fec

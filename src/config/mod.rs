@@ -428,7 +428,8 @@ protect: true
             (
                 "fec: auto\nclient_addr_list: [10.0.0.7:5222, 10.0.0.7:5224]",
                 "config.yaml:2:19: client_addr_list: parity for 10.0.0.7:5222 goes to port + 2, \
-                 which is 10.0.0.7:5224 of this list; change one, or switch its fec off",
+                 5224, at which this list has an edge that might take it for media; change one, or \
+                 switch its fec off",
             ),
             (
                 "client_addr_list: [{addr: 10.0.0.7:65534, fec: {columns: 5, rows: 1}}]",

@@ -232,11 +232,13 @@ const BURSTS: [f64; 3] = [1.2, 4.0, 8.0];
 /// | 20×3 | 38 % | .00 | .04 | .70 | 8.4 | .28 | .74 | .76 | 2.0 |
 /// | 4×4 | 50 % | .00 | .00 | .24 | 2.7 | 2.9 | 5.4 | 6.6 | 13 |
 /// | 32×2 | 53 % | .02 | .04 | .60 | 7.3 | .22 | .65 | .15 | .80 |
-const LADDER: [Rung; 7] = [
+const LADDER: [Rung; 9] = [
     rung(10, 1, [0.0025, 0.0005, 0.0005]),
     rung(20, 10, [0.03, 0.006, 0.004]),
+    rung(6, 1, [0.0028, 0.0006, 0.0005]),
     rung(10, 10, [0.035, 0.003, 0.0015]),
     rung(20, 5, [0.04, 0.011, 0.005]),
+    rung(3, 1, [0.0028, 0.0008, 0.0006]),
     rung(20, 3, [0.05, 0.018, 0.009]),
     rung(4, 4, [0.055, 0.002, 0.0008]),
     rung(32, 2, [0.052, 0.02, 0.013]),
@@ -378,8 +380,8 @@ mod tests {
         adapt.set_delay_max(200);
         assert_eq!(run(&mut adapt, start, 30..40, &reports), [(30, matrix(10, 10))]);
         adapt.set_delay_max(10);
-        assert_eq!(run(&mut adapt, start, 40..50, &reports), [(40, matrix(10, 1))]);
-        adapt.set_delay_max(4);
+        assert_eq!(run(&mut adapt, start, 40..50, &reports), [(40, matrix(3, 1))]);
+        adapt.set_delay_max(2);
         assert_eq!(run(&mut adapt, start, 50..60, &reports), [(50, None)]);
     }
 

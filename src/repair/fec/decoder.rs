@@ -250,11 +250,14 @@ impl Decoder {
                 parity.missing -= 1;
                 if parity.missing < 2 {
                     index -= 1;
-                    ready.extend(self.waiting.remove(index));
+                    if let Some(parity) = self.waiting.remove(index) {
+                        // Here, for what is made anew below may count afresh what waits.
+                        self.waiting_bytes -= parity.body.len();
+                        ready.push(parity);
+                    }
                 }
             }
             for parity in ready.drain(..) {
-                self.waiting_bytes -= parity.body.len();
                 numbers.extend(self.recover(&parity, out));
             }
         }

@@ -19,8 +19,8 @@ use crate::rtp::{
 pub struct Settings {
     /// The rows and columns.
     pub matrix: Matrix,
-    /// After so long without a packet, what is there gets its parity, and a new block begins. It
-    /// should be longer than a frame lasts: where it is shorter, each frame is a block of its own.
+    /// After so long without a packet, or three times as long as packets are apart if that is
+    /// longer, what is there gets its parity, and a new block begins.
     pub flush_after: Duration,
     /// The longest that a packet waits for its row's parity, where the row takes longer to fill: a
     /// shorter row for a slow stream. Columns wait for their block.
@@ -59,6 +59,8 @@ pub struct Encoder {
     finished: VecDeque<Sum>,
     /// When the last media packet came, and its RTP time.
     newest: (Instant, u32),
+    /// The mean time between packets that do not come together.
+    pause: Duration,
     stats: Stats,
 }
 
@@ -97,6 +99,7 @@ impl Encoder {
             position: 0,
             finished: VecDeque::new(),
             newest: (now, 0),
+            pause: Duration::ZERO,
             stats: Stats::default(),
         }
     }
@@ -121,6 +124,10 @@ impl Encoder {
             self.flush(now, out);
         }
         self.expected = Some(seq.plus(1));
+        let pause = now.saturating_duration_since(self.newest.0).min(PAUSE_LIMIT);
+        if self.stats.media > 0 && !pause.is_zero() {
+            self.pause = (self.pause * 7 + pause) / 8;
+        }
         self.newest = (now, word as u32);
         self.stats.media += 1;
         self.add(now, seq, word, &packet[HEADER_LEN..], out);
@@ -252,13 +259,16 @@ impl Encoder {
 
     fn flush_at(&self) -> Option<Instant> {
         let waits = self.row.is_some() || self.position > 0 || !self.finished.is_empty();
-        waits.then(|| self.newest.0 + self.settings.flush_after)
+        waits.then(|| self.newest.0 + self.settings.flush_after.max(self.pause * 3))
     }
 
     fn row_at(&self) -> Option<Instant> {
         self.row.as_ref().map(|_| self.row_since + self.settings.row_within)
     }
 }
+
+/// A stream that pauses for longer is not waited for.
+const PAUSE_LIMIT: Duration = Duration::from_millis(300);
 
 /// A parity packet while it is made: the XOR of what it protects, behind room for its headers.
 #[derive(Debug)]

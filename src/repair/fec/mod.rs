@@ -28,7 +28,7 @@ pub enum Fec {
 }
 
 /// Where RTP goes to a group or to an address of the cloud's list, parity goes so many ports higher,
-/// as SMPTE ST 2022-1 has it for columns: who does not know of it never sees any.
+/// as SMPTE ST 2022-1 has it for columns: who does not know of it, and listens on another port, sees none.
 pub const PARITY_PORT_OFFSET: u16 = 2;
 
 /// How packets are put together for parity, in the terms of SMPTE ST 2022-1: packets are written

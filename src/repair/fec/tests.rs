@@ -257,6 +257,37 @@ fn parity_that_was_changed_on_its_way_gives_nothing() {
     }
 }
 
+/// What is made anew may move the window on, so that other parity falls out while it is at work.
+#[test]
+fn what_waits_is_counted_right_while_packets_are_made_anew() {
+    let now = Instant::now();
+    let mut rng = SmallRng::seed_from_u64(6);
+    for round in 0..2000 {
+        let limits = decoder::Limits { packets: 5 + round % 12, ..decoder::Limits::default() };
+        let (mut encoder, mut decoder) =
+            (encoder(Matrix::new(2, 3).unwrap(), now), Decoder::new(MEDIA, limits));
+        let (mut on_its_way, mut out) = (Vec::new(), Vec::new());
+        for number in 0..300 {
+            let packet = media(number, 10 + number % 90);
+            on_its_way.push(packet.clone());
+            encoder.push(now, &packet, &mut on_its_way);
+            while on_its_way.len() > 6 {
+                // In hardly any order, and some of it not at all.
+                let datagram = on_its_way.swap_remove(rng.random_range(0..6));
+                if rng.random_bool(0.3) {
+                    continue;
+                }
+                match Repair::is_one(&datagram) {
+                    true => decoder.handle_parity(repair(&datagram), &mut out),
+                    false => decoder.handle_media(datagram, &mut out),
+                }
+            }
+        }
+        assert!(decoder.held_bytes() <= limits.packet_bytes + limits.parity_bytes);
+        assert!(!out.is_empty());
+    }
+}
+
 #[test]
 fn memory_is_bounded_whatever_comes() {
     let limits =
