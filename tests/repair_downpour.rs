@@ -540,7 +540,7 @@ impl EdgeSession for Guest {
     }
 
     fn reported(&mut self, report: Report) {
-        self.0.seen.lock().unwrap().push(format!("lost {}", report.streams[0].lost));
+        self.0.seen.lock().unwrap().push(format!("asked {}", report.streams[0].asked));
     }
 }
 
@@ -584,13 +584,13 @@ async fn edges_are_admitted_and_followed() {
 
     let mut edge = Edge::start(settings);
     welcome(&mut edge).await;
-    let report = StreamReport { ssrc: 7, lost: 42, ..Default::default() };
+    let report = StreamReport { ssrc: 7, asked: 42, ..Default::default() };
     edge.handle.report(Report { round_trip_us: 0, streams: vec![report] });
     let seen = || doorman.seen.lock().unwrap().clone();
     until(|| seen().len() == 3).await;
     edge.shutdown.cancel();
     until(|| seen().len() == 4).await;
-    assert_eq!(seen(), ["hello edge-1 Some(\"secret\") Some(5004)", "wants *", "lost 42", "left"]);
+    assert_eq!(seen(), ["hello edge-1 Some(\"secret\") Some(5004)", "wants *", "asked 42", "left"]);
     assert!(cloud.metrics.refused_edge.get() >= 1);
     assert!(cloud.metrics.refused_token.get() >= 2);
 }

@@ -97,7 +97,7 @@ fn add(sum: &mut StreamReport, report: &StreamReport) {
     let StreamReport {
         ssrc: _,
         received,
-        lost,
+        asked,
         repaired,
         parity,
         given_up,
@@ -112,7 +112,7 @@ fn add(sum: &mut StreamReport, report: &StreamReport) {
     } = report;
     for (sum, more) in [
         (&mut sum.received, received),
-        (&mut sum.lost, lost),
+        (&mut sum.asked, asked),
         (&mut sum.parity, parity),
         (&mut sum.given_up, given_up),
         (&mut sum.abandoned, abandoned),
@@ -129,6 +129,7 @@ fn add(sum: &mut StreamReport, report: &StreamReport) {
     for (sum, more) in sum.paths.iter_mut().zip(paths) {
         sum.received = sum.received.saturating_add(more.received);
         sum.lost = sum.lost.saturating_add(more.lost);
+        sum.gaps = sum.gaps.saturating_add(more.gaps);
     }
     add_delays(&mut sum.delays, delays);
     add_delays(&mut sum.waits, waits);

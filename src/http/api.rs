@@ -176,7 +176,8 @@ struct EdgeList {
 }
 
 async fn edges(State(state): State<Arc<CloudState>>) -> Response {
-    let headers = [(ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (CACHE_CONTROL, "no-store")];
+    // Not for any web page that somebody in the network opens.
+    let headers = [(CACHE_CONTROL, "no-store")];
     let list = EdgeList { delay_bounds_ms: &DELAY_BOUNDS_MS, edges: state.edges.list() };
     (headers, Json(list)).into_response()
 }

@@ -182,7 +182,7 @@ pub struct StreamReport {
     /// Came, by any way, duplicates included.
     pub received: u64,
     /// Found missing and asked for.
-    pub lost: u64,
+    pub asked: u64,
     /// Asked for, and brought by a repair: by the first, the second, and any later try.
     pub repaired: [u64; 3],
     /// Made anew from parity.
@@ -241,7 +241,7 @@ impl Stats {
         StreamReport {
             ssrc: ssrc.0,
             received: self.received,
-            lost: self.asked,
+            asked: self.asked,
             repaired: self.repaired,
             parity: self.parity,
             given_up: self.lost,
@@ -615,7 +615,7 @@ mod tests {
         worst.repaired = [u64::MAX; 3];
         let StreamReport {
             received,
-            lost,
+            asked,
             parity,
             given_up,
             abandoned,
@@ -626,7 +626,7 @@ mod tests {
             ..
         } = &mut worst;
         for count in
-            [received, lost, parity, given_up, abandoned, too_late, duplicate, reordered, nacks]
+            [received, asked, parity, given_up, abandoned, too_late, duplicate, reordered, nacks]
         {
             *count = u64::MAX;
         }

@@ -92,7 +92,7 @@ impl StreamReport {
             ("received", self.received),
             ("reordered", self.reordered),
             ("duplicate", self.duplicate),
-            ("asked", self.lost),
+            ("asked", self.asked),
             ("repaired_1", self.repaired[0]),
             ("repaired_2", self.repaired[1]),
             ("repaired_3", self.repaired[2]),

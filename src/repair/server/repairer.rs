@@ -396,5 +396,5 @@ impl<'a> Repairer<'a> {
 }
 
 /// How soon to look again whether what waits can leave.
-const PATH_POLL: Duration = Duration::from_millis(1);
+const PATH_POLL: Duration = Duration::from_millis(4);
 const MAX_REPAIR_STREAMS: usize = 64;
