@@ -64,7 +64,8 @@ settings! {
             insecure: bool = false;
         }
         "Repair" {
-            /// How late a packet may come before it counts as lost, in milliseconds, 20 to 30000.
+            /// How late a packet may come before it counts as lost, in milliseconds, 20 to 30000;
+            /// 15 ms are added, for the last try.
             latency_ms: u64 = 500, in 20..=30_000;
             /// Whether to take parity packets, should the cloud send any; where RTP comes to a group or
             /// by the cloud's list, they come to the port after next.

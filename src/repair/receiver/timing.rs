@@ -110,6 +110,7 @@ impl Reordering {
 pub(super) struct Lag {
     /// The newest number that was told and had not come, and when.
     told: Option<(u64, Instant)>,
+    sample: Duration,
     lag: Duration,
 }
 
@@ -125,7 +126,9 @@ impl Lag {
         self.told = None;
         // If it is a later one, that one was lost, and says nothing.
         if number == told {
-            let lag = now.saturating_duration_since(at);
+            let sample = now.saturating_duration_since(at);
+            // Of two, the lesser: a clock may jump.
+            let lag = sample.min(std::mem::replace(&mut self.sample, sample));
             self.lag = lag.max(self.lag - self.lag.saturating_sub(lag) / 8);
         }
     }
