@@ -16,7 +16,7 @@ use crate::repair::{
 
 /// Makes the series of each edge and stream when it is scraped, so that they go with the edge.
 ///
-/// They are about 10,000 at most: [`MAX_REPORTS`] edges' streams have their own, and the others are
+/// They are about 12,000 at most: [`MAX_REPORTS`] edges' streams have their own, and the others are
 /// summed under an empty `edge` and `stream`. Edges of the same name are summed too.
 pub struct ReportCollector {
     edges: Edges,
@@ -145,7 +145,7 @@ fn add_delays(sum: &mut DelayReport, more: &DelayReport) {
     sum.sum_us = sum.sum_us.saturating_add(more.sum_us);
 }
 
-/// Edges' streams that have series of their own, of which there are up to 46 each.
+/// Edges' streams that have series of their own, of which there are up to 54 each.
 pub const MAX_REPORTS: usize = 217;
 
 #[cfg(test)]

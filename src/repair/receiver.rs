@@ -404,11 +404,6 @@ impl Receiver {
         &self.stats
     }
 
-    /// The round trip that requests are timed by.
-    pub fn round_trip(&self) -> Duration {
-        self.round_trip.smoothed
-    }
-
     fn begin(&mut self, first: Seq) {
         self.started = true;
         self.next = BASE + u64::from(first.0);

@@ -76,8 +76,13 @@ impl Receiver {
         self.reordering.wait(round_trip).max(parity)
     }
 
+    /// Answers that come in leave no longer pauses than this.
+    fn stall(&self) -> Duration {
+        (self.round_trip.smoothed / 4).max(MIN_STALL)
+    }
+
     fn postpone(&mut self, now: Instant, number: u64) {
-        let due = now + (self.round_trip.smoothed / 4).max(MIN_STALL);
+        let due = now + self.stall();
         if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize) {
             missing.due = due;
             self.asks.push(Reverse((due, number)));
@@ -142,9 +147,10 @@ impl Receiver {
         missing.tries > 0
             && self.flooded
             && number > self.repaired_last.0
-            && self.repaired_last.1.is_some_and(|at| {
-                now.saturating_duration_since(at) < (self.round_trip.smoothed / 4).max(MIN_STALL)
-            })
+            && self
+                .repaired_last
+                .1
+                .is_some_and(|at| now.saturating_duration_since(at) < self.stall())
             && now + self.round_trip.least_for_a_try() + self.round_trip.smoothed / 4
                 < missing.deadline
     }
@@ -226,7 +232,6 @@ const PLENTY: u32 = 4;
 /// that is over.
 const FLOOD: usize = 256;
 const EBB: usize = 16;
-/// Answers that come in leave no longer pauses than this, and a quarter of a round trip.
 const MIN_STALL: Duration = Duration::from_millis(5);
 /// Numbers in one request: two datagrams' worth at the worst.
 const MAX_REQUEST: usize = 512;
