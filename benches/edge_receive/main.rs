@@ -2,10 +2,9 @@
 //! `scripts/bench-edge` runs it and `docs/performance.md` says how it measures and holds what came
 //! out.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod floor;
-#[allow(dead_code, reason = "shared with the other bench, which needs more of it")]
-#[path = "../repair_field/process.rs"]
-mod process;
 mod report;
 mod source;
 
@@ -18,12 +17,12 @@ use std::{
 };
 
 use clap::Parser;
+use common::process::{Process, free_address, http_get, samples};
 use downpour::{
     origin::Origin,
     repair::server::{RepairServer, RepairServerMetrics, RepairServerSettings},
     tls::Identity,
 };
-use process::{Process, free_address, http_get, samples};
 use report::{Round, Rounds};
 use source::Source;
 use tokio_util::sync::CancellationToken;

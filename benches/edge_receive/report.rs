@@ -1,10 +1,10 @@
 //! The table, in the terminal and in `docs/performance.md`.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Write,
-    fs, io,
-    path::{Path, PathBuf},
+use std::{collections::BTreeMap, fmt::Write, io, path::PathBuf};
+
+use crate::common::{
+    document,
+    machine::{machine, root},
 };
 
 /// What one round came to.
@@ -79,33 +79,16 @@ impl Rounds {
     }
 }
 
-/// Puts the table between its markers in the document.
+/// Puts the table into the document.
 pub fn write(streams: u32, seconds: u64, count: u64, rounds: &Rounds) -> io::Result<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/performance.md");
-    let text = fs::read_to_string(&path)?;
-    let missing = || io::Error::other(format!("{} lost its markers", path.display()));
-    let (before, rest) = text.split_once(BEGIN).ok_or_else(missing)?;
-    let (_, after) = rest.split_once(END).ok_or_else(missing)?;
-    let table = rounds.table();
+    let path = root().join("docs/performance.md");
     let text = format!(
-        "{before}{BEGIN}\n{streams} streams of 1 Mbit/s, {count} rounds of {seconds} s each, on {}.\n\n\
-         {table}{END}{after}",
-        machine()
+        "{streams} streams of 1 Mbit/s, {count} rounds of {seconds} s each, on {}.\n\n{}",
+        machine(),
+        rounds.table()
     );
-    fs::write(&path, text)?;
+    document::put(&path, "edge_receive", &text)?;
     Ok(path)
-}
-
-fn machine() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
-    format!(
-        "{processors} cores of {}, Linux {}",
-        model.map_or("an unnamed processor", |(_, model)| model),
-        kernel.trim()
-    )
 }
 
 /// Least, median and most.
@@ -115,6 +98,3 @@ fn spread(rounds: &[Round], of: fn(&Round) -> f64) -> (f64, f64, f64) {
     let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
     (at(0), at(values.len() / 2), at(values.len().saturating_sub(1)))
 }
-
-const BEGIN: &str = "<!-- edge_receive -->";
-const END: &str = "<!-- /edge_receive -->";

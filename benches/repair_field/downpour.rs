@@ -5,8 +5,8 @@
 use std::{io, net::SocketAddr, path::Path, time::Duration};
 
 use crate::{
+    common::process::{Process, free_address, http_get, samples},
     media::{Sink, Source},
-    process::{Process, free_address, http_get, samples},
     run::{Rig, Setup, wait_for},
     wire::{Door, Way, Wire},
 };

@@ -1,11 +1,11 @@
 //! Downpour beside SRT, RIST and bare UDP over the same emulated links; `scripts/bench-repair` runs
 //! it and `docs/repair.md` says how it measures and holds what came out.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod downpour;
 mod grid;
 mod media;
-mod plot;
-mod process;
 mod report;
 mod rist;
 mod run;

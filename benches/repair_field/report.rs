@@ -10,8 +10,12 @@ use std::{
 };
 
 use crate::{
+    common::{
+        machine::{commit, machine},
+        plot,
+    },
     grid::{BUDGETS, OVERHEAD_OF_SRT, Profile, System},
-    plot, rist,
+    rist,
     run::Outcome,
     srt,
 };
@@ -533,27 +537,6 @@ fn percent(value: f64) -> String {
 
 fn millis(value: f64) -> String {
     if value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") }
-}
-
-fn commit() -> String {
-    let commit = output("git", &["rev-parse", "--short", "HEAD"]).unwrap_or("unknown".into());
-    // Files that this bench writes itself do not count.
-    let changed = output("git", &["status", "--porcelain", "src", "benches", "Cargo.toml"]);
-    let changed = changed.is_some_and(|files| !files.is_empty());
-    if changed { format!("{commit} with changes") } else { commit }
-}
-
-fn machine() -> String {
-    let read = |path| fs::read_to_string(path).unwrap_or_default();
-    let cpuinfo = read("/proc/cpuinfo");
-    let model = cpuinfo
-        .lines()
-        .find(|line| line.starts_with("model name"))
-        .and_then(|line| line.split_once(':'))
-        .map_or("unknown processor", |(_, model)| model.trim())
-        .to_owned();
-    let count = std::thread::available_parallelism().map_or(1, |count| count.get());
-    format!("{count} × {model}, Linux {}", read("/proc/sys/kernel/osrelease").trim())
 }
 
 /// What a program says on both its outputs; `None` if there is no such program.

@@ -3,8 +3,8 @@
 use std::io;
 
 use crate::{
+    common::process::{Process, free_address},
     media::{Sink, Source},
-    process::{Process, free_address},
     run::{Rig, Setup},
     wire::{Door, Way, Wire},
 };

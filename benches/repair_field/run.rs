@@ -12,10 +12,10 @@ use std::{
 };
 
 use crate::{
+    common::process::{Process, free_address},
     downpour::{self, EdgeCounts},
     grid::{Profile, System},
     media::{PACKET_LEN, Sink, Source},
-    process::{Process, free_address},
     rist, srt,
     wire::{Count, Door, Way, Wire},
 };

@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use super::cpu;
+
 /// A program that runs until this is dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -44,16 +46,24 @@ impl Process {
         Ok(Self { name: name.into(), child })
     }
 
-    /// Seconds of processor time so far, in user mode and in the kernel.
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Seconds of processor time so far, in user mode and in the kernel; not a number once it has
+    /// ended.
     pub fn cpu_seconds(&self) -> f64 {
-        let path = format!("/proc/{}/stat", self.child.id());
-        let stat = std::fs::read_to_string(path).unwrap_or_default();
-        // The second field is the name in parentheses and may hold anything (proc(5)); utime and
-        // stime are the 14th and the 15th.
-        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-        let ticks: u64 =
-            fields.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<u64>().ok()).sum();
-        ticks as f64 / ticks_per_second()
+        cpu::of_process(self.child.id()).unwrap_or(f64::NAN)
+    }
+
+    /// Bytes of memory that it holds (`VmRSS`, proc(5)); 0 once it has ended.
+    pub fn resident_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(path).unwrap_or_default();
+        let kib =
+            status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
+        kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     }
 
     /// # Errors
@@ -109,11 +119,6 @@ pub fn samples(text: &str) -> impl Iterator<Item = (&str, f64)> {
         .filter(|line| !line.starts_with('#'))
         .filter_map(|line| line.rsplit_once(' '))
         .filter_map(|(name, value)| Some((name, value.parse().ok()?)))
-}
-
-fn ticks_per_second() -> f64 {
-    // SAFETY: a query without arguments in memory.
-    (unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).max(1) as f64
 }
 
 static NEXT_PORT: AtomicU16 = AtomicU16::new(0);

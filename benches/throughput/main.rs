@@ -1,0 +1,127 @@
+//! What Downpour costs, beside what the kernel could do and what others do, in one run:
+//! `scripts/bench` runs it and `docs/performance.md` says how it measures and holds what came out.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod delay;
+mod edge;
+mod fanout;
+mod ingest;
+#[allow(dead_code, reason = "until all parts use it")]
+mod table;
+mod viewers;
+
+use std::{ffi::OsString, io, process::ExitCode, time::Instant};
+
+use clap::{Parser, ValueEnum};
+use common::{
+    document,
+    machine::{commit, machine, root},
+};
+use table::Section;
+
+/// Measures what Downpour costs beside what the kernel could do and what others do.
+///
+/// Writes docs/performance.md, unless only a part is run.
+#[derive(Debug, Parser)]
+#[command(name = "bench")]
+struct Options {
+    /// Only these parts; docs/performance.md is written only with --write then.
+    part: Vec<Part>,
+    /// Few rounds of few seconds, to see that it works; nothing is written.
+    #[arg(long)]
+    quick: bool,
+    /// Writes the parts that are run into docs/performance.md.
+    #[arg(long, conflicts_with = "quick")]
+    write: bool,
+    /// A program that a part of the bench starts for itself, with its arguments.
+    #[arg(long, hide = true, num_args = 1.., allow_hyphen_values = true)]
+    child: Vec<OsString>,
+    /// What cargo bench passes.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// One packet to many edges.
+    Fanout,
+    /// Many publishers at the cloud.
+    Ingest,
+    /// Many viewers of one stream at an edge.
+    Viewers,
+    /// From the encoder's last byte to the viewer's.
+    Delay,
+    /// Many streams at an edge.
+    Edge,
+}
+
+impl Part {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn run(self, quick: bool) -> io::Result<Section> {
+        match self {
+            Self::Fanout => fanout::run(quick),
+            Self::Ingest => ingest::run(quick),
+            Self::Viewers => viewers::run(quick),
+            Self::Delay => delay::run(quick),
+            Self::Edge => edge::run(quick),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let result = match options.child.split_first() {
+        Some((name, arguments)) => child(name, arguments),
+        None => bench(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(options: &Options) -> io::Result<()> {
+    let all = options.part.is_empty();
+    let parts = if all { Part::value_variants() } else { &options.part };
+    let began = Instant::now();
+    for (number, part) in parts.iter().enumerate() {
+        let name = part.name();
+        eprintln!("== {name} ({} of {})", number + 1, parts.len());
+        let section = part.run(options.quick)?;
+        let text = format!("On {}, at {}.\n\n{}", machine(), commit(), section.text());
+        println!("\n{text}");
+        if options.write || (all && !options.quick) {
+            document::put(&root().join("docs/performance.md"), &name, &text)?;
+            for plot in section.plots() {
+                std::fs::write(
+                    root().join("docs").join(plot.file),
+                    common::plot::draw(&plot.plot),
+                )?;
+            }
+        }
+    }
+    eprintln!("took {} s", began.elapsed().as_secs());
+    Ok(())
+}
+
+/// Runs one of the programs that parts start: floors, sources, sinks. Processes of their own, so that
+/// what they cost is theirs.
+fn child(name: &OsString, arguments: &[OsString]) -> io::Result<()> {
+    let arguments: Vec<&str> = arguments.iter().filter_map(|text| text.to_str()).collect();
+    match name.to_str().and_then(|name| name.split_once('-')) {
+        Some(("fanout", role)) => fanout::child(role, &arguments),
+        Some(("ingest", role)) => ingest::child(role, &arguments),
+        Some(("viewers", role)) => viewers::child(role, &arguments),
+        Some(("delay", role)) => delay::child(role, &arguments),
+        Some(("edge", role)) => edge::child(role, &arguments),
+        _ => Err(io::Error::other(format!("there is no program {}", name.display()))),
+    }
+}
