@@ -1,0 +1,252 @@
+//! The newest tags of a stream.
+
+use std::collections::VecDeque;
+
+use super::{LogLimits, reader::Backlog};
+use crate::flv::{Headers, Tag, TagKind};
+
+/// The newest tags of a stream, and where in them a reader can begin.
+pub(super) struct Log {
+    limits: LogLimits,
+    pub(super) entries: VecDeque<Entry>,
+    /// Index of the oldest entry, counted from the publication's first tag.
+    pub(super) first: u64,
+    /// Sum of [`Entry::cost`].
+    pub(super) bytes: usize,
+    /// Sum of [`Entry::cost`] of all tags ever pushed.
+    total: u64,
+    /// Readers only ever go to the newest place; `None` once that has left the log.
+    pub(super) join: Option<Join>,
+    pub(super) headers: Headers,
+    headers_version: u64,
+    clock: MediaClock,
+    /// Media time of the newest sign of video.
+    last_video: Option<u64>,
+    /// Whether those are to be woken who read with the video, and the media time of the last time.
+    wake: bool,
+    woken_at: u64,
+}
+
+pub(super) struct Entry {
+    pub(super) tag: Tag,
+    /// [`Log::total`] before this tag.
+    offset: u64,
+    /// Media time, see [`MediaClock`].
+    at: u64,
+    /// The headers in effect once this tag has been read.
+    pub(super) headers_version: u64,
+}
+
+/// A place where a reader can begin: a key frame, or an audio tag in a stream without video.
+pub(super) struct Join {
+    pub(super) index: u64,
+    at: u64,
+    pub(super) key_frame: bool,
+    /// The headers in effect, at the time of the tag at `index`: made once for all readers.
+    pub(super) headers: Headers,
+    pub(super) headers_version: u64,
+}
+
+impl Log {
+    pub(super) fn new(limits: LogLimits) -> Self {
+        Self {
+            limits,
+            entries: VecDeque::new(),
+            first: 0,
+            bytes: 0,
+            total: 0,
+            join: None,
+            headers: Headers::default(),
+            headers_version: 0,
+            clock: MediaClock::default(),
+            last_video: None,
+            wake: false,
+            woken_at: 0,
+        }
+    }
+
+    pub(super) fn push(&mut self, tag: Tag) {
+        let at = self.clock.advance(tag.timestamp());
+        if tag.kind() == TagKind::Video {
+            self.saw_video(at);
+        }
+        let header = tag.is_header();
+        if header || tag.kind() == TagKind::Video || !self.may_wait(at) {
+            (self.wake, self.woken_at) = (true, at);
+        }
+        if header {
+            self.learn(&tag);
+        } else if tag.is_key_frame() || self.starts_audio_join(&tag, at) {
+            self.join_here(&tag, at);
+        }
+        let entry = Entry { offset: self.total, at, headers_version: self.headers_version, tag };
+        self.bytes += entry.cost();
+        self.total += entry.cost() as u64;
+        self.entries.push_back(entry);
+        self.trim(at);
+    }
+
+    pub(super) fn set_headers(
+        &mut self,
+        metadata: Option<Tag>,
+        video: Option<Tag>,
+        audio: Option<Tag>,
+    ) {
+        let Some(newest) = self.entries.back() else {
+            if video.is_some() {
+                self.saw_video(self.clock.now);
+            }
+            for tag in [metadata, video, audio].into_iter().flatten() {
+                self.learn(&tag);
+            }
+            return;
+        };
+        let timestamp = newest.tag.timestamp();
+        let changed = |known: &Option<Tag>, tag: &Tag| {
+            known.as_ref().is_none_or(|known| known.body() != tag.body())
+        };
+        let metadata = metadata.filter(|tag| changed(&self.headers.metadata, tag));
+        let video = video.filter(|_| self.headers.video.is_none());
+        let audio = audio.filter(|_| self.headers.audio.is_none());
+        for tag in [metadata, video, audio].into_iter().flatten() {
+            self.push(tag.with_timestamp(timestamp));
+        }
+    }
+
+    /// Whether those are to be woken who read with the video; asked once after each change.
+    pub(super) fn take_wake(&mut self) -> bool {
+        std::mem::take(&mut self.wake)
+    }
+
+    /// Whether what is not video may wait for the next frame.
+    fn may_wait(&self, at: u64) -> bool {
+        self.has_video(at) && at - self.woken_at < AUDIO_WAIT_MS
+    }
+
+    /// Makes `tag` the header of its kind.
+    fn learn(&mut self, tag: &Tag) {
+        let slot = match tag.kind() {
+            TagKind::Video => &mut self.headers.video,
+            TagKind::Audio => &mut self.headers.audio,
+            TagKind::Script => &mut self.headers.metadata,
+        };
+        // Many encoders repeat their headers in front of each key frame.
+        if slot.as_ref().is_none_or(|known| known.body() != tag.body()) {
+            *slot = Some(tag.clone());
+            self.headers_version += 1;
+        }
+    }
+
+    fn saw_video(&mut self, at: u64) {
+        if !self.has_video(at) {
+            // From here on, only a key frame is a place to begin.
+            self.join = None;
+        }
+        self.last_video = Some(at);
+    }
+
+    fn has_video(&self, at: u64) -> bool {
+        self.last_video.is_some_and(|last| at - last <= AUDIO_ONLY_AFTER_MS)
+    }
+
+    fn starts_audio_join(&self, tag: &Tag, at: u64) -> bool {
+        tag.kind() == TagKind::Audio
+            && !self.has_video(at)
+            && self.join.as_ref().is_none_or(|join| at - join.at >= AUDIO_JOIN_MS)
+    }
+
+    fn join_here(&mut self, tag: &Tag, at: u64) {
+        let timed = |header: &Option<Tag>| {
+            header.as_ref().map(|header| header.with_timestamp(tag.timestamp()))
+        };
+        self.join = Some(Join {
+            index: self.next(),
+            at,
+            key_frame: tag.kind() == TagKind::Video,
+            headers: Headers {
+                metadata: timed(&self.headers.metadata),
+                video: timed(&self.headers.video),
+                audio: timed(&self.headers.audio),
+            },
+            headers_version: self.headers_version,
+        });
+    }
+
+    fn trim(&mut self, now: u64) {
+        while self.entries.len() > 1
+            && self.entries.front().is_some_and(|oldest| {
+                self.bytes > self.limits.max_bytes
+                    || now - oldest.at > u64::from(self.limits.max_age)
+            })
+        {
+            if let Some(oldest) = self.entries.pop_front() {
+                self.bytes -= oldest.cost();
+                self.first += 1;
+            }
+        }
+        if self.join.as_ref().is_some_and(|join| join.index < self.first) {
+            self.join = None;
+        }
+    }
+
+    /// Index of the tag that will be pushed next.
+    pub(super) fn next(&self) -> u64 {
+        self.first + self.entries.len() as u64
+    }
+
+    /// Whether more lies between `cursor`, which the log holds, and the newest tag.
+    pub(super) fn backlog_exceeds(&self, cursor: u64, backlog: Backlog) -> bool {
+        let index = usize::try_from(cursor.saturating_sub(self.first)).unwrap_or(usize::MAX);
+        self.entries.get(index).is_some_and(|entry| {
+            self.total - entry.offset > backlog.max_bytes
+                || self.clock.now - entry.at > backlog.max_ms
+        })
+    }
+}
+
+impl Entry {
+    /// Bytes charged against the log's bound: a peer that sends empty tags fills memory, too.
+    fn cost(&self) -> usize {
+        self.tag.framed().len() + ENTRY_OVERHEAD
+    }
+}
+
+/// Media time that only grows: milliseconds from the first tag on, whatever the timestamps do.
+///
+/// Audio and video interleave a little out of order, timestamps wrap at 2³², and encoders restart
+/// or jump; none of that may make a log forget everything, or nothing.
+#[derive(Default)]
+struct MediaClock {
+    newest: Option<u32>,
+    now: u64,
+}
+
+impl MediaClock {
+    fn advance(&mut self, timestamp: u32) -> u64 {
+        let newest = *self.newest.get_or_insert(timestamp);
+        let step = timestamp.wrapping_sub(newest) as i32;
+        if step > 0 {
+            self.now += u64::from(step.unsigned_abs()).min(MAX_CLOCK_STEP_MS);
+        }
+        // A little backwards is interleaving; far backwards is a new start.
+        if !(-MAX_INTERLEAVE_MS..=0).contains(&step) {
+            self.newest = Some(timestamp);
+        }
+        self.now
+    }
+}
+
+/// How far back a stream without video is joined, in milliseconds of media time.
+pub const AUDIO_JOIN_MS: u64 = 500;
+
+/// How much media time since the last wake has what is not video wake those who wait for video: one
+/// frame at 20 a second, so that at 25 and more audio rides along with every frame.
+const AUDIO_WAIT_MS: u64 = 50;
+/// A stream that sent video before counts as one without after this much media time.
+pub(super) const AUDIO_ONLY_AFTER_MS: u64 = 10_000;
+/// The most that one tag moves the media clock.
+const MAX_CLOCK_STEP_MS: u64 = 10_000;
+/// How far audio and video may be apart in the order of arrival.
+const MAX_INTERLEAVE_MS: i32 = 5_000;
+/// An entry, its tag's reference count and the allocator's share, about.
+pub(super) const ENTRY_OVERHEAD: usize = 128;
