@@ -261,6 +261,11 @@ impl Stream {
         ViewerGuard(self.clone())
     }
 
+    /// Counts tags that were skipped by readers that another one read for.
+    pub fn count_skipped(&self, tags: u64) {
+        self.counters.skipped_tags.fetch_add(tags, Ordering::Relaxed);
+    }
+
     /// The stream's name.
     pub fn key(&self) -> &StreamKey {
         &self.key
@@ -357,6 +362,13 @@ impl fmt::Debug for Stream {
 /// Counts one viewer of a stream as long as it lives.
 #[derive(Debug)]
 pub struct ViewerGuard(Arc<Stream>);
+
+impl ViewerGuard {
+    /// The stream that is watched.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.0
+    }
+}
 
 impl Drop for ViewerGuard {
     fn drop(&mut self) {

@@ -24,9 +24,8 @@ use crate::{
         routes::{FixedTarget, Routes},
     },
     http::{
-        HttpServer,
+        HttpMetrics, HttpServer, ViewerSettings,
         api::{self, CloudState},
-        viewer::{HttpMetrics, ViewerSettings},
     },
     hub::{Hub, LogLimits},
     metrics,

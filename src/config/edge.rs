@@ -78,6 +78,10 @@ settings! {
         "Viewers" {
             /// Viewers at one time, 1 to 1000000.
             max_viewers: usize = 10_000, in 1..=1_000_000;
+            /// A viewer is written to at most once in so many milliseconds, 0 to 2000; 0 writes each
+            /// frame at once. 350 takes a fraction of the processor time, and adds up to 350 ms of
+            /// delay.
+            merge_write_ms: u64 = 0, in 0..=2000;
             /// Streams at one time, 1 to 100000.
             max_streams: usize = 1000, in 1..=100_000;
             /// Media of a stream that is kept in memory for viewers, in milliseconds, 1000 to

@@ -20,9 +20,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{Destination, EdgeConfig, ListenAddr, RepairProtocol},
     http::{
-        HttpServer,
+        HttpMetrics, HttpServer, ViewerSettings,
         api::{self, EdgeState},
-        viewer::{HttpMetrics, ViewerSettings},
     },
     hub::{Hub, LogLimits},
     metrics,
@@ -225,7 +224,11 @@ fn viewers(
     hub: Hub,
     registry: prometheus::Registry,
 ) -> Result<HttpServer, StartError> {
-    let settings = ViewerSettings { max_viewers: config.max_viewers, ..ViewerSettings::default() };
+    let settings = ViewerSettings {
+        max_viewers: config.max_viewers,
+        merge_write: Duration::from_millis(config.merge_write_ms),
+        ..ViewerSettings::default()
+    };
     let http_metrics = HttpMetrics::register(&registry)?;
     let state = EdgeState { hub: hub.clone(), registry, started: Instant::now() };
     Ok(HttpServer::new(listener, Some(hub), api::edge_router(state), settings, http_metrics))

@@ -9,7 +9,7 @@ use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
     task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
@@ -18,10 +18,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     StreamKey,
     http::{
+        audience::Audience,
         head::{self, BadHead, MAX_HEAD_LEN, Method, Request},
-        viewer::{self, HttpMetrics, Sent, ViewerSettings},
+        metrics::HttpMetrics,
+        viewer::{self, Connection, Viewer, ViewerSettings},
     },
-    hub::{Hub, Stream},
+    hub::Hub,
 };
 
 /// One listening address of a node.
@@ -38,7 +40,10 @@ struct Shared {
     router: Router,
     settings: ViewerSettings,
     metrics: HttpMetrics,
+    audience: Arc<Audience>,
+    /// Places for viewers, and for connections, viewers included.
     viewers: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
 }
 
 impl HttpServer {
@@ -50,15 +55,17 @@ impl HttpServer {
         settings: ViewerSettings,
         metrics: HttpMetrics,
     ) -> Self {
-        let viewers = Arc::new(Semaphore::new(settings.max_viewers.min(Semaphore::MAX_PERMITS)));
-        let shared = Shared { hub, router, settings, metrics, viewers };
+        let places = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
+        let viewers = places(settings.max_viewers);
+        let connections = places(settings.max_viewers.saturating_add(CONNECTIONS_BESIDE_VIEWERS));
+        let audience = Arc::new(Audience::new(settings.clone(), metrics.clone()));
+        let shared = Shared { hub, router, settings, metrics, audience, viewers, connections };
         Self { listener, shared: Arc::new(shared) }
     }
 
     /// Serves until `shutdown` is cancelled. Then it accepts no more, gives connections `grace` to
     /// finish (a viewer does when its stream ends), and cuts those that have not.
     pub async fn run(self, shutdown: CancellationToken, grace: Duration) {
-        let limit = self.shared.settings.max_viewers.saturating_add(CONNECTIONS_BESIDE_VIEWERS);
         let mut connections = JoinSet::new();
         loop {
             let accepted = tokio::select! {
@@ -72,13 +79,15 @@ impl HttpServer {
                 accepted = self.listener.accept() => accepted,
             };
             match accepted {
-                Ok((socket, peer)) if connections.len() < limit => {
+                Ok((socket, peer)) => {
                     let shared = self.shared.clone();
-                    connections.spawn(async move { shared.connection(socket, peer).await });
-                }
-                Ok((_, peer)) => {
-                    self.shared.metrics.refused.connections_full.inc();
-                    tracing::warn!(%peer, limit, "refused an HTTP connection: too many are open");
+                    let Ok(permit) = shared.connections.clone().try_acquire_owned() else {
+                        shared.metrics.refused.connections_full.inc();
+                        tracing::warn!(%peer, "refused an HTTP connection: too many are open");
+                        continue;
+                    };
+                    let connection = Connection::new(peer, permit, &shared.metrics);
+                    connections.spawn(async move { shared.connection(socket, connection).await });
                 }
                 Err(error) => {
                     self.shared.metrics.accept_errors.inc();
@@ -91,9 +100,13 @@ impl HttpServer {
             }
         }
         drop(self.listener);
-        let finished = async { while connections.join_next().await.is_some() {} };
+        let finished = async {
+            while connections.join_next().await.is_some() {}
+            self.shared.audience.gone().await;
+        };
         if timeout(grace, finished).await.is_err() {
             connections.shutdown().await;
+            self.shared.audience.cut().await;
         }
     }
 
@@ -107,8 +120,8 @@ impl HttpServer {
 }
 
 impl Shared {
-    async fn connection(&self, mut socket: TcpStream, peer: SocketAddr) {
-        let _counted = Counted::new(&self.metrics.connections);
+    async fn connection(&self, mut socket: TcpStream, connection: Connection) {
+        let peer = connection.peer;
         if let Err(error) = self.prepare(&socket) {
             tracing::debug!(%peer, %error, "could not set socket options");
         }
@@ -133,7 +146,7 @@ impl Shared {
         match (request, &self.hub) {
             (Request::Flv { method, key }, Some(hub)) => {
                 drop(bytes);
-                self.flv(socket, peer, method, key, hub).await;
+                self.flv(socket, connection, method, key, hub).await;
             }
             // Boxed, so that a viewer's task has not the size of hyper's.
             _ => Box::pin(self.route(socket, peer, bytes)).await,
@@ -154,11 +167,12 @@ impl Shared {
     async fn flv(
         &self,
         socket: TcpStream,
-        peer: SocketAddr,
+        connection: Connection,
         method: Method,
         key: StreamKey,
         hub: &Hub,
     ) {
+        let peer = connection.peer;
         match method {
             Method::Get => {}
             Method::Head if hub.stream(&key).is_some() => {
@@ -193,7 +207,11 @@ impl Shared {
             _ = viewer::client_closed(&socket) => return,
         };
         match stream {
-            Some(stream) => self.view(socket, peer, &stream, permit).await,
+            Some(stream) => {
+                // From here on it is a small task's, and this one is done.
+                let viewer = Viewer::new(socket, connection, &stream, permit, &self.metrics);
+                self.audience.join(viewer, &stream);
+            }
             None => {
                 drop(permit);
                 self.metrics.refused.not_live.inc();
@@ -201,34 +219,6 @@ impl Shared {
                 self.refuse(socket, "404 Not Found", &not_live(&key), true).await;
             }
         }
-    }
-
-    async fn view(
-        &self,
-        socket: TcpStream,
-        peer: SocketAddr,
-        stream: &Arc<Stream>,
-        _permit: OwnedSemaphorePermit,
-    ) {
-        let began = Instant::now();
-        let _viewer = stream.viewer();
-        let _counted = Counted::new(&self.metrics.viewers);
-        self.metrics.viewers_total.inc();
-        let mut reader = stream.subscribe().with_backlog(self.settings.backlog);
-        let mut sent = Sent::default();
-        tracing::debug!(%peer, stream = %stream.key(), "a viewer came");
-        let closed =
-            viewer::serve(&socket, &mut reader, &self.settings, &self.metrics, &mut sent).await;
-        sent.flush(&self.metrics);
-        self.metrics.closed.count(&closed);
-        tracing::info!(
-            %peer,
-            stream = %stream.key(),
-            bytes = sent.total,
-            seconds = began.elapsed().as_secs(),
-            reason = %closed,
-            "a viewer is done"
-        );
     }
 
     async fn route(&self, socket: TcpStream, peer: SocketAddr, bytes: Bytes) {
@@ -315,22 +305,6 @@ fn is_the_peers_fault(error: &io::Error) -> bool {
             | io::ErrorKind::ConnectionReset
             | io::ErrorKind::ConnectionRefused
     )
-}
-
-/// Raises a gauge as long as it lives.
-struct Counted<'a>(&'a prometheus::IntGauge);
-
-impl<'a> Counted<'a> {
-    fn new(gauge: &'a prometheus::IntGauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
 }
 
 const OPTIONS_RESPONSE: &[u8] = b"HTTP/1.1 204 No Content\r\n\

@@ -1,10 +1,14 @@
 //! HTTP: viewers of live streams, and the node's API.
 
 pub mod api;
+mod audience;
 pub mod client;
+mod group;
 mod head;
 pub mod listener;
+mod metrics;
 pub mod viewer;
 
 pub use listener::HttpServer;
-pub use viewer::{HttpMetrics, ViewerSettings};
+pub use metrics::HttpMetrics;
+pub use viewer::ViewerSettings;

@@ -1,19 +1,20 @@
-//! One viewer of a live stream: a cursor and a socket.
+//! One viewer of a live stream: a socket, and how it catches up with the stream.
 
 use std::{
     io::{self, IoSlice},
-    time::Duration,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-use prometheus::{
-    IntCounter, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
-    register_int_counter_with_registry, register_int_gauge_with_registry,
-};
-use tokio::net::TcpStream;
+use bytes::Bytes;
+use prometheus::IntGauge;
+use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
+use super::metrics::HttpMetrics;
 use crate::{
     flv::{FILE_HEADER, Tag, TagKind},
-    hub::{Backlog, Reader},
+    hub::{Backlog, ReadCount, ReadOutcome, Reader, Stream, ViewerGuard},
 };
 
 /// What a viewer may take, and how long it may take for it.
@@ -27,6 +28,10 @@ pub struct ViewerSettings {
     pub backlog: Backlog,
     /// A viewer that takes no byte for this long is closed.
     pub write_timeout: Duration,
+    /// A viewer that keeps up is written to at most once in this time; zero is with each frame of
+    /// video. A write costs nearly the same whatever its length, so this trades delay, as long as
+    /// it says at most, for processor time. Who joins or has fallen behind is not held back.
+    pub merge_write: Duration,
     /// How long a connection may take to send the head of its request.
     pub head_timeout: Duration,
     /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` leaves it to grow by itself. A small
@@ -41,107 +46,147 @@ impl Default for ViewerSettings {
             stream_wait: Duration::from_secs(2),
             backlog: Backlog { max_bytes: u64::MAX, max_ms: 5_000 },
             write_timeout: Duration::from_secs(30),
+            merge_write: Duration::ZERO,
             head_timeout: Duration::from_secs(10),
             send_buffer: None,
         }
     }
 }
 
-/// What HTTP connections and viewers do.
-#[derive(Debug, Clone)]
-pub struct HttpMetrics {
-    /// Connections now, viewers included.
-    pub connections: IntGauge,
-    /// Viewers now.
-    pub viewers: IntGauge,
-    /// Viewers that were ever admitted.
-    pub viewers_total: IntCounter,
-    /// Bytes of FLV written to viewers; up to 64 KiB a viewer late.
-    pub bytes: IntCounter,
-    /// Tags that viewers skipped because they were too slow.
-    pub skipped_tags: IntCounter,
-    /// Failures to accept a connection, as for want of file descriptors.
-    pub accept_errors: IntCounter,
-    pub(super) closed: ClosedCounters,
-    pub(super) refused: RefusedCounters,
+/// A connection that is counted, and takes one of the places for connections, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) peer: SocketAddr,
+    _counted: Counted,
+    _permit: OwnedSemaphorePermit,
 }
 
-#[derive(Debug, Clone)]
-pub(super) struct ClosedCounters {
-    ended: IntCounter,
-    client: IntCounter,
-    timeout: IntCounter,
-    error: IntCounter,
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct RefusedCounters {
-    pub(super) not_live: IntCounter,
-    pub(super) viewers_full: IntCounter,
-    pub(super) connections_full: IntCounter,
-    pub(super) bad_request: IntCounter,
-    pub(super) head_timeout: IntCounter,
-}
-
-impl HttpMetrics {
-    /// Makes and registers the metrics.
-    ///
-    /// # Errors
-    /// If their names are taken in `registry`.
-    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let counter =
-            |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
-        let gauge =
-            |name: &str, help: &str| register_int_gauge_with_registry!(name, help, registry);
-        let closed = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_http_viewers_closed_total", "Viewers that left, by reason."),
-            &["reason"],
-            registry
-        )?;
-        let refused = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_http_refused_total", "Requests refused, by reason."),
-            &["reason"],
-            registry
-        )?;
-        Ok(Self {
-            connections: gauge("downpour_http_connections", "HTTP connections now.")?,
-            viewers: gauge("downpour_http_viewers", "HTTP-FLV viewers now.")?,
-            viewers_total: counter("downpour_http_viewers_total", "Viewers ever admitted.")?,
-            bytes: counter("downpour_http_viewer_bytes_total", "Bytes of FLV sent to viewers.")?,
-            skipped_tags: counter(
-                "downpour_http_skipped_tags_total",
-                "Tags that slow viewers skipped.",
-            )?,
-            accept_errors: counter(
-                "downpour_http_accept_errors_total",
-                "Connections that could not be accepted.",
-            )?,
-            closed: ClosedCounters {
-                ended: closed.with_label_values(&["ended"]),
-                client: closed.with_label_values(&["client"]),
-                timeout: closed.with_label_values(&["timeout"]),
-                error: closed.with_label_values(&["error"]),
-            },
-            refused: RefusedCounters {
-                not_live: refused.with_label_values(&["not_live"]),
-                viewers_full: refused.with_label_values(&["viewers_full"]),
-                connections_full: refused.with_label_values(&["connections_full"]),
-                bad_request: refused.with_label_values(&["bad_request"]),
-                head_timeout: refused.with_label_values(&["head_timeout"]),
-            },
-        })
+impl Connection {
+    pub(super) fn new(
+        peer: SocketAddr,
+        permit: OwnedSemaphorePermit,
+        metrics: &HttpMetrics,
+    ) -> Self {
+        Self { peer, _counted: Counted::new(&metrics.connections), _permit: permit }
     }
 }
 
-impl ClosedCounters {
-    pub(super) fn count(&self, reason: &Closed) {
-        match reason {
-            Closed::Ended => &self.ended,
-            Closed::Client => &self.client,
-            Closed::Timeout => &self.timeout,
-            Closed::Error(_) => &self.error,
+/// A viewer who was admitted, counted until it is dropped.
+#[derive(Debug)]
+pub(super) struct Viewer {
+    socket: TcpStream,
+    connection: Connection,
+    stream: ViewerGuard,
+    began: Instant,
+    /// Bytes of FLV written.
+    sent: u64,
+    /// Whether the first tags have been read.
+    joined: bool,
+    _counted: Counted,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Viewer {
+    /// `permit` is one of the places for viewers.
+    pub(super) fn new(
+        socket: TcpStream,
+        connection: Connection,
+        stream: &Arc<Stream>,
+        permit: OwnedSemaphorePermit,
+        metrics: &HttpMetrics,
+    ) -> Self {
+        metrics.viewers_total.inc();
+        tracing::debug!(peer = %connection.peer, stream = %stream.key(), "a viewer came");
+        Self {
+            socket,
+            connection,
+            stream: stream.viewer(),
+            began: Instant::now(),
+            sent: 0,
+            joined: false,
+            _counted: Counted::new(&metrics.viewers),
+            _permit: permit,
         }
-        .inc();
+    }
+
+    /// Writes the response's head, with which the viewer begins.
+    pub(super) async fn greet(&self, timeout: Duration) -> Result<(), Closed> {
+        write_all(&self.socket, timeout, RESPONSE_HEAD).await
+    }
+
+    /// Writes `batch` and then what the log holds, until there is no more, as fast as the viewer
+    /// takes it.
+    pub(super) async fn catch_up(
+        &mut self,
+        reader: &mut Reader,
+        mut batch: Batch,
+        settings: &ViewerSettings,
+        metrics: &HttpMetrics,
+    ) -> Result<(), Closed> {
+        loop {
+            while !batch.is_done() {
+                match self.socket.try_write_vectored(&batch.slices()) {
+                    Ok(0) => return Err(Closed::Client),
+                    Ok(bytes) => {
+                        batch.advance(bytes);
+                        self.sent += bytes as u64;
+                        metrics.bytes.inc_by(bytes as u64);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        writable(&self.socket, settings.write_timeout).await?;
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            coop::consume_budget().await;
+            match batch.refill(reader, &mut self.joined) {
+                ReadOutcome::Read(count) => note_skip(reader.stream(), count, 1, metrics),
+                ReadOutcome::Ended => return Err(Closed::Ended),
+                ReadOutcome::Pending if reader.place().is_some() => return Ok(()),
+                ReadOutcome::Pending => tokio::select! {
+                    () = reader.woken() => {}
+                    closed = client_closed(&self.socket) => return Err(closed),
+                },
+            }
+        }
+    }
+
+    /// Writes what the socket takes of `bytes` at once; tells how much that was.
+    pub(super) fn offer(&mut self, bytes: &[u8]) -> Result<usize, Closed> {
+        self.check()?;
+        match self.socket.try_write(bytes) {
+            Ok(0) => Err(Closed::Client),
+            Ok(written) => {
+                self.sent += written as u64;
+                Ok(written)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Looks whether the client has closed its side. Makes no system call unless the client has
+    /// closed or sent something.
+    pub(super) fn check(&self) -> Result<(), Closed> {
+        match self.socket.try_read(&mut [0; 64]) {
+            Ok(0) => Err(Closed::Client),
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Closes the connection, and says why.
+    pub(super) fn close(self, reason: &Closed, metrics: &HttpMetrics) {
+        metrics.closed.count(reason);
+        tracing::info!(
+            peer = %self.connection.peer,
+            stream = %self.stream.stream().key(),
+            bytes = self.sent,
+            seconds = self.began.elapsed().as_secs(),
+            %reason,
+            "a viewer is done"
+        );
     }
 }
 
@@ -169,88 +214,10 @@ impl From<io::Error> for Closed {
     }
 }
 
-/// Sends the response's head and then the stream, until it ends or the viewer does.
-pub(super) async fn serve(
-    socket: &TcpStream,
-    reader: &mut Reader,
-    settings: &ViewerSettings,
-    metrics: &HttpMetrics,
-    sent: &mut Sent,
-) -> Closed {
-    match stream(socket, reader, settings.write_timeout, metrics, sent).await {
-        Ok(never) => match never {},
-        Err(closed) => closed,
-    }
-}
-
-async fn stream(
-    socket: &TcpStream,
-    reader: &mut Reader,
-    write_timeout: Duration,
-    metrics: &HttpMetrics,
-    sent: &mut Sent,
-) -> Result<std::convert::Infallible, Closed> {
-    write_all(socket, write_timeout, RESPONSE_HEAD).await?;
-    write_all(socket, write_timeout, &FILE_HEADER).await?;
-    sent.add(FILE_HEADER.len(), metrics);
-    let mut batch = Batch::default();
-    let mut joined = false;
-    loop {
-        let count = tokio::select! {
-            biased;
-            count = reader.read(&mut batch.tags, BATCH_BYTES) => {
-                count.map_err(|_| Closed::Ended)?
-            }
-            closed = client_closed(socket) => return Err(closed),
-        };
-        if !joined {
-            batch.put_metadata_at_zero();
-            joined = true;
-        }
-        if count.skipped > 0 {
-            metrics.skipped_tags.inc_by(count.skipped);
-            tracing::debug!(skipped = count.skipped, stream = %reader.stream().key(), "a viewer is too slow");
-        }
-        while !batch.is_done() {
-            match batch.try_write(socket) {
-                Ok(0) => return Err(Closed::Client),
-                Ok(bytes) => sent.add(bytes, metrics),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    writable(socket, write_timeout).await?;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        batch.clear();
-    }
-}
-
-/// Bytes written to one viewer. They reach the shared counter in large steps: a counter that each
-/// viewer touches for each frame is a cache line that all cores fight for.
-#[derive(Debug, Default)]
-pub(super) struct Sent {
-    pub(super) total: u64,
-    uncounted: u64,
-}
-
-impl Sent {
-    fn add(&mut self, bytes: usize, metrics: &HttpMetrics) {
-        self.total += bytes as u64;
-        self.uncounted += bytes as u64;
-        if self.uncounted >= COUNT_STEP {
-            self.flush(metrics);
-        }
-    }
-
-    pub(super) fn flush(&mut self, metrics: &HttpMetrics) {
-        metrics.bytes.inc_by(std::mem::take(&mut self.uncounted));
-    }
-}
-
 /// Tags on their way into a socket. They share their bytes with the stream's log.
-#[derive(Default)]
-struct Batch {
-    tags: Vec<Tag>,
+#[derive(Debug)]
+pub(super) struct Batch {
+    tags: Vec<Bytes>,
     /// Tags that are written whole.
     done: usize,
     /// Bytes of the next one that are written.
@@ -258,46 +225,80 @@ struct Batch {
 }
 
 impl Batch {
-    fn try_write(&mut self, socket: &TcpStream) -> io::Result<usize> {
-        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
-        let mut used = 0;
-        for (slice, tag) in slices.iter_mut().zip(self.tags.get(self.done..).unwrap_or_default()) {
-            let written = if used == 0 { self.offset } else { 0 };
-            *slice = IoSlice::new(tag.framed().get(written..).unwrap_or_default());
-            used += 1;
-        }
-        let written = socket.try_write_vectored(slices.get(..used).unwrap_or_default())?;
-        self.advance(written);
-        Ok(written)
+    /// Nothing to write.
+    pub(super) const EMPTY: Self = Self { tags: Vec::new(), done: 0, offset: 0 };
+
+    /// What stands in front of the first tag.
+    pub(super) fn beginning() -> Self {
+        Self::new(vec![Bytes::from_static(&FILE_HEADER)], 0)
+    }
+
+    /// `tags`, of which the first `written` bytes need not be written.
+    pub(super) fn new(tags: Vec<Bytes>, written: usize) -> Self {
+        let mut batch = Self { tags, done: 0, offset: 0 };
+        batch.advance(written);
+        batch
+    }
+
+    /// Takes what comes next from the log, in place of what has been written.
+    fn refill(&mut self, reader: &mut Reader, joined: &mut bool) -> ReadOutcome {
+        self.tags.clear();
+        (self.done, self.offset) = (0, 0);
+        reader.try_read_each(BATCH_BYTES, |_, tag| {
+            let first = !std::mem::replace(joined, true);
+            self.tags.push(if first { at_zero(tag) } else { tag.framed().clone() });
+        })
+    }
+
+    fn slices(&self) -> Vec<IoSlice<'_>> {
+        let mut written = self.offset;
+        let rest = self.tags.iter().skip(self.done).take(MAX_SLICES);
+        rest.map(|tag| IoSlice::new(tag.get(std::mem::take(&mut written)..).unwrap_or_default()))
+            .collect()
     }
 
     fn advance(&mut self, written: usize) {
         self.offset += written;
         while let Some(tag) = self.tags.get(self.done)
-            && self.offset >= tag.framed().len()
+            && self.offset >= tag.len()
         {
-            self.offset -= tag.framed().len();
+            self.offset -= tag.len();
             self.done += 1;
-        }
-    }
-
-    /// Gives the metadata in front the time 0, wherever in the stream the viewer joins: FFmpeg
-    /// takes metadata at any other time for the first packet of a stream of text.
-    fn put_metadata_at_zero(&mut self) {
-        if let Some(first) = self.tags.first_mut().filter(|tag| tag.kind() == TagKind::Script) {
-            *first = first.with_timestamp(0);
         }
     }
 
     fn is_done(&self) -> bool {
         self.done >= self.tags.len()
     }
+}
 
-    fn clear(&mut self) {
-        self.tags.clear();
-        self.tags.shrink_to(KEPT_TAGS);
-        self.done = 0;
-        self.offset = 0;
+/// Raises a gauge as long as it lives.
+#[derive(Debug)]
+struct Counted(IntGauge);
+
+impl Counted {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Counts what `viewers` viewers had to leave out.
+pub(super) fn note_skip(stream: &Stream, count: ReadCount, viewers: usize, metrics: &HttpMetrics) {
+    if count.skipped > 0 {
+        metrics.skipped_tags.inc_by(count.skipped.saturating_mul(viewers as u64));
+        tracing::debug!(
+            skipped = count.skipped,
+            viewers,
+            stream = %stream.key(),
+            "viewers are too slow"
+        );
     }
 }
 
@@ -320,14 +321,6 @@ pub(super) async fn write_all(
     Ok(())
 }
 
-async fn writable(socket: &TcpStream, timeout: Duration) -> Result<(), Closed> {
-    match tokio::time::timeout(timeout, socket.writable()).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => Err(Closed::Timeout),
-    }
-}
-
 /// Waits until the client closes its side. What it sends meanwhile means nothing, and is dropped.
 pub(super) async fn client_closed(socket: &TcpStream) -> Closed {
     loop {
@@ -343,6 +336,23 @@ pub(super) async fn client_closed(socket: &TcpStream) -> Closed {
     }
 }
 
+async fn writable(socket: &TcpStream, timeout: Duration) -> Result<(), Closed> {
+    match tokio::time::timeout(timeout, socket.writable()).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(Closed::Timeout),
+    }
+}
+
+/// A viewer's first tag, which if it is metadata has the time 0, wherever in the stream the viewer
+/// joins: FFmpeg takes metadata at any other time for the first packet of a stream of text.
+fn at_zero(tag: &Tag) -> Bytes {
+    match tag.kind() {
+        TagKind::Script => tag.with_timestamp(0).framed().clone(),
+        TagKind::Audio | TagKind::Video => tag.framed().clone(),
+    }
+}
+
 /// The head of a live body: unchunked until the connection closes (RFC 9112 §6.3, rule 8), which
 /// every player reads and which costs no copy.
 pub(super) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
@@ -355,6 +365,3 @@ pub(super) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
 const BATCH_BYTES: usize = 64 * 1024;
 /// Tags in one `writev`; the kernel takes up to 1024, and few frames need more than a handful.
 const MAX_SLICES: usize = 64;
-/// Room for tags that a viewer keeps between batches.
-const KEPT_TAGS: usize = 16;
-const COUNT_STEP: u64 = 64 * 1024;

@@ -1,0 +1,240 @@
+//! Viewers of one stream that keep up with it, written to one after the other.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+
+use super::{
+    audience::{Arrival, Audience, Desk},
+    viewer::{Batch, Closed, Viewer, note_skip},
+};
+use crate::hub::{ReadCount, ReadOutcome, Reader};
+
+/// A task's worth of viewers.
+///
+/// With each frame, the group reads the log once, puts the tags one behind the other once, and
+/// offers the bytes to each viewer in one write. Who does not take all of them has to go.
+pub(super) struct Group {
+    audience: Arc<Audience>,
+    desk: Arc<Desk>,
+    reader: Reader,
+    members: Vec<Member>,
+    /// The tags of this round with their indices in the log, and their bytes.
+    tags: Vec<(u64, Bytes)>,
+    bytes: Vec<u8>,
+    timer: Interval,
+    checked: Instant,
+}
+
+struct Member {
+    viewer: Viewer,
+    /// Index in the log of the next tag to be sent, unless the group has passed that.
+    from: u64,
+}
+
+/// What a round came to.
+enum Round {
+    /// There is no need for another one now.
+    Idle,
+    /// There may be more to read.
+    More,
+    /// The stream is over.
+    Over,
+}
+
+impl Group {
+    /// `number` tells groups apart.
+    pub(super) fn new(
+        audience: Arc<Audience>,
+        desk: Arc<Desk>,
+        first: Arrival,
+        number: u32,
+    ) -> Self {
+        let merge = audience.settings.merge_write;
+        let period = if merge.is_zero() { CHECK } else { merge };
+        // Groups that write now and then do not all write at the same time: steps of the golden
+        // section spread any number of them.
+        let phase = period.mul_f64((f64::from(number) * 0.618_034).fract());
+        let now = Instant::now();
+        let mut timer = interval_at(now + phase, period);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut group = Self {
+            reader: first.reader.clone(),
+            audience,
+            desk,
+            members: Vec::new(),
+            tags: Vec::new(),
+            bytes: Vec::new(),
+            timer,
+            checked: now,
+        };
+        group.admit(first);
+        group
+    }
+
+    pub(super) async fn run(mut self) {
+        let merges = !self.audience.settings.merge_write.is_zero();
+        let stream = self.desk.stream().clone();
+        let mut over = std::pin::pin!(stream.over());
+        loop {
+            tokio::select! {
+                () = self.desk.came.notified() => {
+                    for arrival in self.desk.arrivals() {
+                        self.admit(arrival);
+                    }
+                    continue;
+                }
+                () = self.reader.woken(), if !merges => {}
+                // Not asked again: the round below finds the end.
+                () = &mut over, if merges => {}
+                _ = self.timer.tick() => {
+                    if self.checked.elapsed() >= CHECK {
+                        self.check();
+                    }
+                    if self.members.is_empty() {
+                        break;
+                    }
+                }
+            }
+            loop {
+                match self.round() {
+                    Round::Idle => break,
+                    Round::More => tokio::task::yield_now().await,
+                    Round::Over => return self.end(),
+                }
+            }
+        }
+    }
+
+    /// Takes in a viewer, unless the group has gone on since the viewer had caught up.
+    fn admit(&mut self, arrival: Arrival) {
+        let Arrival { viewer, reader } = arrival;
+        let Some(place) = reader.place() else { return self.dismiss(viewer, reader, Batch::EMPTY) };
+        if self.members.is_empty() {
+            self.reader = reader;
+            self.desk.stand_at(Some(place));
+        } else if self
+            .reader
+            .place()
+            .is_none_or(|own| own.key_frame_seen != place.key_frame_seen || own.index > place.index)
+        {
+            return self.dismiss(viewer, reader, Batch::EMPTY);
+        }
+        self.members.push(Member { viewer, from: place.index });
+    }
+
+    /// Reads what is there, and writes it.
+    fn round(&mut self) -> Round {
+        let start = self.reader.place().map_or(0, |place| place.index);
+        let (tags, bytes) = (&mut self.tags, &mut self.bytes);
+        let outcome = self.reader.try_read_each(ROUND_BYTES, |index, tag| {
+            tags.push((index, tag.framed().clone()));
+        });
+        match outcome {
+            ReadOutcome::Read(count) => {
+                tags.iter().for_each(|(_, tag)| bytes.extend_from_slice(tag));
+                self.desk.stand_at(self.reader.place());
+                self.write(start, count);
+                self.tags.clear();
+                self.bytes.clear();
+                self.bytes.shrink_to(KEPT_BYTES);
+                // A tag that has come meanwhile waits for the next frame, as any other.
+                match count.bytes >= ROUND_BYTES || self.reader.stream().ended() {
+                    true => Round::More,
+                    false => Round::Idle,
+                }
+            }
+            ReadOutcome::Pending => {
+                self.desk.stand_at(self.reader.place());
+                Round::Idle
+            }
+            ReadOutcome::Ended => Round::Over,
+        }
+    }
+
+    fn write(&mut self, start: u64, count: ReadCount) {
+        let viewers = self.members.len();
+        if count.skipped > 0 {
+            note_skip(self.reader.stream(), count, viewers, &self.audience.metrics);
+            self.reader.stream().count_skipped(count.skipped * viewers.saturating_sub(1) as u64);
+        }
+        let mut sent = 0;
+        let mut next = 0;
+        while let Some(member) = self.members.get_mut(next) {
+            let begin = match member.from > start {
+                true => length(self.tags.iter().take_while(|(index, _)| *index < member.from)),
+                false => 0,
+            };
+            let due = self.bytes.get(begin..).unwrap_or_default();
+            if due.is_empty() {
+                next += 1;
+                continue;
+            }
+            match member.viewer.offer(due) {
+                Ok(written) => {
+                    sent += written as u64;
+                    if written == due.len() {
+                        next += 1;
+                        continue;
+                    }
+                    let viewer = self.members.swap_remove(next).viewer;
+                    let tags = self.tags.iter().map(|(_, tag)| tag.clone()).collect();
+                    let batch = Batch::new(tags, begin + written);
+                    self.dismiss(viewer, self.reader.clone(), batch);
+                }
+                Err(closed) => self.close(next, &closed),
+            }
+        }
+        self.audience.metrics.bytes.inc_by(sent);
+    }
+
+    /// Sees who has left, which a stream that stands still would not show.
+    fn check(&mut self) {
+        self.checked = Instant::now();
+        let mut next = 0;
+        while let Some(member) = self.members.get(next) {
+            match member.viewer.check() {
+                Ok(()) => next += 1,
+                Err(closed) => self.close(next, &closed),
+            }
+        }
+    }
+
+    fn close(&mut self, member: usize, reason: &Closed) {
+        self.desk.left();
+        self.members.swap_remove(member).viewer.close(reason, &self.audience.metrics);
+    }
+
+    /// Lets a viewer go on by itself.
+    fn dismiss(&self, viewer: Viewer, reader: Reader, batch: Batch) {
+        self.desk.left();
+        self.audience.follow(viewer, reader, batch);
+    }
+
+    fn end(mut self) {
+        for Member { viewer, .. } in self.members.drain(..) {
+            viewer.close(&Closed::Ended, &self.audience.metrics);
+        }
+    }
+}
+
+/// Whoever came last goes on without the group, however that ended.
+impl Drop for Group {
+    fn drop(&mut self) {
+        for Arrival { viewer, reader } in self.audience.retire(&self.desk) {
+            self.audience.follow(viewer, reader, Batch::EMPTY);
+        }
+    }
+}
+
+fn length<'a>(tags: impl Iterator<Item = &'a (u64, Bytes)>) -> usize {
+    tags.map(|(_, tag)| tag.len()).sum()
+}
+
+/// What is written to each viewer at once; whole tags, so it may be more.
+const ROUND_BYTES: usize = 256 * 1024;
+/// Room for bytes that a group keeps between rounds.
+const KEPT_BYTES: usize = 64 * 1024;
+/// How often a group looks for viewers that have left, and for audio that no frame took along.
+const CHECK: Duration = Duration::from_secs(1);

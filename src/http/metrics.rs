@@ -1,0 +1,106 @@
+//! What HTTP connections and viewers do, counted.
+
+use prometheus::{
+    IntCounter, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
+    register_int_counter_with_registry, register_int_gauge_with_registry,
+};
+
+use super::viewer::Closed;
+
+/// What HTTP connections and viewers do.
+#[derive(Debug, Clone)]
+pub struct HttpMetrics {
+    /// Connections now, viewers included.
+    pub connections: IntGauge,
+    /// Viewers now.
+    pub viewers: IntGauge,
+    /// Viewers that were ever admitted.
+    pub viewers_total: IntCounter,
+    /// Bytes of FLV written to viewers.
+    pub bytes: IntCounter,
+    /// Tags that viewers skipped because they were too slow.
+    pub skipped_tags: IntCounter,
+    /// Failures to accept a connection, as for want of file descriptors.
+    pub accept_errors: IntCounter,
+    pub(super) closed: ClosedCounters,
+    pub(super) refused: RefusedCounters,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct ClosedCounters {
+    ended: IntCounter,
+    client: IntCounter,
+    timeout: IntCounter,
+    error: IntCounter,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct RefusedCounters {
+    pub(super) not_live: IntCounter,
+    pub(super) viewers_full: IntCounter,
+    pub(super) connections_full: IntCounter,
+    pub(super) bad_request: IntCounter,
+    pub(super) head_timeout: IntCounter,
+}
+
+impl HttpMetrics {
+    /// Makes and registers the metrics.
+    ///
+    /// # Errors
+    /// If their names are taken in `registry`.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let counter =
+            |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
+        let gauge =
+            |name: &str, help: &str| register_int_gauge_with_registry!(name, help, registry);
+        let closed = register_int_counter_vec_with_registry!(
+            Opts::new("downpour_http_viewers_closed_total", "Viewers that left, by reason."),
+            &["reason"],
+            registry
+        )?;
+        let refused = register_int_counter_vec_with_registry!(
+            Opts::new("downpour_http_refused_total", "Requests refused, by reason."),
+            &["reason"],
+            registry
+        )?;
+        Ok(Self {
+            connections: gauge("downpour_http_connections", "HTTP connections now.")?,
+            viewers: gauge("downpour_http_viewers", "HTTP-FLV viewers now.")?,
+            viewers_total: counter("downpour_http_viewers_total", "Viewers ever admitted.")?,
+            bytes: counter("downpour_http_viewer_bytes_total", "Bytes of FLV sent to viewers.")?,
+            skipped_tags: counter(
+                "downpour_http_skipped_tags_total",
+                "Tags that slow viewers skipped.",
+            )?,
+            accept_errors: counter(
+                "downpour_http_accept_errors_total",
+                "Connections that could not be accepted.",
+            )?,
+            closed: ClosedCounters {
+                ended: closed.with_label_values(&["ended"]),
+                client: closed.with_label_values(&["client"]),
+                timeout: closed.with_label_values(&["timeout"]),
+                error: closed.with_label_values(&["error"]),
+            },
+            refused: RefusedCounters {
+                not_live: refused.with_label_values(&["not_live"]),
+                viewers_full: refused.with_label_values(&["viewers_full"]),
+                connections_full: refused.with_label_values(&["connections_full"]),
+                bad_request: refused.with_label_values(&["bad_request"]),
+                head_timeout: refused.with_label_values(&["head_timeout"]),
+            },
+        })
+    }
+}
+
+impl ClosedCounters {
+    pub(super) fn count(&self, reason: &Closed) {
+        match reason {
+            Closed::Ended => &self.ended,
+            Closed::Client => &self.client,
+            Closed::Timeout => &self.timeout,
+            Closed::Error(_) => &self.error,
+        }
+        .inc();
+    }
+}
