@@ -1,0 +1,164 @@
+//! Viewers, as cheap as they come: a nap, and then what every socket has is thrown away and counted.
+
+use std::{
+    io::{self, BufRead, BufReader, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, Socket, Type};
+
+/// What is asked of the process that has the viewers; one at a time.
+pub struct Sink(BufReader<TcpStream>);
+
+/// Bytes that a viewer who reads has got: the least, the most, and that of all.
+#[derive(Debug, Clone, Copy)]
+pub struct Count {
+    pub least: u64,
+    pub most: u64,
+    pub all: u64,
+}
+
+impl Sink {
+    /// Once the process listens at `address`.
+    pub fn connect(address: SocketAddr) -> io::Result<Self> {
+        let socket = TcpStream::connect(address)?;
+        socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(BufReader::new(socket)))
+    }
+
+    /// Has `count` viewers come to `server`, of which the last `stalled` read nothing. Returns when
+    /// each of the others has got something.
+    pub fn join(&mut self, server: SocketAddr, count: usize, stalled: usize) -> io::Result<()> {
+        self.ask(&format!("join {server} {count} {stalled}")).map(|_| ())
+    }
+
+    /// Counts from now on.
+    pub fn begin(&mut self) -> io::Result<()> {
+        self.ask("begin").map(|_| ())
+    }
+
+    /// What came since.
+    pub fn count(&mut self) -> io::Result<Count> {
+        let answer = self.ask("count")?;
+        let mut numbers = answer.split_whitespace().map(|word| word.parse().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0);
+        Ok(Count { least: next(), most: next(), all: next() })
+    }
+
+    /// Has all viewers go.
+    pub fn leave(&mut self) -> io::Result<()> {
+        self.ask("leave").map(|_| ())
+    }
+
+    fn ask(&mut self, what: &str) -> io::Result<String> {
+        self.0.get_mut().write_all(format!("{what}\n").as_bytes())?;
+        let mut answer = String::new();
+        self.0.read_line(&mut answer)?;
+        match answer.trim_end().strip_prefix("ok") {
+            Some(rest) => Ok(rest.to_owned()),
+            None => Err(io::Error::other(format!("the viewers, at {what}: {answer}"))),
+        }
+    }
+}
+
+/// Is the process, controlled at `address`.
+pub fn run(address: SocketAddr) -> io::Result<()> {
+    let (socket, _) = TcpListener::bind(address)?.accept()?;
+    socket.set_read_timeout(Some(NAP))?;
+    let mut control = BufReader::new(socket);
+    let mut viewers = Vec::new();
+    let mut line = String::new();
+    loop {
+        match control.read_line(&mut line) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {
+                drain(&mut viewers)?;
+                let answer = match answer(&line, &mut viewers) {
+                    Ok(answer) => format!("ok {answer}\n"),
+                    Err(error) => format!("{error}\n"),
+                };
+                control.get_mut().write_all(answer.as_bytes())?;
+                line.clear();
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => drain(&mut viewers)?,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+struct Viewer {
+    socket: Socket,
+    stalled: bool,
+    bytes: u64,
+}
+
+impl Viewer {
+    fn come(server: SocketAddr, stalled: bool) -> io::Result<Self> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        // Who goes resets the connection, so that no port is left waiting.
+        socket.set_linger(Some(Duration::ZERO))?;
+        if stalled {
+            socket.set_recv_buffer_size(4096)?;
+        }
+        socket.connect(&server.into())?;
+        (&socket).write_all(b"GET /live/movie.flv HTTP/1.1\r\nHost: edge\r\n\r\n")?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, stalled, bytes: 0 })
+    }
+}
+
+fn answer(line: &str, viewers: &mut Vec<Viewer>) -> io::Result<String> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words[..] {
+        ["join", server, count, stalled] => {
+            let number = |word: &str| word.parse::<usize>().map_err(io::Error::other);
+            let (count, stalled) = (number(count)?, number(stalled)?);
+            let server = server.parse().map_err(io::Error::other)?;
+            for index in 0..count {
+                viewers.push(Viewer::come(server, index + stalled >= count)?);
+            }
+            let began = Instant::now();
+            while viewers.iter().any(|viewer| viewer.bytes == 0 && !viewer.stalled) {
+                if began.elapsed() > PATIENCE {
+                    return Err(io::Error::other("some viewers get nothing"));
+                }
+                std::thread::sleep(NAP);
+                drain(viewers)?;
+            }
+        }
+        ["begin"] => viewers.iter_mut().for_each(|viewer| viewer.bytes = 0),
+        ["count"] => {
+            let counts = || viewers.iter().filter(|viewer| !viewer.stalled).map(|v| v.bytes);
+            let (least, most) = (counts().min().unwrap_or(0), counts().max().unwrap_or(0));
+            return Ok(format!("{least} {most} {}", counts().sum::<u64>()));
+        }
+        ["leave"] => viewers.clear(),
+        _ => return Err(io::Error::other("what?")),
+    }
+    Ok(String::new())
+}
+
+fn drain(viewers: &mut [Viewer]) -> io::Result<()> {
+    for viewer in viewers.iter_mut().filter(|viewer| !viewer.stalled) {
+        let flags = libc::MSG_TRUNC | libc::MSG_DONTWAIT;
+        // SAFETY: with MSG_TRUNC, TCP throws the bytes away and writes to no buffer (tcp(7)).
+        let read =
+            unsafe { libc::recv(viewer.socket.as_raw_fd(), std::ptr::null_mut(), AT_ONCE, flags) };
+        match read {
+            0 => return Err(io::Error::other("a viewer was closed")),
+            1.. => viewer.bytes += read as u64,
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::WouldBlock => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+const NAP: Duration = Duration::from_millis(100);
+const AT_ONCE: usize = 16 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
