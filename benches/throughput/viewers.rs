@@ -57,13 +57,13 @@ struct Plan {
 }
 
 const QUICK: Plan =
-    Plan { rounds: 1, seconds: 2, goals: &[1000], growth: &[], stall: Duration::from_secs(6) };
+    Plan { rounds: 1, seconds: 2, goals: &[1000], growth: &[], stall: Duration::from_secs(10) };
 const FULL: Plan = Plan {
     rounds: 3,
     seconds: 3,
     goals: &[1000, 5000],
     growth: &[2000, 3000, 4000],
-    stall: Duration::from_secs(8),
+    stall: Duration::from_secs(10),
 };
 
 struct Bench {
@@ -232,7 +232,7 @@ impl Server {
         if count.most - count.least > SPREAD {
             return fail(format!("viewers got {} to {} bytes", count.least, count.most));
         }
-        if stalled > 0 && sent > 1.3 * BYTES_A_SECOND * seconds * reading {
+        if stalled > 0 && sent > 1.05 * BYTES_A_SECOND * seconds * reading {
             return fail("who reads nothing still gets bytes: the buffers are not full".into());
         }
         // The next one finds the server without viewers.

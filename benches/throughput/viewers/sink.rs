@@ -101,7 +101,10 @@ impl Viewer {
         // Who goes resets the connection, so that no port is left waiting.
         socket.set_linger(Some(Duration::ZERO))?;
         if stalled {
+            // So that what the kernel holds for it is full within seconds: how much the other end
+            // buffers grows with the segment's size, which is 64 KB on loopback.
             socket.set_recv_buffer_size(4096)?;
+            socket.set_tcp_mss(536)?;
         }
         socket.connect(&server.into())?;
         (&socket).write_all(b"GET /live/movie.flv HTTP/1.1\r\nHost: edge\r\n\r\n")?;
