@@ -1,0 +1,335 @@
+//! Viewers of one stream that share a group, fall out of it and come back: what each one gets is the
+//! log, byte by byte, but for skips that are counted.
+
+use std::{
+    net::SocketAddr,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use axum::Router;
+use downpour::{
+    flv::{FlvReader, Tag, TagKind},
+    http::{HttpMetrics, HttpServer, ViewerSettings},
+    hub::{Backlog, Hub, LogLimits, Publisher},
+    metrics,
+};
+use prometheus::Registry;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpSocket, TcpStream},
+    task::{JoinHandle, JoinSet},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn viewers_of_every_speed_get_what_the_log_holds() {
+    every_speed(ViewerSettings::default(), 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn and_so_they_do_where_writes_are_merged() {
+    let merge_write = Duration::from_millis(30);
+    every_speed(ViewerSettings { merge_write, ..ViewerSettings::default() }, 2).await;
+}
+
+/// 300 viewers, more than a group, with receive buffers and speeds by chance, come one after the other
+/// while the source goes on.
+async fn every_speed(settings: ViewerSettings, seed: u64) {
+    let settings = ViewerSettings {
+        backlog: Backlog { max_ms: 2_000, max_bytes: u64::MAX },
+        send_buffer: Some(8 * 1024),
+        ..settings
+    };
+    let node = Node::start(settings).await;
+    let mut publisher = node.publish();
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut pushed = vec![video_header(0), audio_header(0)];
+    pushed.iter().for_each(|tag| publisher.push(tag.clone()));
+    let mut viewers = JoinSet::new();
+    for frame in 0..600u32 {
+        for tag in tags_of(frame, &mut rng) {
+            publisher.push(tag.clone());
+            pushed.push(tag);
+        }
+        if frame % 2 == 0 {
+            let (address, seed) = (node.address, rng.random());
+            viewers.spawn(async move { watch(address, seed).await });
+        }
+        sleep(Duration::from_millis(3)).await;
+    }
+    drop(publisher);
+    let mut skipped = 0;
+    let mut whole = 0;
+    while let Some(viewer) = viewers.join_next().await {
+        let gaps = follow(&pushed, &viewer.unwrap());
+        skipped += gaps;
+        whole += usize::from(gaps == 0);
+    }
+    node.eventually("all are gone", |node| node.metrics.connections.get() == 0).await;
+    assert_eq!(node.metrics.viewers_total.get(), 300);
+    assert_eq!(node.metrics.skipped_tags.get(), skipped);
+    assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"ended\"}"), 300);
+    // Some are slow and some are not, or nothing was tried.
+    assert!(skipped > 0 && whole > 50, "{skipped} skipped, {whole} whole");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
+    let node = Node::start(ViewerSettings::default()).await;
+    let mut publisher = node.publish();
+    publisher.push(video_header(0));
+    let pushing = tokio::spawn(async move {
+        let mut rng = SmallRng::seed_from_u64(3);
+        for frame in 0.. {
+            tags_of(frame, &mut rng).into_iter().for_each(|tag| publisher.push(tag));
+            sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let mut rng = SmallRng::seed_from_u64(4);
+    for _ in 0..10 {
+        let mut crowd = JoinSet::new();
+        for _ in 0..300 {
+            let (address, bytes) = (node.address, rng.random_range(0..30_000usize));
+            crowd.spawn(async move {
+                let mut socket = ask(address, 0).await;
+                let mut read = 0;
+                let mut buffer = [0; 4096];
+                while read < bytes {
+                    let count = timeout(DEADLINE, socket.read(&mut buffer)).await.unwrap().unwrap();
+                    assert!(count > 0, "closed");
+                    read += count;
+                }
+            });
+        }
+        while let Some(viewer) = crowd.join_next().await {
+            viewer.unwrap();
+        }
+    }
+    node.eventually("all are gone", |node| node.metrics.connections.get() == 0).await;
+    assert_eq!(node.metrics.viewers.get(), 0);
+    let stream = node.hub.stream("live/movie").unwrap();
+    assert_eq!(stream.counters().viewers.load(Ordering::Relaxed), 0);
+    // One more finds the stream as the first did.
+    let mut last = ask(node.address, 0).await;
+    let mut buffer = [0; 64];
+    assert!(timeout(DEADLINE, last.read(&mut buffer)).await.unwrap().unwrap() > 0);
+    pushing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_audio_before_a_stall_is_not_kept() {
+    let node = Node::start(ViewerSettings::default()).await;
+    let mut publisher = node.publish();
+    publisher.push(video_header(0));
+    publisher.push(frame(0x17, 0, 100));
+    let mut viewer = FlvViewer::of(ask(node.address, 0).await).await;
+    for tag in [video_header(0), frame(0x17, 0, 100)] {
+        assert_eq!(viewer.next().await, Some(tag));
+    }
+    // It belongs to a group now, which is woken by the frame and not by the audio.
+    publisher.push(frame(0x27, 40, 100));
+    assert_eq!(viewer.next().await, Some(frame(0x27, 40, 100)));
+    publisher.push(audio(45));
+    let began = Instant::now();
+    assert_eq!(viewer.next().await, Some(audio(45)));
+    assert!(began.elapsed() < Duration::from_secs(5));
+    // Shutting down cuts who is in a group, too.
+    node.shutdown.cancel();
+    timeout(DEADLINE, node.server).await.expect("the server stops").unwrap();
+    assert_eq!(node.metrics.viewers.get(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn merged_writes_are_few_and_the_end_does_not_wait_for_them() {
+    let merge_write = Duration::from_secs(2);
+    let node = Node::start(ViewerSettings { merge_write, ..ViewerSettings::default() }).await;
+    let mut publisher = node.publish();
+    publisher.push(video_header(0));
+    publisher.push(frame(0x17, 0, 100));
+    let mut viewers = Vec::new();
+    for _ in 0..20 {
+        let mut viewer = FlvViewer::of(ask(node.address, 0).await).await;
+        for tag in [video_header(0), frame(0x17, 0, 100)] {
+            assert_eq!(viewer.next().await, Some(tag));
+        }
+        viewers.push(viewer);
+    }
+    // For less than a period, so that there is at most one write for all of it, and that of the end.
+    let began = Instant::now();
+    for i in 1..=100 {
+        publisher.push(frame(0x27, i * 40, 100));
+        sleep(Duration::from_millis(5)).await;
+    }
+    let pushed = began.elapsed();
+    drop(publisher);
+    for mut viewer in viewers {
+        for i in 1..=100 {
+            assert_eq!(viewer.next().await, Some(frame(0x27, i * 40, 100)));
+        }
+        assert_eq!(viewer.next().await, None);
+        if pushed < Duration::from_millis(1900) {
+            assert!(viewer.reads <= 6, "{} reads", viewer.reads);
+        }
+    }
+}
+
+/// What a viewer of some speed gets until the end.
+async fn watch(address: SocketAddr, seed: u64) -> Vec<Tag> {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let slow = rng.random_bool(0.4);
+    let buffer = if slow { rng.random_range(2..16) * 1024 } else { 0 };
+    let mut socket = ask(address, buffer).await;
+    let mut bytes = Vec::new();
+    let mut piece = vec![0; rng.random_range(100..40_000)];
+    loop {
+        if slow && rng.random_bool(0.05) {
+            sleep(Duration::from_millis(rng.random_range(0..400))).await;
+        }
+        match timeout(DEADLINE, socket.read(&mut piece)).await.expect("more").unwrap() {
+            0 => break,
+            count => bytes.extend_from_slice(&piece[..count]),
+        }
+    }
+    let body = bytes.windows(4).position(|end| end == b"\r\n\r\n").unwrap() + 4;
+    let mut reader = FlvReader::new();
+    reader.push(&bytes[body..]);
+    let tags = std::iter::from_fn(|| reader.next_tag().unwrap()).collect();
+    assert!(!reader.is_inside_tag(), "the stream ends with a whole tag");
+    tags
+}
+
+/// Follows what a viewer got in what was pushed, to its very end; tells how many tags are missing
+/// since it joined.
+fn follow(pushed: &[Tag], got: &[Tag]) -> u64 {
+    let mut got = got.iter().skip_while(|tag| tag.is_sequence_header());
+    let first = got.next().expect("a key frame");
+    assert!(first.is_key_frame());
+    let mut next = pushed.iter().position(|tag| tag == first).unwrap() + 1;
+    let mut missing = 0;
+    for tag in got {
+        let ahead = pushed[next..].iter().position(|other| other == tag).expect("out of order");
+        assert!(ahead == 0 || tag.is_key_frame(), "{tag:?} after a gap");
+        missing += ahead as u64;
+        next += ahead + 1;
+    }
+    // The end may come while it is over its backlog, and nothing to skip to comes any more.
+    assert_eq!(next, pushed.len(), "the end is missing");
+    missing
+}
+
+/// A frame's tags: every 25th is a key frame, the audio is in front.
+fn tags_of(number: u32, rng: &mut SmallRng) -> Vec<Tag> {
+    let at = number * 40 + 1;
+    let mut tags: Vec<_> = (0..rng.random_range(0..4)).map(|i| audio(at + i)).collect();
+    tags.push(match number % 25 {
+        0 => frame(0x17, at, rng.random_range(6_000..30_000)),
+        _ => frame(0x27, at, rng.random_range(10..3_000)),
+    });
+    tags
+}
+
+async fn ask(address: SocketAddr, buffer: u32) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    if buffer > 0 {
+        socket.set_recv_buffer_size(buffer).unwrap();
+    }
+    let mut socket = timeout(DEADLINE, socket.connect(address)).await.unwrap().unwrap();
+    socket.write_all(b"GET /live/movie.flv HTTP/1.1\r\nHost: edge\r\n\r\n").await.unwrap();
+    socket
+}
+
+struct FlvViewer {
+    socket: TcpStream,
+    reader: FlvReader,
+    /// Reads that got something of the body.
+    reads: usize,
+}
+
+impl FlvViewer {
+    async fn of(mut socket: TcpStream) -> Self {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(timeout(DEADLINE, socket.read_u8()).await.expect("more").unwrap());
+        }
+        Self { socket, reader: FlvReader::new(), reads: 0 }
+    }
+
+    async fn next(&mut self) -> Option<Tag> {
+        loop {
+            if let Some(tag) = self.reader.next_tag().unwrap() {
+                return Some(tag);
+            }
+            let mut bytes = [0; 64 * 1024];
+            match timeout(DEADLINE, self.socket.read(&mut bytes)).await.expect("more").unwrap() {
+                0 => return None,
+                count => self.reader.push(&bytes[..count]),
+            }
+            self.reads += 1;
+        }
+    }
+}
+
+struct Node {
+    address: SocketAddr,
+    hub: Hub,
+    metrics: HttpMetrics,
+    registry: Registry,
+    shutdown: CancellationToken,
+    server: JoinHandle<()>,
+}
+
+impl Node {
+    async fn start(settings: ViewerSettings) -> Self {
+        let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
+        let registry = metrics::registry(hub.clone(), None).unwrap();
+        let metrics = HttpMetrics::register(&registry).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server =
+            HttpServer::new(listener, Some(hub.clone()), Router::new(), settings, metrics.clone());
+        let shutdown = CancellationToken::new();
+        let server = tokio::spawn(server.run(shutdown.clone(), Duration::from_millis(300)));
+        Self { address, hub, metrics, registry, shutdown, server }
+    }
+
+    fn publish(&self) -> Publisher {
+        self.hub.publish("live/movie".parse().unwrap()).unwrap()
+    }
+
+    fn counter(&self, series: &str) -> u64 {
+        let text = metrics::encode(&self.registry).unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(series)).unwrap();
+        value.trim().parse().unwrap()
+    }
+
+    async fn eventually(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + DEADLINE;
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+fn video_header(timestamp: u32) -> Tag {
+    Tag::new(TagKind::Video, timestamp, &[0x17, 0, 0, 0, 0, 1]).unwrap()
+}
+
+fn audio_header(timestamp: u32) -> Tag {
+    Tag::new(TagKind::Audio, timestamp, &[0xaf, 0, 0x12, 0x10]).unwrap()
+}
+
+fn frame(first: u8, timestamp: u32, len: usize) -> Tag {
+    let mut body = vec![timestamp as u8; len];
+    body[..5].copy_from_slice(&[first, 1, 0, 0, 0]);
+    Tag::new(TagKind::Video, timestamp, &body).unwrap()
+}
+
+fn audio(timestamp: u32) -> Tag {
+    Tag::new(TagKind::Audio, timestamp, &[0xaf, 1, 7]).unwrap()
+}
+
+const DEADLINE: Duration = Duration::from_secs(30);
