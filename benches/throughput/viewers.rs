@@ -47,6 +47,7 @@ pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
 
 struct Plan {
     rounds: usize,
+    /// Measured each time: whole groups of pictures.
     seconds: u64,
     /// Numbers of viewers in every round, with their goals.
     goals: &'static [usize],
@@ -60,7 +61,7 @@ const QUICK: Plan =
     Plan { rounds: 1, seconds: 2, goals: &[1000], growth: &[], stall: Duration::from_secs(10) };
 const FULL: Plan = Plan {
     rounds: 3,
-    seconds: 3,
+    seconds: 2,
     goals: &[1000, 5000],
     growth: &[2000, 3000, 4000],
     stall: Duration::from_secs(10),
@@ -203,6 +204,14 @@ impl Server {
         self.process.check()?;
         sink.join(self.address, viewers, stalled)?;
         std::thread::sleep(if stalled > 0 { plan.stall } else { SETTLE });
+        // Those who came first have much to read when the last one has come.
+        wait_for("the viewers have caught up", || {
+            sink.begin()?;
+            std::thread::sleep(SETTLE);
+            let speed =
+                sink.count()?.all as f64 / (viewers - stalled) as f64 / SETTLE.as_secs_f64();
+            Ok(speed < 1.4 * BYTES_A_SECOND)
+        })?;
         let before = if stalled > 0 { self.sent()? } else { 0.0 };
         sink.begin()?;
         let (began, cpu) = (Instant::now(), self.process.cpu_seconds());
@@ -364,5 +373,5 @@ const HALF: usize = 500;
 /// and a key frame.
 const SPREAD: u64 = 20_000;
 const WARM_UP: Duration = Duration::from_secs(4);
-const SETTLE: Duration = Duration::from_millis(700);
+const SETTLE: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(20);
