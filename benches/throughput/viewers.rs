@@ -181,7 +181,9 @@ impl Bench {
                 measured.memory.insert(viewers, grown as f64 / viewers as f64);
             }
         }
-        measured.stalled.push(measure(&mut self.plain, HALF * 2, HALF)?.share);
+        if round < STALLED_ROUNDS {
+            measured.stalled.push(measure(&mut self.plain, HALF * 2, HALF)?.share);
+        }
         Ok(())
     }
 }
@@ -194,7 +196,27 @@ struct Taken {
 }
 
 impl Server {
+    /// Again if it was disturbed: other work on the machine can keep anyone from its time.
     fn measure(
+        &mut self,
+        sink: &mut Sink,
+        viewers: usize,
+        stalled: usize,
+        plan: &Plan,
+    ) -> io::Result<Taken> {
+        for _ in 1..TRIES {
+            match self.try_measure(sink, viewers, stalled, plan) {
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    eprintln!("again, for {error}");
+                }
+                result => return result,
+            }
+        }
+        self.try_measure(sink, viewers, stalled, plan)
+    }
+
+    /// An error of invalid data is one of what was measured.
+    fn try_measure(
         &mut self,
         sink: &mut Sink,
         viewers: usize,
@@ -210,7 +232,7 @@ impl Server {
             std::thread::sleep(SETTLE);
             let speed =
                 sink.count()?.all as f64 / (viewers - stalled) as f64 / SETTLE.as_secs_f64();
-            Ok(speed < 1.4 * BYTES_A_SECOND)
+            Ok((speed / BYTES_A_SECOND - 1.0).abs() < 0.4)
         })?;
         let before = if stalled > 0 { self.sent()? } else { 0.0 };
         sink.begin()?;
@@ -221,9 +243,10 @@ impl Server {
         let sent = if stalled > 0 { self.sent()? - before } else { 0.0 };
         let resident = self.process.resident_bytes();
         sink.leave()?;
-        let share = cpu / seconds;
         let reading = (viewers - stalled) as f64;
         let speed = count.all as f64 / reading / seconds;
+        // By the media that came, lest one that is held up seem cheap.
+        let share = cpu / seconds * BYTES_A_SECOND / speed;
         eprintln!(
             "{}: {viewers} viewers, {stalled} of which read nothing: {:.1} % of a core, {:.2} µs a \
              viewer and frame, {:.0} kbit/s each ({} to {} bytes)",
@@ -234,7 +257,10 @@ impl Server {
             count.least,
             count.most,
         );
-        let fail = |what: String| Err(io::Error::other(format!("{}: {what}", self.name)));
+        let fail = |what: String| {
+            let what = format!("{}: {what}", self.name);
+            Err(io::Error::new(io::ErrorKind::InvalidData, what))
+        };
         if (speed / BYTES_A_SECOND - 1.0).abs() > 0.15 {
             return fail(format!("{speed:.0} bytes/s a viewer instead of {BYTES_A_SECOND:.0}"));
         }
@@ -369,9 +395,12 @@ fn merge() -> u64 {
 const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
 /// Viewers of whom the other half stop reading.
 const HALF: usize = 500;
+/// Rounds in which they do, for it takes long.
+const STALLED_ROUNDS: usize = 2;
 /// Bytes that one viewer may be ahead of another when they are counted: what is written within 350 ms
 /// and a key frame.
 const SPREAD: u64 = 20_000;
 const WARM_UP: Duration = Duration::from_secs(4);
 const SETTLE: Duration = Duration::from_millis(500);
+const TRIES: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(20);

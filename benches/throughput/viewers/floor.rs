@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::media::Media;
+use super::media::{FRAME, Media};
 
 /// Serves at `address` until it is killed.
 pub fn run(address: SocketAddr) -> io::Result<()> {
@@ -20,7 +20,7 @@ pub fn run(address: SocketAddr) -> io::Result<()> {
             }
         }
     });
-    let start = Instant::now();
+    let mut start = Instant::now();
     let mut sockets: Vec<TcpStream> = Vec::new();
     let mut bytes = Vec::new();
     for due in Media::new() {
@@ -28,7 +28,13 @@ pub fn run(address: SocketAddr) -> io::Result<()> {
         if due.tag.kind() != downpour::flv::TagKind::Video {
             continue;
         }
-        std::thread::sleep((start + due.at).saturating_duration_since(Instant::now()));
+        let now = Instant::now();
+        std::thread::sleep((start + due.at).saturating_duration_since(now));
+        // A source whose frames were held up goes on in time, and not with all of them at once.
+        let late = now.saturating_duration_since(start + due.at);
+        if late > 5 * FRAME {
+            start += late;
+        }
         sockets.extend(accepted.try_iter());
         sockets.retain_mut(|socket| socket.write_all(&bytes).is_ok());
         bytes.clear();

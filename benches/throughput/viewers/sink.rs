@@ -25,7 +25,7 @@ impl Sink {
     pub fn connect(address: SocketAddr) -> io::Result<Self> {
         let socket = TcpStream::connect(address)?;
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(2 * PATIENCE))?;
         Ok(Self(BufReader::new(socket)))
     }
 
@@ -122,6 +122,11 @@ fn answer(line: &str, viewers: &mut Vec<Viewer>) -> io::Result<String> {
             let server = server.parse().map_err(io::Error::other)?;
             for index in 0..count {
                 viewers.push(Viewer::come(server, index + stalled >= count)?);
+                // What comes faster than it is accepted is tried again only after a second.
+                if viewers.len() % CROWD == 0 {
+                    std::thread::sleep(Duration::from_millis(5));
+                    drain(viewers)?;
+                }
             }
             let began = Instant::now();
             while viewers.iter().any(|viewer| viewer.bytes == 0 && !viewer.stalled) {
@@ -162,6 +167,8 @@ fn drain(viewers: &mut [Viewer]) -> io::Result<()> {
     Ok(())
 }
 
+/// Viewers that come at once.
+const CROWD: usize = 64;
 const NAP: Duration = Duration::from_millis(100);
 const AT_ONCE: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
