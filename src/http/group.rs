@@ -138,7 +138,7 @@ impl Group {
                 self.write(start, count);
                 self.tags.clear();
                 self.bytes.clear();
-                self.bytes.shrink_to(KEPT_BYTES);
+                self.bytes.shrink_to(KEPT_BYTES.saturating_mul(self.members.len()));
                 // A tag that has come meanwhile waits for the next frame, as any other.
                 match count.bytes >= ROUND_BYTES || self.reader.stream().ended() {
                     true => Round::More,
@@ -234,7 +234,7 @@ fn length<'a>(tags: impl Iterator<Item = &'a (u64, Bytes)>) -> usize {
 
 /// What is written to each viewer at once; whole tags, so it may be more.
 const ROUND_BYTES: usize = 256 * 1024;
-/// Room for bytes that a group keeps between rounds.
-const KEPT_BYTES: usize = 64 * 1024;
+/// Room for bytes that a group keeps between rounds, for each viewer: there may be many groups of one.
+const KEPT_BYTES: usize = 4 * 1024;
 /// How often a group looks for viewers that have left, and for audio that no frame took along.
 const CHECK: Duration = Duration::from_secs(1);
