@@ -123,7 +123,7 @@ fn answer(line: &str, viewers: &mut Vec<Viewer>) -> io::Result<String> {
             for index in 0..count {
                 viewers.push(Viewer::come(server, index + stalled >= count)?);
                 // What comes faster than it is accepted is tried again only after a second.
-                if viewers.len() % CROWD == 0 {
+                if viewers.len().is_multiple_of(CROWD) {
                     std::thread::sleep(Duration::from_millis(5));
                     drain(viewers)?;
                 }
