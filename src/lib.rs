@@ -16,6 +16,7 @@ pub mod flv;
 pub mod http;
 pub mod hub;
 pub mod impair;
+pub mod limits;
 pub mod logging;
 pub mod metrics;
 pub mod node;

@@ -2,10 +2,13 @@
 
 use std::{fmt::Display, future::Future, io, net::SocketAddr};
 
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::ListenAddr;
+use crate::{config::ListenAddr, limits};
 
 /// Why a node cannot start: the setting at fault, and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,10 +60,21 @@ pub fn resolve(key: &'static str, addr: &ListenAddr) -> Result<SocketAddr, Start
     addr.resolve().map_err(|error| StartError::new(key, format!("{addr}: {error}")))
 }
 
-/// Listens for TCP where the setting `key` says.
-pub async fn listen(key: &'static str, addr: &ListenAddr) -> Result<TcpListener, StartError> {
+/// Listens for TCP where the setting `key` says, for so many connections at one time. Must be
+/// called within a tokio runtime.
+pub fn listen(
+    key: &'static str,
+    addr: &ListenAddr,
+    connections: usize,
+) -> Result<TcpListener, StartError> {
     let resolved = resolve(key, addr)?;
-    TcpListener::bind(resolved).await.map_err(|error| StartError::listen(key, resolved, &error))
+    let bind = || {
+        let socket = if resolved.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(resolved)?;
+        socket.listen(limits::backlog(connections))
+    };
+    bind().map_err(|error| StartError::listen(key, resolved, &error))
 }
 
 /// What this machine calls itself, if it says.

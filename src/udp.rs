@@ -7,6 +7,8 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::limits::Finding;
+
 /// How RTP leaves for multicast groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MulticastOut {
@@ -98,9 +100,6 @@ fn enlarge(
 
 fn warn_if_small(sysctl: &str, wanted: usize, granted: usize) {
     if granted < wanted {
-        tracing::warn!(
-            "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \
-             dropped; run: sysctl -w {sysctl}={wanted}"
-        );
+        tracing::warn!("{}", Finding::small_buffer(sysctl, wanted as u64, granted as u64));
     }
 }

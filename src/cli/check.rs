@@ -5,12 +5,17 @@ use std::{io::Write, path::PathBuf};
 use clap::Args;
 
 use super::Failure;
-use crate::config::{self, CloudConfig, EdgeConfig, Role};
+use crate::{
+    config::{self, CloudConfig, EdgeConfig, Role},
+    limits::{self, Needs, Readings},
+};
 
 /// Say whether a configuration file is good, or what is wrong with it and where
 ///
 /// It knows a cloud's file from an edge's by the keys; --role decides where the keys leave it
-/// open. Nothing is started or looked up. The exit code is 0 for a good file and 2 for a bad one.
+/// open. Nothing is started or looked up. Where this machine gives less than the settings may come
+/// to need (file descriptors, buffers, queues), a warning has the line to type. The exit code is 0
+/// for a good file and 2 for a bad one.
 ///
 /// Example: downpour check config.yaml
 #[derive(Debug, Clone, Args)]
@@ -23,16 +28,30 @@ pub struct CheckArgs {
     pub role: Option<Role>,
 }
 
-/// Checks a file and writes the verdict, and warnings if there are any, to `out`.
+/// Checks a file against a machine and writes the verdict, and warnings if there are any, to `out`.
 ///
 /// # Errors
 /// [`Failure::Usage`] with what is wrong.
-pub fn run(args: &CheckArgs, out: &mut dyn Write) -> Result<(), Failure> {
+pub fn run(args: &CheckArgs, machine: &Readings, out: &mut dyn Write) -> Result<(), Failure> {
     let file = args.file.as_path();
     let text = config::read(file)
         .map_err(|error| Failure::Usage(format!("{}: cannot read it: {error}", file.display())))?;
-    let cloud = || CloudConfig::parse(file, &text).map(|loaded| loaded.warnings);
-    let edge = || EdgeConfig::parse(file, &text).map(|loaded| loaded.warnings);
+    let too_little = |needs: &Needs| {
+        let found = [limits::small_buffers(needs, machine), limits::findings(needs, machine)];
+        found.concat().into_iter().map(|finding| format!("this machine: {finding}"))
+    };
+    let cloud = || {
+        CloudConfig::parse(file, &text).map(|loaded| {
+            let machine = too_little(&Needs::of_cloud(&loaded.config));
+            loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
+        })
+    };
+    let edge = || {
+        EdgeConfig::parse(file, &text).map(|loaded| {
+            let machine = too_little(&Needs::of_edge(&loaded.config));
+            loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
+        })
+    };
     let (whose, warnings) = match args.role.or_else(|| Role::detect(&text)) {
         Some(Role::Cloud) => ("a cloud", cloud()?),
         Some(Role::Edge) => ("an edge", edge()?),
@@ -50,11 +69,15 @@ mod tests {
     use super::*;
 
     fn check(text: &str, role: Option<Role>) -> Result<String, Failure> {
+        check_on(&Readings::default(), text, role)
+    }
+
+    fn check_on(machine: &Readings, text: &str, role: Option<Role>) -> Result<String, Failure> {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("my.yaml");
         std::fs::write(&file, text).unwrap();
         let mut out = Vec::new();
-        run(&CheckArgs { file, role }, &mut out)?;
+        run(&CheckArgs { file, role }, machine, &mut out)?;
         let out = String::from_utf8(out).unwrap();
         Ok(out.replace(&format!("{}/", dir.path().display()), ""))
     }
@@ -69,6 +92,29 @@ mod tests {
             good("udp_addr: :5222\nprotect: true"),
             "warning: my.yaml: protect has no effect any more\nmy.yaml: good, for an edge\n"
         );
+    }
+
+    #[test]
+    fn a_machine_that_gives_too_little_is_told_with_the_line_to_type() {
+        let machine = Readings {
+            rmem_max: Some(212_992),
+            wmem_max: Some(4 << 20),
+            somaxconn: Some(128),
+            ..Readings::default()
+        };
+        let edge = "udp_addr: :5222\nudp_recv_buffer: 4194304\nmax_viewers: 40\n";
+        let told = check_on(&machine, edge, None).unwrap();
+        let lines: Vec<_> = told.lines().collect();
+        assert!(
+            lines[0].starts_with("warning: this machine: the kernel gives UDP buffers of 2129")
+        );
+        assert!(lines[0].ends_with("run: sysctl -w net.core.rmem_max=4194304"), "{told}");
+        assert!(lines[1].starts_with("warning: this machine: 128 connections may wait"), "{told}");
+        assert!(lines[1].ends_with("run: sysctl -w net.core.somaxconn=1024"), "{told}");
+        assert_eq!(lines[2..], ["my.yaml: good, for an edge"]);
+        // The cloud receives no RTP.
+        let told = check_on(&machine, "rtmp_addr: :1935", None).unwrap();
+        assert_eq!(told.lines().count(), 2, "{told}");
     }
 
     #[test]
@@ -88,7 +134,7 @@ mod tests {
             assert!(!message.contains('\n'));
         }
         let args = CheckArgs { file: "/no/such.yaml".into(), role: None };
-        let error = run(&args, &mut Vec::new()).unwrap_err();
+        let error = run(&args, &Readings::default(), &mut Vec::new()).unwrap_err();
         assert!(error.to_string().starts_with("/no/such.yaml: cannot read it"), "{error}");
     }
 }

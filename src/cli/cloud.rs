@@ -4,6 +4,7 @@ use super::{CloudArgs, Failure, block_on, start_failure};
 use crate::{
     cloud::Cloud,
     config::{CloudConfig, Loaded},
+    limits::{self, Needs},
     logging::{self, LogFile},
 };
 
@@ -15,6 +16,9 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
     let Loaded { config, file, notes, warnings } = CloudConfig::load(args.config.as_deref())?;
     let _log = logging::init(config.log_level, LogFile::of_cloud(&config))?;
     logging::tell(&notes, &warnings);
+    for finding in limits::prepare(&Needs::of_cloud(&config)) {
+        tracing::warn!("{finding}");
+    }
     block_on(|shutdown| async move {
         let cloud =
             Cloud::bind(&config).await.map_err(|error| start_failure(file.as_deref(), &error))?;

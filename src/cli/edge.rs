@@ -4,6 +4,7 @@ use super::{EdgeArgs, Failure, block_on, start_failure};
 use crate::{
     config::{EdgeConfig, Loaded},
     edge::Edge,
+    limits::{self, Needs},
     logging::{self, LogFile},
 };
 
@@ -15,6 +16,9 @@ pub fn run(args: &EdgeArgs) -> Result<(), Failure> {
     let Loaded { config, file, notes, warnings } = EdgeConfig::load(args.config.as_deref())?;
     let _log = logging::init(config.log_level, LogFile::of_edge(&config))?;
     logging::tell(&notes, &warnings);
+    for finding in limits::prepare(&Needs::of_edge(&config)) {
+        tracing::warn!("{finding}");
+    }
     block_on(|shutdown| async move {
         let edge =
             Edge::bind(&config).await.map_err(|error| start_failure(file.as_deref(), &error))?;

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::ConfigError,
+    limits::Readings,
     logging::LogError,
     node::{StartError, TaskEnded},
 };
@@ -43,7 +44,7 @@ impl Cli {
             Command::Demo(args) => demo::run(&args),
             Command::Push(args) => push::run(&args),
             Command::Pull(args) => pull::run(&args),
-            Command::Check(args) => check::run(&args, &mut io::stdout()),
+            Command::Check(args) => check::run(&args, &Readings::take(), &mut io::stdout()),
         }
     }
 }

@@ -100,7 +100,7 @@ impl Cloud {
         let identity = Identity::load_or_create(&config.cert_file, &config.key_file)
             .map_err(|error| StartError::new("cert_file", error))?;
         let quic_addr = resolve("quic_addr", &config.quic_addr)?;
-        let api_listener = listen("api_addr", &config.api_addr).await?;
+        let api_listener = listen("api_addr", &config.api_addr, 0)?;
 
         let fanout_settings = fanout::Settings {
             port: config.rtp_port,
@@ -203,7 +203,7 @@ impl Cloud {
             api_listener,
             None,
             api::cloud_router(state),
-            ViewerSettings::default(),
+            ViewerSettings { max_viewers: 0, ..ViewerSettings::default() },
             HttpMetrics::register(&registry)?,
         );
         Ok(Self {

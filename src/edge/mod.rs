@@ -89,7 +89,7 @@ impl Edge {
             }
             None => (None, None),
         };
-        let listener = node::listen("flv_addr", &config.flv_addr).await?;
+        let listener = node::listen("flv_addr", &config.flv_addr, config.max_viewers)?;
         let local = |key, result: std::io::Result<SocketAddr>| {
             result.map_err(|error| StartError::new(key, error))
         };

@@ -316,7 +316,7 @@ const OPTIONS_RESPONSE: &[u8] = b"HTTP/1.1 204 No Content\r\n\
     Connection: close\r\n\r\n";
 
 /// Connections that are still sending their request, or ask for something else than a stream.
-const CONNECTIONS_BESIDE_VIEWERS: usize = 1024;
+pub(crate) const CONNECTIONS_BESIDE_VIEWERS: usize = 1024;
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const LINGER: Duration = Duration::from_secs(1);

@@ -9,6 +9,7 @@ pub mod listener;
 mod metrics;
 pub mod viewer;
 
+pub(crate) use listener::CONNECTIONS_BESIDE_VIEWERS;
 pub use listener::HttpServer;
 pub use metrics::HttpMetrics;
 pub use viewer::ViewerSettings;

@@ -18,7 +18,7 @@ pub use metrics::ServerMetrics;
 
 use self::{connection::Connection, metrics::REFUSED_CONNECTIONS};
 use super::publish::PublishHandler;
-use crate::flv::Tag;
+use crate::{flv::Tag, limits};
 
 /// A listening RTMP server. Each connection is a task of its own; its failure ends it alone.
 #[derive(Debug)]
@@ -38,7 +38,11 @@ impl Server {
         socket.set_reuseaddr(true)?;
         socket.bind(addr)?;
         let metrics = ServerMetrics::register(&Registry::new()).map_err(io::Error::other)?;
-        Ok(Self { listener: socket.listen(BACKLOG)?, settings, metrics })
+        Ok(Self {
+            listener: socket.listen(limits::backlog(settings.max_connections))?,
+            settings,
+            metrics,
+        })
     }
 
     /// Counts in `metrics`, not in ones that nobody sees.
@@ -164,7 +168,6 @@ impl RareLog {
     }
 }
 
-const BACKLOG: u32 = 1024;
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 const LOG_INTERVAL: Duration = Duration::from_secs(10);

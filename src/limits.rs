@@ -1,0 +1,426 @@
+//! What the settings need of the machine, and what to type where it gives less.
+//!
+//! [`Needs`] come from the settings and [`Readings`] from the machine; what does not fit is a
+//! [`Finding`], which is told in the log at start and by `downpour check`.
+
+mod descriptors;
+
+use std::fmt;
+
+pub use descriptors::{Descriptors, raise_descriptors};
+
+use crate::{
+    config::{CloudConfig, EdgeConfig},
+    fanout,
+    http::CONNECTIONS_BESIDE_VIEWERS,
+};
+
+/// What a node may come to need under its settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Needs {
+    /// File descriptors, and the settings that they are for.
+    descriptors: (u64, &'static str),
+    /// TCP connections at one time, and the setting that says so.
+    connections: (u64, &'static str),
+    /// Bytes of one UDP socket's receive buffer.
+    receive_buffer: Option<u64>,
+    /// Sockets that have it.
+    receivers: u64,
+    /// Bytes of one UDP socket's send buffer.
+    send_buffer: Option<u64>,
+    /// Streams that arrive over UDP.
+    streams_in: u64,
+}
+
+impl Needs {
+    /// Those of a cloud: its encoders' connections, API connections and recordings. Edges cost no
+    /// descriptors; they share the sockets of RTP and QUIC.
+    pub fn of_cloud(config: &CloudConfig) -> Self {
+        let encoders = config.rtmp_max_connections as u64;
+        let files = if config.enable_record { config.max_streams as u64 } else { 0 };
+        let settings = match config.enable_record {
+            true => "rtmp_max_connections and, for recordings, max_streams",
+            false => "rtmp_max_connections",
+        };
+        Self {
+            descriptors: (encoders + files + OTHER_DESCRIPTORS, settings),
+            connections: (encoders, "rtmp_max_connections"),
+            receive_buffer: None,
+            receivers: 0,
+            send_buffer: Some(fanout::Settings::default().send_buffer as u64),
+            streams_in: 0,
+        }
+    }
+
+    /// Those of an edge: viewers, API connections and recordings.
+    pub fn of_edge(config: &EdgeConfig) -> Self {
+        let viewers = config.max_viewers as u64;
+        let files = if config.enable_record { config.max_streams as u64 } else { 0 };
+        let settings = match config.enable_record {
+            true => "max_viewers and, for recordings, max_streams",
+            false => "max_viewers",
+        };
+        Self {
+            descriptors: (viewers + files + OTHER_DESCRIPTORS, settings),
+            connections: (viewers, "max_viewers"),
+            receive_buffer: Some(config.udp_recv_buffer as u64),
+            receivers: 1 + u64::from(config.udp_addr_2.is_some()),
+            send_buffer: None,
+            streams_in: config.max_streams as u64,
+        }
+    }
+}
+
+/// What the machine allows; `None` where it does not say, as in a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Readings {
+    /// `RLIMIT_NOFILE` of this process.
+    pub descriptors: Option<Descriptors>,
+    /// `fs.nr_open`: the most that `RLIMIT_NOFILE` can be.
+    pub nr_open: Option<u64>,
+    /// `net.core.rmem_max`: bytes that a receive buffer may have.
+    pub rmem_max: Option<u64>,
+    /// `net.core.wmem_max`: bytes that a send buffer may have.
+    pub wmem_max: Option<u64>,
+    /// `net.core.somaxconn`: connections that may wait to be accepted.
+    pub somaxconn: Option<u64>,
+    /// `net.core.netdev_max_backlog`: packets that may wait for a processor.
+    pub netdev_max_backlog: Option<u64>,
+    /// `net.ipv4.tcp_mem`, in pages: no pressure below the first, pressure from the second, no
+    /// more than the third.
+    pub tcp_mem: Option<[u64; 3]>,
+    /// `net.ipv4.udp_mem`, the same.
+    pub udp_mem: Option<[u64; 3]>,
+    /// Bytes of a page.
+    pub page: u64,
+}
+
+impl Readings {
+    /// Those of this machine and this process.
+    pub fn take() -> Self {
+        let read = |name: &str| {
+            let path = format!("/proc/sys/{}", name.replace('.', "/"));
+            std::fs::read_to_string(path).ok()
+        };
+        let one = |name| read(name)?.trim().parse().ok();
+        let three = |name| three_numbers(&read(name)?);
+        Self {
+            descriptors: Descriptors::of_this_process().ok(),
+            nr_open: one("fs.nr_open"),
+            rmem_max: one("net.core.rmem_max"),
+            wmem_max: one("net.core.wmem_max"),
+            somaxconn: one("net.core.somaxconn"),
+            netdev_max_backlog: one("net.core.netdev_max_backlog"),
+            tcp_mem: three("net.ipv4.tcp_mem"),
+            udp_mem: three("net.ipv4.udp_mem"),
+            page: descriptors::page_size(),
+        }
+    }
+}
+
+/// One thing that the machine gives too little of: what that leads to, and what to type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding(String);
+
+impl Finding {
+    /// The kernel gives UDP sockets smaller buffers than were asked for. `sysctl` is the setting
+    /// that bounds them.
+    pub fn small_buffer(sysctl: &str, wanted: u64, granted: u64) -> Self {
+        Self(format!(
+            "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \
+             dropped; run: sysctl -w {sysctl}={wanted}"
+        ))
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Raises this process's limit of file descriptors to what is needed, as far as it may, and gives
+/// what is too small all the same. Binding a socket tells its buffers itself.
+pub fn prepare(needs: &Needs) -> Vec<Finding> {
+    if let Err(error) = raise_descriptors(needs.descriptors.0) {
+        tracing::warn!(%error, "the limit of file descriptors cannot be raised");
+    }
+    findings(needs, &Readings::take())
+}
+
+/// What is too small, but for the buffers of sockets.
+pub fn findings(needs: &Needs, readings: &Readings) -> Vec<Finding> {
+    [
+        too_few_descriptors(needs, readings),
+        short_backlog(needs, readings),
+        short_input_queue(needs, readings),
+        little_tcp_memory(needs, readings),
+        little_udp_memory(needs, readings),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Buffers of sockets that will be smaller than the settings ask.
+pub fn small_buffers(needs: &Needs, readings: &Readings) -> Vec<Finding> {
+    [
+        ("net.core.rmem_max", needs.receive_buffer, readings.rmem_max),
+        ("net.core.wmem_max", needs.send_buffer, readings.wmem_max),
+    ]
+    .into_iter()
+    .filter_map(|(sysctl, wanted, most)| {
+        let (wanted, most) = (wanted?, most?);
+        (most < wanted).then(|| Finding::small_buffer(sysctl, wanted, most))
+    })
+    .collect()
+}
+
+/// How many of so many connections a listening socket lets wait to be accepted: the argument of
+/// listen(2), which the kernel cuts to `net.core.somaxconn`.
+///
+/// After a restart all of them come back at once. Who finds the queue full is not refused but tries
+/// again after 1 s (RFC 6298 §2), so that a part of all is enough.
+pub fn backlog(connections: usize) -> u32 {
+    let part = (connections / 4).clamp(1024, usize::from(u16::MAX));
+    u32::try_from(part).unwrap_or(u32::MAX)
+}
+
+fn too_few_descriptors(needs: &Needs, readings: &Readings) -> Option<Finding> {
+    let (needed, settings) = needs.descriptors;
+    let hard = readings.descriptors?.hard;
+    if needed <= hard {
+        return None;
+    }
+    // The kernel refuses a limit over this one, even to root.
+    let first = readings
+        .nr_open
+        .filter(|most| *most < needed)
+        .map_or_else(String::new, |_| format!("sysctl -w fs.nr_open={needed}, then "));
+    Some(Finding(format!(
+        "{needed} file descriptors may be needed ({settings}) and this process may have {hard}: \
+         connections over that will fail; run: {first}ulimit -n {needed} (systemd: \
+         LimitNOFILE={needed}, supervisord: minfds={needed})"
+    )))
+}
+
+fn short_backlog(needs: &Needs, readings: &Readings) -> Option<Finding> {
+    let (connections, setting) = needs.connections;
+    let wanted = u64::from(backlog(usize::try_from(connections).unwrap_or(usize::MAX)));
+    let most = readings.somaxconn?;
+    (most < wanted).then(|| {
+        Finding(format!(
+            "{most} connections may wait to be accepted, and {wanted} of those that {setting} \
+             allows may come at once: the others come a second late; run: sysctl -w \
+             net.core.somaxconn={wanted}"
+        ))
+    })
+}
+
+/// One stream in [`FRAMES_PER_KEY_FRAME`] sends a key frame in the same frame time as another.
+fn short_input_queue(needs: &Needs, readings: &Readings) -> Option<Finding> {
+    let streams = needs.streams_in;
+    let wanted = streams.saturating_mul(KEY_FRAME_PACKETS) / FRAMES_PER_KEY_FRAME;
+    let most = readings.netdev_max_backlog?;
+    (most < wanted).then(|| {
+        Finding(format!(
+            "{most} packets may wait for a processor, and the key frames of {streams} streams \
+             (max_streams) may bring {wanted} at once: they may be dropped; run: sysctl -w \
+             net.core.netdev_max_backlog={wanted}"
+        ))
+    })
+}
+
+fn little_tcp_memory(needs: &Needs, readings: &Readings) -> Option<Finding> {
+    let (connections, setting) = needs.connections;
+    let wanted = connections.saturating_mul(CONNECTION_BYTES).div_ceil(readings.page.max(1));
+    let [_, pressure, _] = readings.tcp_mem?;
+    (pressure < wanted).then(|| {
+        let bytes = pressure.saturating_mul(readings.page) >> 20;
+        Finding(format!(
+            "the kernel makes TCP's buffers small from {bytes} MiB on, and the connections that \
+             {setting} allows may take {} MiB: viewers may stall; run: sysctl -w \
+             net.ipv4.tcp_mem='{}'",
+            connections.saturating_mul(CONNECTION_BYTES) >> 20,
+            in_proportion(wanted)
+        ))
+    })
+}
+
+fn little_udp_memory(needs: &Needs, readings: &Readings) -> Option<Finding> {
+    // Linux doubles what is asked, for its own bookkeeping (socket(7)), and counts that.
+    let bytes = needs.receive_buffer?.saturating_mul(2).saturating_mul(needs.receivers);
+    let wanted = bytes.div_ceil(readings.page.max(1));
+    let [.., most] = readings.udp_mem?;
+    (most < wanted).then(|| {
+        Finding(format!(
+            "all UDP sockets together may hold {} MiB, and udp_recv_buffer asks for {} MiB: bursts \
+             may be dropped; run: sysctl -w net.ipv4.udp_mem='{}'",
+            most.saturating_mul(readings.page) >> 20,
+            bytes >> 20,
+            in_proportion(wanted)
+        ))
+    })
+}
+
+/// The three numbers of `tcp_mem` or `udp_mem` as the kernel itself spaces them, around the
+/// second.
+fn in_proportion(pages: u64) -> String {
+    format!("{} {pages} {}", pages / 4 * 3, pages.saturating_mul(3).div_ceil(2))
+}
+
+fn three_numbers(text: &str) -> Option<[u64; 3]> {
+    let numbers: Vec<_> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+    numbers.try_into().ok()
+}
+
+/// Connections to the API, and what a node has open besides: listening sockets, UDP sockets, log
+/// files, the runtime's own.
+const OTHER_DESCRIPTORS: u64 = CONNECTIONS_BESIDE_VIEWERS as u64 + 100;
+/// Packets of a key frame of 50 KB, a fifth of what a stream of 1 Mbit/s sends in 2 s.
+const KEY_FRAME_PACKETS: u64 = 45;
+/// At 25 frames a second and a key frame every 2 s.
+const FRAMES_PER_KEY_FRAME: u64 = 50;
+/// Kernel memory of a connection whose peer keeps up: a frame or two on their way. One that does
+/// not may take all of `net.ipv4.tcp_wmem`.
+const CONNECTION_BYTES: u64 = 16 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a Debian of 4 GiB comes.
+    fn debian() -> Readings {
+        Readings {
+            descriptors: Some(Descriptors { soft: 1024, hard: 524_288 }),
+            nr_open: Some(1_048_576),
+            rmem_max: Some(212_992),
+            wmem_max: Some(212_992),
+            somaxconn: Some(4096),
+            netdev_max_backlog: Some(1000),
+            tcp_mem: Some([45_000, 60_000, 90_000]),
+            udp_mem: Some([90_000, 120_000, 180_000]),
+            page: 4096,
+        }
+    }
+
+    fn cloud() -> Needs {
+        Needs::of_cloud(&CloudConfig::default())
+    }
+
+    fn edge(change: impl FnOnce(&mut EdgeConfig)) -> Needs {
+        let mut config = EdgeConfig::default();
+        change(&mut config);
+        Needs::of_edge(&config)
+    }
+
+    fn told(needs: &Needs, readings: &Readings) -> Vec<String> {
+        findings(needs, readings).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn the_defaults_fit_a_usual_machine_but_for_the_buffers() {
+        assert_eq!(told(&cloud(), &debian()), [""; 0]);
+        assert_eq!(told(&edge(|_| {}), &debian()), [""; 0]);
+        let lines = |needs: &Needs| {
+            let buffers = small_buffers(needs, &debian());
+            buffers.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            lines(&edge(|_| {})),
+            ["the kernel gives UDP buffers of 212992 bytes instead of 8388608: bursts may be \
+              dropped; run: sysctl -w net.core.rmem_max=8388608"]
+        );
+        let wmem = lines(&cloud());
+        assert!(wmem[0].ends_with("run: sysctl -w net.core.wmem_max=4194304"), "{wmem:?}");
+        assert_eq!(wmem.len(), 1);
+    }
+
+    #[test]
+    fn too_low_a_hard_limit_is_told_with_all_three_lines_to_type() {
+        let readings =
+            Readings { descriptors: Some(Descriptors { soft: 1024, hard: 4096 }), ..debian() };
+        assert_eq!(
+            told(&edge(|config| config.max_viewers = 5000), &readings),
+            ["6124 file descriptors may be needed (max_viewers) and this process may have 4096: \
+              connections over that will fail; run: ulimit -n 6124 (systemd: LimitNOFILE=6124, \
+              supervisord: minfds=6124)"]
+        );
+        // The soft limit is raised, so that it does not matter.
+        let readings =
+            Readings { descriptors: Some(Descriptors { soft: 64, hard: 6124 }), ..readings };
+        assert_eq!(told(&edge(|config| config.max_viewers = 5000), &readings), [""; 0]);
+    }
+
+    #[test]
+    fn recordings_count_and_a_limit_over_the_kernels_is_raised_first() {
+        let mut config = CloudConfig {
+            rtmp_max_connections: 1_000_000,
+            max_streams: 100_000,
+            ..CloudConfig::default()
+        };
+        assert_eq!(Needs::of_cloud(&config).descriptors.0, 1_001_124);
+        config.enable_record = true;
+        let needs = Needs::of_cloud(&config);
+        assert_eq!(needs.descriptors.0, 1_101_124);
+        let lines = told(&needs, &debian());
+        let expected = "run: sysctl -w fs.nr_open=1101124, then ulimit -n 1101124 (systemd: ";
+        assert!(lines[0].contains(expected), "{lines:?}");
+        assert!(lines[0].contains("(rtmp_max_connections and, for recordings, max_streams)"));
+    }
+
+    #[test]
+    fn queues_and_memory_are_measured_by_the_settings() {
+        let needs = edge(|config| {
+            config.max_viewers = 20_000;
+            config.max_streams = 2000;
+            config.udp_recv_buffer = 512 << 20;
+        });
+        let lines = told(&needs, &debian());
+        let ends = [
+            "sysctl -w net.core.somaxconn=5000",
+            "sysctl -w net.core.netdev_max_backlog=1800",
+            "sysctl -w net.ipv4.tcp_mem='60000 80000 120000'",
+            "sysctl -w net.ipv4.udp_mem='196608 262144 393216'",
+        ];
+        assert_eq!(lines.len(), ends.len(), "{lines:?}");
+        for (line, end) in lines.iter().zip(ends) {
+            assert!(line.ends_with(end), "{line}");
+        }
+        // What is typed is enough.
+        let readings = Readings {
+            somaxconn: Some(5000),
+            netdev_max_backlog: Some(1800),
+            tcp_mem: Some([60_000, 80_000, 120_000]),
+            udp_mem: Some([196_608, 262_144, 393_216]),
+            ..debian()
+        };
+        assert_eq!(told(&needs, &readings), [""; 0]);
+    }
+
+    #[test]
+    fn a_machine_that_tells_nothing_is_not_judged() {
+        let needs = edge(|config| config.max_viewers = 1_000_000);
+        assert_eq!(findings(&needs, &Readings::default()), []);
+        assert_eq!(small_buffers(&needs, &Readings::default()), []);
+    }
+
+    #[test]
+    fn a_backlog_grows_with_the_connections() {
+        let cases = [(1, 1024), (8192, 2048), (10_000, 2500), (1_000_000, 65_535)];
+        for (connections, expected) in cases {
+            assert_eq!(backlog(connections), expected);
+        }
+    }
+
+    #[test]
+    fn this_machine_tells_its_limits() {
+        let readings = Readings::take();
+        let descriptors = readings.descriptors.expect("no limit of descriptors");
+        assert!(descriptors.soft <= descriptors.hard);
+        assert!(readings.page.is_power_of_two());
+        assert!(readings.somaxconn.is_some() && readings.rmem_max.is_some(), "{readings:?}");
+        assert_eq!(three_numbers("1\t2\t3\n"), Some([1, 2, 3]));
+        assert_eq!(three_numbers("1 2"), None);
+    }
+}
