@@ -9,66 +9,21 @@ use std::fmt;
 
 pub use descriptors::{Descriptors, raise_descriptors};
 
-use crate::{
-    config::{CloudConfig, EdgeConfig},
-    fanout,
-    http::CONNECTIONS_BESIDE_VIEWERS,
-};
-
 /// What a node may come to need under its settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Needs {
     /// File descriptors, and the settings that they are for.
-    descriptors: (u64, &'static str),
+    pub descriptors: (u64, &'static str),
     /// TCP connections at one time, and the setting that says so.
-    connections: (u64, &'static str),
-    /// Bytes of one UDP socket's receive buffer.
-    receive_buffer: Option<u64>,
+    pub connections: (u64, &'static str),
+    /// Bytes of one UDP socket's receive buffer; `None` if none is asked for.
+    pub receive_buffer: Option<u64>,
     /// Sockets that have it.
-    receivers: u64,
-    /// Bytes of one UDP socket's send buffer.
-    send_buffer: Option<u64>,
+    pub receivers: u64,
+    /// Bytes of one UDP socket's send buffer; `None` if none is asked for.
+    pub send_buffer: Option<u64>,
     /// Streams that arrive over UDP.
-    streams_in: u64,
-}
-
-impl Needs {
-    /// Those of a cloud: its encoders' connections, API connections and recordings. Edges cost no
-    /// descriptors; they share the sockets of RTP and QUIC.
-    pub fn of_cloud(config: &CloudConfig) -> Self {
-        let encoders = config.rtmp_max_connections as u64;
-        let files = if config.enable_record { config.max_streams as u64 } else { 0 };
-        let settings = match config.enable_record {
-            true => "rtmp_max_connections and, for recordings, max_streams",
-            false => "rtmp_max_connections",
-        };
-        Self {
-            descriptors: (encoders + files + OTHER_DESCRIPTORS, settings),
-            connections: (encoders, "rtmp_max_connections"),
-            receive_buffer: None,
-            receivers: 0,
-            send_buffer: Some(fanout::Settings::default().send_buffer as u64),
-            streams_in: 0,
-        }
-    }
-
-    /// Those of an edge: viewers, API connections and recordings.
-    pub fn of_edge(config: &EdgeConfig) -> Self {
-        let viewers = config.max_viewers as u64;
-        let files = if config.enable_record { config.max_streams as u64 } else { 0 };
-        let settings = match config.enable_record {
-            true => "max_viewers and, for recordings, max_streams",
-            false => "max_viewers",
-        };
-        Self {
-            descriptors: (viewers + files + OTHER_DESCRIPTORS, settings),
-            connections: (viewers, "max_viewers"),
-            receive_buffer: Some(config.udp_recv_buffer as u64),
-            receivers: 1 + u64::from(config.udp_addr_2.is_some()),
-            send_buffer: None,
-            streams_in: config.max_streams as u64,
-        }
-    }
+    pub streams_in: u64,
 }
 
 /// What the machine allows; `None` where it does not say, as in a container.
@@ -274,9 +229,6 @@ fn three_numbers(text: &str) -> Option<[u64; 3]> {
     numbers.try_into().ok()
 }
 
-/// Connections to the API, and what a node has open besides: listening sockets, UDP sockets, log
-/// files, the runtime's own.
-const OTHER_DESCRIPTORS: u64 = CONNECTIONS_BESIDE_VIEWERS as u64 + 100;
 /// Packets of a key frame of 50 KB, a fifth of what a stream of 1 Mbit/s sends in 2 s.
 const KEY_FRAME_PACKETS: u64 = 45;
 /// At 25 frames a second and a key frame every 2 s.
@@ -304,14 +256,28 @@ mod tests {
         }
     }
 
+    /// A cloud's by default.
     fn cloud() -> Needs {
-        Needs::of_cloud(&CloudConfig::default())
+        Needs {
+            descriptors: (9316, "rtmp_max_connections"),
+            connections: (8192, "rtmp_max_connections"),
+            receive_buffer: None,
+            receivers: 0,
+            send_buffer: Some(4 << 20),
+            streams_in: 0,
+        }
     }
 
-    fn edge(change: impl FnOnce(&mut EdgeConfig)) -> Needs {
-        let mut config = EdgeConfig::default();
-        change(&mut config);
-        Needs::of_edge(&config)
+    /// An edge's by default, for so many viewers.
+    fn edge(viewers: u64) -> Needs {
+        Needs {
+            descriptors: (viewers + 1124, "max_viewers"),
+            connections: (viewers, "max_viewers"),
+            receive_buffer: Some(8 << 20),
+            receivers: 1,
+            send_buffer: None,
+            streams_in: 1000,
+        }
     }
 
     fn told(needs: &Needs, readings: &Readings) -> Vec<String> {
@@ -321,13 +287,13 @@ mod tests {
     #[test]
     fn the_defaults_fit_a_usual_machine_but_for_the_buffers() {
         assert_eq!(told(&cloud(), &debian()), [""; 0]);
-        assert_eq!(told(&edge(|_| {}), &debian()), [""; 0]);
+        assert_eq!(told(&edge(10_000), &debian()), [""; 0]);
         let lines = |needs: &Needs| {
             let buffers = small_buffers(needs, &debian());
             buffers.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         assert_eq!(
-            lines(&edge(|_| {})),
+            lines(&edge(10_000)),
             ["the kernel gives UDP buffers of 212992 bytes instead of 8388608: bursts may be \
               dropped; run: sysctl -w net.core.rmem_max=8388608"]
         );
@@ -341,7 +307,7 @@ mod tests {
         let readings =
             Readings { descriptors: Some(Descriptors { soft: 1024, hard: 4096 }), ..debian() };
         assert_eq!(
-            told(&edge(|config| config.max_viewers = 5000), &readings),
+            told(&edge(5000), &readings),
             ["6124 file descriptors may be needed (max_viewers) and this process may have 4096: \
               connections over that will fail; run: ulimit -n 6124 (systemd: LimitNOFILE=6124, \
               supervisord: minfds=6124)"]
@@ -349,33 +315,20 @@ mod tests {
         // The soft limit is raised, so that it does not matter.
         let readings =
             Readings { descriptors: Some(Descriptors { soft: 64, hard: 6124 }), ..readings };
-        assert_eq!(told(&edge(|config| config.max_viewers = 5000), &readings), [""; 0]);
+        assert_eq!(told(&edge(5000), &readings), [""; 0]);
     }
 
     #[test]
-    fn recordings_count_and_a_limit_over_the_kernels_is_raised_first() {
-        let mut config = CloudConfig {
-            rtmp_max_connections: 1_000_000,
-            max_streams: 100_000,
-            ..CloudConfig::default()
-        };
-        assert_eq!(Needs::of_cloud(&config).descriptors.0, 1_001_124);
-        config.enable_record = true;
-        let needs = Needs::of_cloud(&config);
-        assert_eq!(needs.descriptors.0, 1_101_124);
+    fn a_limit_over_the_kernels_own_is_raised_first() {
+        let needs = Needs { descriptors: (1_101_124, "max_viewers"), ..edge(10_000) };
         let lines = told(&needs, &debian());
         let expected = "run: sysctl -w fs.nr_open=1101124, then ulimit -n 1101124 (systemd: ";
         assert!(lines[0].contains(expected), "{lines:?}");
-        assert!(lines[0].contains("(rtmp_max_connections and, for recordings, max_streams)"));
     }
 
     #[test]
     fn queues_and_memory_are_measured_by_the_settings() {
-        let needs = edge(|config| {
-            config.max_viewers = 20_000;
-            config.max_streams = 2000;
-            config.udp_recv_buffer = 512 << 20;
-        });
+        let needs = Needs { receive_buffer: Some(512 << 20), streams_in: 2000, ..edge(20_000) };
         let lines = told(&needs, &debian());
         let ends = [
             "sysctl -w net.core.somaxconn=5000",
@@ -400,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_machine_that_tells_nothing_is_not_judged() {
-        let needs = edge(|config| config.max_viewers = 1_000_000);
+        let needs = edge(1_000_000);
         assert_eq!(findings(&needs, &Readings::default()), []);
         assert_eq!(small_buffers(&needs, &Readings::default()), []);
     }

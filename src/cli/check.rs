@@ -4,7 +4,7 @@ use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 
-use super::Failure;
+use super::{Failure, needs};
 use crate::{
     config::{self, CloudConfig, EdgeConfig, Role},
     limits::{self, Needs, Readings},
@@ -42,13 +42,13 @@ pub fn run(args: &CheckArgs, machine: &Readings, out: &mut dyn Write) -> Result<
     };
     let cloud = || {
         CloudConfig::parse(file, &text).map(|loaded| {
-            let machine = too_little(&Needs::of_cloud(&loaded.config));
+            let machine = too_little(&needs::of_cloud(&loaded.config));
             loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
         })
     };
     let edge = || {
         EdgeConfig::parse(file, &text).map(|loaded| {
-            let machine = too_little(&Needs::of_edge(&loaded.config));
+            let machine = too_little(&needs::of_edge(&loaded.config));
             loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
         })
     };

@@ -1,10 +1,10 @@
 //! `downpour cloud`.
 
-use super::{CloudArgs, Failure, block_on, start_failure};
+use super::{CloudArgs, Failure, block_on, needs, start_failure};
 use crate::{
     cloud::Cloud,
     config::{CloudConfig, Loaded},
-    limits::{self, Needs},
+    limits,
     logging::{self, LogFile},
 };
 
@@ -16,7 +16,7 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
     let Loaded { config, file, notes, warnings } = CloudConfig::load(args.config.as_deref())?;
     let _log = logging::init(config.log_level, LogFile::of_cloud(&config))?;
     logging::tell(&notes, &warnings);
-    for finding in limits::prepare(&Needs::of_cloud(&config)) {
+    for finding in limits::prepare(&needs::of_cloud(&config)) {
         tracing::warn!("{finding}");
     }
     block_on(|shutdown| async move {

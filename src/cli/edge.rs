@@ -1,10 +1,10 @@
 //! `downpour edge`.
 
-use super::{EdgeArgs, Failure, block_on, start_failure};
+use super::{EdgeArgs, Failure, block_on, needs, start_failure};
 use crate::{
     config::{EdgeConfig, Loaded},
     edge::Edge,
-    limits::{self, Needs},
+    limits,
     logging::{self, LogFile},
 };
 
@@ -16,7 +16,7 @@ pub fn run(args: &EdgeArgs) -> Result<(), Failure> {
     let Loaded { config, file, notes, warnings } = EdgeConfig::load(args.config.as_deref())?;
     let _log = logging::init(config.log_level, LogFile::of_edge(&config))?;
     logging::tell(&notes, &warnings);
-    for finding in limits::prepare(&Needs::of_edge(&config)) {
+    for finding in limits::prepare(&needs::of_edge(&config)) {
         tracing::warn!("{finding}");
     }
     block_on(|shutdown| async move {

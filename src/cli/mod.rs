@@ -4,6 +4,7 @@ pub mod check;
 pub mod cloud;
 pub mod demo;
 pub mod edge;
+mod needs;
 pub mod pull;
 pub mod push;
 mod rates;
