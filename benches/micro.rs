@@ -1,0 +1,341 @@
+//! What the parts cost by themselves, without sockets: `cargo bench --bench micro`, or with
+//! `-- --quick` in about a minute.
+
+use std::{
+    collections::VecDeque,
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use downpour::{
+    flv::{FILE_HEADER, FlvReader, Tag, TagKind},
+    repair::{
+        history::History,
+        receiver::{Event, Path, Receiver, Settings},
+    },
+    rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO},
+    rtp::{Burst, Depacketizer, Packet, Packetizer, Seq, Ssrc},
+};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = packetize, depacketize, history, chunks, receive, frame_tags, read_flv
+}
+criterion_main!(benches);
+
+/// A tag into RTP packets.
+fn packetize(c: &mut Criterion) {
+    let mut group = c.benchmark_group("packetize");
+    for (name, len) in SIZES {
+        let tag = tag(0, len);
+        let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
+        group.throughput(Throughput::Bytes(len as u64));
+        group.bench_function(name, |b| b.iter(|| packetizer.packetize(black_box(&tag))));
+    }
+}
+
+/// RTP packets, in order, into a tag.
+fn depacketize(c: &mut Criterion) {
+    let mut group = c.benchmark_group("depacketize");
+    for (name, len) in SIZES {
+        let burst = Packetizer::new(SSRC, PAYLOAD).packetize(&tag(0, len));
+        let packets = packets(&burst);
+        let mut depacketizer = Depacketizer::new();
+        group.throughput(Throughput::Bytes(len as u64));
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let tags = packets.iter().filter_map(|packet| depacketizer.packet(packet));
+                assert_eq!(tags.count(), 1);
+            });
+        });
+    }
+}
+
+/// The ring that lost packets are repaired from.
+fn history(c: &mut Criterion) {
+    let mut group = c.benchmark_group("history");
+    let now = Instant::now();
+    // Whoever pushes has the burst already; a clone shares its memory.
+    let bursts = second_of_bursts(&mut Packetizer::new(SSRC, PAYLOAD));
+    let packets: usize = bursts.iter().map(Burst::count).sum();
+
+    group.throughput(Throughput::Elements(packets as u64));
+    for (name, most, step) in [
+        ("push, bounded by packets", 5000, Duration::ZERO),
+        ("push, bounded by age", 1 << 15, Duration::from_millis(15)),
+    ] {
+        // Full before it is measured.
+        let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
+        let mut ring = History::new(most, Duration::from_secs(3));
+        let mut now = now;
+        let mut push = |ring: &mut History, bursts: Vec<Burst>| {
+            for burst in bursts {
+                now += step;
+                ring.push(now, burst);
+            }
+        };
+        for _ in 0..60 {
+            push(&mut ring, second_of_bursts(&mut packetizer));
+        }
+        group.bench_function(name, |b| {
+            b.iter_batched(
+                || second_of_bursts(&mut packetizer),
+                |bursts| push(&mut ring, bursts),
+                BatchSize::LargeInput,
+            );
+        });
+    }
+
+    let mut ring = History::new(5000, Duration::from_secs(3600));
+    let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
+    while ring.len() < 4900 {
+        let bursts = second_of_bursts(&mut packetizer);
+        bursts.into_iter().for_each(|burst| ring.push(now, burst));
+    }
+    let newest = ring.newest_seq().expect("it holds packets");
+    let mut rng = SmallRng::seed_from_u64(1);
+    let wanted: Vec<_> =
+        (0..1000).map(|_| Seq(newest.0.wrapping_sub(rng.random_range(0..4800)))).collect();
+    group.throughput(Throughput::Elements(wanted.len() as u64));
+    group.bench_function("look-up", |b| {
+        b.iter(|| assert!(wanted.iter().all(|seq| black_box(ring.packet(*seq)).is_some())));
+    });
+
+    group.throughput(Throughput::Elements(packets as u64));
+    group.bench_function("expire a second", |b| {
+        b.iter_batched(
+            || {
+                let mut ring = History::new(1 << 15, Duration::from_secs(3));
+                bursts.iter().for_each(|burst| ring.push(now, burst.clone()));
+                ring
+            },
+            |mut ring| {
+                ring.expire(now + Duration::from_secs(4));
+                ring
+            },
+            BatchSize::LargeInput,
+        );
+    });
+}
+
+/// RTMP chunks into messages: a second of audio and video, each in the other's gaps, as it comes in
+/// reads of 16 KiB.
+fn chunks(c: &mut Criterion) {
+    let mut group = c.benchmark_group("chunk parse");
+    for chunk_size in [128, 4096] {
+        let (bytes, messages) = interleaved(chunk_size);
+        group.throughput(Throughput::Bytes(bytes.len() as u64));
+        group.bench_function(BenchmarkId::new("interleaved", chunk_size), |b| {
+            b.iter(|| {
+                let mut reader = ChunkReader::new(16 << 20);
+                let mut found = 0;
+                for mut read in bytes.chunks(16 << 10) {
+                    while let Some(message) = reader.read(&mut read).expect("it is a chunk stream")
+                    {
+                        black_box(message);
+                        found += 1;
+                    }
+                }
+                assert_eq!(found, messages);
+            });
+        });
+    }
+}
+
+/// An edge's receiver: reorders and asks. A second of 1 Mbit/s.
+fn receive(c: &mut Criterion) {
+    let mut group = c.benchmark_group("receiver");
+    let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
+    let bursts: Vec<_> = (0..10).flat_map(|_| second_of_bursts(&mut packetizer)).collect();
+    let packets: Vec<_> = bursts.iter().flat_map(packets).collect();
+    group.throughput(Throughput::Elements(packets.len() as u64));
+    for (name, percent) in [("in order", 0), ("5 % lost and repaired", 5)] {
+        let mut rng = SmallRng::seed_from_u64(2);
+        // The first and the last are there: a receiver begins with what comes, and a gap is seen by
+        // what follows it.
+        let last = packets.len() - 1;
+        let lost: Vec<_> = (0..packets.len())
+            .map(|index| index != 0 && index != last && rng.random_range(0..100) < percent)
+            .collect();
+        group.bench_function(name, |b| {
+            b.iter_batched(
+                || packets.clone(),
+                |packets| assert_eq!(run_receiver(packets, &lost), lost.len()),
+                BatchSize::LargeInput,
+            );
+        });
+    }
+}
+
+/// Gives the packets to a receiver, 1 ms apart, answers what it asks for 20 ms later, and tells how
+/// many it handed on.
+fn run_receiver(packets: Vec<Packet>, lost: &[bool]) -> usize {
+    let mut now = Instant::now();
+    let first = packets[0].header.seq;
+    let mut receiver = Receiver::starting_at(Settings::default(), first);
+    receiver.set_round_trip(now, ROUND_TRIP, Duration::from_millis(1));
+    let mut answers: VecDeque<(Instant, Packet)> = VecDeque::new();
+    let mut handed_on = 0;
+    let held: Vec<Option<Packet>> =
+        packets.iter().zip(lost).map(|(packet, lost)| lost.then(|| packet.clone())).collect();
+    let mut arriving = packets.into_iter().zip(lost);
+    loop {
+        now += Duration::from_millis(1);
+        match arriving.next() {
+            Some((packet, false)) => receiver.handle_packet(now, packet, Path::Live(0)),
+            Some((_, true)) => {}
+            None if answers.is_empty() && receiver.missing() == 0 => return handed_on,
+            None => {}
+        }
+        while answers.front().is_some_and(|(at, _)| *at <= now) {
+            if let Some((_, packet)) = answers.pop_front() {
+                receiver.handle_packet(now, packet, Path::Repair);
+            }
+        }
+        if receiver.poll_timeout().is_some_and(|at| at <= now) {
+            receiver.handle_timeout(now);
+            while let Some(request) = receiver.poll_request(now) {
+                let asked = request
+                    .seqs
+                    .iter()
+                    .filter_map(|seq| held[usize::from(seq.0.wrapping_sub(first.0))].clone());
+                answers.extend(asked.map(|packet| (now + ROUND_TRIP, packet)));
+            }
+        }
+        while let Some(event) = receiver.poll_event() {
+            handed_on += usize::from(matches!(event, Event::Packet(_)));
+        }
+    }
+}
+
+/// A body into a framed tag: with a copy, and in place.
+fn frame_tags(c: &mut Criterion) {
+    let mut group = c.benchmark_group("tag");
+    for (name, len) in SIZES {
+        let body = body(len);
+        group.throughput(Throughput::Bytes(len as u64));
+        group.bench_function(BenchmarkId::new("new", name), |b| {
+            b.iter(|| Tag::new(TagKind::Video, 40, black_box(&body)));
+        });
+        // In place: the time does not depend on the bytes.
+        group.throughput(Throughput::Elements(1));
+        group.bench_function(BenchmarkId::new("from_buffer", name), |b| {
+            b.iter_batched(
+                || {
+                    let mut buffer = Tag::buffer_for(len);
+                    buffer.extend_from_slice(&body);
+                    buffer
+                },
+                |buffer| Tag::from_buffer(TagKind::Video, 40, buffer),
+                BatchSize::SmallInput,
+            );
+        });
+    }
+}
+
+/// A second of FLV into tags, in reads of 16 KiB.
+fn read_flv(c: &mut Criterion) {
+    let mut file = BytesMut::from(&FILE_HEADER[..]);
+    let tags = second_of_tags();
+    tags.iter().for_each(|tag| file.extend_from_slice(tag.framed()));
+    let mut group = c.benchmark_group("flv");
+    group.throughput(Throughput::Bytes(file.len() as u64));
+    group.bench_function("read", |b| {
+        b.iter(|| {
+            let mut reader = FlvReader::new();
+            let mut found = 0;
+            for read in file.chunks(16 << 10) {
+                reader.push(read);
+                while let Some(tag) = reader.next_tag().expect("it is FLV") {
+                    black_box(tag);
+                    found += 1;
+                }
+            }
+            assert_eq!(found, tags.len());
+        });
+    });
+}
+
+/// About 1 Mbit/s: a key frame and 24 others, and an audio frame every 23 ms.
+fn second_of_tags() -> Vec<Tag> {
+    let mut tags = Vec::new();
+    for frame in 0..25 {
+        tags.push(tag(frame * 40, if frame == 0 { 25_000 } else { 3_800 }));
+        tags.push(audio(frame * 40));
+        if frame % 4 != 3 {
+            tags.push(audio(frame * 40 + 23));
+        }
+    }
+    tags
+}
+
+fn second_of_bursts(packetizer: &mut Packetizer) -> Vec<Burst> {
+    second_of_tags().iter().map(|tag| packetizer.packetize(tag)).collect()
+}
+
+/// [`second_of_tags`] as chunks, each audio message between the chunks of a video message; and how
+/// many messages that is.
+fn interleaved(chunk_size: u32) -> (Bytes, usize) {
+    let mut writer = ChunkWriter::new();
+    let mut out = BytesMut::new();
+    writer.set_chunk_size(chunk_size, &mut out).expect("it is a size");
+    let tags = second_of_tags();
+    let mut audio: VecDeque<_> = tags.iter().filter(|tag| tag.kind() == TagKind::Audio).collect();
+    let mut messages = 0;
+    for video in tags.iter().filter(|tag| tag.kind() == TagKind::Video) {
+        let mut message = writer.begin(6, head(VIDEO, video), video.body().len()).expect("it fits");
+        while writer.write_chunk(&mut message, video.body(), &mut out) {
+            let due = |tag: &&&Tag| tag.timestamp() < video.timestamp() + 40;
+            if audio.front().filter(due).is_some()
+                && let Some(tag) = audio.pop_front()
+            {
+                writer.write(4, head(AUDIO, tag), tag.body(), &mut out).expect("it fits");
+                messages += 1;
+            }
+        }
+        messages += 1;
+    }
+    (out.freeze(), messages)
+}
+
+fn head(kind: u8, tag: &Tag) -> MessageHead {
+    MessageHead { kind, stream_id: 1, timestamp: tag.timestamp() }
+}
+
+fn packets(burst: &Burst) -> Vec<Packet> {
+    let packets = (0..burst.count()).filter_map(|index| burst.packet(index));
+    packets.map(|datagram| Packet::parse(datagram).expect("it is RTP")).collect()
+}
+
+fn tag(timestamp: u32, len: usize) -> Tag {
+    Tag::new(TagKind::Video, timestamp, &body(len)).expect("it is short")
+}
+
+fn audio(timestamp: u32) -> Tag {
+    let mut body = body(340);
+    body[..2].copy_from_slice(&[0xaf, 1]);
+    Tag::new(TagKind::Audio, timestamp, &body).expect("it is short")
+}
+
+/// A body of video that is no header.
+fn body(len: usize) -> Vec<u8> {
+    let mut body: Vec<u8> = (0..len).map(|at| at as u8).collect();
+    body[..2].copy_from_slice(&[0x27, 1]);
+    body
+}
+
+/// Bytes of an AAC frame of 128 kbit/s, of a frame of 1 Mbit/s and of 5 Mbit/s, and of a key frame
+/// of 20 Mbit/s.
+const SIZES: [(&str, usize); 4] =
+    [("audio, 340 B", 340), ("4 KB", 4_000), ("25 KB", 25_000), ("key frame, 250 KB", 250_000)];
+const SSRC: Ssrc = Ssrc(7);
+/// `rtp_payload_max` by default.
+const PAYLOAD: usize = 1120;
+const ROUND_TRIP: Duration = Duration::from_millis(20);
