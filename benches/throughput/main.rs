@@ -88,27 +88,47 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runs each part, those after one that failed too.
 fn bench(options: &Options) -> io::Result<()> {
+    // Thousands of connections, at both ends; children inherit it.
+    let limit = downpour::limits::raise_descriptors(u64::MAX)?;
     let all = options.part.is_empty();
     let parts = if all { Part::value_variants() } else { &options.part };
+    let write = options.write || (all && !options.quick);
+    eprintln!("{}, at {}, {} file descriptors", machine(), commit(), limit.soft);
     let began = Instant::now();
+    let mut failed = Vec::new();
     for (number, part) in parts.iter().enumerate() {
         let name = part.name();
         eprintln!("== {name} ({} of {})", number + 1, parts.len());
-        let section = part.run(options.quick)?;
-        let text = format!("On {}, at {}.\n\n{}", machine(), commit(), section.text());
-        println!("\n{text}");
-        if options.write || (all && !options.quick) {
-            document::put(&root().join("docs/performance.md"), &name, &text)?;
-            for plot in section.plots() {
-                std::fs::write(
-                    root().join("docs").join(plot.file),
-                    common::plot::draw(&plot.plot),
-                )?;
+        let part_began = Instant::now();
+        match part.run(options.quick).and_then(|section| tell(&name, &section, write)) {
+            Ok(()) => eprintln!("== {name} took {} s", part_began.elapsed().as_secs()),
+            Err(error) => {
+                eprintln!("== {name} failed after {} s: {error}", part_began.elapsed().as_secs());
+                failed.push(name);
             }
         }
     }
-    eprintln!("took {} s", began.elapsed().as_secs());
+    eprintln!("all took {} s", began.elapsed().as_secs());
+    match failed.is_empty() {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("failed: {}", failed.join(", ")))),
+    }
+}
+
+/// Prints what a part came to, and writes it into the document.
+fn tell(name: &str, section: &Section, write: bool) -> io::Result<()> {
+    let text = format!("On {}, at {}.\n\n{}", machine(), commit(), section.text());
+    println!("\n{text}\n");
+    if !write {
+        return Ok(());
+    }
+    document::put(&root().join("docs/performance.md"), name, &text)?;
+    for plot in section.plots() {
+        let svg = common::plot::draw(&plot.plot);
+        std::fs::write(root().join("docs").join(plot.file), svg)?;
+    }
     Ok(())
 }
 
