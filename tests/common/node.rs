@@ -57,6 +57,16 @@ impl Site {
         self.edges[0].watch(key)
     }
 
+    /// Starts one more edge, which asks the cloud for RTP itself and has no bad network before it.
+    #[track_caller]
+    pub fn start_edge(&self) -> Edge {
+        let dir = self.file("more", "edge");
+        let name = dir.file_name().expect("it has a name").to_string_lossy().into_owned();
+        let lines = ["rtp_subscribe: true".to_owned()];
+        let rtp = loopback(ports::free_for_rtp());
+        Edge::start(self.dir.path(), &name, rtp, self.cloud.quic, &self.cloud, &lines)
+    }
+
     /// A path in the site's directory at which there is no file yet.
     pub fn file(&self, name: &str, extension: &str) -> PathBuf {
         (0..)
@@ -232,6 +242,8 @@ impl Cloud {
 /// An edge node.
 pub struct Edge {
     pub node: Node,
+    /// Where it takes RTP.
+    pub rtp: SocketAddr,
 }
 
 impl Edge {
@@ -257,7 +269,7 @@ impl Edge {
             config.push("multicast_interface: 127.0.0.1".into());
         }
         overlay(&mut config, lines);
-        Self { node: Node::start("edge", dir.join(name), &config, flv) }
+        Self { node: Node::start("edge", dir.join(name), &config, flv), rtp: udp }
     }
 
     pub fn watch(&self, key: &str) -> Viewer {
@@ -377,11 +389,33 @@ impl Node {
     /// The most memory that it had so far, in bytes (`VmHWM`).
     #[track_caller]
     pub fn peak_memory(&self) -> u64 {
-        let pid = self.child.as_ref().expect("it does not run").id();
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("no status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        kib.expect("no VmHWM") * 1024
+        self.status("VmHWM") * 1024
+    }
+
+    /// What it holds now.
+    #[track_caller]
+    pub fn usage(&self) -> Usage {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
+        Usage {
+            resident: self.status("VmRSS") * 1024,
+            descriptors: descriptors.expect("no descriptors").count() as u64,
+            threads: self.status("Threads"),
+        }
+    }
+
+    /// A number of `/proc/PID/status`.
+    #[track_caller]
+    fn status(&self, name: &str) -> u64 {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(path).expect("no status");
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        number.unwrap_or_else(|| panic!("no {name}"))
+    }
+
+    #[track_caller]
+    fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it does not run").id()
     }
 
     /// The files under `record_dir`, sorted by name.
@@ -400,6 +434,15 @@ impl Node {
     fn log(&self) -> PathBuf {
         self.dir.join("node.log")
     }
+}
+
+/// What a process holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of memory (`VmRSS`).
+    pub resident: u64,
+    pub descriptors: u64,
+    pub threads: u64,
 }
 
 impl Drop for Node {
