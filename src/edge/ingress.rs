@@ -1,22 +1,37 @@
-//! The edge's receiving task: RTP socket and repair connection in, tags into the hub, requests out.
+//! The edge's receiving thread: RTP sockets and repair connection in, tags into the hub, requests
+//! out.
+//!
+//! It is a thread and no task: between a packet and the hub there is no runtime that would have to
+//! be woken first. What is asynchronous runs on tokio's threads, and rings a [`Bell`] when it has
+//! something.
 
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    panic,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    thread,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     intake::Intake,
     livestat::{self, LiveStream, LivestatError},
     prober::ProbeMetrics,
-    socket::{Buffers, CloudRtp, Lookups, RtpSocket, readable},
+    socket::{Buffers, CloudRtp, Lookups, RtpSocket},
     stats::IntakeMetrics,
+    wait::{Bell, MAX_SOCKETS},
 };
 use crate::{
     repair::{
@@ -99,6 +114,9 @@ pub struct Ingress {
     /// What was last logged about a look-up that failed.
     lookup_failure: String,
     last_report: Instant,
+    /// Something asynchronous has begun since the bell was last looked at, so that it would not
+    /// ring.
+    begun: bool,
     rng: SmallRng,
 }
 
@@ -140,6 +158,7 @@ impl Ingress {
             last_lookup: None,
             lookup_failure: String::new(),
             last_report: Instant::now(),
+            begun: true,
             rng: SmallRng::from_os_rng(),
             settings,
         };
@@ -149,34 +168,76 @@ impl Ingress {
         ingress
     }
 
-    /// Receives until `shutdown`; then every stream ends.
-    pub async fn run(mut self, shutdown: CancellationToken) {
-        let sockets: Vec<_> = self.sockets.iter().map(RtpSocket::socket).collect();
+    /// Receives on a thread of its own until `shutdown`; then every stream ends. So it does when
+    /// this is dropped.
+    ///
+    /// # Panics
+    /// If the thread does.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let bell = match Bell::new() {
+            Ok(bell) => bell,
+            Err(error) => {
+                tracing::error!("cannot receive: no eventfd: {error}");
+                return;
+            }
+        };
+        let stop = shutdown.child_token();
+        let _stop_when_dropped = stop.clone().drop_guard();
+        let runtime = Handle::current();
+        let (ended_in, ended) = oneshot::channel::<()>();
+        let thread = thread::Builder::new().name("rtp-receiver".into()).spawn(move || {
+            // Dropped last of all.
+            let _ended = ended_in;
+            // Look-ups and repair connections are begun on this thread.
+            let _inside = runtime.enter();
+            self.receive_until(&stop, &bell);
+        });
+        let thread = match thread {
+            Ok(thread) => thread,
+            Err(error) => {
+                tracing::error!("cannot receive: no thread: {error}");
+                return;
+            }
+        };
+        // Nothing is ever sent: an error says that the other end was dropped.
+        let _ = ended.await;
+        if let Err(reason) = thread.join() {
+            panic::resume_unwind(reason);
+        }
+    }
+
+    fn receive_until(mut self, stop: &CancellationToken, bell: &Arc<Bell>) {
+        let waker = Waker::from(bell.clone());
+        let mut cx = Context::from_waker(&waker);
+        let mut stopped = pin!(stop.cancelled());
         let segments = self.sockets.iter().map(RtpSocket::gro_segments).max().unwrap_or(1);
         let mut buffers = Buffers::new(segments);
         let mut next_tick = Instant::now();
+        let mut ready = [false; MAX_SOCKETS];
+        let mut failures = 0;
         loop {
-            let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
-            let wakes = [self.intake.poll_timeout(), probe];
-            let wake = wakes.into_iter().flatten().fold(next_tick, Instant::min);
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return,
-                event = next_event(&mut self.repair) => self.handle_event(event),
-                found = finished(&mut self.lookup) => self.handle_lookup(found),
-                (path, nonce, cloud) = self.found.next() => if self.nonce == Some(nonce) {
-                    self.sockets.iter_mut().for_each(|socket| socket.set_cloud(path, cloud));
-                },
-                (i, ready) = readable(&sockets) => match ready {
-                    Ok(()) => self.receive(i, &mut buffers),
-                    Err(error) => {
-                        tracing::error!("the RTP socket is broken: {error}");
-                        return;
-                    }
-                },
-                () = tokio::time::sleep_until(wake.into()) => {}
+            if bell.take() | std::mem::take(&mut self.begun) {
+                if stopped.as_mut().poll(&mut cx).is_ready() {
+                    return;
+                }
+                self.handle_inputs(&mut cx);
             }
-            // Not only when the timer fires: a socket that never runs dry must not hold these up.
+            for (i, ready) in ready.iter_mut().enumerate().filter(|(_, ready)| **ready) {
+                match self.receive(i, &mut buffers) {
+                    Ok(more) => {
+                        *ready = more;
+                        failures = 0;
+                    }
+                    Err(error) => {
+                        failures += 1;
+                        tracing::debug!("reading RTP: {error}");
+                        if failures >= MAX_FAILURES {
+                            tracing::error!("the RTP socket is broken: {error}");
+                            return;
+                        }
+                    }
+                }
+            }
             let now = Instant::now();
             self.intake.handle_timeout(now);
             if next_tick <= now {
@@ -187,63 +248,98 @@ impl Ingress {
             for socket in &mut self.sockets {
                 socket.probe(now, &self.probe_metrics);
             }
-        }
-    }
-
-    /// Empties a socket, within reason.
-    fn receive(&mut self, i: usize, buffers: &mut Buffers) {
-        for _ in 0..MAX_READS {
-            let now = Instant::now();
-            let Some(socket) = self.sockets.get_mut(i) else { return };
-            match socket.receive(now, buffers) {
-                Ok(count) => {
-                    for (from, datagram) in buffers.datagrams(count) {
-                        self.handle_datagram(now, i, from, datagram);
-                    }
-                    if count < Buffers::READS {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // An earlier send's ICMP answer, for one; the next read goes on.
+            // Those that have more to read are not waited for, nor is what has just begun.
+            if self.begun || ready.contains(&true) {
+                continue;
+            }
+            let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
+            let wakes = [self.intake.poll_timeout(), probe];
+            let wake = wakes.into_iter().flatten().fold(next_tick, Instant::min);
+            let timeout = wake.saturating_duration_since(now);
+            ready = match self.sleep(bell, timeout) {
+                Ok(ready) => ready,
                 Err(error) => {
-                    tracing::debug!("reading RTP: {error}");
+                    tracing::error!("cannot wait for RTP: {error}");
                     return;
                 }
-            }
+            };
         }
     }
 
-    fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: Bytes) {
-        if i >= self.rtp_sockets || Repair::is_one(&datagram) {
+    fn sleep(&self, bell: &Bell, timeout: Duration) -> io::Result<[bool; MAX_SOCKETS]> {
+        match &*self.sockets {
+            [one] => bell.sleep(&[one.fd()], timeout),
+            sockets => bell.sleep(&sockets.iter().map(RtpSocket::fd).collect::<Vec<_>>(), timeout),
+        }
+    }
+
+    /// Takes what came from tokio's threads; what comes later rings the bell.
+    fn handle_inputs(&mut self, cx: &mut Context<'_>) {
+        if let Some(lookup) = &mut self.lookup
+            && let Poll::Ready(found) = Pin::new(lookup).poll(cx)
+        {
+            self.lookup = None;
+            self.handle_lookup(found.unwrap_or_else(|error| Err(io::Error::other(error).into())));
+        }
+        while let Poll::Ready((path, nonce, cloud)) = self.found.poll_next(cx) {
+            if self.nonce == Some(nonce) {
+                self.sockets.iter_mut().for_each(|socket| socket.set_cloud(path, cloud));
+            }
+        }
+        for _ in 0..MAX_EVENTS {
+            let Some(repair) = &mut self.repair else { return };
+            let Poll::Ready(event) = repair.events.poll_recv(cx) else { return };
+            self.handle_event(event);
+        }
+        // There may be more.
+        self.begun = true;
+    }
+
+    /// Reads a batch from a socket; whether there may be more.
+    fn receive(&mut self, i: usize, buffers: &mut Buffers) -> io::Result<bool> {
+        let now = Instant::now();
+        let Some(socket) = self.sockets.get_mut(i) else { return Ok(false) };
+        let count = match socket.receive(now, buffers) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => return Err(error),
+        };
+        for (from, datagram) in buffers.datagrams(count) {
+            self.handle_datagram(now, i, from, datagram);
+        }
+        Ok(count == Buffers::READS)
+    }
+
+    fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: &[u8]) {
+        if i >= self.rtp_sockets || Repair::is_one(datagram) {
             if !self.throws_away() {
-                self.intake.handle_parity(now, datagram);
+                self.intake.handle_parity(now, Bytes::copy_from_slice(datagram));
             }
             return;
         }
-        if is_probe_message(&datagram) {
+        if is_probe_message(datagram) {
             if let (Some(socket), Ok((message, _))) =
-                (self.sockets.get(i), ProbeMessage::parse(&datagram))
+                (self.sockets.get(i), ProbeMessage::parse(datagram))
             {
                 socket.handle_probe_message(from, message, &self.probe_metrics);
             }
             return;
         }
-        if let Some((quic_port, api_port)) = parse_announcement(&datagram) {
+        if let Some((quic_port, api_port)) = parse_announcement(datagram) {
             if self.must_learn() {
                 let host = from.ip().to_canonical().to_string();
                 self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
             }
             return;
         }
-        if self.must_learn() && self.cloud.is_none() && is_rtp(&datagram) {
+        if self.must_learn() && self.cloud.is_none() && is_rtp(datagram) {
             self.learn_from_source(from.ip());
         }
         if self.throws_away() {
             return;
         }
         // There are two sockets of RTP at most.
-        self.intake.handle_packet(now, datagram, Path::Live(i as u8));
+        self.intake.handle_live(now, datagram, i as u8);
     }
 
     /// Whether to lose the next packet on purpose.
@@ -304,6 +400,7 @@ impl Ingress {
         for socket in &mut self.sockets {
             socket.start(now, welcome.nonce, &rtp, &mut self.found);
         }
+        self.begun = true;
     }
 
     fn stop_probing(&mut self) {
@@ -358,6 +455,7 @@ impl Ingress {
         self.last_lookup = Some(now);
         let address = cloud.api();
         self.lookup = Some(tokio::spawn(async move { livestat::fetch(&address).await }));
+        self.begun = true;
     }
 
     fn handle_lookup(&mut self, found: Result<Vec<LiveStream>, LivestatError>) {
@@ -430,6 +528,7 @@ impl Ingress {
             };
             self.intake.set_told(Instant::now(), false);
             self.stop_probing();
+            self.begun = true;
         }
         self.cloud = Some(cloud);
     }
@@ -440,22 +539,6 @@ fn host_port(host: &str, port: u16) -> String {
         true => format!("[{host}]:{port}"),
         false => format!("{host}:{port}"),
     }
-}
-
-async fn next_event(repair: &mut Option<Connection>) -> Option<RepairEvent> {
-    match repair {
-        Some(repair) => repair.events.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn finished(
-    lookup: &mut Option<JoinHandle<Result<Vec<LiveStream>, LivestatError>>>,
-) -> Result<Vec<LiveStream>, LivestatError> {
-    let Some(task) = lookup else { return std::future::pending().await };
-    let found = task.await;
-    *lookup = None;
-    found.unwrap_or_else(|error| Err(io::Error::other(error).into()))
 }
 
 /// Whether a datagram looks like RTP of wire v0.
@@ -482,6 +565,8 @@ const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
 /// A stream that has been silent for so long may have ended without our being told.
 const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
-/// Reads in a row before other work gets its turn.
-const MAX_READS: usize = 8;
+/// Reads in a row that fail: an earlier send's ICMP answer makes one fail, a broken socket all.
+const MAX_FAILURES: u32 = 1000;
+/// Events in a row before the sockets get their turn.
+const MAX_EVENTS: usize = 256;
 const EVENT_QUEUE: usize = 4096;

@@ -7,6 +7,7 @@ mod parity;
 pub mod prober;
 pub mod socket;
 pub mod stats;
+mod wait;
 
 use std::{
     net::SocketAddr,

@@ -2,14 +2,14 @@
 
 use std::{
     io::{self, IoSliceMut},
-    net::SocketAddr,
-    sync::Arc,
+    net::{SocketAddr, UdpSocket},
+    os::fd::{AsFd, BorrowedFd},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
-use tokio::{io::Interest, net::UdpSocket, task::JoinSet};
+use tokio::task::JoinSet;
 
 use super::prober::{ProbeMetrics, Prober};
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 
 /// One way by which RTP comes.
 pub struct RtpSocket {
-    socket: Arc<UdpSocket>,
+    socket: UdpSocket,
     offload: UdpSocketState,
     /// `None` where RTP comes unasked: a group, or an address that the cloud has in its list.
     probing: Option<Probing>,
@@ -36,10 +36,11 @@ impl RtpSocket {
     /// Takes a bound socket.
     ///
     /// # Errors
-    /// If it cannot be used with tokio.
-    pub fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
+    /// If it cannot be set up.
+    pub fn new(socket: UdpSocket) -> io::Result<Self> {
         let offload = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        Ok(Self { socket: Arc::new(UdpSocket::from_std(socket)?), offload, probing: None })
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, offload, probing: None })
     }
 
     /// Asks the cloud to send RTP here, as the edge's path number `path`: at the address `via`, or
@@ -50,8 +51,8 @@ impl RtpSocket {
     }
 
     /// The socket, to wait on.
-    pub fn socket(&self) -> Arc<UdpSocket> {
-        self.socket.clone()
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// How many datagrams the kernel may put into one.
@@ -61,22 +62,12 @@ impl RtpSocket {
 
     /// One batch of reads: how many there were. Fewer than [`Buffers::READS`] have emptied the
     /// socket.
+    ///
+    /// # Errors
+    /// As recvmmsg(2); that there is nothing to read is one.
     pub fn receive(&mut self, now: Instant, buffers: &mut Buffers) -> io::Result<usize> {
-        let mut count = 0;
-        let result = self.socket.try_io(Interest::READABLE, || {
-            count = buffers.fill(|slices, meta| {
-                self.offload.recv(UdpSockRef::from(&*self.socket), slices, meta)
-            })?;
-            match count < Buffers::READS {
-                // What comes from now on makes the socket readable anew (epoll(7), edge-triggered):
-                // there is no need to read once more to hear that there is nothing.
-                true => Err(io::ErrorKind::WouldBlock.into()),
-                false => Ok(()),
-            }
-        });
-        if count == 0 {
-            result?;
-        }
+        let count = buffers
+            .fill(|slices, meta| self.offload.recv(UdpSockRef::from(&self.socket), slices, meta))?;
         if let Some(probing) = &mut self.probing {
             probing.prober.heard(now);
         }
@@ -170,7 +161,7 @@ impl RtpSocket {
     }
 
     fn send(&self, to: SocketAddr, message: ProbeMessage, metrics: &ProbeMetrics) {
-        let sent = self.socket.try_send_to(&message.encode(), to);
+        let sent = self.socket.send_to(&message.encode(), to);
         if let Err(error) = &sent {
             tracing::debug!(%to, %error, "a probe cannot be sent");
         }
@@ -192,13 +183,13 @@ pub struct CloudRtp {
 pub struct Lookups(JoinSet<(u8, Nonce, SocketAddr)>);
 
 impl Lookups {
-    /// The next one that is found.
-    pub async fn next(&mut self) -> (u8, Nonce, SocketAddr) {
+    /// The next one that is found; pending too if none is being looked up.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<(u8, Nonce, SocketAddr)> {
         loop {
-            match self.0.join_next().await {
-                Some(Ok(found)) => return found,
-                Some(Err(error)) => tracing::error!(%error, "a look-up failed"),
-                None => std::future::pending().await,
+            match self.0.poll_join_next(cx) {
+                Poll::Ready(Some(Ok(found))) => return Poll::Ready(found),
+                Poll::Ready(Some(Err(error))) => tracing::error!(%error, "a look-up failed"),
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             }
         }
     }
@@ -244,21 +235,6 @@ fn choose(addrs: impl Iterator<Item = SocketAddr>, v4_only: bool) -> Option<Sock
         .map(mapped)
 }
 
-/// Waits until one of up to two sockets can be read; says which.
-pub async fn readable(sockets: &[Arc<UdpSocket>]) -> (usize, io::Result<()>) {
-    // One or two for RTP, and as many for parity.
-    let ready = async |i: usize| match sockets.get(i) {
-        Some(socket) => socket.readable().await,
-        None => std::future::pending().await,
-    };
-    tokio::select! {
-        result = ready(0) => (0, result),
-        result = ready(1) => (1, result),
-        result = ready(2) => (2, result),
-        result = ready(3) => (3, result),
-    }
-}
-
 /// Room for one batch of reads, each of which may hold many datagrams of one sender.
 pub struct Buffers {
     bytes: Vec<u8>,
@@ -290,28 +266,17 @@ impl Buffers {
         recv(&mut slices, &mut self.meta)
     }
 
-    /// The datagrams of the first `count` reads, each with its sender. A few of them share
-    /// memory, which is free again once all are dropped.
-    pub fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, Bytes)> {
+    /// The datagrams of the first `count` reads, each with its sender.
+    pub fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, &[u8])> {
         let reads = self.bytes.chunks_exact(self.size).zip(&self.meta).take(count);
         reads.flat_map(|(bytes, meta)| {
-            let stride = meta.stride.max(1);
-            let shares = bytes[..meta.len.min(bytes.len())].chunks(stride * SHARED);
-            shares.flat_map(move |share| {
-                let mut share = Bytes::copy_from_slice(share);
-                std::iter::from_fn(move || {
-                    let datagram = share.split_to(share.len().min(stride));
-                    (!datagram.is_empty()).then_some((meta.addr, datagram))
-                })
-            })
+            let train = &bytes[..meta.len.min(bytes.len())];
+            train.chunks(meta.stride.max(1)).map(move |datagram| (meta.addr, datagram))
         })
     }
 }
 
 const MAX_DATAGRAM: usize = 1500;
-/// Most tags have no more packets, and one packet that is held behind a gap keeps no more others in
-/// memory.
-const SHARED: usize = 8;
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(5);
 
@@ -335,12 +300,12 @@ mod tests {
         });
         let datagrams: Vec<_> = buffers.datagrams(count.unwrap()).collect();
         assert_eq!(datagrams.len(), 1 + 1 + 21);
-        assert_eq!(datagrams[0], (sender(0), Bytes::from(vec![0; 10])));
-        assert_eq!(datagrams[1], (sender(1), Bytes::from(vec![0; 100])));
+        assert_eq!(datagrams[0], (sender(0), &[0; 10][..]));
+        assert_eq!(datagrams[1], (sender(1), &[0; 100][..]));
         for (n, datagram) in datagrams[2..22].iter().enumerate() {
-            assert_eq!(datagram, &(sender(2), Bytes::from(vec![n as u8; 100])));
+            assert_eq!(datagram, &(sender(2), &[n as u8; 100][..]));
         }
-        assert_eq!(datagrams[22], (sender(2), Bytes::from(vec![20; 7])));
+        assert_eq!(datagrams[22], (sender(2), &[20; 7][..]));
     }
 
     #[test]

@@ -210,6 +210,36 @@ impl Receiver {
         receiver
     }
 
+    /// Takes a live packet that came at `now`, if it is the next one and nothing is missing, waits,
+    /// or is to be polled: then it is to be handed on at once, with no event, and no poll has
+    /// anything new. Otherwise nothing has happened, and it is one for [`Receiver::handle_packet`].
+    ///
+    /// Does what that does, for nearly all packets of a good network, at a fraction of the cost.
+    pub fn handle_next(&mut self, now: Instant, seq: Seq, path: u8) -> bool {
+        let path = usize::from(path).min(MAX_PATHS - 1);
+        let idle = self.started
+            && self.window.is_empty()
+            && self.events.is_empty()
+            && self.asks.is_empty()
+            && seq == Seq(self.next as u16);
+        if !idle {
+            return false;
+        }
+        self.stats.received += 1;
+        self.rerun = None;
+        self.probation = None;
+        self.losing.came_after(0);
+        let stats = &mut self.stats.paths[path];
+        // What it passed over, the other path has brought: nothing is missing.
+        self.paths.arrived(now, path, self.next, false, stats);
+        self.lag.came(now, self.next);
+        self.next += 1;
+        self.joined = true;
+        self.stats.delays.add_zero();
+        self.stats.waits.add_zero();
+        true
+    }
+
     /// Takes a packet that came at `now`.
     pub fn handle_packet(&mut self, now: Instant, packet: Packet, path: Path) {
         self.stats.received += 1;

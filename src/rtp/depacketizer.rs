@@ -1,8 +1,8 @@
 //! RTP packets in, FLV tags out.
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 
-use super::{Packet, Seq};
+use super::{Packet, Seq, packet::Header};
 use crate::flv::{
     Tag,
     tag::{TagError, TagHeader},
@@ -61,8 +61,12 @@ impl Depacketizer {
 
     /// Takes the next packet in order; gives the tag that it completes.
     pub fn packet(&mut self, packet: &Packet) -> Option<Tag> {
-        let payload = &packet.payload;
-        let marker = packet.header.marker;
+        self.payload(&packet.header, &packet.payload)
+    }
+
+    /// The same for a packet whose payload is elsewhere: it is copied once, to its place in the tag.
+    pub fn payload(&mut self, header: &Header, payload: &[u8]) -> Option<Tag> {
+        let marker = header.marker;
         let begun = match self.state {
             State::Inside => true,
             State::Boundary => self.begin(payload, marker),
@@ -73,7 +77,7 @@ impl Depacketizer {
                 State::Lost => self.damage.discarded += 1,
                 _ => self.damage.malformed += 1,
             }
-            self.skip(packet);
+            self.skip(marker);
             return None;
         }
         let complete = self.partial.len() + payload.len() == self.expected;
@@ -81,13 +85,13 @@ impl Depacketizer {
             // The marker and the tag's own length disagree: neither can be trusted.
             self.damage.malformed += 1;
             self.discard_partial();
-            self.skip(packet);
+            self.skip(marker);
             return None;
         }
         if self.state != State::Inside {
             self.slice_len = payload.len();
         }
-        self.last_seq = packet.header.seq;
+        self.last_seq = header.seq;
         self.partial.extend_from_slice(payload);
         if !complete {
             self.held += 1;
@@ -134,15 +138,13 @@ impl Depacketizer {
     }
 
     /// Reads the tag header at the start of a packet; false if there is none.
-    fn begin(&mut self, payload: &Bytes, marker: bool) -> bool {
+    fn begin(&mut self, payload: &[u8], marker: bool) -> bool {
         let Ok(header) = TagHeader::parse(payload) else { return false };
         self.expected = Tag::HEADER_LEN + header.body_len;
-        // Grown as bytes come: a header that lies about its length reserves nothing.
-        self.partial = BytesMut::with_capacity(if marker {
-            payload.len() + Tag::TRAILER_LEN
-        } else {
-            (payload.len() * 4).min(self.expected + Tag::TRAILER_LEN)
-        });
+        // All of it at once, so that it need not move as it grows, and is no longer than the tag.
+        // But a header that lies about its length reserves only so much.
+        let room = if marker { payload.len() } else { self.expected.min(MAX_RESERVED) };
+        self.partial = BytesMut::with_capacity(room + Tag::TRAILER_LEN);
         true
     }
 
@@ -153,14 +155,14 @@ impl Depacketizer {
     }
 
     /// After a useless packet: its marker shows where the next tag begins.
-    fn skip(&mut self, packet: &Packet) {
-        self.state = if packet.header.marker { State::Boundary } else { State::Lost };
+    fn skip(&mut self, marker: bool) {
+        self.state = if marker { State::Boundary } else { State::Lost };
     }
 }
 
 /// Whether a packet that follows a loss is surely a tag's first: the header's type, its zero stream
 /// id and its length all fit. Media bytes that look like that by chance are one in 2³⁰.
-fn begins_tag(payload: &Bytes, marker: bool) -> bool {
+fn begins_tag(payload: &[u8], marker: bool) -> bool {
     match TagHeader::parse(payload) {
         Ok(header) => {
             let len = Tag::HEADER_LEN + header.body_len;
@@ -170,6 +172,9 @@ fn begins_tag(payload: &Bytes, marker: bool) -> bool {
         Err(TagError::Truncated | TagError::UnknownType(_) | TagError::TooLong(_)) => false,
     }
 }
+
+/// Bytes: a key frame of a stream of 10 Mbit/s.
+const MAX_RESERVED: usize = 256 << 10;
 
 #[cfg(test)]
 mod tests {

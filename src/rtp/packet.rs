@@ -1,5 +1,7 @@
 //! The RTP packet (RFC 3550 §5.1).
 
+use std::ops::Range;
+
 use bytes::{Buf, Bytes};
 
 use super::{Seq, Ssrc};
@@ -25,33 +27,12 @@ pub struct Header {
 }
 
 impl Header {
-    /// The header as [`HEADER_LEN`] bytes: version 2, no padding, extension or CSRC.
-    pub fn encode(&self) -> [u8; HEADER_LEN] {
-        let mut bytes = [0; HEADER_LEN];
-        bytes[0] = VERSION_2;
-        bytes[1] = self.payload_type & !MARKER | if self.marker { MARKER } else { 0 };
-        bytes[2..4].copy_from_slice(&self.seq.0.to_be_bytes());
-        bytes[4..8].copy_from_slice(&self.timestamp.to_be_bytes());
-        bytes[8..12].copy_from_slice(&self.ssrc.0.to_be_bytes());
-        bytes
-    }
-}
-
-/// A header and the payload behind it, sharing the datagram's memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Packet {
-    /// The fixed header.
-    pub header: Header,
-    /// What follows header, CSRC list and extension, without padding.
-    pub payload: Bytes,
-}
-
-impl Packet {
-    /// Reads one datagram. CSRC list, extension and padding are allowed and left out.
+    /// Reads the header of one datagram, and says where in it the payload is: behind CSRC list and
+    /// extension, before the padding.
     ///
     /// # Errors
     /// If it is not RTP version 2 or shorter than its own header says.
-    pub fn parse(mut datagram: Bytes) -> Result<Self, PacketError> {
+    pub fn parse(datagram: &[u8]) -> Result<(Self, Range<usize>), PacketError> {
         let Some(&[b0, b1, s0, s1, t0, t1, t2, t3, c0, c1, c2, c3]) =
             datagram.first_chunk::<HEADER_LEN>()
         else {
@@ -78,19 +59,48 @@ impl Packet {
         if start > end {
             return Err(PacketError::Truncated);
         }
+        let header = Self {
+            marker: b1 & MARKER != 0,
+            payload_type: b1 & !MARKER,
+            seq: Seq(u16::from_be_bytes([s0, s1])),
+            timestamp: u32::from_be_bytes([t0, t1, t2, t3]),
+            ssrc: Ssrc(u32::from_be_bytes([c0, c1, c2, c3])),
+        };
+        Ok((header, start..end))
+    }
+
+    /// The header as [`HEADER_LEN`] bytes: version 2, no padding, extension or CSRC.
+    pub fn encode(&self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0] = VERSION_2;
+        bytes[1] = self.payload_type & !MARKER | if self.marker { MARKER } else { 0 };
+        bytes[2..4].copy_from_slice(&self.seq.0.to_be_bytes());
+        bytes[4..8].copy_from_slice(&self.timestamp.to_be_bytes());
+        bytes[8..12].copy_from_slice(&self.ssrc.0.to_be_bytes());
+        bytes
+    }
+}
+
+/// A header and the payload behind it, sharing the datagram's memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packet {
+    /// The fixed header.
+    pub header: Header,
+    /// What follows header, CSRC list and extension, without padding.
+    pub payload: Bytes,
+}
+
+impl Packet {
+    /// Reads one datagram. CSRC list, extension and padding are allowed and left out.
+    ///
+    /// # Errors
+    /// As [`Header::parse`].
+    pub fn parse(mut datagram: Bytes) -> Result<Self, PacketError> {
+        let (header, payload) = Header::parse(&datagram)?;
         // Not a slice, which would count another reference to the memory.
-        datagram.truncate(end);
-        datagram.advance(start);
-        Ok(Self {
-            header: Header {
-                marker: b1 & MARKER != 0,
-                payload_type: b1 & !MARKER,
-                seq: Seq(u16::from_be_bytes([s0, s1])),
-                timestamp: u32::from_be_bytes([t0, t1, t2, t3]),
-                ssrc: Ssrc(u32::from_be_bytes([c0, c1, c2, c3])),
-            },
-            payload: datagram,
-        })
+        datagram.truncate(payload.end);
+        datagram.advance(payload.start);
+        Ok(Self { header, payload: datagram })
     }
 }
 
