@@ -1,11 +1,280 @@
-use std::io;
+//! What it costs an edge to receive many streams, beside a floor that only reads the same datagrams,
+//! with GRO, and counts. Nobody watches.
 
-use crate::table::Section;
+mod floor;
+mod source;
 
-pub fn run(_quick: bool) -> io::Result<Section> {
-    Err(io::Error::other("not there yet"))
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use downpour::{
+    origin::Origin,
+    repair::server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+    tls::Identity,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    common::{
+        plot::{Panel, Plot, Scale, Series},
+        process::{Process, free_address, http_get, samples},
+    },
+    table::{Comparison, Section, median},
+};
+use source::Source;
+
+pub fn run(quick: bool) -> io::Result<Section> {
+    let bench = Bench::new()?;
+    let (rounds, seconds) = if quick { (1, 4) } else { (3, 5) };
+    let mut results = bench.measure(STREAMS, &[0, LOSS], rounds, seconds)?.into_iter();
+    let (Some(whole), Some(lossy)) = (results.next(), results.next()) else {
+        return Err(io::Error::other("a measurement is missing"));
+    };
+
+    let mut section = Section::default();
+    let row = |loss: u8, rounds: &[Round]| Comparison {
+        work: format!("{STREAMS} streams of 1 Mbit/s, {loss} % left out"),
+        unit: "% of a core",
+        floor: rounds.iter().map(|round| round.floor).collect(),
+        ours: rounds.iter().map(|round| round.edge).collect(),
+        goal: (loss == 0).then_some(GOAL),
+        ..Comparison::default()
+    };
+    section.table(&[row(0, &whole), row(LOSS, &lossy)]);
+    let per_second = |of: fn(&Round) -> f64, rounds: &[Round]| {
+        median(&rounds.iter().map(of).collect::<Vec<_>>())
+    };
+    section.say(&format!(
+        "{:.0} packets a second; with {LOSS} % left out the edge had {:.0} a second sent again. Of \
+         none of the two did it lose any for good.",
+        per_second(|round| round.packets, &whole),
+        per_second(|round| round.repaired, &lossy),
+    ));
+    if quick {
+        return Ok(section);
+    }
+
+    let mut points = Vec::new();
+    for streams in GROWTH {
+        let rounds = match streams {
+            STREAMS => whole.clone(),
+            _ => bench.measure(streams, &[0], 2, 3)?.into_iter().next().unwrap_or_default(),
+        };
+        let of = |of: fn(&Round) -> f64| Some(per_second(of, &rounds)).filter(|v| v.is_finite());
+        points.push((of(|round| round.floor), of(|round| round.edge)));
+    }
+    let line = |system, colour, dashed, points| Series { system, colour, dashed, points };
+    let (floors, edges) = points.into_iter().unzip();
+    section.plot(
+        "throughput-edge.svg",
+        Plot {
+            title: "An edge that receives: processor time by number of streams of 1 Mbit/s",
+            ticks: GROWTH.map(|streams| streams.to_string()).into(),
+            scale: Scale::Linear,
+            panels: vec![Panel {
+                title: "% of a core".into(),
+                series: vec![
+                    line("floor", "#888", true, floors),
+                    line("Downpour", "#0a58ca", false, edges),
+                ],
+            }],
+        },
+    );
+    Ok(section)
 }
 
-pub fn child(role: &str, _arguments: &[&str]) -> io::Result<()> {
-    Err(io::Error::other(format!("there is no program {role}")))
+pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
+    match (role, arguments) {
+        ("floor", [address]) => floor::run(address.parse().map_err(io::Error::other)?),
+        _ => Err(io::Error::other(format!("there is no program {role} {arguments:?}"))),
+    }
 }
+
+/// What one round came to.
+#[derive(Debug, Clone, Copy)]
+struct Round {
+    /// Datagrams sent to each of the two, a second.
+    packets: f64,
+    /// Processor time, in per cent of a core.
+    edge: f64,
+    floor: f64,
+    /// Packets that the edge had sent again, a second.
+    repaired: f64,
+}
+
+/// A cloud's end of repair, for all that is measured.
+struct Bench {
+    runtime: tokio::runtime::Runtime,
+    identity: Identity,
+}
+
+impl Bench {
+    fn new() -> io::Result<Self> {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let identity = Identity::generate().map_err(io::Error::other)?;
+        Ok(Self { runtime, identity })
+    }
+
+    /// An edge and a floor that both get `streams` streams, of which each share of `losses`, in per
+    /// cent, is left out in turn; the rounds of each.
+    fn measure(
+        &self,
+        streams: u32,
+        losses: &[u8],
+        rounds: usize,
+        seconds: u64,
+    ) -> io::Result<Vec<Vec<Round>>> {
+        let origin = Origin::new();
+        let shutdown = CancellationToken::new();
+        let _shutdown = shutdown.clone().drop_guard();
+        let quic = self.repair_server(&origin, shutdown)?;
+        let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
+        let [edge_rtp, floor_rtp, flv] = [(); 3].map(|()| free_address());
+        let config = format!(
+            "udp_addr: {edge_rtp}\nflv_addr: {flv}\ncloud_host: 127.0.0.1\nquic_addr: {quic}\n\
+             insecure: true\nmax_streams: {streams}\ngop_cache_max_ms: {LOG_MS}\n"
+        );
+        std::fs::write(dir.path().join("node.yaml"), config)?;
+        let program = std::env::var("BENCH_EDGE").unwrap_or(PROGRAM.into());
+        let mut edge =
+            Process::start(dir.path(), "edge", &program, &["edge", "--config", "node.yaml"])?;
+        let own = std::env::current_exe()?;
+        let mut floor = Process::start(
+            dir.path(),
+            "floor",
+            &own.to_string_lossy(),
+            &["--child", "edge-floor", &floor_rtp.to_string()],
+        )?;
+        wait_for("the edge answers", || Ok(http_get(flv, "/healthz").is_ok()))?;
+
+        let source = Source::start(streams, &origin, [edge_rtp, floor_rtp])?;
+        wait_for("the edge has all streams", || {
+            edge.check()?;
+            let metrics = http_get(flv, "/metrics")?;
+            let streams_there = samples(&metrics)
+                .filter(|(name, _)| name.starts_with("downpour_edge_stream_pending_packets"));
+            Ok(streams_there.count() == streams as usize)
+        })?;
+        std::thread::sleep(WARM_UP);
+
+        let mut results = vec![Vec::new(); losses.len()];
+        for number in 0..rounds {
+            for (&loss, results) in losses.iter().zip(&mut results) {
+                source.set_loss(loss);
+                std::thread::sleep(SETTLE);
+                edge.check()?;
+                floor.check()?;
+                let look = || -> io::Result<_> {
+                    let fates = Fates::read(flv)?;
+                    let cpu = (edge.cpu_seconds(), floor.cpu_seconds());
+                    Ok((Instant::now(), source.sent(), cpu, fates))
+                };
+                let (began, sent, cpu, fates) = look()?;
+                std::thread::sleep(Duration::from_secs(seconds));
+                let (ended, sent_then, cpu_then, fates_then) = look()?;
+                let lasted = ended.duration_since(began).as_secs_f64();
+                let round = Round {
+                    packets: (sent_then - sent) as f64 / lasted,
+                    edge: 100.0 * (cpu_then.0 - cpu.0) / lasted,
+                    floor: 100.0 * (cpu_then.1 - cpu.1) / lasted,
+                    repaired: (fates_then.repaired - fates.repaired) / lasted,
+                };
+                eprintln!(
+                    "{streams} streams, {loss} % left out, round {}: edge {:.1} %, floor {:.1} %, \
+                     {:.2} x",
+                    number + 1,
+                    round.edge,
+                    round.floor,
+                    round.edge / round.floor
+                );
+                results.push(round);
+            }
+        }
+        let sent = source.stop()?;
+        let floor_count = floor::ask_count(floor_rtp, &dir.path().join("floor.log"))?;
+        if floor_count != sent {
+            return Err(io::Error::other(format!(
+                "the floor read {floor_count} of {sent} datagrams: the machine is too busy"
+            )));
+        }
+        // It counts a few times a second.
+        wait_for("the edge has counted all datagrams", || {
+            Ok(Fates::read(flv)?.received >= sent as f64)
+        })?;
+        let lost = Fates::read(flv)?.lost;
+        if lost > 0.0 {
+            return Err(io::Error::other(format!("the edge lost {lost} packets for good")));
+        }
+        Ok(results)
+    }
+
+    fn repair_server(
+        &self,
+        origin: &Origin,
+        shutdown: CancellationToken,
+    ) -> io::Result<SocketAddr> {
+        let _inside = self.runtime.enter();
+        let metrics = RepairServerMetrics::register(&prometheus::Registry::new())
+            .map_err(io::Error::other)?;
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let settings = RepairServerSettings::default();
+        let server = RepairServer::bind(any, &self.identity, origin.clone(), settings, metrics)
+            .map_err(io::Error::other)?;
+        let address = server.local_addr()?;
+        self.runtime.spawn(server.run(shutdown));
+        Ok(address)
+    }
+}
+
+/// What the edge counted.
+struct Fates {
+    received: f64,
+    repaired: f64,
+    lost: f64,
+}
+
+impl Fates {
+    fn read(edge: SocketAddr) -> io::Result<Self> {
+        let text = http_get(edge, "/metrics")?;
+        let fates = |start: &str| -> f64 {
+            let wanted = format!("downpour_edge_packets_total{{fate=\"{start}");
+            samples(&text).filter(|(name, _)| name.starts_with(&wanted)).map(|(_, n)| n).sum()
+        };
+        Ok(Self {
+            received: fates("received\""),
+            repaired: fates("repaired_"),
+            lost: fates("lost\""),
+        })
+    }
+}
+
+fn wait_for(what: &str, mut so: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        if so()? {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Err(io::Error::other(format!("waited too long until {what}")))
+}
+
+/// Built by cargo together with this bench.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
+const STREAMS: u32 = 200;
+const GROWTH: [u32; 5] = [25, 50, 100, STREAMS, 400];
+const LOSS: u8 = 5;
+/// Floors: what issue 4 allows.
+const GOAL: f64 = 1.5;
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How far back the streams' logs reach: two groups of pictures.
+const LOG_MS: u64 = 4000;
+/// Until the logs are full: memory that is new costs page faults.
+const WARM_UP: Duration = Duration::from_millis(LOG_MS + 1000);
+/// For what was lost before the loss changed.
+const SETTLE: Duration = Duration::from_secs(1);

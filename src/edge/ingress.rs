@@ -31,7 +31,7 @@ use super::{
     prober::ProbeMetrics,
     socket::{Buffers, CloudRtp, Lookups, RtpSocket},
     stats::IntakeMetrics,
-    wait::{Bell, MAX_SOCKETS},
+    wait::{Bell, MAX_SOCKETS, Sleeper},
 };
 use crate::{
     repair::{
@@ -174,10 +174,11 @@ impl Ingress {
     /// # Panics
     /// If the thread does.
     pub async fn run(self, shutdown: CancellationToken) {
-        let bell = match Bell::new() {
-            Ok(bell) => bell,
+        let sleeper = Bell::new().and_then(|bell| Ok((Sleeper::new(bell.clone())?, bell)));
+        let (mut sleeper, bell) = match sleeper {
+            Ok(sleeper) => sleeper,
             Err(error) => {
-                tracing::error!("cannot receive: no eventfd: {error}");
+                tracing::error!("cannot receive: {error}");
                 return;
             }
         };
@@ -190,7 +191,7 @@ impl Ingress {
             let _ended = ended_in;
             // Look-ups and repair connections are begun on this thread.
             let _inside = runtime.enter();
-            self.receive_until(&stop, &bell);
+            self.receive_until(&stop, &bell, &mut sleeper);
         });
         let thread = match thread {
             Ok(thread) => thread,
@@ -206,7 +207,7 @@ impl Ingress {
         }
     }
 
-    fn receive_until(mut self, stop: &CancellationToken, bell: &Arc<Bell>) {
+    fn receive_until(mut self, stop: &CancellationToken, bell: &Arc<Bell>, sleeper: &mut Sleeper) {
         let waker = Waker::from(bell.clone());
         let mut cx = Context::from_waker(&waker);
         let mut stopped = pin!(stop.cancelled());
@@ -255,8 +256,7 @@ impl Ingress {
             let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
             let wakes = [self.intake.poll_timeout(), probe];
             let wake = wakes.into_iter().flatten().fold(next_tick, Instant::min);
-            let timeout = wake.saturating_duration_since(now);
-            ready = match self.sleep(bell, timeout) {
+            ready = match self.sleep(sleeper, now, wake) {
                 Ok(ready) => ready,
                 Err(error) => {
                     tracing::error!("cannot wait for RTP: {error}");
@@ -266,10 +266,18 @@ impl Ingress {
         }
     }
 
-    fn sleep(&self, bell: &Bell, timeout: Duration) -> io::Result<[bool; MAX_SOCKETS]> {
+    fn sleep(
+        &self,
+        sleeper: &mut Sleeper,
+        now: Instant,
+        until: Instant,
+    ) -> io::Result<[bool; MAX_SOCKETS]> {
         match &*self.sockets {
-            [one] => bell.sleep(&[one.fd()], timeout),
-            sockets => bell.sleep(&sockets.iter().map(RtpSocket::fd).collect::<Vec<_>>(), timeout),
+            [one] => sleeper.sleep(&[one.fd()], now, until),
+            all => {
+                let fds: Vec<_> = all.iter().map(RtpSocket::fd).collect();
+                sleeper.sleep(&fds, now, until)
+            }
         }
     }
 

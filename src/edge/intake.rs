@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    hash::{BuildHasher, Hasher},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -49,7 +50,7 @@ pub struct Intake {
     settings: Settings,
     hub: Hub,
     metrics: IntakeMetrics,
-    streams: HashMap<Ssrc, Incoming>,
+    streams: HashMap<Ssrc, Incoming, SsrcHash>,
     by_key: HashMap<StreamKey, Ssrc>,
     /// Packets of publications that nobody has named yet.
     unknown: HashMap<Ssrc, Unknown>,
@@ -124,7 +125,7 @@ impl Intake {
             settings,
             hub,
             metrics,
-            streams: HashMap::new(),
+            streams: HashMap::default(),
             by_key: HashMap::new(),
             unknown: HashMap::new(),
             ended: VecDeque::new(),
@@ -727,6 +728,49 @@ impl Incoming {
 
     fn report(&self) -> StreamReport {
         self.receiver.stats().report(self.ssrc)
+    }
+}
+
+/// Hashes SSRCs, one look-up a packet, in two multiplications. Senders choose SSRCs; they do not know
+/// the factors, and so not which ones collide.
+#[derive(Debug, Clone)]
+struct SsrcHash {
+    factors: [u64; 2],
+}
+
+impl Default for SsrcHash {
+    fn default() -> Self {
+        Self { factors: rand::random() }
+    }
+}
+
+impl BuildHasher for SsrcHash {
+    type Hasher = SsrcHasher;
+
+    fn build_hasher(&self) -> SsrcHasher {
+        SsrcHasher { factors: self.factors, hash: 0 }
+    }
+}
+
+struct SsrcHasher {
+    factors: [u64; 2],
+    hash: u64,
+}
+
+impl Hasher for SsrcHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u32(u32::from(*byte)));
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        let [first, second] = self.factors;
+        let product = u128::from(first ^ self.hash) * u128::from(second ^ u64::from(value));
+        let folded = (product >> 64) as u64 ^ product as u64;
+        self.hash = folded.wrapping_mul(first | 1);
+    }
+
+    fn finish(&self) -> u64 {
+        self.hash
     }
 }
 

@@ -10,10 +10,10 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::Wake,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-/// Wakes a thread that sleeps in [`Bell::sleep`]; as a waker, whenever a future can go on.
+/// Wakes the thread that sleeps in [`Sleeper::sleep`]; as a waker, whenever a future can go on.
 ///
 /// It costs who rings a system call only if the thread sleeps.
 #[derive(Debug)]
@@ -24,7 +24,20 @@ pub struct Bell {
     file: File,
 }
 
-/// Sockets that [`Bell::sleep`] takes at most.
+/// One thread's sleep, with a bell and an alarm clock.
+///
+/// The clock is a timerfd(2) that stays set while other things end the sleep. A timeout of ppoll(2)
+/// would be set and taken back each time, and that costs more than the packet does which ends the
+/// sleep: where a hypervisor keeps the timer, 5 µs each way.
+#[derive(Debug)]
+pub struct Sleeper {
+    bell: Arc<Bell>,
+    clock: OwnedFd,
+    /// When it goes off next, which may be earlier than needed.
+    set: Option<Instant>,
+}
+
+/// Sockets that [`Sleeper::sleep`] takes at most.
 pub const MAX_SOCKETS: usize = 4;
 
 impl Bell {
@@ -40,36 +53,6 @@ impl Bell {
     /// Whether it rang since the last call.
     pub fn take(&self) -> bool {
         self.rung.load(Ordering::Relaxed) && self.rung.swap(false, Ordering::SeqCst)
-    }
-
-    /// Sleeps until one of the first [`MAX_SOCKETS`] `sockets` can be read or has failed, the bell
-    /// rings, or `timeout` has passed; at once if it rang since [`Bell::take`]. Tells which sockets
-    /// are ready. One thread at a time.
-    ///
-    /// # Errors
-    /// As ppoll(2). A signal only ends the sleep.
-    pub fn sleep(
-        &self,
-        sockets: &[BorrowedFd<'_>],
-        timeout: Duration,
-    ) -> io::Result<[bool; MAX_SOCKETS]> {
-        let mut polled =
-            [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; 1 + MAX_SOCKETS];
-        let fds = std::iter::once(self.file.as_raw_fd());
-        let fds = fds.chain(sockets.iter().map(AsRawFd::as_raw_fd));
-        polled.iter_mut().zip(fds).for_each(|(polled, fd)| polled.fd = fd);
-        // Either this thread sees now that it rang, or who rings sees that this thread sleeps.
-        self.asleep.store(true, Ordering::SeqCst);
-        let timeout = if self.rung.load(Ordering::SeqCst) { Duration::ZERO } else { timeout };
-        let count = (1 + sockets.len()).min(polled.len());
-        let result = ppoll(&mut polled[..count], timeout);
-        self.asleep.store(false, Ordering::SeqCst);
-        let [bell, sockets @ ..] = polled.map(|polled| polled.revents != 0);
-        if bell {
-            // What it counts is of no interest, only that it counts anew.
-            let _ = (&self.file).read(&mut [0; 8]);
-        }
-        result.map(|()| sockets)
     }
 }
 
@@ -87,6 +70,54 @@ impl Wake for Bell {
     }
 }
 
+impl Sleeper {
+    /// For the one thread that `bell` is to wake.
+    ///
+    /// # Errors
+    /// If the system has no more descriptors to give.
+    pub fn new(bell: Arc<Bell>) -> io::Result<Self> {
+        Ok(Self { bell, clock: timerfd()?, set: None })
+    }
+
+    /// Sleeps until one of the first [`MAX_SOCKETS`] `sockets` can be read or has failed, the bell
+    /// rings, or it is `until`, `now` being the time: at once if the bell rang since [`Bell::take`].
+    /// May wake up for nothing. Tells which sockets are ready.
+    ///
+    /// # Errors
+    /// As ppoll(2) and timerfd_settime(2).
+    pub fn sleep(
+        &mut self,
+        sockets: &[BorrowedFd<'_>],
+        now: Instant,
+        until: Instant,
+    ) -> io::Result<[bool; MAX_SOCKETS]> {
+        if self.set.is_none_or(|set| set > until) {
+            set_timer(&self.clock, until.saturating_duration_since(now))?;
+            self.set = Some(until);
+        }
+        let mut polled =
+            [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; 2 + MAX_SOCKETS];
+        let own = [self.bell.file.as_raw_fd(), self.clock.as_raw_fd()];
+        let fds = own.into_iter().chain(sockets.iter().map(AsRawFd::as_raw_fd));
+        polled.iter_mut().zip(fds).for_each(|(polled, fd)| polled.fd = fd);
+        // Either this thread sees now that it rang, or who rings sees that this thread sleeps.
+        self.bell.asleep.store(true, Ordering::SeqCst);
+        let count = (own.len() + sockets.len()).min(polled.len());
+        let result = ppoll(&mut polled[..count], self.bell.rung.load(Ordering::SeqCst));
+        self.bell.asleep.store(false, Ordering::SeqCst);
+        let [bell, clock, sockets @ ..] = polled.map(|polled| polled.revents != 0);
+        if bell {
+            // What it counts is of no interest, only that it counts anew.
+            let _ = (&self.bell.file).read(&mut [0; 8]);
+        }
+        if clock {
+            // To be set anew, which makes it unreadable too.
+            self.set = None;
+        }
+        result.map(|()| sockets)
+    }
+}
+
 fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: it takes no pointers.
     let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
@@ -97,19 +128,138 @@ fn eventfd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn ppoll(polled: &mut [libc::pollfd], timeout: Duration) -> io::Result<()> {
-    let timeout = libc::timespec {
-        tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
-        tv_nsec: timeout.subsec_nanos().into(),
+fn timerfd() -> io::Result<OwnedFd> {
+    // SAFETY: it takes no pointers.
+    let fd = unsafe {
+        libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK)
     };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is new, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn set_timer(clock: &OwnedFd, after: Duration) -> io::Result<()> {
+    // Zero would stop it.
+    let after = after.max(Duration::from_nanos(1));
+    let never = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let after = libc::timespec {
+        tv_sec: libc::time_t::try_from(after.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: after.subsec_nanos().into(),
+    };
+    let once = libc::itimerspec { it_interval: never, it_value: after };
+    // SAFETY: the new setting outlives the call, and the old one is not asked for.
+    match unsafe { libc::timerfd_settime(clock.as_raw_fd(), 0, &raw const once, ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Waits for one of them, or only looks.
+fn ppoll(polled: &mut [libc::pollfd], only_look: bool) -> io::Result<()> {
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let timeout = if only_look { &raw const none } else { ptr::null() };
     let count = polled.len() as libc::nfds_t;
     // SAFETY: the slice has `count` entries, and like the timeout it outlives the call.
-    let ready = unsafe { libc::ppoll(polled.as_mut_ptr(), count, &raw const timeout, ptr::null()) };
+    let ready = unsafe { libc::ppoll(polled.as_mut_ptr(), count, timeout, ptr::null()) };
     if ready >= 0 {
         return Ok(());
     }
     match io::Error::last_os_error() {
         error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
         error => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::UdpSocket, os::fd::AsFd, task::Waker, thread};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn sleeper() -> (Arc<Bell>, Sleeper) {
+        let bell = Bell::new().unwrap();
+        assert!(bell.take() && !bell.take());
+        (bell.clone(), Sleeper::new(bell).unwrap())
+    }
+
+    /// Sleeps for at most a minute; how long it was.
+    fn sleep(sleeper: &mut Sleeper, sockets: &[&UdpSocket]) -> ([bool; MAX_SOCKETS], Duration) {
+        let sockets: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
+        let began = Instant::now();
+        let ready = sleeper.sleep(&sockets, began, began + LONG).unwrap();
+        (ready, began.elapsed())
+    }
+
+    #[test]
+    fn the_bell_ends_a_sleep_and_is_heard_by_who_was_awake() {
+        let (bell, mut sleeper) = sleeper();
+        Waker::from(bell.clone()).wake();
+        assert!(sleep(&mut sleeper, &[]).1 < LONG / 2, "rung before");
+        assert!(bell.take() && !bell.take());
+        let sleeping = thread::spawn(move || sleep(&mut sleeper, &[]).1);
+        while !bell.asleep.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        Waker::from(bell.clone()).wake();
+        assert!(sleeping.join().unwrap() < LONG / 2, "rung while it slept");
+        assert!(bell.take());
+    }
+
+    #[test]
+    fn a_bell_that_was_heard_does_not_end_the_next_sleep() {
+        let (bell, mut sleeper) = sleeper();
+        let waker = Waker::from(bell.clone());
+        for _ in 0..3 {
+            bell.asleep.store(true, Ordering::SeqCst);
+            waker.wake_by_ref();
+            sleep(&mut sleeper, &[]);
+            assert!(bell.take());
+        }
+        let (now, little) = (Instant::now(), Duration::from_millis(20));
+        sleeper.sleep(&[], now, now + little).unwrap();
+        assert!(now.elapsed() >= little);
+    }
+
+    #[test]
+    fn a_datagram_ends_a_sleep_until_it_is_read() {
+        let (_bell, mut sleeper) = sleeper();
+        let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let to = sockets[1].local_addr().unwrap();
+        sockets[0].send_to(b"one", to).unwrap();
+        for _ in 0..2 {
+            let (ready, _) = sleep(&mut sleeper, &[&sockets[0], &sockets[1]]);
+            assert_eq!(ready, [false, true, false, false]);
+        }
+        sockets[1].recv(&mut [0; 9]).unwrap();
+        let (now, little) = (Instant::now(), Duration::from_millis(20));
+        let ready = sleeper.sleep(&[sockets[1].as_fd()], now, now + little).unwrap();
+        assert_eq!(ready, [false; MAX_SOCKETS]);
+    }
+
+    #[test]
+    fn the_clock_goes_off_no_sooner_and_hardly_later_than_asked() {
+        let (_bell, mut sleeper) = sleeper();
+        let ms = Duration::from_millis;
+        let began = Instant::now();
+        // A later time leaves it set to the earlier one, which is then for nothing; an earlier one
+        // sets it anew; one that has passed ends the sleep at once.
+        for (until, wakes_at) in [(ms(30), ms(30)), (ms(50), ms(50)), (ms(40), ms(50))] {
+            sleeper.sleep(&[], Instant::now(), began + until).unwrap();
+            assert!(began.elapsed() >= wakes_at, "{:?}", began.elapsed());
+        }
+        let now = Instant::now();
+        sleeper.set = Some(now + LONG);
+        sleeper.sleep(&[], now, now + ms(5)).unwrap();
+        assert!((ms(5)..LONG / 2).contains(&now.elapsed()));
+        let now = Instant::now();
+        set_timer(&sleeper.clock, ms(5)).unwrap();
+        sleeper.set = Some(now + ms(5));
+        sleeper.sleep(&[], now, now + LONG).unwrap();
+        assert_eq!(sleeper.set, None, "woken for nothing");
+        assert!(now.elapsed() < LONG / 2);
     }
 }

@@ -45,6 +45,7 @@ impl Source {
         let start = Instant::now();
         let mut streams = Vec::new();
         let mut due = BinaryHeap::new();
+        let mut phases = SmallRng::seed_from_u64(SEED);
         for number in 0..count {
             let history = History::new(5000, Duration::from_secs(10));
             let key = format!("live/{number}").parse().map_err(io::Error::other)?;
@@ -53,23 +54,23 @@ impl Source {
             origin.insert(stream.clone());
             streams.push((stream, Packetizer::new(Ssrc(number + 1), PAYLOAD)));
             // Encoders do not run in step.
-            let phase = GOP * number / count;
-            due.push(Reverse((phase, number, Kind::Video(0))));
-            due.push(Reverse((phase, number, Kind::Audio(0))));
+            let phase = GOP.mul_f64(phases.random());
+            due.push(Reverse((phase, number, Kind::Video, 0)));
+            due.push(Reverse((phase, number, Kind::Audio, 0)));
         }
         let state = shared.clone();
         let thread = std::thread::Builder::new().name("source".into()).spawn(move || {
-            while let Some(Reverse((at, number, kind))) = due.pop() {
+            while let Some(Reverse((at, number, kind, frame))) = due.pop() {
                 if state.stop.load(Ordering::Relaxed) {
                     break;
                 }
                 std::thread::sleep((start + at).saturating_duration_since(Instant::now()));
                 let (stream, packetizer) = &mut streams[number as usize];
-                let (tag, next) = tags.at(kind);
-                let burst = packetizer.packetize(tag);
+                let tag = tags.at(kind, frame);
+                let burst = packetizer.packetize(&tag);
                 stream.push(Instant::now(), burst.clone(), tag.is_key_frame());
                 sender.send(&burst)?;
-                due.push(Reverse((at + kind.period(), number, next)));
+                due.push(Reverse((at + kind.period(), number, kind, frame + 1)));
             }
             Ok(())
         })?;
@@ -99,20 +100,20 @@ impl Source {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
-    Video(u32),
-    Audio(u32),
+    Video,
+    Audio,
 }
 
 impl Kind {
     fn period(self) -> Duration {
         match self {
-            Self::Video(_) => FRAME,
-            Self::Audio(_) => AUDIO_FRAME,
+            Self::Video => FRAME,
+            Self::Audio => AUDIO_FRAME,
         }
     }
 }
 
-/// One group of pictures, played again and again: its time stands still, which no receiver minds.
+/// One group of pictures, played again and again.
 struct Tags {
     headers: Headers,
     key: Tag,
@@ -139,12 +140,13 @@ impl Tags {
         })
     }
 
-    fn at(&self, kind: Kind) -> (&Tag, Kind) {
-        match kind {
-            Kind::Video(0) => (&self.key, Kind::Video(1)),
-            Kind::Video(frame) => (&self.inter, Kind::Video((frame + 1) % GOP_FRAMES)),
-            Kind::Audio(frame) => (&self.audio, Kind::Audio(frame)),
-        }
+    fn at(&self, kind: Kind, frame: u32) -> Tag {
+        let tag = match kind {
+            Kind::Video if frame.is_multiple_of(GOP_FRAMES) => &self.key,
+            Kind::Video => &self.inter,
+            Kind::Audio => &self.audio,
+        };
+        tag.with_timestamp((kind.period() * frame).as_millis() as u32)
     }
 }
 
