@@ -11,6 +11,7 @@ use downpour::{
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 
+use proptest::prelude::*;
 use repair_sim::{Run, link, lossy};
 
 #[test]
@@ -225,4 +226,81 @@ fn numbered(seq: u16) -> Packet {
     let mut packet = Packet::parse(burst.packet(0).unwrap()).unwrap();
     packet.header.seq = Seq(seq);
     packet
+}
+
+proptest! {
+    /// [`Receiver::handle_next`] is a shorter way to the same end: nothing that one can see of a
+    /// receiver tells whether packets were offered to it first.
+    #[test]
+    fn the_short_way_for_packets_in_order_comes_to_the_same(
+        steps in proptest::collection::vec((0u8..20, 0u64..40, any::<bool>()), 1..400),
+        starts_at in proptest::option::of(Just(Seq::FIRST)),
+    ) {
+        let mut now = Instant::now();
+        let new = || match starts_at {
+            Some(first) => Receiver::starting_at(latency(100), first),
+            None => Receiver::new(latency(100)),
+        };
+        let (mut long, mut short) = (new(), new());
+        let (mut next, mut taken) = (Seq::FIRST.0, 0);
+        for (what, ms, second) in steps {
+            now += Duration::from_millis(ms);
+            let path = u8::from(second && what > 10);
+            // Mostly the next; else one that was passed over, one far away, or a gap.
+            let seq = match what {
+                0 => next.wrapping_sub(3),
+                1 => next.wrapping_add(20_000),
+                2 => next.wrapping_add(2),
+                3 => next.wrapping_sub(1),
+                _ => next,
+            };
+            match what {
+                4 => {
+                    long.handle_heartbeat(now, Seq(next));
+                    short.handle_heartbeat(now, Seq(next));
+                }
+                5 => {
+                    long.handle_gone(now, [Seq(seq)]);
+                    short.handle_gone(now, [Seq(seq)]);
+                }
+                6 => {
+                    let packet = numbered(next.wrapping_sub(2));
+                    long.handle_packet(now, packet.clone(), Path::Repair);
+                    short.handle_packet(now, packet, Path::Repair);
+                }
+                _ => {
+                    if !matches!(what, 0 | 1 | 3) {
+                        next = seq.wrapping_add(1);
+                    }
+                    long.handle_packet(now, numbered(seq), Path::Live(path));
+                    if short.handle_next(now, Seq(seq), path) {
+                        taken += 1;
+                        prop_assert_eq!(long.poll_event(), Some(Event::Packet(numbered(seq))));
+                    } else {
+                        short.handle_packet(now, numbered(seq), Path::Live(path));
+                    }
+                }
+            }
+            long.handle_timeout(now);
+            short.handle_timeout(now);
+            loop {
+                let requests = [&mut long, &mut short].map(|receiver| receiver.poll_request(now));
+                prop_assert_eq!(&requests[0], &requests[1]);
+                if requests[0].is_none() {
+                    break;
+                }
+            }
+            loop {
+                let events = [&mut long, &mut short].map(|receiver| receiver.poll_event());
+                prop_assert_eq!(&events[0], &events[1]);
+                if events[0].is_none() {
+                    break;
+                }
+            }
+            prop_assert_eq!(long.stats(), short.stats());
+            prop_assert_eq!(long.poll_timeout(), short.poll_timeout());
+            prop_assert_eq!(long.pending(), short.pending());
+        }
+        prop_assume!(taken > 0);
+    }
 }

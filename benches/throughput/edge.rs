@@ -1,5 +1,8 @@
 //! What it costs an edge to receive many streams, beside a floor that only reads the same datagrams,
 //! with GRO, and counts. Nobody watches.
+//!
+//! The two take turns of a second. In the same second, whichever the source sends to first would pay
+//! for waking an idle processor, and the other would not.
 
 mod floor;
 mod source;
@@ -25,12 +28,12 @@ use crate::{
     },
     table::{Comparison, Section, median},
 };
-use source::Source;
+use source::{Source, Target};
 
 pub fn run(quick: bool) -> io::Result<Section> {
     let bench = Bench::new()?;
-    let (rounds, seconds) = if quick { (1, 4) } else { (3, 5) };
-    let mut results = bench.measure(STREAMS, &[0, LOSS], rounds, seconds)?.into_iter();
+    let (rounds, turns) = if quick { (1, 3) } else { (3, 4) };
+    let mut results = bench.measure(STREAMS, &[0, LOSS], rounds, turns)?.into_iter();
     let (Some(whole), Some(lossy)) = (results.next(), results.next()) else {
         return Err(io::Error::other("a measurement is missing"));
     };
@@ -45,14 +48,14 @@ pub fn run(quick: bool) -> io::Result<Section> {
         ..Comparison::default()
     };
     section.table(&[row(0, &whole), row(LOSS, &lossy)]);
-    let per_second = |of: fn(&Round) -> f64, rounds: &[Round]| {
+    let middle = |of: fn(&Round) -> f64, rounds: &[Round]| {
         median(&rounds.iter().map(of).collect::<Vec<_>>())
     };
     section.say(&format!(
-        "{:.0} packets a second; with {LOSS} % left out the edge had {:.0} a second sent again. Of \
-         none of the two did it lose any for good.",
-        per_second(|round| round.packets, &whole),
-        per_second(|round| round.repaired, &lossy),
+        "{:.0} packets a second; with {LOSS} % left out the edge had {:.1} % sent again. It lost none \
+         for good.",
+        middle(|round| round.packets, &whole),
+        100.0 * middle(|round| round.repaired, &lossy),
     ));
     if quick {
         return Ok(section);
@@ -62,9 +65,9 @@ pub fn run(quick: bool) -> io::Result<Section> {
     for streams in GROWTH {
         let rounds = match streams {
             STREAMS => whole.clone(),
-            _ => bench.measure(streams, &[0], 2, 3)?.into_iter().next().unwrap_or_default(),
+            _ => bench.measure(streams, &[0], 1, 4)?.into_iter().next().unwrap_or_default(),
         };
-        let of = |of: fn(&Round) -> f64| Some(per_second(of, &rounds)).filter(|v| v.is_finite());
+        let of = |of: fn(&Round) -> f64| Some(middle(of, &rounds)).filter(|v| v.is_finite());
         points.push((of(|round| round.floor), of(|round| round.edge)));
     }
     let line = |system, colour, dashed, points| Series { system, colour, dashed, points };
@@ -102,7 +105,7 @@ struct Round {
     /// Processor time, in per cent of a core.
     edge: f64,
     floor: f64,
-    /// Packets that the edge had sent again, a second.
+    /// Packets that the edge had sent again, as a share of those that it was sent.
     repaired: f64,
 }
 
@@ -127,7 +130,7 @@ impl Bench {
         streams: u32,
         losses: &[u8],
         rounds: usize,
-        seconds: u64,
+        turns: usize,
     ) -> io::Result<Vec<Vec<Round>>> {
         let origin = Origin::new();
         let shutdown = CancellationToken::new();
@@ -152,7 +155,7 @@ impl Bench {
         )?;
         wait_for("the edge answers", || Ok(http_get(flv, "/healthz").is_ok()))?;
 
-        let source = Source::start(streams, &origin, [edge_rtp, floor_rtp])?;
+        let mut source = Source::start(streams, &origin, [edge_rtp, floor_rtp])?;
         wait_for("the edge has all streams", || {
             edge.check()?;
             let metrics = http_get(flv, "/metrics")?;
@@ -167,22 +170,33 @@ impl Bench {
             for (&loss, results) in losses.iter().zip(&mut results) {
                 source.set_loss(loss);
                 std::thread::sleep(SETTLE);
-                edge.check()?;
-                floor.check()?;
-                let look = || -> io::Result<_> {
-                    let fates = Fates::read(flv)?;
-                    let cpu = (edge.cpu_seconds(), floor.cpu_seconds());
-                    Ok((Instant::now(), source.sent(), cpu, fates))
-                };
-                let (began, sent, cpu, fates) = look()?;
-                std::thread::sleep(Duration::from_secs(seconds));
-                let (ended, sent_then, cpu_then, fates_then) = look()?;
-                let lasted = ended.duration_since(began).as_secs_f64();
+                let (mut sent, mut cpu, mut lasted) = ([0; 2], [0.0; 2], [0.0; 2]);
+                let repaired = Fates::read(flv)?.repaired;
+                for _ in 0..turns {
+                    for target in [Target::Floor, Target::Edge] {
+                        source.set_turn(target);
+                        std::thread::sleep(BETWEEN_TURNS);
+                        edge.check()?;
+                        floor.check()?;
+                        let process = if target == Target::Edge { &edge } else { &floor };
+                        let look = || (Instant::now(), source.sent(target), process.cpu_seconds());
+                        let before = look();
+                        std::thread::sleep(TURN);
+                        let after = look();
+                        let i = target as usize;
+                        lasted[i] += after.0.duration_since(before.0).as_secs_f64();
+                        sent[i] += after.1 - before.1;
+                        cpu[i] += after.2 - before.2;
+                    }
+                }
+                let repaired = Fates::read(flv)?.repaired - repaired;
+                let per_second = |i: usize| sent[i] as f64 / lasted[i];
+                let share = |target: Target| 100.0 * cpu[target as usize] / lasted[target as usize];
                 let round = Round {
-                    packets: (sent_then - sent) as f64 / lasted,
-                    edge: 100.0 * (cpu_then.0 - cpu.0) / lasted,
-                    floor: 100.0 * (cpu_then.1 - cpu.1) / lasted,
-                    repaired: (fates_then.repaired - fates.repaired) / lasted,
+                    packets: per_second(Target::Edge as usize),
+                    edge: share(Target::Edge),
+                    floor: share(Target::Floor),
+                    repaired: repaired / sent[Target::Edge as usize].max(1) as f64,
                 };
                 eprintln!(
                     "{streams} streams, {loss} % left out, round {}: edge {:.1} %, floor {:.1} %, \
@@ -195,13 +209,15 @@ impl Bench {
                 results.push(round);
             }
         }
-        let sent = source.stop()?;
+        source.stop()?;
+        let sent = source.sent(Target::Floor);
         let floor_count = floor::ask_count(floor_rtp, &dir.path().join("floor.log"))?;
         if floor_count != sent {
             return Err(io::Error::other(format!(
                 "the floor read {floor_count} of {sent} datagrams: the machine is too busy"
             )));
         }
+        let sent = source.sent(Target::Edge);
         // It counts a few times a second.
         wait_for("the edge has counted all datagrams", || {
             Ok(Fates::read(flv)?.received >= sent as f64)
@@ -276,5 +292,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const LOG_MS: u64 = 4000;
 /// Until the logs are full: memory that is new costs page faults.
 const WARM_UP: Duration = Duration::from_millis(LOG_MS + 1000);
+const TURN: Duration = Duration::from_secs(1);
+/// For what is still under way, and what is still missing.
+const BETWEEN_TURNS: Duration = Duration::from_millis(100);
 /// For what was lost before the loss changed.
 const SETTLE: Duration = Duration::from_secs(1);

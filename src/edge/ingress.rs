@@ -578,3 +578,189 @@ const MAX_FAILURES: u32 = 1000;
 /// Events in a row before the sockets get their turn.
 const MAX_EVENTS: usize = 256;
 const EVENT_QUEUE: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::UdpSocket,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use super::*;
+    use crate::{
+        edge::intake,
+        flv::{Tag, TagKind},
+        hub::{Hub, LogLimits},
+        origin::Headers,
+        repair::{
+            client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
+            control::StreamInfo,
+            receiver,
+        },
+        rtp::{Packetizer, Seq},
+        tls::Trust,
+    };
+
+    /// An ingress with one socket, the hub that it fills, where its socket is, and what the repair
+    /// connection would send events with.
+    struct Rig {
+        ingress: Ingress,
+        hub: Hub,
+        rtp: SocketAddr,
+        events: std::sync::mpsc::Receiver<mpsc::Sender<RepairEvent>>,
+    }
+
+    fn rig(on_start: impl Fn(&Arc<crate::hub::Stream>) + Send + 'static) -> Rig {
+        let registry = prometheus::Registry::new();
+        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
+        let metrics = IntakeMetrics::register(&registry).unwrap();
+        let settings = intake::Settings {
+            receiver: receiver::Settings::default(),
+            silence: Duration::from_secs(10),
+            max_streams: 1000,
+        };
+        let intake = Intake::new(settings, hub.clone(), metrics.clone(), on_start);
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let rtp = socket.local_addr().unwrap();
+        // Where nobody answers: what the cloud says, the test says.
+        let nobody = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let quic_port = nobody.local_addr().unwrap().port();
+        let (events_in, events) = std::sync::mpsc::channel();
+        let client_metrics = RepairClientMetrics::register(&registry).unwrap();
+        let connect: Connect = Box::new(move |cloud, events, shutdown| {
+            let _ = events_in.send(events);
+            let _held = &nobody;
+            let settings = RepairClientSettings {
+                cloud: cloud.to_owned(),
+                protocol: ProtocolChoice::Auto,
+                trust: Trust::Insecure,
+                node: "test".into(),
+                token: None,
+                streams: Vec::new(),
+                rtp_port: None,
+                rtp_paths: 0,
+                group: None,
+                parity: false,
+                latency: Duration::from_millis(500),
+            };
+            let (unused, _) = mpsc::channel(1);
+            RepairClient::spawn(settings, unused, client_metrics.clone(), shutdown)
+        });
+        let cloud = Cloud {
+            host: "127.0.0.1".into(),
+            quic_host: None,
+            quic_port,
+            api_host: None,
+            api_port: 9,
+        };
+        let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
+        let probe_metrics = ProbeMetrics::register(&registry).unwrap();
+        let sockets = vec![RtpSocket::new(socket).unwrap()];
+        let ingress = Ingress::new(sockets, Vec::new(), settings, intake, metrics, probe_metrics);
+        Rig { ingress, hub, rtp, events }
+    }
+
+    fn up(number: u32) -> RepairEvent {
+        RepairEvent::StreamUp(StreamInfo {
+            key: format!("live/{number}").parse().unwrap(),
+            ssrc: Ssrc(number),
+            start_unix_ms: 0,
+            headers: Headers::default(),
+            gop_start: None,
+            newest: None,
+        })
+    }
+
+    async fn wait_until(what: &str, so: impl Fn() -> bool) {
+        let began = Instant::now();
+        while !so() {
+            assert!(began.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn an_event_is_taken_promptly_while_nothing_comes_and_shutdown_ends_the_streams() {
+        let Rig { ingress, hub, events, .. } = rig(|_| ());
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(ingress.run(shutdown.clone()));
+        let events = events.recv().unwrap();
+        events.send(RepairEvent::Connected { protocol: Protocol::Downpour }).await.unwrap();
+        let mut quickest = Duration::MAX;
+        for number in 1..=10 {
+            // It sleeps by now, with nothing to wake it but a tick each 200 ms.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let began = Instant::now();
+            events.send(up(number)).await.unwrap();
+            wait_until("the stream is up", || hub.len() == number as usize).await;
+            quickest = quickest.min(began.elapsed());
+        }
+        // Other tests may hold one of them up, but not all.
+        assert!(quickest < Duration::from_millis(20), "{quickest:?}");
+        shutdown.cancel();
+        tokio::time::timeout(Duration::from_secs(20), running).await.unwrap().unwrap();
+        assert!(hub.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
+        let Rig { ingress, hub, rtp, events } = rig(|_| ());
+        let metrics = ingress.metrics.clone();
+        let _running = tokio::spawn(ingress.run(CancellationToken::new()));
+        let events = events.recv().unwrap();
+        events.send(up(7)).await.unwrap();
+        wait_until("the stream is up", || hub.len() == 1).await;
+        let stream = hub.stream("live/7").unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut packetizer = Packetizer::new(Ssrc(7), 1120);
+        let mut quickest = Duration::MAX;
+        for number in 1..=10u32 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
+            let began = Instant::now();
+            sender.send_to(packetizer.packetize(&tag).bytes(), rtp).unwrap();
+            wait_until("the tag is there", || stream.held().0 == number as usize).await;
+            quickest = quickest.min(began.elapsed());
+        }
+        assert!(quickest < Duration::from_millis(20), "{quickest:?}");
+        // Two are left out, and the third shows it.
+        let tag = Tag::new(TagKind::Audio, 300, &[0xaf, 1]).unwrap();
+        let last = (0..3).map(|_| packetizer.packetize(&tag)).last().unwrap();
+        assert_eq!(last.first_seq(), Seq::FIRST.plus(12));
+        sender.send_to(last.bytes(), rtp).unwrap();
+        wait_until("both are asked for", || {
+            metrics.streams().first().is_some_and(|stream| stream.report.asked == 2)
+        })
+        .await;
+        assert_eq!(stream.held().0, 10);
+    }
+
+    #[tokio::test]
+    async fn a_panic_on_the_thread_is_one_of_the_task() {
+        let Rig { ingress, events, hub, .. } = rig(|_| panic!("on purpose"));
+        let running = tokio::spawn(ingress.run(CancellationToken::new()));
+        events.recv().unwrap().send(up(7)).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(20), running).await.unwrap();
+        assert!(ended.unwrap_err().is_panic());
+        assert!(hub.is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_thread_ends_with_the_task() {
+        struct Counted(Arc<AtomicUsize>);
+        impl Drop for Counted {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        let alive = Arc::new(AtomicUsize::new(1));
+        let counted = Counted(alive.clone());
+        let Rig { ingress, events, hub, .. } = rig(move |_| _ = &counted);
+        let running = tokio::spawn(ingress.run(CancellationToken::new()));
+        events.recv().unwrap().send(up(7)).await.unwrap();
+        wait_until("the stream is up", || hub.len() == 1).await;
+        running.abort();
+        wait_until("the thread has ended", || alive.load(Ordering::SeqCst) == 0).await;
+        assert!(hub.is_empty());
+    }
+}

@@ -33,11 +33,21 @@ pub struct Source {
 struct Shared {
     stop: AtomicBool,
     loss: AtomicU8,
-    sent: AtomicU64,
+    /// A [`Target`].
+    turn: AtomicU8,
+    sent: [AtomicU64; 2],
+}
+
+/// Whose turn it is to get what is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Edge = 0,
+    Floor = 1,
 }
 
 impl Source {
-    /// Publishes `count` streams at `origin` and sends them to each of `targets`.
+    /// Publishes `count` streams at `origin` and sends them to the edge, the first of `targets`;
+    /// when it is the floor's turn, the same to the floor, while the publications stand still.
     pub fn start(count: u32, origin: &Origin, targets: [SocketAddr; 2]) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let mut sender = Sender::new(shared.clone(), targets)?;
@@ -52,7 +62,8 @@ impl Source {
             let stream = Arc::new(OriginStream::new(key, Ssrc(number + 1), 0, history));
             stream.set_headers(tags.headers.clone());
             origin.insert(stream.clone());
-            streams.push((stream, Packetizer::new(Ssrc(number + 1), PAYLOAD)));
+            let packetizer = || Packetizer::new(Ssrc(number + 1), PAYLOAD);
+            streams.push((stream, [packetizer(), packetizer()]));
             // Encoders do not run in step.
             let phase = GOP.mul_f64(phases.random());
             due.push(Reverse((phase, number, Kind::Video, 0)));
@@ -65,11 +76,14 @@ impl Source {
                     break;
                 }
                 std::thread::sleep((start + at).saturating_duration_since(Instant::now()));
-                let (stream, packetizer) = &mut streams[number as usize];
+                let (stream, packetizers) = &mut streams[number as usize];
                 let tag = tags.at(kind, frame);
-                let burst = packetizer.packetize(&tag);
-                stream.push(Instant::now(), burst.clone(), tag.is_key_frame());
-                sender.send(&burst)?;
+                let turn = usize::from(state.turn.load(Ordering::Relaxed));
+                let burst = packetizers[turn].packetize(&tag);
+                if turn == Target::Edge as usize {
+                    stream.push(Instant::now(), burst.clone(), tag.is_key_frame());
+                }
+                sender.send(&burst, turn)?;
                 due.push(Reverse((at + kind.period(), number, kind, frame + 1)));
             }
             Ok(())
@@ -82,19 +96,23 @@ impl Source {
         self.shared.loss.store(percent, Ordering::Relaxed);
     }
 
-    /// Datagrams that were sent to each target.
-    pub fn sent(&self) -> u64 {
-        self.shared.sent.load(Ordering::Relaxed)
+    /// Sends to this one from now on.
+    pub fn set_turn(&self, target: Target) {
+        self.shared.turn.store(target as u8, Ordering::Relaxed);
     }
 
-    /// Ends; tells how many datagrams each target was sent.
-    pub fn stop(mut self) -> io::Result<u64> {
+    /// Datagrams that were sent to this one.
+    pub fn sent(&self, target: Target) -> u64 {
+        self.shared.sent[target as usize].load(Ordering::Relaxed)
+    }
+
+    /// Ends; nothing is sent any more.
+    pub fn stop(&mut self) -> io::Result<()> {
         self.shared.stop.store(true, Ordering::Relaxed);
         match self.thread.take().map(JoinHandle::join) {
-            Some(Ok(result)) => result?,
-            _ => return Err(io::Error::other("the source panicked")),
+            Some(Ok(result)) => result,
+            _ => Err(io::Error::other("the source panicked")),
         }
-        Ok(self.sent())
     }
 }
 
@@ -169,9 +187,9 @@ impl Sender {
         Ok(Self { shared, socket, state, targets, rng, kept: Vec::new() })
     }
 
-    /// One call a target, as the fan-out does it. What is left out is missing from between the
+    /// One call, as the fan-out does it. What is left out is missing from between the
     /// others, as a network card that joins what comes would hand them on.
-    fn send(&mut self, burst: &Burst) -> io::Result<()> {
+    fn send(&mut self, burst: &Burst, turn: usize) -> io::Result<()> {
         let loss = f64::from(self.shared.loss.load(Ordering::Relaxed)) / 100.0;
         self.kept.clear();
         let mut count = 0;
@@ -183,21 +201,16 @@ impl Sender {
         }
         let most = self.state.max_gso_segments().min(MAX_GSO_BYTES / burst.stride()).max(1);
         for train in self.kept.chunks(most * burst.stride()) {
-            for destination in self.targets {
-                let segment_size = (train.len() > burst.stride()).then_some(burst.stride());
-                let transmit = Transmit {
-                    destination,
-                    ecn: None,
-                    contents: train,
-                    segment_size,
-                    src_ip: None,
-                };
-                self.state.try_send(UdpSockRef::from(&self.socket), &transmit)?;
-            }
+            let transmit = Transmit {
+                destination: self.targets[turn],
+                ecn: None,
+                contents: train,
+                segment_size: (train.len() > burst.stride()).then_some(burst.stride()),
+                src_ip: None,
+            };
+            self.state.try_send(UdpSockRef::from(&self.socket), &transmit)?;
         }
-        // Neither is always the first.
-        self.targets.reverse();
-        self.shared.sent.fetch_add(count, Ordering::Relaxed);
+        self.shared.sent[turn].fetch_add(count, Ordering::Relaxed);
         Ok(())
     }
 }
