@@ -212,10 +212,14 @@ impl Bench {
         source.stop()?;
         let sent = source.sent(Target::Floor);
         let floor_count = floor::ask_count(floor_rtp, &dir.path().join("floor.log"))?;
-        if floor_count != sent {
+        // What it did not read did not cost it anything either.
+        if (floor_count as f64) < MUST_READ * sent as f64 {
             return Err(io::Error::other(format!(
                 "the floor read {floor_count} of {sent} datagrams: the machine is too busy"
             )));
+        }
+        if floor_count < sent {
+            eprintln!("the floor read {floor_count} of {sent} datagrams: the machine is busy");
         }
         let sent = source.sent(Target::Edge);
         // It counts a few times a second.
@@ -292,6 +296,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const LOG_MS: u64 = 4000;
 /// Until the logs are full: memory that is new costs page faults.
 const WARM_UP: Duration = Duration::from_millis(LOG_MS + 1000);
+/// Share of what it was sent: the kernel drops the rest where the floor does not get its turn.
+const MUST_READ: f64 = 0.95;
 const TURN: Duration = Duration::from_secs(1);
 /// For what is still under way, and what is still missing.
 const BETWEEN_TURNS: Duration = Duration::from_millis(100);
