@@ -52,7 +52,7 @@ impl Source {
         let shared = Arc::<Shared>::default();
         let mut sender = Sender::new(shared.clone(), targets)?;
         let tags = Tags::new()?;
-        let start = Instant::now();
+        let mut start = Instant::now();
         let mut streams = Vec::new();
         let mut due = BinaryHeap::new();
         let mut phases = SmallRng::seed_from_u64(SEED);
@@ -75,7 +75,13 @@ impl Source {
                 if state.stop.load(Ordering::Relaxed) {
                     break;
                 }
-                std::thread::sleep((start + at).saturating_duration_since(Instant::now()));
+                let now = Instant::now();
+                std::thread::sleep((start + at).saturating_duration_since(now));
+                // A machine that stood still does not make encoders send all at once.
+                let late = now.saturating_duration_since(start + at);
+                if late > STOOD_STILL {
+                    start += late;
+                }
                 let (stream, packetizers) = &mut streams[number as usize];
                 let tag = tags.at(kind, frame);
                 let turn = usize::from(state.turn.load(Ordering::Relaxed));
@@ -215,6 +221,8 @@ impl Sender {
     }
 }
 
+/// With less to catch up, sockets have room for it.
+const STOOD_STILL: Duration = Duration::from_millis(30);
 const PAYLOAD: usize = 1120;
 const SEED: u64 = 1;
 const MAX_GSO_BYTES: usize = 65_000;
