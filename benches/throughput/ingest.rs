@@ -148,8 +148,7 @@ impl Rounds {
         self.nginx_resident.push(round.nginx.resident / 1e6);
         self.ours_resident.push(round.ours.resident / 1e6);
         self.ring.push(round.ring_bytes / 1e6);
-        (self.nginx_connected, self.ours_connected) =
-            (round.nginx.connected, round.ours.connected);
+        (self.nginx_connected, self.ours_connected) = (round.nginx.connected, round.ours.connected);
     }
 
     fn floor(&self) -> Vec<f64> {
@@ -343,9 +342,9 @@ impl Publishers {
     fn check(mut self) -> io::Result<u64> {
         self.process.check()?;
         let text = log(&self.dir, "publishers")?;
-        let millis = text.lines().find_map(|line| {
-            line.strip_prefix("connected in ")?.strip_suffix(" ms")?.parse().ok()
-        });
+        let millis = text
+            .lines()
+            .find_map(|line| line.strip_prefix("connected in ")?.strip_suffix(" ms")?.parse().ok());
         millis.ok_or_else(|| io::Error::other("the publishers did not connect"))
     }
 }

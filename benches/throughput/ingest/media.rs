@@ -37,17 +37,11 @@ impl Media {
                 0 => (0x17, KEY_BYTES),
                 frame => (0x27, INTER_BYTES - 300 + (frame as usize * 37 % 49) * 600 / 48),
             };
-            tags.push(TimedTag {
-                at,
-                tag: tag(TagKind::Video, at, &[first, 1, 0, 0, 0], length)?,
-            });
+            tags.push(TimedTag { at, tag: tag(TagKind::Video, at, &[first, 1, 0, 0, 0], length)? });
         }
         for frame in 0..AUDIO_FRAMES {
             let at = GROUP * frame / AUDIO_FRAMES;
-            tags.push(TimedTag {
-                at,
-                tag: tag(TagKind::Audio, at, &[0xaf, 1], AUDIO_BYTES)?,
-            });
+            tags.push(TimedTag { at, tag: tag(TagKind::Audio, at, &[0xaf, 1], AUDIO_BYTES)? });
         }
         tags.sort_by_key(|tag| tag.at);
         let start = Duration::ZERO;

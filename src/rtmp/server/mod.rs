@@ -2,28 +2,31 @@
 
 mod connection;
 mod metrics;
+mod shards;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use prometheus::Registry;
 use tokio::{
-    net::{TcpListener, TcpSocket},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
     time::{self, Instant},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::warn;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, warn};
 
 pub use metrics::ServerMetrics;
 
-use self::{connection::Connection, metrics::REFUSED_CONNECTIONS};
+use self::{connection::Connection, metrics::REFUSED_CONNECTIONS, shards::Shards};
 use super::publish::PublishHandler;
 use crate::{flv::Tag, limits};
 
-/// A listening RTMP server. Each connection is a task of its own; its failure ends it alone.
+/// A listening RTMP server. Each connection is a task of its own, on one of a few threads; its
+/// failure ends it alone.
 #[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
+    shards: Shards,
     settings: ServerSettings,
     metrics: ServerMetrics,
 }
@@ -32,17 +35,14 @@ impl Server {
     /// Listens on `addr`; port 0 picks a free one. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// If the address cannot be had.
+    /// If the address cannot be had, or no threads.
     pub fn bind(addr: SocketAddr, settings: ServerSettings) -> io::Result<Self> {
         let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         socket.set_reuseaddr(true)?;
         socket.bind(addr)?;
         let metrics = ServerMetrics::register(&Registry::new()).map_err(io::Error::other)?;
-        Ok(Self {
-            listener: socket.listen(limits::backlog(settings.max_connections))?,
-            settings,
-            metrics,
-        })
+        let listener = socket.listen(limits::backlog(settings.max_connections))?;
+        Ok(Self { listener, shards: Shards::spawn(settings.threads)?, settings, metrics })
     }
 
     /// Counts in `metrics`, not in ones that nobody sees.
@@ -59,10 +59,12 @@ impl Server {
     }
 
     /// Serves until `shutdown` is cancelled, then closes all connections, whose encoders are told,
-    /// and returns when they are gone: within two seconds or so.
+    /// and returns when they are gone: within two seconds or so. Returns early if one of its threads
+    /// fails.
     pub async fn run(self, handler: Arc<dyn PublishHandler>, shutdown: CancellationToken) {
-        let Self { listener, settings, metrics } = self;
-        let connections = TaskTracker::new();
+        let Self { listener, shards, settings, metrics } = self;
+        // Ends the connections of the other threads where one has failed.
+        let shutdown = shutdown.child_token();
         let slots = Arc::new(Semaphore::new(settings.max_connections));
         let (mut full, mut failing) = (RareLog::default(), RareLog::default());
         let mut backoff = MIN_BACKOFF;
@@ -70,6 +72,11 @@ impl Server {
             let accepted = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
+                () = shards.failed() => {
+                    error!("a thread of the RTMP server has failed");
+                    shutdown.cancel();
+                    break;
+                }
                 accepted = listener.accept() => accepted,
             };
             match accepted {
@@ -84,18 +91,28 @@ impl Server {
                         }
                         continue;
                     };
-                    let connection = Connection::new(
-                        stream,
-                        peer,
-                        settings,
-                        handler.clone(),
-                        metrics.clone(),
-                        shutdown.clone(),
-                    );
-                    connections.spawn(async move {
-                        connection.run().await;
-                        drop(slot);
-                    });
+                    // It leaves this runtime's event loop for another one.
+                    let Ok(stream) = stream.into_std() else {
+                        metrics.accept_errors.inc();
+                        continue;
+                    };
+                    let (handler, metrics) = (handler.clone(), metrics.clone());
+                    let shutdown = shutdown.clone();
+                    shards.run(Box::pin(async move {
+                        let _slot = slot;
+                        match TcpStream::from_std(stream) {
+                            Ok(stream) => {
+                                let connection = Connection::new(
+                                    stream, peer, settings, handler, metrics, shutdown,
+                                );
+                                connection.run().await;
+                            }
+                            Err(error) => {
+                                metrics.accept_errors.inc();
+                                warn!(%peer, %error, "RTMP connection lost");
+                            }
+                        }
+                    }));
                 }
                 Err(error) => {
                     // Out of descriptors, most likely: that passes, and accepting again at once
@@ -112,8 +129,7 @@ impl Server {
             }
         }
         drop(listener);
-        connections.close();
-        connections.wait().await;
+        shards.join().await;
     }
 }
 
@@ -134,6 +150,9 @@ pub struct ServerSettings {
     pub max_message_len: usize,
     /// The payload of the chunks that we send, in bytes. Default 4096.
     pub chunk_size: u32,
+    /// Threads that serve connections, 1 at least. Default half of the processors, and 16 at most:
+    /// the other half is for those who send.
+    pub threads: usize,
 }
 
 impl Default for ServerSettings {
@@ -145,6 +164,8 @@ impl Default for ServerSettings {
             write_timeout: Duration::from_secs(10),
             max_message_len: Tag::MAX_BODY_LEN,
             chunk_size: 4096,
+            threads: std::thread::available_parallelism()
+                .map_or(1, |count| (count.get() / 2).clamp(1, MAX_THREADS)),
         }
     }
 }
@@ -168,6 +189,8 @@ impl RareLog {
     }
 }
 
+/// One serves some ten thousand encoders of 200 kbit/s.
+const MAX_THREADS: usize = 16;
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
