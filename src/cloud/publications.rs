@@ -434,7 +434,7 @@ impl Started {
             return;
         }
         *held = Some(tag.clone());
-        self.origin.keep_header(tag.kind(), burst.clone());
+        self.origin.keep_header(tag.kind(), burst.detached());
         self.origin.set_headers(self.headers.clone());
         origin.updated(&self.origin);
     }

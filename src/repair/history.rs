@@ -17,6 +17,8 @@ pub struct History {
     bursts: VecDeque<Held>,
     max_packets: usize,
     max_age: Duration,
+    /// When the first burst was pushed.
+    epoch: Option<Instant>,
     packets: usize,
     bytes: usize,
     /// Bytes ever pushed.
@@ -25,11 +27,12 @@ pub struct History {
     next: u64,
 }
 
+/// Kept small: there are some hundred a second of media.
 #[derive(Debug)]
 struct Held {
     burst: Burst,
-    first: u64,
-    pushed: Instant,
+    /// Milliseconds since the epoch, modulo 2³².
+    pushed: u32,
 }
 
 impl History {
@@ -41,6 +44,7 @@ impl History {
             bursts: VecDeque::new(),
             max_packets,
             max_age,
+            epoch: None,
             packets: 0,
             bytes: 0,
             total_bytes: 0,
@@ -55,7 +59,8 @@ impl History {
         self.packets += count;
         self.bytes += burst.bytes().len();
         self.total_bytes += burst.bytes().len() as u64;
-        self.bursts.push_back(Held { first: self.next, burst, pushed: now });
+        let pushed = self.millis(now);
+        self.bursts.push_back(Held { burst, pushed });
         self.next += count as u64;
         while self.packets > self.max_packets && self.bursts.len() > 1 {
             self.drop_oldest();
@@ -65,11 +70,22 @@ impl History {
 
     /// Drops what is older than the age bound, the newest burst excepted.
     pub fn expire(&mut self, now: Instant) {
+        let (now, max_age) = (self.millis(now), self.max_age.as_millis());
         while self.bursts.len() > 1
-            && now.saturating_duration_since(self.bursts[0].pushed) > self.max_age
+            && self.bursts.front().is_some_and(|oldest| {
+                // A clock that is read by several threads may seem to go back a little.
+                let age = now.wrapping_sub(oldest.pushed) as i32;
+                u128::from(age.max(0).unsigned_abs()) > max_age
+            })
         {
             self.drop_oldest();
         }
+    }
+
+    /// Milliseconds since the epoch, which begins when this is first called.
+    fn millis(&mut self, now: Instant) -> u32 {
+        let epoch = *self.epoch.get_or_insert(now);
+        now.saturating_duration_since(epoch).as_millis() as u32
     }
 
     fn drop_oldest(&mut self) {
@@ -81,12 +97,14 @@ impl History {
 
     /// The packet with this sequence number, if it is still held.
     pub fn packet(&self, seq: Seq) -> Option<Bytes> {
-        let newest = self.next - 1;
-        let behind = Seq(newest as u16).distance_from(seq);
-        let wanted = newest.checked_sub(u64::try_from(behind).ok()?)?;
-        let index = self.bursts.partition_point(|held| held.first <= wanted).checked_sub(1)?;
-        let held = &self.bursts[index];
-        held.burst.packet((wanted - held.first) as usize)
+        let newest = Seq(self.next.wrapping_sub(1) as u16);
+        let behind = u16::try_from(newest.distance_from(seq)).ok()?;
+        // All that is held lies within the 32768 numbers up to the newest one.
+        let age = |burst: &Burst| newest.0.wrapping_sub(burst.first_seq().0);
+        let index =
+            self.bursts.partition_point(|held| age(&held.burst) >= behind).checked_sub(1)?;
+        let burst = &self.bursts.get(index)?.burst;
+        burst.packet(usize::from(age(burst) - behind))
     }
 
     /// Number of packets held.

@@ -5,7 +5,7 @@ use std::{
     future::poll_fn,
     io,
     pin::Pin,
-    task::{Poll, ready},
+    task::{Context, Poll, ready},
 };
 
 use tokio::{
@@ -22,15 +22,21 @@ pub async fn read<T>(
     stream: &mut TcpStream,
     mut take: impl FnMut(&[u8]) -> T,
 ) -> io::Result<Option<T>> {
-    poll_fn(|cx| {
-        with_scratch(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut *stream).poll_read(cx, &mut buffer))?;
-            let bytes = buffer.filled();
-            Poll::Ready(Ok(if bytes.is_empty() { None } else { Some(take(bytes)) }))
-        })
+    poll_fn(|cx| poll_read(stream, cx, &mut take)).await
+}
+
+/// As [`read`], for who polls other things beside it.
+pub fn poll_read<T>(
+    stream: &mut TcpStream,
+    cx: &mut Context<'_>,
+    mut take: impl FnMut(&[u8]) -> T,
+) -> Poll<io::Result<Option<T>>> {
+    with_scratch(|scratch| {
+        let mut buffer = ReadBuf::new(scratch);
+        ready!(Pin::new(stream).poll_read(cx, &mut buffer))?;
+        let bytes = buffer.filled();
+        Poll::Ready(Ok(if bytes.is_empty() { None } else { Some(take(bytes)) }))
     })
-    .await
 }
 
 /// As [`read`], for what is there already; otherwise [`io::ErrorKind::WouldBlock`].

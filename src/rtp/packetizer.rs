@@ -20,6 +20,8 @@ pub struct Packetizer {
     ssrc: Ssrc,
     next_seq: Seq,
     payload_max: usize,
+    /// Room for the next short bursts.
+    block: BytesMut,
 }
 
 impl Packetizer {
@@ -34,7 +36,7 @@ impl Packetizer {
     /// [`Self::PAYLOAD_LEAST`]`..=`[`Self::PAYLOAD_LIMIT`].
     pub fn new(ssrc: Ssrc, payload_max: usize) -> Self {
         let payload_max = payload_max.clamp(Self::PAYLOAD_LEAST, Self::PAYLOAD_LIMIT);
-        Self { ssrc, next_seq: Seq::FIRST, payload_max }
+        Self { ssrc, next_seq: Seq::FIRST, payload_max, block: BytesMut::new() }
     }
 
     /// Packs one tag. A copy of its bytes is the only one that the whole cloud makes.
@@ -43,7 +45,20 @@ impl Packetizer {
         let count = unit.len().div_ceil(self.payload_max);
         let timestamp = tag.timestamp().wrapping_mul(CLOCK_KHZ);
         let first_seq = self.next_seq;
-        let mut bytes = BytesMut::with_capacity(unit.len() + count * HEADER_LEN);
+        let len = unit.len() + count * HEADER_LEN;
+        let mut own = BytesMut::new();
+        let bytes = match len > SHARING_LEN {
+            true => {
+                own.reserve(len);
+                &mut own
+            }
+            false => {
+                if self.block.capacity() < len {
+                    self.block = BytesMut::with_capacity(BLOCK_LEN);
+                }
+                &mut self.block
+            }
+        };
         for (i, slice) in unit.chunks(self.payload_max).enumerate() {
             let header = Header {
                 marker: i + 1 == count,
@@ -56,7 +71,9 @@ impl Packetizer {
             bytes.put_slice(slice);
         }
         self.next_seq = first_seq.plus(count);
-        Burst { bytes: bytes.freeze(), stride: HEADER_LEN + self.payload_max, first_seq }
+        // What is left of a block is for the next one.
+        let bytes = bytes.split().freeze();
+        Burst { bytes, stride: (HEADER_LEN + self.payload_max) as u16, first_seq }
     }
 
     /// The sequence number that the next packet will have.
@@ -67,10 +84,13 @@ impl Packetizer {
 
 /// One tag's packets, one behind the other in one buffer at a fixed stride, the last one shorter:
 /// the layout that UDP segmentation offload sends in one call and that the history ring keeps.
+///
+/// Short bursts share blocks of memory, each of which is held as long as one of its bursts is.
 #[derive(Debug, Clone)]
 pub struct Burst {
     bytes: Bytes,
-    stride: usize,
+    /// Small, for there are hundreds of bursts in the history of each stream.
+    stride: u16,
     first_seq: Seq,
 }
 
@@ -82,12 +102,12 @@ impl Burst {
 
     /// Bytes from one packet's start to the next one's: the GSO segment size.
     pub fn stride(&self) -> usize {
-        self.stride
+        self.stride.into()
     }
 
     /// Number of packets, at least 1.
     pub fn count(&self) -> usize {
-        self.bytes.len().div_ceil(self.stride)
+        self.bytes.len().div_ceil(self.stride())
     }
 
     /// The first packet's sequence number.
@@ -105,11 +125,57 @@ impl Burst {
         (index < self.count()).then(|| self.bytes.slice(self.range(index)))
     }
 
+    /// The same packets in memory of their own, for who keeps them longer than the history does.
+    pub fn detached(&self) -> Self {
+        Self { bytes: Bytes::copy_from_slice(&self.bytes), ..*self }
+    }
+
     fn range(&self, index: usize) -> Range<usize> {
-        let start = index * self.stride;
-        start..(start + self.stride).min(self.bytes.len())
+        let start = index * self.stride();
+        start..(start + self.stride()).min(self.bytes.len())
     }
 }
 
+/// Bytes of a block: some twenty bursts of a slow stream, which spares each of them its share of an
+/// allocator's work and bookkeeping. A stream that is not sent to any more holds one or two.
+const BLOCK_LEN: usize = 8 << 10;
+/// Longer bursts have memory of their own, so that at most a quarter of a block stays empty.
+const SHARING_LEN: usize = BLOCK_LEN / 4;
 /// RTP ticks a millisecond: the 90 kHz clock of RFC 3551 §5 for video.
 const CLOCK_KHZ: u32 = 90;
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+    use crate::flv::TagKind;
+
+    proptest! {
+        #[test]
+        fn bursts_keep_their_packets_whatever_shares_their_memory(
+            lengths in vec(prop_oneof![0usize..300, 900usize..1300, 2000usize..5000], 1..60),
+            payload_max in 512usize..=1180,
+        ) {
+            let mut packetizer = Packetizer::new(Ssrc(7), payload_max);
+            let tags: Vec<_> = (0..)
+                .zip(&lengths)
+                .map(|(i, len)| Tag::new(TagKind::Video, i, &vec![i as u8; *len]).unwrap())
+                .collect();
+            let bursts: Vec<_> = tags.iter().map(|tag| packetizer.packetize(tag)).collect();
+            let mut next = Seq::FIRST;
+            for (tag, burst) in tags.iter().zip(&bursts) {
+                prop_assert_eq!(burst.first_seq(), next);
+                let mut unit = Vec::new();
+                for i in 0..burst.count() {
+                    let packet = burst.packet(i).unwrap();
+                    prop_assert_eq!(burst.detached().packet(i), Some(packet.clone()));
+                    prop_assert!(packet.len() <= HEADER_LEN + payload_max);
+                    unit.extend_from_slice(&packet[HEADER_LEN..]);
+                }
+                prop_assert_eq!(&unit[..], tag.unit());
+                next = next.plus(burst.count());
+            }
+        }
+    }
+}

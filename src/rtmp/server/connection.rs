@@ -1,6 +1,14 @@
 //! One encoder's connection: the socket, the timeouts and the log around a [`ServerSession`].
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
@@ -13,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     ServerMetrics, ServerSettings,
+    alarm::Alarm,
     metrics::{
         REFUSED_ALREADY_LIVE, REFUSED_FULL, REFUSED_NAME, REFUSED_NOT_CONNECTED, REFUSED_PLAY,
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
@@ -102,30 +111,51 @@ impl Connection {
         let Self { stream, intake } = self;
         let mut cancelled = pin!(intake.kick.clone().cancelled_owned());
         // Set again only when it fires, not at each read.
-        let mut timer = pin!(time::sleep_until(intake.deadline()));
+        let mut due = intake.deadline();
+        let mut timer = pin!(time::sleep_until(due));
+        let alarm = Alarm::new();
         loop {
-            tokio::select! {
-                biased;
-                () = &mut cancelled => return intake.cancelled(),
-                read = socket::read(stream, |bytes| intake.take(bytes)) => match read {
-                    Ok(Some(Ok(None))) => {}
-                    Ok(Some(Ok(Some(close)))) => return close,
-                    Ok(Some(Err(error))) => return Close::Protocol(error),
-                    Ok(None) => return Close::Eof,
-                    Err(error) => return Close::Io(error),
-                },
-                () = &mut timer => {
-                    let deadline = intake.deadline();
-                    if deadline <= Instant::now() {
+            let wake = poll_fn(|cx| {
+                let rung = alarm.take(cx);
+                let mut quiet = Context::from_waker(alarm.waker());
+                if rung && cancelled.as_mut().poll(&mut quiet).is_ready() {
+                    return Poll::Ready(Wake::Cancelled);
+                }
+                if let Poll::Ready(read) = socket::poll_read(stream, cx, |bytes| intake.take(bytes))
+                {
+                    if rung {
+                        // The timer has not been looked at.
+                        alarm.ring();
+                    }
+                    return Poll::Ready(Wake::Read(read));
+                }
+                match rung && timer.as_mut().poll(&mut quiet).is_ready() {
+                    true => Poll::Ready(Wake::Timer),
+                    false => Poll::Pending,
+                }
+            });
+            match wake.await {
+                Wake::Cancelled => return intake.cancelled(),
+                Wake::Read(Ok(Some(Ok(None)))) => {}
+                Wake::Read(Ok(Some(Ok(Some(close))))) => return close,
+                Wake::Read(Ok(Some(Err(error)))) => return Close::Protocol(error),
+                Wake::Read(Ok(None)) => return Close::Eof,
+                Wake::Read(Err(error)) => return Close::Io(error),
+                Wake::Timer => {
+                    due = intake.deadline();
+                    if due <= Instant::now() {
                         return intake.timed_out();
                     }
-                    timer.as_mut().reset(deadline);
+                    timer.as_mut().reset(due);
+                    alarm.ring();
                 }
             }
             // It is nearer after a publication than in one.
             let deadline = intake.deadline();
-            if deadline < timer.deadline() {
-                timer.as_mut().reset(deadline);
+            if deadline < due {
+                due = deadline;
+                timer.as_mut().reset(due);
+                alarm.ring();
             }
             let output = intake.session.take_output();
             if output.is_empty() {
@@ -141,6 +171,8 @@ impl Connection {
                     Err(_) => return Close::WriteTimeout,
                 },
             }
+            // It was polled without the alarm's waker.
+            alarm.ring();
         }
     }
 
@@ -158,6 +190,13 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// Why a connection's task runs.
+enum Wake {
+    Cancelled,
+    Read(io::Result<Option<Result<Option<Close>, SessionError>>>),
+    Timer,
 }
 
 /// Everything about a connection but its socket.

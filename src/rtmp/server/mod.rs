@@ -1,5 +1,6 @@
 //! The RTMP server: takes encoders' connections and hands their tags to the node.
 
+mod alarm;
 mod connection;
 mod metrics;
 mod shards;
