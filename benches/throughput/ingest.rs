@@ -51,8 +51,8 @@ pub fn run(quick: bool) -> io::Result<Section> {
     ));
     section.table(&rounds.comparisons());
     section.say(&format!(
-        "In the cloud's own time a tag costs {} µs, of which the floor takes {} µs. {PUBLISHERS} \
-         publishers that come one after the other were connected in {} ms, at nginx in {} ms.",
+        "For each tag the cloud takes {} µs and the floor {} µs. The {PUBLISHERS} publishers, which \
+         connect all at once, were live after {} ms, at nginx after {} ms.",
         short(median(&rounds.ours) * 1e4 / (media.tag_rate() * PUBLISHERS as f64)),
         short(median(&rounds.floor()) * 1e4 / (media.tag_rate() * PUBLISHERS as f64)),
         rounds.ours_connected,
@@ -104,9 +104,9 @@ struct Load {
 
 impl Round {
     fn run(media: &Media, count: usize, plan: &Plan) -> io::Result<Self> {
-        let nginx = nginx(media, count, plan)?;
-        let send = send(media, count, plan)?;
-        let (ours, ring_bytes) = ours(media, count, plan)?;
+        let nginx = patiently(|| nginx(media, count, plan))?;
+        let send = patiently(|| send(media, count, plan))?;
+        let (ours, ring_bytes) = patiently(|| ours(media, count, plan))?;
         Ok(Self { nginx, send, ours, ring_bytes })
     }
 
@@ -435,6 +435,18 @@ fn wait_for(what: &str, mut so: impl FnMut() -> io::Result<bool>) -> io::Result<
     Err(io::Error::other(format!("waited too long until {what}")))
 }
 
+/// Tries again where a check fails: on a machine with other work, publishers may fall behind for a
+/// while. A fault of the program fails each time.
+fn patiently<T>(mut measure: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..ATTEMPTS {
+        match measure() {
+            Ok(measured) => return Ok(measured),
+            Err(error) => eprintln!("once more, since: {error}"),
+        }
+    }
+    measure()
+}
+
 fn scratch() -> io::Result<tempfile::TempDir> {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))
 }
@@ -457,6 +469,7 @@ const FULL: Plan = Plan {
 const SETTLE: Duration = Duration::from_millis(500);
 /// The reports that counts are taken from are up to 100 ms apart.
 const TOLERANCE: f64 = 0.08;
+const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(30);
 const NGINX: &str = "/usr/sbin/nginx";
 const NGINX_MODULE: &str = "/usr/lib/nginx/modules/ngx_rtmp_module.so";
