@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -107,6 +107,7 @@ pub struct OriginStream {
     byte_rate: AtomicU64,
     /// Parity packets a thousand media packets.
     parity_overhead: AtomicU64,
+    left: Left,
     /// Repairs asked for, served, and refused as no longer held.
     pub repairs: RepairCounts,
 }
@@ -158,6 +159,7 @@ impl OriginStream {
             ended: AtomicBool::new(false),
             byte_rate: AtomicU64::new(0),
             parity_overhead: AtomicU64::new(0),
+            left: Left::default(),
             repairs: RepairCounts::default(),
         }
     }
@@ -171,7 +173,20 @@ impl OriginStream {
         }
         let rate = state.rate.add(now, burst.bytes().len());
         self.byte_rate.store(rate, Ordering::Relaxed);
+        if !self.left.later.load(Ordering::Relaxed) {
+            self.left.note(burst.last_seq());
+        }
         state.history.push(now, burst);
+    }
+
+    /// From now on a burst has left when its [`Departure`] is dropped, not when it is pushed.
+    pub fn leaves_later(&self) {
+        self.left.later.store(true, Ordering::Relaxed);
+    }
+
+    /// What is dropped when the burst that ends with `last` has left. Bursts leave in their order.
+    pub fn departure(this: &Arc<Self>, last: Seq) -> Departure {
+        Departure { stream: this.clone(), last }
     }
 
     /// Keeps the burst of a codec header for [`OriginStream::header_packet`], in place of the one
@@ -211,7 +226,13 @@ impl OriginStream {
         self.lock().history.packet(seq)
     }
 
-    /// The newest sequence number sent.
+    /// The newest sequence number of which edges may be told while the stream goes on: they would
+    /// ask for what has not left yet.
+    pub fn left_seq(&self) -> Option<Seq> {
+        self.left.get()
+    }
+
+    /// The newest sequence number.
     pub fn newest_seq(&self) -> Option<Seq> {
         self.lock().history.newest_seq()
     }
@@ -289,6 +310,45 @@ impl OriginStream {
     }
 }
 
+/// A burst on its way out.
+pub struct Departure {
+    stream: Arc<OriginStream>,
+    last: Seq,
+}
+
+impl Drop for Departure {
+    fn drop(&mut self) {
+        self.stream.left.note(self.last);
+    }
+}
+
+/// How far a stream's packets have left.
+#[derive(Debug, Default)]
+struct Left {
+    later: AtomicBool,
+    /// The newest sequence number, and whether there is one.
+    newest: AtomicU32,
+}
+
+impl Left {
+    fn note(&self, seq: Seq) {
+        // Two senders may be done in either order.
+        let newer = |held: u32| {
+            let older = held & KNOWN == 0 || seq.distance_from(Seq(held as u16)) > 0;
+            older.then_some(u32::from(seq.0) | KNOWN)
+        };
+        // An error is that there is nothing to change.
+        let _ = self.newest.fetch_update(Ordering::AcqRel, Ordering::Acquire, newer);
+    }
+
+    fn get(&self) -> Option<Seq> {
+        let newest = self.newest.load(Ordering::Acquire);
+        (newest & KNOWN != 0).then_some(Seq(newest as u16))
+    }
+}
+
+const KNOWN: u32 = 1 << 16;
+
 /// Bytes a second: the mean of the first second, then smoothed from second to second.
 #[derive(Debug, Default)]
 struct RateMeter {
@@ -321,6 +381,34 @@ const EVENT_BACKLOG: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{flv::Tag, rtp::Packetizer};
+
+    #[test]
+    fn what_waits_to_leave_is_not_told() {
+        let history = History::new(100, Duration::from_secs(1));
+        let stream = OriginStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
+        let stream = Arc::new(stream);
+        let mut packetizer = Packetizer::new(Ssrc(1), 1120);
+        let mut push = || {
+            let burst = packetizer.packetize(&Tag::new(TagKind::Audio, 0, &[0xaf, 1]).unwrap());
+            stream.push(Instant::now(), burst.clone(), false);
+            OriginStream::departure(&stream, burst.last_seq())
+        };
+        assert_eq!(stream.left_seq(), None);
+        drop(push());
+        assert_eq!(stream.left_seq(), Some(Seq::FIRST));
+        stream.leaves_later();
+        let [second, third] = [push(), push()];
+        let told = (stream.left_seq(), stream.newest_seq());
+        assert_eq!(told, (Some(Seq::FIRST), Some(Seq::FIRST.plus(2))));
+        drop(third);
+        drop(second);
+        assert_eq!(stream.left_seq(), stream.newest_seq());
+        for _ in 0..600 {
+            drop(push());
+        }
+        assert_eq!(stream.left_seq(), Some(Seq::FIRST.plus(602)), "it wraps");
+    }
 
     #[test]
     fn the_rate_is_known_after_a_second_and_follows() {

@@ -1,11 +1,383 @@
-use std::io;
+//! One packet to many edges: the fan-out beside bare loops of system calls.
 
-use crate::table::Section;
+mod floor;
+mod sinks;
+mod stream;
+mod threads;
 
-pub fn run(_quick: bool) -> io::Result<Section> {
-    Err(io::Error::other("not there yet"))
+use std::{
+    cell::Cell,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use downpour::{
+    fanout::{
+        self, Fanout, FanoutMetrics, OnDatagrams,
+        routes::{Routes, Target},
+    },
+    rtp::{Burst, Ssrc},
+};
+use prometheus::Registry;
+
+use self::{floor::Bare, sinks::Sinks, threads::Thread};
+use crate::{
+    common::{
+        cpu,
+        plot::{Panel, Plot, Scale, Series},
+    },
+    table::{Comparison, Peer, Section, median},
+};
+
+pub fn run(quick: bool) -> io::Result<Section> {
+    let sinks = Sinks::new()?;
+    let mut section = Section::default();
+    section.say(
+        "A stream's packets to so many edges, as the packetizer makes them: 25 pictures a second, a \
+         key frame of six times the others' size every 2 s, 128 kbit/s of audio. CPU time per \
+         datagram, in user mode and in the kernel. The floor is a loop of `sendmsg` with \
+         segmentation (GSO) of the same bursts, with all addresses and headers made before; the \
+         peers are loops of one `sendto` and of `sendmmsg` for as many packets as it takes. Ours is \
+         the fan-out, queue and threads included, that is given a picture and its audio at a time. \
+         The sinks are sockets on loopback with full buffers, to which the kernel gives what it \
+         need not cut; each counts what it drops, which has to be all that was sent.",
+    );
+    let mut growth = Vec::new();
+    let mut cells = Vec::new();
+    let mut whole = Vec::new();
+    for mbps in RATES {
+        let pictures = stream::pictures(Ssrc(mbps), mbps);
+        for edges in EDGES {
+            let cell = Case { mbps, edges, pictures: &pictures, sinks: &sinks };
+            let row = cell.compare(quick)?;
+            eprintln!("{}: {:.2}", row.work, row.ratio());
+            growth.push((mbps, edges, row.clone()));
+            cells.push(row);
+            if edges == 1000 || (edges == 10 && !quick) {
+                whole.push(cell.compare_without_segmentation(quick)?);
+            }
+        }
+    }
+    section.table(&cells);
+    let five: Vec<_> = growth.iter().filter(|(mbps, ..)| *mbps == 5).collect();
+    let times = |row: &Comparison| median(&row.peers[0].values) / median(&row.ours);
+    let least = five.iter().map(|(_, _, row)| times(row)).fold(f64::INFINITY, f64::min);
+    section.say(&format!(
+        "At 5 Mbit/s ours takes {least:.1} times less than `sendto` where it gains least; the goal \
+         is 5 times."
+    ));
+    section.say(
+        "Where segmentation is refused: switched off in the fan-out, beside `sendmmsg` of the same \
+         packets as the floor.",
+    );
+    section.table(&whole);
+    section.say(
+        "A thousand streams to one edge each: 68,000 packets a second of 100 to 1100 bytes, from \
+         four threads, in real time. The floor sends each by `sendto`, in the same threads. Ours is \
+         what it takes to queue them and the fan-out's threads. The delay is from before the packet \
+         is queued or sent to when a thread that waits for one of the streams has read it.",
+    );
+    let streams = many_streams(quick)?;
+    section.table(&[streams.row]);
+    section.say(&format!(
+        "Delay of ours: {}; of the floor: {}. The fan-out made {:.2} calls a packet.",
+        streams.ours, streams.floor, streams.calls,
+    ));
+    section.plot("fanout-growth.svg", plot(&growth));
+    Ok(section)
 }
 
 pub fn child(role: &str, _arguments: &[&str]) -> io::Result<()> {
     Err(io::Error::other(format!("there is no program {role}")))
 }
+
+/// One stream to so many edges.
+struct Case<'a> {
+    mbps: u32,
+    edges: usize,
+    /// Of each picture, its burst and those of the audio until the next one.
+    pictures: &'a [Vec<Burst>],
+    sinks: &'a Sinks,
+}
+
+impl Case<'_> {
+    /// Ours beside all loops, in turns.
+    fn compare(&self, quick: bool) -> io::Result<Comparison> {
+        let targets = self.sinks.addresses(self.edges);
+        let ours = Ours::start(true)?;
+        let mut bare = Bare::new(&targets)?;
+        let mut row = Comparison {
+            work: format!("{} Mbit/s to {} edges", self.mbps, self.edges),
+            unit: "µs/datagram",
+            peers: vec![
+                Peer { name: "sendto", values: Vec::new() },
+                Peer { name: "sendmmsg", values: Vec::new() },
+            ],
+            goal: Some(1.25),
+            ..Comparison::default()
+        };
+        let (rounds, seconds) = if quick { (2, 0.02) } else { (7, 0.05) };
+        // First, caches are filled and times learned.
+        let first = self.measure(1, |bursts| bare.segmented(bursts))?;
+        let turns = (seconds * 1e6 / first / self.datagrams() as f64).ceil() as usize;
+        let targets: Arc<[Target]> =
+            targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
+        for round in 0..=rounds {
+            let floor = self.measure(turns, |bursts| bare.segmented(bursts))?;
+            let mine = self.measure(turns, |bursts| ours.send(bursts, &targets))?;
+            let few = turns.div_ceil(8);
+            let sendto = self.measure(few, |bursts| bare.one_by_one(bursts))?;
+            let sendmmsg = self.measure(few, |bursts| bare.many(bursts))?;
+            if round > 0 {
+                row.floor.push(floor);
+                row.ours.push(mine);
+                row.peers[0].values.push(sendto);
+                row.peers[1].values.push(sendmmsg);
+            }
+        }
+        ours.check()?;
+        Ok(row)
+    }
+
+    /// Ours without segmentation beside `sendmmsg`, in turns.
+    fn compare_without_segmentation(&self, quick: bool) -> io::Result<Comparison> {
+        let targets = self.sinks.addresses(self.edges);
+        let ours = Ours::start(false)?;
+        let mut bare = Bare::new(&targets)?;
+        let mut row = Comparison {
+            work: format!("{} Mbit/s to {} edges, without GSO", self.mbps, self.edges),
+            unit: "µs/datagram",
+            goal: Some(1.15),
+            ..Comparison::default()
+        };
+        let (rounds, seconds) = if quick { (2, 0.02) } else { (7, 0.06) };
+        let first = self.measure(1, |bursts| bare.many(bursts))?;
+        let turns = (seconds * 1e6 / first / self.datagrams() as f64).ceil() as usize;
+        let targets: Arc<[Target]> =
+            targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
+        for round in 0..=rounds {
+            let floor = self.measure(turns, |bursts| bare.many(bursts))?;
+            let mine = self.measure(turns, |bursts| ours.send(bursts, &targets))?;
+            if round > 0 {
+                row.floor.push(floor);
+                row.ours.push(mine);
+            }
+        }
+        ours.check()?;
+        Ok(row)
+    }
+
+    /// Datagrams of all pictures to all edges.
+    fn datagrams(&self) -> usize {
+        self.pictures.iter().flatten().map(Burst::count).sum::<usize>() * self.edges
+    }
+
+    /// Has all pictures sent so often, or as many of them as make one turn when a turn is long;
+    /// microseconds of processor time a datagram, and all must have come.
+    fn measure(
+        &self,
+        turns: usize,
+        mut send: impl FnMut(&[Burst]) -> io::Result<f64>,
+    ) -> io::Result<f64> {
+        // A second of a long list takes longer than a round has: a quarter has a key frame too.
+        let pictures = match self.datagrams() {
+            0..200_000 => self.pictures,
+            _ => self.pictures.get(..self.pictures.len() / 4).unwrap_or(self.pictures),
+        };
+        let before = self.sinks.dropped()?;
+        let (mut seconds, mut expected) = (0.0, 0);
+        for _ in 0..turns {
+            for bursts in pictures {
+                seconds += send(bursts)?;
+                expected += bursts.iter().map(Burst::count).sum::<usize>() * self.edges;
+            }
+        }
+        let came = self.sinks.dropped()? - before;
+        match came == expected as u64 {
+            true => Ok(seconds * 1e6 / expected as f64),
+            false => Err(io::Error::other(format!("of {expected} datagrams, {came} came"))),
+        }
+    }
+}
+
+/// The fan-out with what is known of it.
+struct Ours {
+    fanout: Fanout,
+    metrics: FanoutMetrics,
+    workers: Vec<Thread>,
+    /// Their seconds that were counted.
+    counted: Cell<f64>,
+}
+
+impl Ours {
+    fn start(segmentation: bool) -> io::Result<Self> {
+        let settings = fanout::Settings { port: 0, segmentation, ..fanout::Settings::default() };
+        let registry = Registry::new();
+        let metrics = FanoutMetrics::register(&registry).map_err(io::Error::other)?;
+        let routes = Routes::new(&registry).map_err(io::Error::other)?;
+        let ignore: OnDatagrams = Arc::new(|_, _| Vec::new());
+        let before = threads::named("fanout-")?;
+        let fanout = Fanout::spawn(&settings, routes, &ignore, metrics.clone())?;
+        // They take their names when they begin to run.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let workers = loop {
+            let mut workers = threads::named("fanout-")?;
+            workers.retain(|thread| !before.contains(thread));
+            if workers.len() == fanout.workers() {
+                break workers;
+            }
+            if Instant::now() > deadline {
+                return Err(io::Error::other("the fan-out's threads do not begin"));
+            }
+            thread::yield_now();
+        };
+        Ok(Self { fanout, metrics, workers, counted: Cell::new(f64::NAN) })
+    }
+
+    /// Queues the bursts and waits until they have left; seconds that it took this thread to queue
+    /// and the workers to send.
+    fn send(&self, bursts: &[Burst], targets: &Arc<[Target]>) -> io::Result<f64> {
+        let packets = bursts.iter().map(Burst::count).sum::<usize>() * targets.len();
+        let until = self.metrics.datagrams() + packets as u64;
+        if self.counted.get().is_nan() {
+            self.counted.set(self.worker_seconds());
+        }
+        let began = cpu::of_this_thread();
+        for burst in bursts {
+            self.fanout.send(Ssrc(1), burst, targets, None);
+        }
+        let queued = cpu::of_this_thread() - began;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.metrics.datagrams() < until {
+            if Instant::now() > deadline {
+                return Err(io::Error::other("the fan-out does not send all that it has"));
+            }
+            thread::sleep(Duration::from_micros(20));
+        }
+        // What they do until they rest counts the next time.
+        let now = self.worker_seconds();
+        Ok(queued + now - self.counted.replace(now))
+    }
+
+    fn worker_seconds(&self) -> f64 {
+        self.workers.iter().map(Thread::seconds).sum()
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.metrics.skipped() {
+            0 => Ok(()),
+            skipped => Err(io::Error::other(format!("the fan-out skipped {skipped} packets"))),
+        }
+    }
+}
+
+/// What many small streams came to.
+struct ManyStreams {
+    row: Comparison,
+    ours: String,
+    floor: String,
+    calls: f64,
+}
+
+/// Streams to one edge each, in real time.
+fn many_streams(quick: bool) -> io::Result<ManyStreams> {
+    let sinks = Sinks::new()?;
+    let ours = Ours::start(true)?;
+    let listener = stream::Listener::start()?;
+    let mut targets: Vec<Arc<[Target]>> = sinks
+        .addresses(STREAMS)
+        .into_iter()
+        .map(|addr| Arc::from([SocketAddr::from(addr).into()]))
+        .collect();
+    // One of them is read, to see how long its packets take.
+    targets[0] = Arc::from([SocketAddr::from(listener.address).into()]);
+    let (rounds, seconds) = if quick { (1, 1.0) } else { (5, 2.0) };
+    let mut row = Comparison {
+        work: format!("{STREAMS} streams of {TAGS} tags/s to one edge each"),
+        unit: "% of a core",
+        goal: Some(1.0),
+        ..Comparison::default()
+    };
+    let bare = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let (mut sent, mut calls) = (0, 0);
+    for _ in 0..rounds {
+        let floor =
+            stream::in_real_time(listener.turn_to(BARE), &targets, seconds, |_, burst, to| {
+                bare.send_to(burst.bytes(), to[0].addr).map(drop)
+            })?;
+        row.floor.push(floor.cpu / floor.seconds * 100.0);
+        let times = listener.turn_to(OURS);
+        let (of_workers, calls_before) = (ours.worker_seconds(), ours.metrics.calls());
+        let until = ours.metrics.datagrams();
+        let queued = stream::in_real_time(times, &targets, seconds, |ssrc, burst, to| {
+            ours.fanout.send(ssrc, burst, to, None);
+            Ok(())
+        })?;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while ours.metrics.datagrams() < until + queued.packets && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let cpu = queued.cpu + ours.worker_seconds() - of_workers;
+        row.ours.push(cpu / queued.seconds * 100.0);
+        sent += ours.metrics.datagrams() - until;
+        calls += ours.metrics.calls() - calls_before;
+        if sent == 0 || ours.metrics.datagrams() - until != queued.packets {
+            return Err(io::Error::other("not all that was queued was sent"));
+        }
+    }
+    ours.check()?;
+    Ok(ManyStreams {
+        row,
+        floor: listener.times(BARE).text(),
+        ours: listener.times(OURS).text(),
+        calls: calls as f64 / sent as f64,
+    })
+}
+
+/// What it takes to send each stream in real time, by the number of edges.
+fn plot(growth: &[(u32, usize, Comparison)]) -> Plot {
+    let panel = |mbps: u32| {
+        let rows: Vec<_> = growth.iter().filter(|(of, ..)| *of == mbps).collect();
+        let a_second = stream::packets_a_second(mbps);
+        let series = |system, colour, dashed, values: &dyn Fn(&Comparison) -> f64| Series {
+            system,
+            colour,
+            dashed,
+            points: rows
+                .iter()
+                .map(|(_, edges, row)| {
+                    // Microseconds a second, of which a core has a million.
+                    Some(values(row) * a_second * *edges as f64 / 1e4)
+                        .filter(|share| *share <= 100.0)
+                })
+                .collect(),
+        };
+        Panel {
+            title: format!("{mbps} Mbit/s, % of a core"),
+            series: vec![
+                series("sendto", "#c33", true, &|row| median(&row.peers[0].values)),
+                series("bare GSO", "#888", true, &|row| median(&row.floor)),
+                series("Downpour", "#06c", false, &|row| median(&row.ours)),
+            ],
+        }
+    };
+    Plot {
+        title: "Fan-out of one stream by the number of edges, until a core is full",
+        ticks: EDGES.iter().map(ToString::to_string).collect(),
+        scale: Scale::Log { least: 0.01, most: 100.0 },
+        panels: RATES.map(panel).into(),
+    }
+}
+
+/// Whose packets the listener reads.
+const BARE: usize = 0;
+const OURS: usize = 1;
+/// Mbit/s of video.
+const RATES: [u32; 3] = [1, 5, 20];
+const EDGES: [usize; 4] = [10, 100, 1000, 5000];
+const STREAMS: usize = 1000;
+/// Of each stream, a second: 25 pictures and 43 of audio.
+const TAGS: u32 = 68;

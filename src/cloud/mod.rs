@@ -109,6 +109,8 @@ impl Cloud {
                 looped: config.multicast_loop,
                 interface: config.multicast_interface.0,
             },
+            workers: config.fanout_workers,
+            pacing: config.pacing,
             ..fanout::Settings::default()
         };
         let fanout_metrics = FanoutMetrics::register(&registry)?;

@@ -15,7 +15,10 @@ use tokio_util::sync::CancellationToken;
 use super::parity::{ParityFlag, ParityMetrics, ParityOut, ParityWatch};
 use crate::{
     StreamKey,
-    fanout::{Fanout, routes::Route},
+    fanout::{
+        Fanout, FrameInterval, Pace, Train,
+        routes::{Route, Snapshot, Target},
+    },
     flv::{Tag, TagKind},
     hub::{self, Hub},
     origin::{Headers, Origin, OriginStream},
@@ -291,24 +294,72 @@ struct WayOut {
     fanout: Fanout,
     route: Route,
     parity: ParityOut,
+    origin: Arc<OriginStream>,
+    frame_interval: FrameInterval,
 }
 
 impl WayOut {
-    fn send(&mut self, now: Instant, burst: Burst) {
-        let Self { fanout, route, parity } = self;
-        let snapshot = route.targets(now);
-        fanout.send(burst.clone(), snapshot.media.clone());
-        parity.push(now, &burst, snapshot, |train, targets| fanout.send_parity(train, targets));
+    fn new(
+        fanout: Fanout,
+        key: StreamKey,
+        origin: Arc<OriginStream>,
+        metrics: ParityMetrics,
+    ) -> Self {
+        if fanout.paces() {
+            origin.leaves_later();
+        }
+        Self {
+            route: fanout.routes().route(key, origin.ssrc()),
+            parity: ParityOut::new(Instant::now(), origin.ssrc(), metrics),
+            frame_interval: FrameInterval::default(),
+            fanout,
+            origin,
+        }
+    }
+
+    fn send(&mut self, now: Instant, tag: &Tag, burst: &Burst) {
+        if tag.kind() == TagKind::Video {
+            self.frame_interval.add(tag.timestamp());
+        }
+        let pace = self.pace();
+        let pace = pace.map(|pace| Pace {
+            held: Some(Arc::new(OriginStream::departure(&self.origin, burst.last_seq()))),
+            ..pace
+        });
+        let snapshot = self.route.targets(now);
+        self.fanout.send(self.origin.ssrc(), burst, &snapshot.media, pace.as_ref());
+        // The fan-out has what it needs of it.
+        drop(pace);
+        self.with_parity(|parity, snapshot, send| parity.push(now, burst, snapshot, send), now);
     }
 
     fn handle_timeout(&mut self, now: Instant) {
-        let Self { fanout, route, parity } = self;
-        let send = |train, targets| fanout.send_parity(train, targets);
-        parity.handle_timeout(now, route.targets(now), send);
+        self.with_parity(|parity, snapshot, send| parity.handle_timeout(now, snapshot, send), now);
     }
 
     fn finish(&mut self, now: Instant) {
-        self.parity.finish(now, |train, targets| self.fanout.send_parity(train, targets));
+        self.with_parity(|parity, _, send| parity.finish(now, send), now);
+        self.fanout.finish(self.origin.ssrc());
+    }
+
+    /// Parity goes in the stream's lane, behind what it protects.
+    fn with_parity(
+        &mut self,
+        make: impl FnOnce(&mut ParityOut, &Arc<Snapshot>, &mut dyn FnMut(Train, Arc<[Target]>)),
+        now: Instant,
+    ) {
+        let pace = self.pace();
+        let Self { fanout, route, parity, origin, .. } = self;
+        let mut send = |train: Train, targets: Arc<[Target]>| {
+            fanout.send(origin.ssrc(), train, &targets, pace.as_ref());
+        };
+        make(parity, route.targets(now), &mut send);
+    }
+
+    fn pace(&self) -> Option<Pace> {
+        let interval = self.frame_interval.get();
+        let paces = self.fanout.paces();
+        paces.then(|| Pace { rate: self.origin.byte_rate(), interval, held: None })
     }
 }
 
@@ -333,7 +384,7 @@ impl Active {
         // Into the history first: an edge may ask for a packet before the last one is sent.
         started.origin.push(now, burst.clone(), starts_gop);
         if let Some(way_out) = &mut started.way_out {
-            way_out.send(now, burst);
+            way_out.send(now, &tag, &burst);
             started.origin.set_parity_overhead(way_out.parity.overhead());
             self.parity_flag.set(way_out.parity.is_active());
         }
@@ -389,11 +440,9 @@ impl Active {
         (self.shared.on_start)(hub.stream());
         tracing::info!(stream = %self.key, %ssrc, "stream up");
         let packetizer = Packetizer::new(ssrc, payload_max);
-        let fanout = self.shared.fanout.clone();
-        let way_out = fanout.map(|fanout| {
-            let route = fanout.routes().route(self.key.clone(), ssrc);
+        let way_out = self.shared.fanout.clone().map(|fanout| {
             let metrics = self.shared.metrics.parity.clone();
-            WayOut { fanout, route, parity: ParityOut::new(Instant::now(), ssrc, metrics) }
+            WayOut::new(fanout, self.key.clone(), origin.clone(), metrics)
         });
         Some(Started { hub, origin, packetizer, headers, has_video: false, way_out })
     }

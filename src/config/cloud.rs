@@ -5,6 +5,7 @@ use std::{collections::HashSet, path::PathBuf};
 use super::{ClientAddr, Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
 use crate::{
     AddrRange,
+    fanout::Pacing,
     repair::fec::{Fec, PARITY_PORT_OFFSET},
     tls,
 };
@@ -41,6 +42,12 @@ settings! {
             /// Parity packets with which edges make lost ones anew: off, auto (as much as their reports
             /// call for), or {columns: 10, rows: 5}; rows: 1 is row parity alone.
             fec: Fec = Fec::Off;
+            /// Whether bursts, such as those of key frames, leave at once (off) or spread, for networks
+            /// with short queues: {factor: 1.5 to 100} times the stream's rate, but within a frame's
+            /// time.
+            pacing: Pacing = Pacing::Off;
+            /// Threads that send RTP, 0 to 64; 0 is one for every two cores, at most 16.
+            fanout_workers: usize = 0, in 0..=64;
             /// Routers that multicast may pass, 0 to 255; 1 stays in the local network.
             multicast_ttl: u8 = 1;
             /// Whether edges on this machine get what is sent to a group.

@@ -7,6 +7,7 @@
 mod cloud;
 mod edge;
 mod fec;
+mod pacing;
 mod schema;
 mod value;
 

@@ -493,12 +493,11 @@ async fn beat(shared: Arc<Shared>) {
             continue;
         }
         let streams = shared.origin.streams();
-        let live: Vec<_> = streams
+        let live = streams
             .iter()
             .filter(|stream| !stream.ended())
-            .filter_map(|stream| Some((stream.ssrc(), stream.newest_seq()?)))
-            .collect();
-        for heartbeat in heartbeats.poll(Instant::now(), &live) {
+            .filter_map(|stream| Some((stream.ssrc(), stream.left_seq()?)));
+        for heartbeat in heartbeats.poll(Instant::now(), live) {
             // An error only says that nobody listens.
             let _ = shared.heartbeats.send(heartbeat);
         }

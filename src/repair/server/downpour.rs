@@ -239,7 +239,7 @@ impl Subscription {
                     start_unix_ms: stream.start_unix_ms(),
                     headers,
                     gop_start: stream.gop_start(),
-                    newest: stream.newest_seq(),
+                    newest: stream.left_seq(),
                 }))
             }
         }

@@ -20,20 +20,37 @@ pub(super) const TICK: Duration = Duration::from_millis(10);
 #[derive(Debug, Default)]
 pub(super) struct Heartbeats {
     streams: HashMap<Ssrc, Beat>,
+    polls: u64,
 }
 
 impl Heartbeats {
-    /// The heartbeats that are due, given each live stream's newest sequence number.
+    /// The heartbeats that are due, given the newest sequence number that has left of each live
+    /// stream: an edge would ask for what has not.
     ///
     /// A new number is told once the stream has been quiet for 10 ms, so that the packets
     /// themselves come first; about every 50 ms while it is never quiet. Then the same number again
     /// after 50, 100, 200 and 400 ms, and every second.
-    pub(super) fn poll(&mut self, now: Instant, live: &[(Ssrc, Seq)]) -> Vec<Heartbeat> {
-        self.streams.retain(|ssrc, _| live.iter().any(|(other, _)| other == ssrc));
-        let beats = live.iter().filter(|&&(ssrc, newest)| {
-            self.streams.entry(ssrc).or_insert_with(|| Beat::new(now, newest)).poll(now, newest)
-        });
-        beats.map(|&(ssrc, last)| Heartbeat { ssrc, last }).collect()
+    pub(super) fn poll(
+        &mut self,
+        now: Instant,
+        live: impl IntoIterator<Item = (Ssrc, Seq)>,
+    ) -> Vec<Heartbeat> {
+        self.polls += 1;
+        let mut due = Vec::new();
+        let mut count = 0;
+        for (ssrc, newest) in live {
+            let beat = self.streams.entry(ssrc).or_insert_with(|| Beat::new(now, newest));
+            count += usize::from(beat.polls != self.polls);
+            beat.polls = self.polls;
+            if beat.poll(now, newest) {
+                due.push(Heartbeat { ssrc, last: newest });
+            }
+        }
+        // Looking for those that ended takes as long as all the rest.
+        if count < self.streams.len() {
+            self.streams.retain(|_, beat| beat.polls == self.polls);
+        }
+        due
     }
 }
 
@@ -48,11 +65,13 @@ struct Beat {
     told_at: Instant,
     /// How often `told` was repeated since it was the newest.
     repeats: usize,
+    /// At which poll the stream was there last.
+    polls: u64,
 }
 
 impl Beat {
     fn new(now: Instant, newest: Seq) -> Self {
-        Self { newest, changed: now, untold: now, told: None, told_at: now, repeats: 0 }
+        Self { newest, changed: now, untold: now, told: None, told_at: now, repeats: 0, polls: 0 }
     }
 
     fn poll(&mut self, now: Instant, newest: Seq) -> bool {
@@ -105,7 +124,7 @@ mod tests {
             .step_by(TICK.as_millis() as usize)
             .flat_map(|at| {
                 let now = start + Duration::from_millis(at);
-                let due = beats.poll(now, &[(SSRC, Seq(newest(at)))]);
+                let due = beats.poll(now, [(SSRC, Seq(newest(at)))]);
                 due.into_iter().map(move |beat| (at, beat.last.0)).collect::<Vec<_>>()
             })
             .collect()
@@ -128,8 +147,8 @@ mod tests {
     #[test]
     fn an_ended_stream_is_forgotten() {
         let (now, mut beats) = (Instant::now(), Heartbeats::default());
-        beats.poll(now, &[(SSRC, Seq(1)), (Ssrc(2), Seq(1))]);
-        beats.poll(now, &[(Ssrc(2), Seq(1))]);
+        beats.poll(now, [(SSRC, Seq(1)), (Ssrc(2), Seq(1))]);
+        beats.poll(now, [(Ssrc(2), Seq(1))]);
         assert_eq!(beats.streams.len(), 1);
     }
 }

@@ -1,0 +1,92 @@
+//! Sockets that nobody reads.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    os::fd::AsRawFd,
+};
+
+use socket2::SockRef;
+
+/// Sockets on loopback with full receive buffers: what comes is dropped, at once, and counted.
+///
+/// They say that they take several datagrams in one (UDP GRO), since otherwise the kernel would cut
+/// what a network card cuts in hardware, on the sender's time.
+pub struct Sinks {
+    sockets: Vec<UdpSocket>,
+    ports: HashSet<u16>,
+}
+
+impl Sinks {
+    pub fn new() -> io::Result<Self> {
+        let mut sockets = Vec::new();
+        let mut ports = HashSet::new();
+        let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        for _ in 0..SOCKETS {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            SockRef::from(&socket).set_recv_buffer_size(0)?;
+            let on: libc::c_int = 1;
+            // SAFETY: it reads the integer that it is given.
+            let set = unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::SOL_UDP,
+                    libc::UDP_GRO,
+                    (&raw const on).cast(),
+                    size_of::<libc::c_int>() as libc::socklen_t,
+                )
+            };
+            if set != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let port = socket.local_addr()?.port();
+            for _ in 0..FILLING {
+                sender.send_to(&[0], (Ipv4Addr::LOCALHOST, port))?;
+            }
+            ports.insert(port);
+            sockets.push(socket);
+        }
+        Ok(Self { sockets, ports })
+    }
+
+    /// So many addresses, all different, that lead to them.
+    pub fn addresses(&self, count: usize) -> Vec<SocketAddrV4> {
+        let ports: Vec<_> = self
+            .sockets
+            .iter()
+            .filter_map(|socket| Some(socket.local_addr().ok()?.port()))
+            .collect();
+        let address = |(index, port): (usize, u16)| {
+            let host = index / SOCKETS;
+            SocketAddrV4::new(
+                Ipv4Addr::new(127, 1, (host / 250) as u8, (host % 250) as u8 + 1),
+                port,
+            )
+        };
+        ports
+            .into_iter()
+            .cycle()
+            .take(count)
+            .enumerate()
+            .map(|(i, port)| address((i, port)))
+            .collect()
+    }
+
+    /// Datagrams that came since they were full, those of one message each counted.
+    pub fn dropped(&self) -> io::Result<u64> {
+        let table = fs::read_to_string("/proc/net/udp")?;
+        let drops = table.lines().skip(1).filter_map(|line| {
+            let mut columns = line.split_whitespace();
+            let (_, port) = columns.nth(1)?.split_once(':')?;
+            let port = u16::from_str_radix(port, 16).ok()?;
+            let drops = columns.next_back()?.parse::<u64>().ok()?;
+            self.ports.contains(&port).then_some(drops)
+        });
+        Ok(drops.sum())
+    }
+}
+
+const SOCKETS: usize = 40;
+/// More one-byte datagrams than the smallest buffer takes.
+const FILLING: usize = 64;

@@ -1,0 +1,145 @@
+use std::{
+    net::UdpSocket,
+    time::{Duration, Instant},
+};
+
+use prometheus::Registry;
+
+use super::*;
+use crate::{
+    flv::{Tag, TagKind},
+    rtp::Packetizer,
+};
+
+fn receiver() -> (UdpSocket, SocketAddr) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let addr = socket.local_addr().unwrap();
+    (socket, addr)
+}
+
+fn fanout(metrics: FanoutMetrics) -> Fanout {
+    let settings = Settings { port: 0, ..Settings::default() };
+    let routes = Routes::new(&Registry::new()).unwrap();
+    let echo: OnDatagrams = Arc::new(|_, datagrams| vec![Bytes::copy_from_slice(datagrams)]);
+    Fanout::spawn(&settings, routes, &echo, metrics).unwrap()
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !condition() {
+        assert!(Instant::now() < deadline, "it did not come true");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn every_target_gets_every_packet_as_it_stands_in_the_burst() {
+    let (a, a_addr) = receiver();
+    let (b, b_addr) = receiver();
+    let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+    let fanout = fanout(metrics.clone());
+    fanout.routes().set_fixed([a_addr, b_addr]);
+    let body: Vec<u8> = (0..100_000u32).map(|i| i as u8).collect();
+    let tag = Tag::new(TagKind::Video, 5, &body).unwrap();
+    let burst = Packetizer::new(Ssrc(9), 1120).packetize(&tag);
+    fanout.send_to_fixed(Bytes::from_static(b"0001abcd"));
+    fanout.send(Ssrc(9), &burst, &fanout.routes().fixed(), None);
+    for socket in [a, b] {
+        let mut buffer = [0; 2000];
+        let (len, from) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..len], from.port()), (&b"0001abcd"[..], fanout.local_port()));
+        for i in 0..burst.count() {
+            let (len, _) = socket.recv_from(&mut buffer).unwrap();
+            assert_eq!(buffer[..len], burst.packet(i).unwrap());
+        }
+    }
+    // It counts once the kernel has returned, which may be after the packets have come.
+    wait_until(|| metrics.datagrams.get() == 2 * (1 + burst.count() as u64));
+    assert_eq!(metrics.bytes.get(), 2 * (8 + burst.bytes().len() as u64));
+    if metrics.offload.get() == 1 {
+        assert!(metrics.calls.get() <= 2 * 3, "{} calls", metrics.calls.get());
+    }
+}
+
+#[test]
+fn an_unreachable_target_is_counted_and_the_others_are_served() {
+    let (socket, addr) = receiver();
+    let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+    // Class E: no route leads there.
+    let nowhere = "255.255.255.255:9".parse().unwrap();
+    let fanout = fanout(metrics.clone());
+    fanout.routes().set_fixed([nowhere, addr]);
+    let tag = Tag::new(TagKind::Audio, 5, &[1, 2, 3]).unwrap();
+    let burst = Packetizer::new(Ssrc(9), 1120).packetize(&tag);
+    fanout.send(Ssrc(9), &burst, &fanout.routes().fixed(), None);
+    assert_eq!(socket.recv_from(&mut [0; 2000]).unwrap().0, 26);
+    wait_until(|| metrics.errors.with_label_values(&["not-permitted"]).get() == 1);
+}
+
+#[test]
+fn what_comes_to_the_rtp_port_is_answered_while_bursts_go_out() {
+    let (socket, addr) = receiver();
+    let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+    fanout.routes().set_fixed([addr]);
+    let to = (Ipv4Addr::LOCALHOST, fanout.local_port());
+    let mut buffer = [0; 2000];
+    let mut packetizer = Packetizer::new(Ssrc(9), 1120);
+    for i in 0..100 {
+        // RTP begins with 0x80.
+        socket.send_to(&[i; 20], to).unwrap();
+        let tag = Tag::new(TagKind::Audio, 5, &[1, 2, 3]).unwrap();
+        let burst = packetizer.packetize(&tag);
+        fanout.send(Ssrc(9), &burst, &fanout.routes().fixed(), None);
+        let lengths = [(); 2].map(|()| socket.recv_from(&mut buffer).unwrap().0);
+        assert!(lengths == [20, 26] || lengths == [26, 20], "{lengths:?}");
+    }
+}
+
+#[test]
+fn a_packet_goes_to_a_group_that_is_listed_and_nowhere_else() {
+    let (socket, addr) = receiver();
+    let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+    let fanout = fanout(metrics.clone());
+    let group = "239.255.0.9:5999".parse().unwrap();
+    let packet = Bytes::from_static(b"packet");
+    assert!(!fanout.send_to(group, packet.clone()));
+    fanout.routes().set_fixed([addr, group]);
+    assert!(!fanout.send_to(addr, packet.clone()), "one edge has its repair by QUIC");
+    assert!(fanout.send_to(group, packet));
+    wait_until(|| {
+        let failed = metrics.errors.with_label_values(&["unreachable"]).get();
+        metrics.datagrams.get() + failed == 1
+    });
+    socket.set_nonblocking(true).unwrap();
+    assert!(socket.recv_from(&mut [0; 100]).is_err());
+}
+
+#[test]
+fn packets_of_one_length_make_a_train() {
+    let packets = [5, 5, 5, 4, 5, 0, 5, 6].map(|len| Bytes::from(vec![len as u8; len]));
+    let trains = Train::collect(packets.clone());
+    let shapes: Vec<_> = trains.iter().map(|t| (t.packets(), t.stride())).collect();
+    assert_eq!(shapes, [(4, 5), (2, 5), (1, 6)]);
+    let bytes: Vec<u8> = trains.iter().flat_map(|train| train.bytes().to_vec()).collect();
+    assert_eq!(bytes, packets.concat());
+    // They leave as the packets that they were.
+    let (socket, addr) = receiver();
+    let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+    for train in trains {
+        fanout.send(Ssrc(9), train, &Arc::from([addr.into()]), None);
+    }
+    for packet in packets.iter().filter(|packet| !packet.is_empty()) {
+        let mut buffer = [0; 2000];
+        let (len, _) = socket.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..len], &packet[..]);
+    }
+}
+
+#[test]
+fn its_threads_end_with_the_last_handle() {
+    let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+    let alive = Arc::downgrade(&fanout.shared);
+    drop(fanout);
+    wait_until(|| alive.strong_count() == 0);
+}

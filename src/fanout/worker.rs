@@ -1,0 +1,269 @@
+//! The threads that send.
+
+use std::{
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{
+    FanoutMetrics,
+    job::{Job, Task},
+    outlet::{Outlet, Round},
+    pacer::{Group, Pacer, Pacing},
+    queue::{Amount, Queue},
+    syscall,
+};
+
+/// One thread of the fan-out.
+pub(super) struct Worker {
+    queue: Arc<Queue>,
+    v4: Outlet,
+    /// `None` on a machine without IPv6.
+    v6: Option<Outlet>,
+    /// Whether it was told that there is none and somebody needs it.
+    told_of_v6: bool,
+    pacer: Option<Pacer>,
+    metrics: FanoutMetrics,
+    groups: Vec<Group>,
+    /// Jobs that are over when the round is.
+    over: Vec<Job>,
+}
+
+/// The sockets that all workers send from, and the most datagrams of one message on each.
+#[derive(Clone)]
+pub(super) struct Sockets {
+    pub(super) v4: (Arc<UdpSocket>, usize),
+    pub(super) v6: Option<(Arc<UdpSocket>, usize)>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        queue: Arc<Queue>,
+        sockets: &Sockets,
+        pacing: Pacing,
+        metrics: &FanoutMetrics,
+    ) -> Self {
+        let outlet = |(socket, segments): &(Arc<UdpSocket>, usize)| {
+            Outlet::new(socket.clone(), *segments, metrics.clone())
+        };
+        Self {
+            queue,
+            v4: outlet(&sockets.v4),
+            v6: sockets.v6.as_ref().map(outlet),
+            told_of_v6: false,
+            pacer: match pacing {
+                Pacing::Off => None,
+                Pacing::Factor(factor) => Some(Pacer::new(factor)),
+            },
+            metrics: metrics.clone(),
+            groups: Vec::new(),
+            over: Vec::new(),
+        }
+    }
+
+    /// Sends what comes through the queue until that is closed and empty.
+    pub(super) fn run(mut self) {
+        syscall::sleep_exactly();
+        let (mut tasks, mut done) = (Vec::new(), Amount::default());
+        let mut rest = Rest::default();
+        loop {
+            let open = self.queue.take(&mut tasks, std::mem::take(&mut done));
+            let now = Instant::now();
+            if !open && let Some(pacer) = &mut self.pacer {
+                pacer.hurry_all(now);
+            }
+            let deadline = self.pacer.as_ref().and_then(Pacer::next_deadline);
+            if tasks.is_empty() && deadline.is_none_or(|at| at > now) {
+                if !open {
+                    return;
+                }
+                match rest.next(now, deadline) {
+                    Next::Nap(time) => thread::sleep(time),
+                    Next::Park => self.queue.park(deadline),
+                }
+                continue;
+            }
+            rest.begin_round(now);
+            match self.pacer.is_some() {
+                true => self.pace(now, &mut tasks, &mut done),
+                false => {
+                    self.send(&tasks);
+                    tasks.iter().for_each(|task| done.add(task));
+                    tasks.clear();
+                }
+            }
+            rest.end_round(Instant::now());
+        }
+    }
+
+    /// Sends all there is.
+    fn send(&mut self, tasks: &[Task]) {
+        let Self { v4, v6, told_of_v6, metrics, .. } = self;
+        let mut out = Out::new(v4, v6, told_of_v6, metrics);
+        for task in tasks {
+            if let Task::Send(job) = task {
+                let (bytes, stride) = (job.train.bytes(), job.train.stride());
+                // Chunk by chunk, and piece by piece within: a piece stays in the cache while it
+                // goes to a chunk's targets, and no target waits for all of another's.
+                for chunk in job.share.chunks() {
+                    for piece in bytes.chunks(out.piece(stride)) {
+                        chunk.iter().for_each(|target| out.send(target.addr, piece, stride));
+                    }
+                }
+            }
+        }
+        out.flush();
+    }
+
+    /// Gives the pacer what came, and sends what it says is due.
+    fn pace(&mut self, now: Instant, tasks: &mut Vec<Task>, done: &mut Amount) {
+        let Some(pacer) = &mut self.pacer else { return };
+        for task in tasks.drain(..) {
+            match task {
+                Task::Send(job) => pacer.push(now, job),
+                Task::Finish(lane) => {
+                    pacer.hurry(now, lane);
+                    done.tasks += 1;
+                }
+            }
+        }
+        pacer.poll(now, &mut self.groups, &mut self.over);
+        let Self { v4, v6, told_of_v6, metrics, .. } = self;
+        let mut out = Out::new(v4, v6, told_of_v6, metrics);
+        for Group { to, bytes, stride } in &self.groups {
+            out.send(*to, bytes, *stride);
+        }
+        out.flush();
+        self.groups.clear();
+        for job in self.over.drain(..) {
+            done.tasks += 1;
+            done.bytes += job.train.bytes().len();
+        }
+    }
+}
+
+/// The way out of one round.
+struct Out<'o, 'a> {
+    v4: Round<'o, 'a>,
+    v6: Option<Round<'o, 'a>>,
+    told_of_v6: &'o mut bool,
+    metrics: &'o FanoutMetrics,
+}
+
+impl<'o, 'a> Out<'o, 'a> {
+    fn new(
+        v4: &'o mut Outlet,
+        v6: &'o mut Option<Outlet>,
+        told_of_v6: &'o mut bool,
+        metrics: &'o FanoutMetrics,
+    ) -> Self {
+        Self { v4: v4.round(), v6: v6.as_mut().map(Outlet::round), told_of_v6, metrics }
+    }
+
+    fn piece(&self, stride: usize) -> usize {
+        let v4 = self.v4.piece(stride);
+        self.v6.as_ref().map_or(v4, |v6| v6.piece(stride).min(v4))
+    }
+
+    fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
+        match (to, &mut self.v6) {
+            (SocketAddr::V4(_), _) => self.v4.send(to, piece, stride),
+            (SocketAddr::V6(_), Some(v6)) => v6.send(to, piece, stride),
+            (SocketAddr::V6(_), None) => {
+                self.metrics.errors.with_label_values(&["unreachable"]).inc();
+                if !std::mem::replace(self.told_of_v6, true) {
+                    tracing::warn!(target = %to, "RTP cannot be sent there: no IPv6 here");
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        self.v4.flush();
+        if let Some(v6) = &mut self.v6 {
+            v6.flush();
+        }
+    }
+}
+
+/// How a worker rests that has nothing to do.
+///
+/// To wake a parked thread costs whoever does it about as much as a send, and so does each switch of
+/// threads. So where tasks come thick and fast, as from a thousand streams, a worker naps instead:
+/// nobody needs to wake it, and what comes meanwhile leaves in one call. Where they come seldom, it
+/// parks at once.
+#[derive(Debug, Default)]
+struct Rest {
+    /// When the last round ended.
+    ended: Option<Instant>,
+    /// Whether that round began soon after the one before.
+    busy: bool,
+    napped: bool,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// It looks again by itself.
+    Nap(Duration),
+    /// It is woken, by a task or by the pacer's deadline.
+    Park,
+}
+
+impl Rest {
+    fn begin_round(&mut self, now: Instant) {
+        self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY);
+        self.napped = false;
+    }
+
+    fn end_round(&mut self, now: Instant) {
+        self.ended = Some(now);
+    }
+
+    fn next(&mut self, now: Instant, deadline: Option<Instant>) -> Next {
+        let left = deadline.map(|at| at.saturating_duration_since(now));
+        if left.is_some_and(|left| left <= NAP) {
+            // Slots are not kept to the microsecond: what is due together leaves together.
+            return Next::Nap(NAP);
+        }
+        if self.busy && !self.napped {
+            self.napped = true;
+            return Next::Nap(NAP);
+        }
+        Next::Park
+    }
+}
+
+/// Added to the delay of what comes meanwhile, half of it on average.
+const NAP: Duration = Duration::from_micros(150);
+/// A pause between two rounds that is short for a nap to be worth it.
+const BUSY: Duration = Duration::from_micros(400);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_busy_naps_once_and_then_parks() {
+        let start = Instant::now();
+        let at = |us| start + Duration::from_micros(us);
+        let mut rest = Rest::default();
+        assert_eq!(rest.next(at(0), None), Next::Park);
+        rest.begin_round(at(0));
+        rest.end_round(at(10));
+        assert_eq!(rest.next(at(10), None), Next::Park, "the first in a while");
+        rest.begin_round(at(100));
+        rest.end_round(at(110));
+        assert_eq!(rest.next(at(110), None), Next::Nap(NAP));
+        assert_eq!(rest.next(at(260), None), Next::Park, "nothing came");
+        rest.begin_round(at(300));
+        assert_eq!(rest.next(at(310), None), Next::Nap(NAP));
+        rest.end_round(at(310));
+        rest.begin_round(at(5000));
+        assert_eq!(rest.next(at(5010), None), Next::Park);
+        // Until the pacer's next slot.
+        assert_eq!(rest.next(at(5010), Some(at(5020))), Next::Nap(NAP));
+        assert_eq!(rest.next(at(5010), Some(at(9020))), Next::Park);
+    }
+}
