@@ -43,7 +43,7 @@ pub fn run(quick: bool) -> io::Result<Section> {
          peers are loops of one `sendto` and of `sendmmsg` for as many packets as it takes. Ours is \
          the fan-out, queue and threads included, that is given a picture and its audio at a time. \
          The sinks are sockets on loopback with full buffers, to which the kernel gives what it \
-         need not cut; each counts what it drops, which has to be all that was sent.",
+         need not cut; each counts the messages that it drops, which have to be all that were sent.",
     );
     let mut growth = Vec::new();
     let mut cells = Vec::new();
@@ -121,16 +121,16 @@ impl Case<'_> {
         };
         let (rounds, seconds) = if quick { (2, 0.02) } else { (7, 0.05) };
         // First, caches are filled and times learned.
-        let first = self.measure(1, |bursts| bare.segmented(bursts))?;
+        let first = self.measure(1, true, |bursts| bare.segmented(bursts))?;
         let turns = (seconds * 1e6 / first / self.datagrams() as f64).ceil() as usize;
         let targets: Arc<[Target]> =
             targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
         for round in 0..=rounds {
-            let floor = self.measure(turns, |bursts| bare.segmented(bursts))?;
-            let mine = self.measure(turns, |bursts| ours.send(bursts, &targets))?;
+            let floor = self.measure(turns, true, |bursts| bare.segmented(bursts))?;
+            let mine = self.measure(turns, true, |bursts| ours.send(bursts, &targets))?;
             let few = turns.div_ceil(8);
-            let sendto = self.measure(few, |bursts| bare.one_by_one(bursts))?;
-            let sendmmsg = self.measure(few, |bursts| bare.many(bursts))?;
+            let sendto = self.measure(few, false, |bursts| bare.one_by_one(bursts))?;
+            let sendmmsg = self.measure(few, false, |bursts| bare.many(bursts))?;
             if round > 0 {
                 row.floor.push(floor);
                 row.ours.push(mine);
@@ -154,13 +154,13 @@ impl Case<'_> {
             ..Comparison::default()
         };
         let (rounds, seconds) = if quick { (2, 0.02) } else { (7, 0.06) };
-        let first = self.measure(1, |bursts| bare.many(bursts))?;
+        let first = self.measure(1, false, |bursts| bare.many(bursts))?;
         let turns = (seconds * 1e6 / first / self.datagrams() as f64).ceil() as usize;
         let targets: Arc<[Target]> =
             targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
         for round in 0..=rounds {
-            let floor = self.measure(turns, |bursts| bare.many(bursts))?;
-            let mine = self.measure(turns, |bursts| ours.send(bursts, &targets))?;
+            let floor = self.measure(turns, false, |bursts| bare.many(bursts))?;
+            let mine = self.measure(turns, false, |bursts| ours.send(bursts, &targets))?;
             if round > 0 {
                 row.floor.push(floor);
                 row.ours.push(mine);
@@ -175,30 +175,35 @@ impl Case<'_> {
         self.pictures.iter().flatten().map(Burst::count).sum::<usize>() * self.edges
     }
 
-    /// Has all pictures sent so often, or as many of them as make one turn when a turn is long;
-    /// microseconds of processor time a datagram, and all must have come.
+    /// Has all pictures sent so often, or a quarter of them where that is long; microseconds of
+    /// processor time a datagram. All must have come.
     fn measure(
         &self,
         turns: usize,
+        segmented: bool,
         mut send: impl FnMut(&[Burst]) -> io::Result<f64>,
     ) -> io::Result<f64> {
-        // A second of a long list takes longer than a round has: a quarter has a key frame too.
         let pictures = match self.datagrams() {
             0..200_000 => self.pictures,
             _ => self.pictures.get(..self.pictures.len() / 4).unwrap_or(self.pictures),
         };
         let before = self.sinks.dropped()?;
-        let (mut seconds, mut expected) = (0.0, 0);
+        let (mut seconds, mut datagrams, mut messages) = (0.0, 0, 0);
         for _ in 0..turns {
             for bursts in pictures {
                 seconds += send(bursts)?;
-                expected += bursts.iter().map(Burst::count).sum::<usize>() * self.edges;
+                for burst in bursts {
+                    datagrams += burst.count() * self.edges;
+                    let at_once = if segmented { floor::at_once(burst.stride()) } else { 1 };
+                    messages += burst.count().div_ceil(at_once) * self.edges;
+                }
             }
         }
+        // A sink counts what came as one message as one.
         let came = self.sinks.dropped()? - before;
-        match came == expected as u64 {
-            true => Ok(seconds * 1e6 / expected as f64),
-            false => Err(io::Error::other(format!("of {expected} datagrams, {came} came"))),
+        match came == messages as u64 {
+            true => Ok(seconds * 1e6 / datagrams as f64),
+            false => Err(io::Error::other(format!("of {messages} messages, {came} came"))),
         }
     }
 }

@@ -47,7 +47,7 @@ impl Bare {
         for burst in bursts {
             let stride = burst.stride();
             control.segment = stride as u16;
-            for piece in burst.bytes().chunks(SEGMENTS.min(65_507 / stride) * stride) {
+            for piece in burst.bytes().chunks(at_once(stride) * stride) {
                 let mut bytes = iovec(piece);
                 let mut header = header(&raw mut bytes);
                 if piece.len() > stride {
@@ -132,6 +132,12 @@ impl Bare {
     }
 }
 
+/// Packets that go in one message with segmentation: what every kernel takes (UDP_MAX_SEGMENTS), up to
+/// the longest datagram.
+pub fn at_once(stride: usize) -> usize {
+    SEGMENTS.min(65_507 / stride)
+}
+
 fn iovec(bytes: &[u8]) -> libc::iovec {
     libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
 }
@@ -158,5 +164,4 @@ struct Control {
 
 const CONTROL_LEN: usize = size_of::<libc::cmsghdr>() + size_of::<u16>();
 const NAME_LEN: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::socklen_t;
-/// The most that every kernel with segmentation takes (UDP_MAX_SEGMENTS).
 const SEGMENTS: usize = 64;
