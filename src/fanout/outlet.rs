@@ -64,6 +64,7 @@ impl<'a> Round<'_, 'a> {
     }
 
     /// Sends one piece of a train as datagrams of `stride` bytes, the last one shorter.
+    #[inline]
     pub(super) fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
         if piece.len() <= stride || self.offload.cuts(to) {
             let segment = if piece.len() > stride { stride as u16 } else { 0 };
@@ -83,10 +84,11 @@ impl<'a> Round<'_, 'a> {
             sent.calls += 1;
             match result {
                 Ok(count) => {
-                    let taken = next..next + count;
-                    for message in taken.filter_map(|index| self.messages.get(index)) {
-                        sent.add(&message);
-                        self.offload.refused *= usize::from(message.segment == 0);
+                    for (len, segment) in self.messages.lengths().skip(next).take(count) {
+                        sent.add(len, segment);
+                        if segment > 0 {
+                            self.offload.refused = 0;
+                        }
                     }
                     next += count;
                 }
@@ -107,6 +109,7 @@ impl<'a> Round<'_, 'a> {
         metrics.bytes.inc_by(sent.bytes);
     }
 
+    #[inline]
     fn push(&mut self, message: Message<'a>) {
         self.messages.push(message);
         if self.messages.is_full() {
@@ -146,7 +149,7 @@ impl<'a> Round<'_, 'a> {
                 let packet = Message { bytes: packet, segment: 0, ..*message };
                 sent.calls += 1;
                 match self.socket.send_to(packet.bytes, packet.to) {
-                    Ok(_) => sent.add(&packet),
+                    Ok(_) => sent.add(packet.bytes.len(), 0),
                     Err(error) => self.fail(packet.to, &error),
                 }
             }
@@ -216,12 +219,13 @@ struct Sent {
 }
 
 impl Sent {
-    fn add(&mut self, message: &Message<'_>) {
-        let len = message.bytes.len();
+    #[inline]
+    fn add(&mut self, len: usize, segment: u16) {
         self.bytes += len as u64;
-        self.datagrams += match usize::from(message.segment) {
+        self.datagrams += match u32::from(segment) {
             0 => 1,
-            segment => len.div_ceil(segment) as u64,
+            // No message is longer than a datagram may be, so 32 bits do, and are quicker.
+            segment => u64::from((len as u32).div_ceil(segment)),
         };
     }
 }

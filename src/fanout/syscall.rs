@@ -6,14 +6,19 @@ use std::{
     mem,
     net::{SocketAddr, UdpSocket},
     os::fd::AsRawFd,
+    ptr::NonNull,
     slice,
     time::Duration,
 };
 
 /// Room for the messages of one `sendmmsg` call, to be used again and again.
+///
+/// What is the same for all messages is written once: where each header finds its address, its bytes
+/// and its control message.
 pub(super) struct Batch {
-    slots: Box<[Slot]>,
-    headers: Box<[libc::mmsghdr]>,
+    /// Both have [`CAPACITY`] items, and are this batch's own.
+    slots: NonNull<Slot>,
+    headers: NonNull<libc::mmsghdr>,
     len: usize,
 }
 
@@ -21,11 +26,24 @@ impl Batch {
     pub(super) fn new() -> Self {
         // SAFETY: of both, all zeroes are a value: integers, null pointers and empty addresses.
         let (slot, header) = unsafe { (mem::zeroed::<Slot>(), mem::zeroed::<libc::mmsghdr>()) };
-        Self {
-            slots: vec![slot; CAPACITY].into_boxed_slice(),
-            headers: vec![header; CAPACITY].into_boxed_slice(),
-            len: 0,
+        let (slots, headers) = (leak([slot; CAPACITY]), leak([header; CAPACITY]));
+        for index in 0..CAPACITY {
+            // SAFETY: it is one of the items, and nobody else knows of them yet.
+            unsafe {
+                let slot = slots.add(index).as_ptr();
+                (*slot).control.head = libc::cmsghdr {
+                    cmsg_len: CONTROL_LEN as _,
+                    cmsg_level: libc::SOL_UDP,
+                    cmsg_type: libc::UDP_SEGMENT,
+                };
+                let header = &mut (*headers.add(index).as_ptr()).msg_hdr;
+                header.msg_name = (&raw mut (*slot).to).cast();
+                header.msg_iov = &raw mut (*slot).bytes;
+                header.msg_iovlen = 1;
+                header.msg_control = (&raw mut (*slot).control).cast();
+            }
         }
+        Self { slots, headers, len: 0 }
     }
 
     /// An empty batch for messages that live for `'a`.
@@ -35,8 +53,23 @@ impl Batch {
     }
 }
 
-// SAFETY: its pointers are followed only in `Messages`, whose lifetime holds what they point to.
+impl Drop for Batch {
+    fn drop(&mut self) {
+        // SAFETY: they come from `leak`, with as many items, and nobody uses them after this.
+        unsafe {
+            drop(Box::from_raw(self.slots.as_ptr().cast::<[Slot; CAPACITY]>()));
+            drop(Box::from_raw(self.headers.as_ptr().cast::<[libc::mmsghdr; CAPACITY]>()));
+        }
+    }
+}
+
+// SAFETY: nobody else has its pointers. Those to messages are followed only in `Messages`, whose
+// lifetime holds what they point to.
 unsafe impl Send for Batch {}
+
+fn leak<T>(items: [T; CAPACITY]) -> NonNull<T> {
+    NonNull::from(Box::leak(Box::new(items))).cast()
+}
 
 /// Messages of one call, and the bytes that they borrow.
 pub(super) struct Messages<'b, 'a> {
@@ -55,26 +88,29 @@ pub(super) struct Message<'a> {
 
 impl<'a> Messages<'_, 'a> {
     /// Adds a message; those over the batch's capacity are left out, and `false`.
+    #[inline]
     pub(super) fn push(&mut self, message: Message<'a>) -> bool {
-        let Batch { slots, headers, len } = &mut *self.batch;
-        let (Some(slot), Some(header)) = (slots.get_mut(*len), headers.get_mut(*len)) else {
+        let at = self.batch.len;
+        if at >= CAPACITY {
             return false;
+        }
+        // SAFETY: it is one of the items, and this has the batch for itself.
+        let (slot, header) = unsafe {
+            (self.batch.slots.add(at).as_mut(), &mut self.batch.headers.add(at).as_mut().msg_hdr)
         };
         slot.to = message.to.into();
-        slot.bytes = libc::iovec {
-            iov_base: message.bytes.as_ptr().cast_mut().cast(),
-            iov_len: message.bytes.len(),
-        };
+        slot.bytes.iov_base = message.bytes.as_ptr().cast_mut().cast();
+        slot.bytes.iov_len = message.bytes.len();
         slot.control.segment = message.segment;
-        header.msg_hdr.msg_namelen = match message.to {
+        header.msg_namelen = match message.to {
             SocketAddr::V4(_) => size_of::<libc::sockaddr_in>(),
             SocketAddr::V6(_) => size_of::<libc::sockaddr_in6>(),
         } as libc::socklen_t;
-        header.msg_hdr.msg_controllen = match message.segment {
+        header.msg_controllen = match message.segment {
             0 => 0,
             _ => size_of::<Control>() as _,
         };
-        *len += 1;
+        self.batch.len += 1;
         true
     }
 
@@ -87,17 +123,24 @@ impl<'a> Messages<'_, 'a> {
         self.batch.len
     }
 
+    #[inline]
     pub(super) fn is_full(&self) -> bool {
         self.batch.len == CAPACITY
     }
 
     /// The message at `index`.
     pub(super) fn get(&self, index: usize) -> Option<Message<'a>> {
-        let slot = self.batch.slots.get(..self.batch.len)?.get(index)?;
+        let slot = self.slots().get(index)?;
         let libc::iovec { iov_base, iov_len } = slot.bytes;
         // SAFETY: they come from a slice that lives for 'a.
         let bytes = unsafe { slice::from_raw_parts(iov_base.cast_const().cast(), iov_len) };
         Some(Message { to: slot.to.get()?, bytes, segment: slot.control.segment })
+    }
+
+    /// The length and the segment of each message.
+    #[inline]
+    pub(super) fn lengths(&self) -> impl Iterator<Item = (usize, u16)> {
+        self.slots().iter().map(|slot| (slot.bytes.iov_len, slot.control.segment))
     }
 
     /// Sends the messages from `first` on, without waiting; says how many of them the kernel took.
@@ -105,38 +148,27 @@ impl<'a> Messages<'_, 'a> {
     /// # Errors
     /// What is wrong with the one at `first`. None has gone then.
     pub(super) fn send(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
-        let Batch { slots, headers, len } = &mut *self.batch;
-        let (Some(slots), Some(headers)) =
-            (slots.get_mut(first..*len), headers.get_mut(first..*len))
-        else {
+        let count = self.batch.len.saturating_sub(first);
+        if count == 0 {
             return Ok(0);
-        };
-        for (slot, header) in slots.iter_mut().zip(headers.iter_mut()) {
-            let header = &mut header.msg_hdr;
-            header.msg_name = (&raw mut slot.to).cast();
-            header.msg_iov = &raw mut slot.bytes;
-            header.msg_iovlen = 1;
-            if header.msg_controllen > 0 {
-                slot.control.head = libc::cmsghdr {
-                    cmsg_len: CONTROL_LEN as _,
-                    cmsg_level: libc::SOL_UDP,
-                    cmsg_type: libc::UDP_SEGMENT,
-                };
-                header.msg_control = (&raw mut slot.control).cast();
-            }
         }
-        // SAFETY: each header points to a name, an iovec and a control message in its own slot, of
-        // the lengths that it gives, and the iovec to bytes that live for 'a. The kernel writes to
-        // the headers only.
+        // SAFETY: each of the headers points to a name, an iovec and a control message in its own
+        // slot, of the lengths that it gives, and the iovec to bytes that live for 'a. The kernel
+        // writes to the headers only.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
-                headers.as_mut_ptr(),
-                headers.len() as libc::c_uint,
+                self.batch.headers.add(first).as_ptr(),
+                count as libc::c_uint,
                 libc::MSG_DONTWAIT,
             )
         };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn slots(&self) -> &[Slot] {
+        // SAFETY: so many are there and in use, and they change only with `&mut self`.
+        unsafe { slice::from_raw_parts(self.batch.slots.as_ptr(), self.batch.len) }
     }
 }
 
@@ -227,8 +259,8 @@ struct Control {
 
 /// `CMSG_LEN` of a u16.
 const CONTROL_LEN: usize = size_of::<libc::cmsghdr>() + size_of::<u16>();
-/// Messages of one call. Two hundred save all but half a per cent of the calls, and stay in cache.
-const CAPACITY: usize = 192;
+/// Messages of one call: as many as a chunk of targets has. More save little and leave the cache.
+const CAPACITY: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -236,9 +236,9 @@ impl Rest {
 }
 
 /// Added to the delay of what comes meanwhile, half of it on average.
-const NAP: Duration = Duration::from_micros(150);
+const NAP: Duration = Duration::from_micros(200);
 /// A pause between two rounds that is short for a nap to be worth it.
-const BUSY: Duration = Duration::from_micros(400);
+const BUSY: Duration = Duration::from_micros(600);
 
 #[cfg(test)]
 mod tests {
