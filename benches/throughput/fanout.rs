@@ -41,7 +41,7 @@ pub fn run(quick: bool) -> io::Result<Section> {
          datagram, in user mode and in the kernel. The floor is a loop of `sendmsg` with \
          segmentation (GSO) of the same bursts, with all addresses and headers made before; the \
          peers are loops of one `sendto` and of `sendmmsg` for as many packets as it takes. Ours is \
-         the fan-out, queue and threads included, that is given a picture and its audio at a time. \
+         the fan-out, queue and threads included, that is given a picture and its audio at a time. All pause for 1 ms after each picture, as they have to in a server. \
          The sinks are sockets on loopback with full buffers, to which the kernel gives what it \
          need not cut; each counts the messages that it drops, which have to be all that were sent.",
     );
@@ -49,9 +49,6 @@ pub fn run(quick: bool) -> io::Result<Section> {
     let mut cells = Vec::new();
     let mut whole = Vec::new();
     for mbps in RATES {
-        if std::env::var_os("ONLY_STREAMS").is_some() {
-            continue;
-        }
         let pictures = stream::pictures(Ssrc(mbps), mbps);
         for edges in EDGES {
             let cell = Case { mbps, edges, pictures: &pictures, sinks: &sinks };
@@ -122,18 +119,15 @@ impl Case<'_> {
             goal: Some(1.25),
             ..Comparison::default()
         };
-        let (rounds, seconds) = if quick { (2, 0.02) } else { (7, 0.05) };
-        // First, caches are filled and times learned.
-        let first = self.measure(1, true, |bursts| bare.segmented(bursts))?;
-        let turns = (seconds * 1e6 / first / self.datagrams() as f64).ceil() as usize;
         let targets: Arc<[Target]> =
             targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
-        for round in 0..=rounds {
-            let floor = self.measure(turns, true, |bursts| bare.segmented(bursts))?;
-            let mine = self.measure(turns, true, |bursts| ours.send(bursts, &targets))?;
-            let few = turns.div_ceil(8);
-            let sendto = self.measure(few, false, |bursts| bare.one_by_one(bursts))?;
-            let sendmmsg = self.measure(few, false, |bursts| bare.many(bursts))?;
+        let (many, few) = self.portions(quick);
+        // In the first round, caches are filled and buffers made.
+        for round in 0..=rounds(quick) {
+            let floor = self.measure(&many, true, |bursts| bare.segmented(bursts))?;
+            let mine = self.measure(&many, true, |bursts| ours.send(bursts, &targets))?;
+            let sendto = self.measure(&few, false, |bursts| bare.one_by_one(bursts))?;
+            let sendmmsg = self.measure(&few, false, |bursts| bare.many(bursts))?;
             if round > 0 {
                 row.floor.push(floor);
                 row.ours.push(mine);
@@ -156,14 +150,12 @@ impl Case<'_> {
             goal: Some(1.15),
             ..Comparison::default()
         };
-        let (rounds, seconds) = if quick { (2, 0.02) } else { (7, 0.06) };
-        let first = self.measure(1, false, |bursts| bare.many(bursts))?;
-        let turns = (seconds * 1e6 / first / self.datagrams() as f64).ceil() as usize;
         let targets: Arc<[Target]> =
             targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
-        for round in 0..=rounds {
-            let floor = self.measure(turns, false, |bursts| bare.many(bursts))?;
-            let mine = self.measure(turns, false, |bursts| ours.send(bursts, &targets))?;
+        let (_, few) = self.portions(quick);
+        for round in 0..=rounds(quick) {
+            let floor = self.measure(&few, false, |bursts| bare.many(bursts))?;
+            let mine = self.measure(&few, false, |bursts| ours.send(bursts, &targets))?;
             if round > 0 {
                 row.floor.push(floor);
                 row.ours.push(mine);
@@ -173,34 +165,44 @@ impl Case<'_> {
         Ok(row)
     }
 
-    /// Datagrams of all pictures to all edges.
-    fn datagrams(&self) -> usize {
-        self.pictures.iter().flatten().map(Burst::count).sum::<usize>() * self.edges
+    /// Pictures for one round, where segmentation makes them cheap and where it does not: a second
+    /// of them in which there is one key frame, or less of that where it is long.
+    fn portions(&self, quick: bool) -> (Vec<&[Burst]>, Vec<&[Burst]>) {
+        let portion = |budget: usize| {
+            let mut left = budget;
+            let pictures = self.pictures.iter().map(Vec::as_slice).cycle();
+            let fits = |bursts: &&[Burst]| {
+                let datagrams = bursts.iter().map(Burst::count).sum::<usize>() * self.edges;
+                let fits = left > 0;
+                left = left.saturating_sub(datagrams);
+                fits
+            };
+            pictures.take(PICTURES).take_while(fits).collect::<Vec<_>>()
+        };
+        match quick {
+            true => (portion(1_000_000), portion(50_000)),
+            false => (portion(4_000_000), portion(150_000)),
+        }
     }
 
-    /// Has all pictures sent so often, or a quarter of them where that is long; microseconds of
-    /// processor time a datagram. All must have come.
+    /// Has pictures sent, with a pause after each; microseconds of processor time a datagram. All
+    /// must have come.
     fn measure(
         &self,
-        turns: usize,
+        pictures: &[&[Burst]],
         segmented: bool,
         mut send: impl FnMut(&[Burst]) -> io::Result<f64>,
     ) -> io::Result<f64> {
-        let pictures = match self.datagrams() {
-            0..200_000 => self.pictures,
-            _ => self.pictures.get(..self.pictures.len() / 4).unwrap_or(self.pictures),
-        };
         let before = self.sinks.dropped()?;
         let (mut seconds, mut datagrams, mut messages) = (0.0, 0, 0);
-        for _ in 0..turns {
-            for bursts in pictures {
-                seconds += send(bursts)?;
-                for burst in bursts {
-                    datagrams += burst.count() * self.edges;
-                    let at_once = if segmented { floor::at_once(burst.stride()) } else { 1 };
-                    messages += burst.count().div_ceil(at_once) * self.edges;
-                }
+        for bursts in pictures {
+            seconds += send(bursts)?;
+            for burst in *bursts {
+                datagrams += burst.count() * self.edges;
+                let at_once = if segmented { floor::at_once(burst.stride()) } else { 1 };
+                messages += burst.count().div_ceil(at_once) * self.edges;
             }
+            thread::sleep(PAUSE);
         }
         // A sink counts what came as one message as one.
         let came = self.sinks.dropped()? - before;
@@ -302,7 +304,7 @@ fn many_streams(quick: bool) -> io::Result<ManyStreams> {
         .collect();
     // One of them is read, to see how long its packets take.
     targets[0] = Arc::from([SocketAddr::from(listener.address).into()]);
-    let (rounds, seconds) = if quick { (4, 1.0) } else { (5, 2.0) };
+    let (rounds, seconds) = if quick { (2, 1.0) } else { (7, 1.5) };
     let mut row = Comparison {
         work: format!("{STREAMS} streams of {TAGS} tags/s to one edge each"),
         unit: "% of a core",
@@ -329,12 +331,6 @@ fn many_streams(quick: bool) -> io::Result<ManyStreams> {
             thread::sleep(Duration::from_millis(1));
         }
         let cpu = queued.cpu + ours.worker_seconds() - of_workers;
-        eprintln!(
-            "DBG floor {} queued {} workers {}",
-            floor.cpu / floor.seconds * 100.0,
-            queued.cpu / queued.seconds * 100.0,
-            (cpu - queued.cpu) / queued.seconds * 100.0
-        );
         row.ours.push(cpu / queued.seconds * 100.0);
         sent += ours.metrics.datagrams() - until;
         calls += ours.metrics.calls() - calls_before;
@@ -386,6 +382,15 @@ fn plot(growth: &[(u32, usize, Comparison)]) -> Plot {
     }
 }
 
+/// Besides the first, which does not count.
+fn rounds(quick: bool) -> usize {
+    if quick { 2 } else { 7 }
+}
+
+/// Of a round, at most.
+const PICTURES: usize = 100;
+/// After each picture. In a server too, the next one finds threads asleep and caches cold.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Whose packets the listener reads.
 const BARE: usize = 0;
 const OURS: usize = 1;

@@ -13,16 +13,20 @@ use crate::{
 
 fn receiver() -> (UdpSocket, SocketAddr) {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket2::SockRef::from(&socket).set_recv_buffer_size(1 << 20).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let addr = socket.local_addr().unwrap();
     (socket, addr)
 }
 
 fn fanout(metrics: FanoutMetrics) -> Fanout {
-    let settings = Settings { port: 0, ..Settings::default() };
+    spawn(&Settings { port: 0, ..Settings::default() }, metrics)
+}
+
+fn spawn(settings: &Settings, metrics: FanoutMetrics) -> Fanout {
     let routes = Routes::new(&Registry::new()).unwrap();
     let echo: OnDatagrams = Arc::new(|_, datagrams| vec![Bytes::copy_from_slice(datagrams)]);
-    Fanout::spawn(&settings, routes, &echo, metrics).unwrap()
+    Fanout::spawn(settings, routes, &echo, metrics).unwrap()
 }
 
 fn wait_until(condition: impl Fn() -> bool) {
@@ -142,4 +146,90 @@ fn its_threads_end_with_the_last_handle() {
     let alive = Arc::downgrade(&fanout.shared);
     drop(fanout);
     wait_until(|| alive.strong_count() == 0);
+}
+
+#[test]
+fn each_target_has_its_order_with_many_workers() {
+    let receivers: Vec<_> = (0..150).map(|_| receiver()).collect();
+    let targets: Arc<[Target]> = receivers.iter().map(|(_, addr)| (*addr).into()).collect();
+    let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+    let settings = Settings { port: 0, workers: 4, ..Settings::default() };
+    let fanout = spawn(&settings, metrics.clone());
+    assert_eq!(fanout.workers(), 4);
+    let mut packetizer = Packetizer::new(Ssrc(6), 1120);
+    for n in 0..40 {
+        let tag = Tag::new(TagKind::Video, n, &vec![7; 1 + 400 * n as usize]).unwrap();
+        fanout.send(Ssrc(6), &packetizer.packetize(&tag), &targets, None);
+    }
+    let count = packetizer.next_seq().distance_from(crate::rtp::Seq::FIRST);
+    for (socket, _) in &receivers {
+        let mut buffer = [0; 2000];
+        for n in 0..count {
+            socket.recv(&mut buffer).unwrap();
+            let seq = u16::from_be_bytes([buffer[2], buffer[3]]);
+            assert_eq!(seq, crate::rtp::Seq::FIRST.plus(n as usize).0);
+        }
+    }
+    wait_until(|| metrics.datagrams() == count as u64 * 150);
+    assert_eq!(metrics.skipped(), 0);
+}
+
+#[test]
+fn a_worker_that_is_behind_skips_and_counts() {
+    let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+    let settings = Settings { port: 0, queue_bytes: 5000, workers: 1, ..Settings::default() };
+    let fanout = spawn(&settings, metrics.clone());
+    let (_socket, addr) = receiver();
+    let tag = Tag::new(TagKind::Video, 5, &[1; 6000]).unwrap();
+    let burst = Packetizer::new(Ssrc(9), 1120).packetize(&tag);
+    fanout.send(Ssrc(9), &burst, &Arc::from([addr.into()]), None);
+    assert_eq!((metrics.skipped(), metrics.datagrams()), (6, 0));
+}
+
+#[test]
+fn a_paced_burst_takes_its_time_and_is_held_until_the_last_packet() {
+    let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+    let pacing = Pacing::Factor(PaceFactor::new(2.0).unwrap());
+    let settings = Settings { port: 0, pacing, ..Settings::default() };
+    let fanout = spawn(&settings, metrics.clone());
+    assert!(fanout.paces());
+    let (socket, addr) = receiver();
+    let targets: Arc<[Target]> = Arc::from([addr.into()]);
+    let mut packetizer = Packetizer::new(Ssrc(9), 1120);
+    let mut burst = || {
+        let tag = Tag::new(TagKind::Video, 5, &[1; 64 * 1120 - 11]).unwrap();
+        packetizer.packetize(&tag)
+    };
+    let interval = Duration::from_millis(40);
+    let held: Arc<dyn std::any::Any + Send + Sync> = Arc::new(());
+    let pace = |held| Pace { rate: 1, interval, held };
+    let began = Instant::now();
+    fanout.send(Ssrc(9), &burst(), &targets, Some(&pace(Some(held.clone()))));
+    let mut buffer = [0; 2000];
+    for n in 0..64 {
+        socket.recv(&mut buffer).unwrap();
+        assert_eq!(buffer[3], (65000 + n) as u8);
+        // The eighth group of eight leaves after seven eighths.
+        assert!(n < 63 || began.elapsed() >= interval * 7 / 8, "{:?}", began.elapsed());
+    }
+    wait_until(|| Arc::strong_count(&held) == 1);
+    // What is behind a burst that has ended does not wait for it.
+    let began = Instant::now();
+    let slow = Duration::from_secs(60);
+    for _ in 0..2 {
+        let pace = Pace { interval: slow, ..pace(None) };
+        fanout.send(Ssrc(9), &burst(), &targets, Some(&pace));
+    }
+    fanout.finish(Ssrc(9));
+    for n in 64..192 {
+        socket.recv(&mut buffer).unwrap();
+        assert_eq!(buffer[3], (65000 + n) as u8);
+    }
+    // And so where the last handle goes.
+    fanout.send(Ssrc(9), &burst(), &targets, Some(&Pace { interval: slow, ..pace(None) }));
+    drop(fanout);
+    for _ in 0..64 {
+        socket.recv(&mut buffer).unwrap();
+    }
+    assert!(began.elapsed() < slow / 2);
 }
