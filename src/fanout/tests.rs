@@ -157,20 +157,25 @@ fn each_target_has_its_order_with_many_workers() {
     let fanout = spawn(&settings, metrics.clone());
     assert_eq!(fanout.workers(), 4);
     let mut packetizer = Packetizer::new(Ssrc(6), 1120);
-    for n in 0..40 {
-        let tag = Tag::new(TagKind::Video, n, &vec![7; 1 + 400 * n as usize]).unwrap();
+    let first = packetizer.next_seq();
+    for n in 1..=15 {
+        let tag = Tag::new(TagKind::Video, n, &vec![7; 400 * n as usize]).unwrap();
         fanout.send(Ssrc(6), &packetizer.packetize(&tag), &targets, None);
+        if n % 3 == 0 {
+            // A processor's queue for loopback has room for 1000 messages, of all tests.
+            let sent = packetizer.next_seq().distance_from(first) as u64 * 150;
+            wait_until(|| metrics.datagrams() == sent);
+        }
     }
-    let count = packetizer.next_seq().distance_from(crate::rtp::Seq::FIRST);
+    let count = packetizer.next_seq().distance_from(first);
     for (socket, _) in &receivers {
         let mut buffer = [0; 2000];
         for n in 0..count {
             socket.recv(&mut buffer).unwrap();
             let seq = u16::from_be_bytes([buffer[2], buffer[3]]);
-            assert_eq!(seq, crate::rtp::Seq::FIRST.plus(n as usize).0);
+            assert_eq!(seq, first.plus(n as usize).0);
         }
     }
-    wait_until(|| metrics.datagrams() == count as u64 * 150);
     assert_eq!(metrics.skipped(), 0);
 }
 
