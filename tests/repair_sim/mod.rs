@@ -355,7 +355,7 @@ fn tag(index: u32, len: usize) -> Tag {
 const SSRC: Ssrc = Ssrc(1);
 const PAYLOAD: usize = 1120;
 /// As `repair::server` sends them while a stream flows.
-const HEARTBEAT: Duration = Duration::from_millis(50);
+const HEARTBEAT: Duration = Duration::from_millis(100);
 /// IPv4 and UDP.
 const UDP_HEADERS: usize = 28;
 /// IPv4, UDP, and a short-header packet with one datagram frame to an edge: connection id

@@ -28,8 +28,9 @@ impl Heartbeats {
     /// stream: an edge would ask for what has not.
     ///
     /// A new number is told once the stream has been quiet for 10 ms, so that the packets
-    /// themselves come first; about every 50 ms while it is never quiet. Then the same number again
-    /// after 50, 100, 200 and 400 ms, and every second.
+    /// themselves come first. A stream that pauses after each frame, as most do, is told of every
+    /// 100 ms: what follows within 50 ms shows a gap by itself, and a heartbeat to each edge costs more
+    /// than the frame. Then the same number again after 50, 100, 200 and 400 ms, and every second.
     pub(super) fn poll(
         &mut self,
         now: Instant,
@@ -63,6 +64,8 @@ struct Beat {
     /// What was told last, and when.
     told: Option<Seq>,
     told_at: Instant,
+    /// When a new number was told last.
+    news_at: Option<Instant>,
     /// How often `told` was repeated since it was the newest.
     repeats: usize,
     /// At which poll the stream was there last.
@@ -71,7 +74,16 @@ struct Beat {
 
 impl Beat {
     fn new(now: Instant, newest: Seq) -> Self {
-        Self { newest, changed: now, untold: now, told: None, told_at: now, repeats: 0, polls: 0 }
+        Self {
+            newest,
+            changed: now,
+            untold: now,
+            told: None,
+            told_at: now,
+            news_at: None,
+            repeats: 0,
+            polls: 0,
+        }
     }
 
     fn poll(&mut self, now: Instant, newest: Seq) -> bool {
@@ -90,10 +102,15 @@ impl Beat {
                 None => since_told >= IDLE_INTERVAL,
             }
         } else {
-            quiet >= QUIET || now.saturating_duration_since(self.untold) >= LONGEST_UNTOLD
+            let spaced = |at| now.saturating_duration_since(at) >= SPACING;
+            let enough = if self.news_at.is_none_or(spaced) { QUIET } else { PAUSE };
+            quiet >= enough || now.saturating_duration_since(self.untold) >= LONGEST_UNTOLD
         };
         if due {
-            self.repeats = if self.told == Some(self.newest) { self.repeats + 1 } else { 0 };
+            self.repeats += 1;
+            if self.told != Some(self.newest) {
+                (self.repeats, self.news_at) = (0, Some(now));
+            }
             self.told = Some(self.newest);
             self.told_at = now;
         }
@@ -102,7 +119,11 @@ impl Beat {
 }
 
 const QUIET: Duration = Duration::from_millis(10);
-const LONGEST_UNTOLD: Duration = Duration::from_millis(40);
+/// Longer than from one frame to the next.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Between heartbeats of a stream that goes on.
+const SPACING: Duration = Duration::from_millis(100);
+const LONGEST_UNTOLD: Duration = Duration::from_millis(90);
 const REPEATS: [Duration; 4] = [
     Duration::from_millis(50),
     Duration::from_millis(100),
@@ -138,10 +159,20 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_never_pauses_is_told_each_50_ms() {
+    fn a_stream_that_never_pauses_is_told_each_100_ms() {
         let beats = run(1000, |at| (at / 10) as u16);
-        assert!((18..=20).contains(&beats.len()), "{beats:?}");
-        assert!(beats.windows(2).all(|pair| pair[1].0 - pair[0].0 == 50));
+        assert!((9..=10).contains(&beats.len()), "{beats:?}");
+        assert!(beats.windows(2).all(|pair| pair[1].0 - pair[0].0 == 100), "{beats:?}");
+    }
+
+    #[test]
+    fn frames_with_pauses_between_are_told_of_ten_times_a_second() {
+        let beats = run(2000, |at| (at / 40) as u16);
+        assert!((16..=21).contains(&beats.len()), "{beats:?}");
+        // Slower than that, each pause is one in which something may be missing for long.
+        let beats = run(2000, |at| (at / 200) as u16);
+        let news: Vec<_> = (1..10).map(|n| n * 200 + 10).collect();
+        assert!(news.iter().all(|at| beats.iter().any(|beat| beat.0 == *at)), "{beats:?}");
     }
 
     #[test]
