@@ -9,6 +9,7 @@ mod outlet;
 mod pacer;
 mod port;
 mod queue;
+mod rest;
 pub mod routes;
 mod syscall;
 mod worker;

@@ -180,13 +180,6 @@ pub(super) fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
     unsafe { libc::poll(&raw mut poll, 1, timeout) };
 }
 
-/// Lets the calling thread's short sleeps end when they are over: as a rule the kernel adds up to
-/// 50 µs to group them with others (prctl(2), PR_SET_TIMERSLACK).
-pub(super) fn sleep_exactly() {
-    // SAFETY: it takes numbers and touches no memory of ours. A refusal changes nothing.
-    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong) };
-}
-
 #[derive(Clone, Copy)]
 struct Slot {
     to: Name,

@@ -4,7 +4,7 @@ use std::{
     net::{SocketAddr, UdpSocket},
     sync::Arc,
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     outlet::{Outlet, Round},
     pacer::{Group, Pacer, Pacing},
     queue::{Amount, Queue},
-    syscall,
+    rest::{self, Next, Rest},
 };
 
 /// One thread of the fan-out.
@@ -65,7 +65,7 @@ impl Worker {
 
     /// Sends what comes through the queue until that is closed and empty.
     pub(super) fn run(mut self) {
-        syscall::sleep_exactly();
+        rest::sleep_exactly();
         let (mut tasks, mut done) = (Vec::new(), Amount::default());
         let mut rest = Rest::default();
         loop {
@@ -81,7 +81,7 @@ impl Worker {
                 }
                 match rest.next(now, deadline) {
                     Next::Nap(time) => thread::sleep(time),
-                    Next::Park => self.queue.park(deadline),
+                    Next::Wait => self.queue.park(deadline),
                 }
                 continue;
             }
@@ -185,85 +185,5 @@ impl<'o, 'a> Out<'o, 'a> {
         if let Some(v6) = &mut self.v6 {
             v6.flush();
         }
-    }
-}
-
-/// How a worker rests that has nothing to do.
-///
-/// To wake a parked thread costs whoever does it about as much as a send, and so does each switch of
-/// threads. So where tasks come thick and fast, as from a thousand streams, a worker naps instead:
-/// nobody needs to wake it, and what comes meanwhile leaves in one call. Where they come seldom, it
-/// parks at once.
-#[derive(Debug, Default)]
-struct Rest {
-    /// When the last round ended.
-    ended: Option<Instant>,
-    /// Whether that round began soon after the one before.
-    busy: bool,
-    napped: bool,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Next {
-    /// It looks again by itself.
-    Nap(Duration),
-    /// It is woken, by a task or by the pacer's deadline.
-    Park,
-}
-
-impl Rest {
-    fn begin_round(&mut self, now: Instant) {
-        self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY);
-        self.napped = false;
-    }
-
-    fn end_round(&mut self, now: Instant) {
-        self.ended = Some(now);
-    }
-
-    fn next(&mut self, now: Instant, deadline: Option<Instant>) -> Next {
-        let left = deadline.map(|at| at.saturating_duration_since(now));
-        if left.is_some_and(|left| left <= NAP) {
-            // Slots are not kept to the microsecond: what is due together leaves together.
-            return Next::Nap(NAP);
-        }
-        if self.busy && !self.napped {
-            self.napped = true;
-            return Next::Nap(NAP);
-        }
-        Next::Park
-    }
-}
-
-/// Added to the delay of what comes meanwhile, half of it on average.
-const NAP: Duration = Duration::from_micros(200);
-/// A pause between two rounds that is short for a nap to be worth it.
-const BUSY: Duration = Duration::from_micros(600);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_is_busy_naps_once_and_then_parks() {
-        let start = Instant::now();
-        let at = |us| start + Duration::from_micros(us);
-        let mut rest = Rest::default();
-        assert_eq!(rest.next(at(0), None), Next::Park);
-        rest.begin_round(at(0));
-        rest.end_round(at(10));
-        assert_eq!(rest.next(at(10), None), Next::Park, "the first in a while");
-        rest.begin_round(at(100));
-        rest.end_round(at(110));
-        assert_eq!(rest.next(at(110), None), Next::Nap(NAP));
-        assert_eq!(rest.next(at(260), None), Next::Park, "nothing came");
-        rest.begin_round(at(300));
-        assert_eq!(rest.next(at(310), None), Next::Nap(NAP));
-        rest.end_round(at(310));
-        rest.begin_round(at(5000));
-        assert_eq!(rest.next(at(5010), None), Next::Park);
-        // Until the pacer's next slot.
-        assert_eq!(rest.next(at(5010), Some(at(5020))), Next::Nap(NAP));
-        assert_eq!(rest.next(at(5010), Some(at(9020))), Next::Park);
     }
 }
