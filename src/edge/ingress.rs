@@ -99,6 +99,8 @@ pub struct Ingress {
     sockets: Vec<RtpSocket>,
     /// How many of them take RTP.
     rtp_sockets: usize,
+    /// Those that were given up.
+    broken: [bool; MAX_SOCKETS],
     settings: Settings,
     intake: Intake,
     metrics: IntakeMetrics,
@@ -146,6 +148,7 @@ impl Ingress {
     ) -> Self {
         let mut ingress = Self {
             rtp_sockets: rtp.len(),
+            broken: [false; MAX_SOCKETS],
             sockets: rtp.into_iter().chain(parity).collect(),
             intake,
             metrics,
@@ -174,7 +177,9 @@ impl Ingress {
     /// # Panics
     /// If the thread does.
     pub async fn run(self, shutdown: CancellationToken) {
-        let sleeper = Bell::new().and_then(|bell| Ok((Sleeper::new(bell.clone())?, bell)));
+        let sockets: Vec<_> = self.sockets.iter().map(RtpSocket::fd).collect();
+        let sleeper =
+            Bell::new().and_then(|bell| Ok((Sleeper::new(bell.clone(), &sockets)?, bell)));
         let (mut sleeper, bell) = match sleeper {
             Ok(sleeper) => sleeper,
             Err(error) => {
@@ -215,7 +220,7 @@ impl Ingress {
         let mut buffers = Buffers::new(segments);
         let mut next_tick = Instant::now();
         let mut ready = [false; MAX_SOCKETS];
-        let mut failures = 0;
+        let mut failing_since = [None; MAX_SOCKETS];
         loop {
             if bell.take() | std::mem::take(&mut self.begun) {
                 if stopped.as_mut().poll(&mut cx).is_ready() {
@@ -227,13 +232,11 @@ impl Ingress {
                 match self.receive(i, &mut buffers) {
                     Ok(more) => {
                         *ready = more;
-                        failures = 0;
+                        failing_since[i] = None;
                     }
                     Err(error) => {
-                        failures += 1;
-                        tracing::debug!("reading RTP: {error}");
-                        if failures >= MAX_FAILURES {
-                            tracing::error!("the RTP socket is broken: {error}");
+                        *ready = false;
+                        if self.tell_failure(i, &mut failing_since, sleeper, &error) {
                             return;
                         }
                     }
@@ -249,14 +252,16 @@ impl Ingress {
             for socket in &mut self.sockets {
                 socket.probe(now, &self.probe_metrics);
             }
-            // Those that have more to read are not waited for, nor is what has just begun.
+            // Those that have more to read are not waited for, nor is what has just begun; and while
+            // one socket never runs dry, the others are read all the same.
             if self.begun || ready.contains(&true) {
+                ready = self.broken.map(|broken| !broken);
                 continue;
             }
             let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
             let wakes = [self.intake.poll_timeout(), probe];
             let wake = wakes.into_iter().flatten().fold(next_tick, Instant::min);
-            ready = match self.sleep(sleeper, now, wake) {
+            ready = match sleeper.sleep(now, wake) {
                 Ok(ready) => ready,
                 Err(error) => {
                     tracing::error!("cannot wait for RTP: {error}");
@@ -266,19 +271,30 @@ impl Ingress {
         }
     }
 
-    fn sleep(
-        &self,
-        sleeper: &mut Sleeper,
-        now: Instant,
-        until: Instant,
-    ) -> io::Result<[bool; MAX_SOCKETS]> {
-        match &*self.sockets {
-            [one] => sleeper.sleep(&[one.fd()], now, until),
-            all => {
-                let fds: Vec<_> = all.iter().map(RtpSocket::fd).collect();
-                sleeper.sleep(&fds, now, until)
-            }
+    /// Socket `i` could not be read. A single failure says little: an earlier send's ICMP answer is
+    /// one. A socket of which nothing else is heard is given up; tells whether it was the last of
+    /// RTP.
+    fn tell_failure(
+        &mut self,
+        i: usize,
+        failing_since: &mut [Option<Instant>; MAX_SOCKETS],
+        sleeper: &Sleeper,
+        error: &io::Error,
+    ) -> bool {
+        tracing::debug!(socket = i, "reading RTP: {error}");
+        let now = Instant::now();
+        let since = *failing_since[i].get_or_insert(now);
+        // It stays ready.
+        thread::sleep(FAILURE_PAUSE);
+        if now.duration_since(since) < FAILS_FOR {
+            return false;
         }
+        tracing::error!(socket = i, "an RTP socket is broken, and not read any more: {error}");
+        if let Some(socket) = self.sockets.get(i) {
+            sleeper.forget(socket.fd());
+        }
+        self.broken[i] = true;
+        self.broken.iter().take(self.rtp_sockets).all(|broken| *broken)
     }
 
     /// Takes what came from tokio's threads; what comes later rings the bell.
@@ -573,8 +589,10 @@ const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
 /// A stream that has been silent for so long may have ended without our being told.
 const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
-/// Reads in a row that fail: an earlier send's ICMP answer makes one fail, a broken socket all.
-const MAX_FAILURES: u32 = 1000;
+/// A socket that can only be failed to read for so long is broken.
+const FAILS_FOR: Duration = Duration::from_secs(1);
+/// An error that stays must not turn into a busy loop.
+const FAILURE_PAUSE: Duration = Duration::from_millis(1);
 /// Events in a row before the sockets get their turn.
 const MAX_EVENTS: usize = 256;
 const EVENT_QUEUE: usize = 4096;

@@ -1,38 +1,87 @@
-//! The least that an edge could do: read, many datagrams a call, and count.
+//! The least that an edge could do: read what is there, many datagrams a call, and count.
 
 use std::{
-    io::{self, IoSliceMut, Write},
+    io::{self, Write},
+    mem,
     net::{SocketAddr, UdpSocket},
+    os::fd::AsRawFd,
     path::Path,
+    ptr,
     time::{Duration, Instant},
 };
 
 use downpour::udp;
-use quinn_udp::{BATCH_SIZE, RecvMeta, UdpSockRef, UdpSocketState};
+use quinn_udp::{UdpSockRef, UdpSocketState};
 
 /// Reads at `address` until it is asked how many datagrams there were, and prints that.
 pub fn run(address: SocketAddr) -> io::Result<()> {
     let socket = udp::receiver(address, None, BUFFER)?;
-    let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-    // It has nothing else to wait for.
+    // Has the kernel put datagrams together (UDP_GRO).
+    UdpSocketState::new(UdpSockRef::from(&socket))?;
     socket.set_nonblocking(false)?;
-    let size = (state.gro_segments() * 1500).min(usize::from(u16::MAX));
-    let mut bytes = vec![0; size * BATCH_SIZE];
-    let mut meta = [RecvMeta::default(); BATCH_SIZE];
+    let mut buffers = vec![[0; LARGEST]; BATCH];
     let mut count = 0u64;
     loop {
-        let mut chunks = bytes.chunks_exact_mut(size);
-        let mut slices: [_; BATCH_SIZE] =
-            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        let reads = state.recv(UdpSockRef::from(&socket), &mut slices, &mut meta)?;
-        for (read, bytes) in meta[..reads].iter().zip(bytes.chunks_exact(size)) {
-            if &bytes[..read.len] == QUESTION {
+        let reads = read(&socket, &mut buffers)?;
+        for (bytes, &(len, stride)) in buffers.iter().zip(reads.iter().map_while(Option::as_ref)) {
+            if &bytes[..len] == QUESTION {
                 println!("{count}");
                 return io::stdout().flush();
             }
-            count += read.len.div_ceil(read.stride.max(1)) as u64;
+            count += len.div_ceil(stride.max(1)) as u64;
         }
     }
+}
+
+/// Waits for one datagram, and takes what else is there; the length of each read, and of the
+/// datagrams in it.
+///
+/// quinn-udp's would wait until the batch is full, which no edge can do.
+fn read(
+    socket: &UdpSocket,
+    buffers: &mut [[u8; LARGEST]],
+) -> io::Result<[Option<(usize, usize)>; BATCH]> {
+    let mut controls = [[0u64; 8]; BATCH];
+    let mut slices: [libc::iovec; BATCH] = std::array::from_fn(|i| libc::iovec {
+        iov_base: buffers[i].as_mut_ptr().cast(),
+        iov_len: buffers[i].len(),
+    });
+    // SAFETY: it is plain data, for which zeros are valid.
+    let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
+    for ((message, slice), control) in messages.iter_mut().zip(&mut slices).zip(&mut controls) {
+        message.msg_hdr.msg_iov = slice;
+        message.msg_hdr.msg_iovlen = 1;
+        message.msg_hdr.msg_control = control.as_mut_ptr().cast();
+        message.msg_hdr.msg_controllen = mem::size_of_val(control) as _;
+    }
+    // SAFETY: the messages point to buffers of the lengths that they tell, which outlive the call.
+    let count = unsafe {
+        libc::recvmmsg(
+            socket.as_raw_fd(),
+            messages.as_mut_ptr(),
+            BATCH as libc::c_uint,
+            libc::MSG_WAITFORONE,
+            ptr::null_mut(),
+        )
+    };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    let mut reads = [None; BATCH];
+    for (read, message) in reads.iter_mut().zip(&messages).take(count) {
+        let len = message.msg_len as usize;
+        let mut stride = len;
+        // SAFETY: the kernel wrote the control messages that the header tells of.
+        unsafe {
+            let mut control = libc::CMSG_FIRSTHDR(&message.msg_hdr);
+            while let Some(head) = control.as_ref() {
+                if (head.cmsg_level, head.cmsg_type) == (libc::SOL_UDP, libc::UDP_GRO) {
+                    stride = ptr::read_unaligned(libc::CMSG_DATA(control).cast::<i32>()) as usize;
+                }
+                control = libc::CMSG_NXTHDR(&message.msg_hdr, control);
+            }
+        }
+        *read = Some((len, stride));
+    }
+    Ok(reads)
 }
 
 /// Asks the floor at `address`, which writes to `log`, how many datagrams it read. It ends then.
@@ -54,4 +103,7 @@ pub fn ask_count(address: SocketAddr, log: &Path) -> io::Result<u64> {
 
 const QUESTION: &[u8] = b"how many";
 const BUFFER: usize = 8 << 20;
+const BATCH: usize = 32;
+/// Bytes that the kernel puts together at most.
+const LARGEST: usize = u16::MAX as usize;
 const PATIENCE: Duration = Duration::from_secs(5);
