@@ -129,6 +129,26 @@ struct Connection {
     protocol: Option<Protocol>,
 }
 
+/// A socket's failures, each soon after the one before.
+#[derive(Debug, Clone, Copy)]
+struct Failing {
+    since: Instant,
+    last: Instant,
+}
+
+impl Failing {
+    /// There was one more at `now`; whether that has gone on for too long.
+    fn goes_on(failing: &mut Option<Self>, now: Instant) -> bool {
+        let fresh = Self { since: now, last: now };
+        let failing = failing.get_or_insert(fresh);
+        if now.saturating_duration_since(failing.last) > FAILURE_PAUSE * 100 {
+            *failing = fresh;
+        }
+        failing.last = now;
+        now.saturating_duration_since(failing.since) >= FAILS_FOR
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         self.cancel.cancel();
@@ -220,7 +240,7 @@ impl Ingress {
         let mut buffers = Buffers::new(segments);
         let mut next_tick = Instant::now();
         let mut ready = [false; MAX_SOCKETS];
-        let mut failing_since = [None; MAX_SOCKETS];
+        let mut failing = [None; MAX_SOCKETS];
         loop {
             if bell.take() | std::mem::take(&mut self.begun) {
                 if stopped.as_mut().poll(&mut cx).is_ready() {
@@ -232,11 +252,11 @@ impl Ingress {
                 match self.receive(i, &mut buffers) {
                     Ok(more) => {
                         *ready = more;
-                        failing_since[i] = None;
+                        failing[i] = None;
                     }
                     Err(error) => {
                         *ready = false;
-                        if self.tell_failure(i, &mut failing_since, sleeper, &error) {
+                        if self.tell_failure(i, &mut failing[i], sleeper, &error) {
                             return;
                         }
                     }
@@ -271,22 +291,20 @@ impl Ingress {
         }
     }
 
-    /// Socket `i` could not be read. A single failure says little: an earlier send's ICMP answer is
-    /// one. A socket of which nothing else is heard is given up; tells whether it was the last of
-    /// RTP.
+    /// Socket `i` could not be read. A failure now and then says little: an earlier send's ICMP
+    /// answer is one. A socket that does nothing but fail is given up; tells whether it was the last
+    /// of RTP.
     fn tell_failure(
         &mut self,
         i: usize,
-        failing_since: &mut [Option<Instant>; MAX_SOCKETS],
+        failing: &mut Option<Failing>,
         sleeper: &Sleeper,
         error: &io::Error,
     ) -> bool {
         tracing::debug!(socket = i, "reading RTP: {error}");
-        let now = Instant::now();
-        let since = *failing_since[i].get_or_insert(now);
         // It stays ready.
         thread::sleep(FAILURE_PAUSE);
-        if now.duration_since(since) < FAILS_FOR {
+        if !Failing::goes_on(failing, Instant::now()) {
             return false;
         }
         tracing::error!(socket = i, "an RTP socket is broken, and not read any more: {error}");
@@ -619,12 +637,12 @@ mod tests {
         tls::Trust,
     };
 
-    /// An ingress with one socket, the hub that it fills, where its socket is, and what the repair
+    /// An ingress with two sockets, the hub that it fills, where its sockets are, and what the repair
     /// connection would send events with.
     struct Rig {
         ingress: Ingress,
         hub: Hub,
-        rtp: SocketAddr,
+        rtp: [SocketAddr; 2],
         events: std::sync::mpsc::Receiver<mpsc::Sender<RepairEvent>>,
     }
 
@@ -638,8 +656,8 @@ mod tests {
             max_streams: 1000,
         };
         let intake = Intake::new(settings, hub.clone(), metrics.clone(), on_start);
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let rtp = socket.local_addr().unwrap();
+        let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let rtp = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
         // Where nobody answers: what the cloud says, the test says.
         let nobody = UdpSocket::bind("127.0.0.1:0").unwrap();
         let quic_port = nobody.local_addr().unwrap().port();
@@ -673,7 +691,7 @@ mod tests {
         };
         let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
         let probe_metrics = ProbeMetrics::register(&registry).unwrap();
-        let sockets = vec![RtpSocket::new(socket).unwrap()];
+        let sockets = sockets.map(|socket| RtpSocket::new(socket).unwrap()).into();
         let ingress = Ingress::new(sockets, Vec::new(), settings, intake, metrics, probe_metrics);
         Rig { ingress, hub, rtp, events }
     }
@@ -736,7 +754,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(10)).await;
             let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
             let began = Instant::now();
-            sender.send_to(packetizer.packetize(&tag).bytes(), rtp).unwrap();
+            sender.send_to(packetizer.packetize(&tag).bytes(), rtp[0]).unwrap();
             wait_until("the tag is there", || stream.held().0 == number as usize).await;
             quickest = quickest.min(began.elapsed());
         }
@@ -745,12 +763,57 @@ mod tests {
         let tag = Tag::new(TagKind::Audio, 300, &[0xaf, 1]).unwrap();
         let last = (0..3).map(|_| packetizer.packetize(&tag)).last().unwrap();
         assert_eq!(last.first_seq(), Seq::FIRST.plus(12));
-        sender.send_to(last.bytes(), rtp).unwrap();
+        sender.send_to(last.bytes(), rtp[0]).unwrap();
         wait_until("both are asked for", || {
             metrics.streams().first().is_some_and(|stream| stream.report.asked == 2)
         })
         .await;
         assert_eq!(stream.held().0, 10);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
+        let Rig { ingress, hub, rtp, events } = rig(|_| ());
+        let _running = tokio::spawn(ingress.run(CancellationToken::new()));
+        let events = events.recv().unwrap();
+        events.send(up(7)).await.unwrap();
+        wait_until("the stream is up", || hub.len() == 1).await;
+        let stream = hub.stream("live/7").unwrap();
+        let over = CancellationToken::new();
+        let _over = over.clone().drop_guard();
+        for _ in 0..2 {
+            let over = over.clone();
+            thread::spawn(move || {
+                let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                while !over.is_cancelled() {
+                    let _ = socket.send_to(b"noise", rtp[0]);
+                }
+            });
+        }
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut packetizer = Packetizer::new(Ssrc(7), 1120);
+        for number in 1..=20u32 {
+            let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
+            let burst = packetizer.packetize(&tag);
+            // The flood may fill the loopback interface's queue.
+            let began = Instant::now();
+            while stream.held().0 < number as usize {
+                assert!(began.elapsed() < Duration::from_secs(20), "tag {number} is not read");
+                sender.send_to(burst.bytes(), rtp[1]).unwrap();
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+
+    #[test]
+    fn a_socket_is_broken_that_does_nothing_but_fail() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut failing = None;
+        // Once in a while.
+        assert!((0..20).all(|n| !Failing::goes_on(&mut failing, at(n * 500))));
+        let broken = (0..2000).find(|ms| Failing::goes_on(&mut failing, at(20_000 + ms)));
+        assert_eq!(broken, Some(1000));
     }
 
     #[tokio::test]
