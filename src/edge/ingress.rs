@@ -622,6 +622,8 @@ mod tests {
         sync::atomic::{AtomicUsize, Ordering},
     };
 
+    use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
+
     use super::*;
     use crate::{
         edge::intake,
@@ -785,8 +787,17 @@ mod tests {
             let over = over.clone();
             thread::spawn(move || {
                 let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                let state = UdpSocketState::new(UdpSockRef::from(&socket)).unwrap();
+                // Many to a call, so that they come faster than they are read.
+                let noise = Transmit {
+                    destination: rtp[0],
+                    ecn: None,
+                    contents: &[7; 64 * 8],
+                    segment_size: Some(8),
+                    src_ip: None,
+                };
                 while !over.is_cancelled() {
-                    let _ = socket.send_to(b"noise", rtp[0]);
+                    let _ = state.try_send(UdpSockRef::from(&socket), &noise);
                 }
             });
         }
