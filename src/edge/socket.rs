@@ -239,21 +239,17 @@ fn choose(addrs: impl Iterator<Item = SocketAddr>, v4_only: bool) -> Option<Sock
 pub struct Buffers {
     bytes: Vec<u8>,
     size: usize,
-    meta: [RecvMeta; quinn_udp::BATCH_SIZE],
+    meta: [RecvMeta; Buffers::READS],
 }
 
 impl Buffers {
     /// Reads of a whole batch.
-    pub const READS: usize = quinn_udp::BATCH_SIZE;
+    pub const READS: usize = 8;
 
     /// For sockets on which the kernel puts up to `gro_segments` datagrams into one.
     pub fn new(gro_segments: usize) -> Self {
         let size = (gro_segments * MAX_DATAGRAM).min(usize::from(u16::MAX));
-        Self {
-            bytes: vec![0; size * quinn_udp::BATCH_SIZE],
-            size,
-            meta: [RecvMeta::default(); quinn_udp::BATCH_SIZE],
-        }
+        Self { bytes: vec![0; size * Self::READS], size, meta: [RecvMeta::default(); Self::READS] }
     }
 
     fn fill(
@@ -261,7 +257,7 @@ impl Buffers {
         recv: impl FnOnce(&mut [IoSliceMut<'_>], &mut [RecvMeta]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let mut chunks = self.bytes.chunks_exact_mut(self.size);
-        let mut slices: [_; quinn_udp::BATCH_SIZE] =
+        let mut slices: [_; Self::READS] =
             std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
         recv(&mut slices, &mut self.meta)
     }
