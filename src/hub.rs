@@ -261,9 +261,11 @@ impl Stream {
         ViewerGuard(self.clone())
     }
 
-    /// Counts tags that were skipped by readers that another one read for.
+    /// Counts tags that readers skipped, see [`Reader::try_read_each`].
     pub fn count_skipped(&self, tags: u64) {
-        self.counters.skipped_tags.fetch_add(tags, Ordering::Relaxed);
+        if tags > 0 {
+            self.counters.skipped_tags.fetch_add(tags, Ordering::Relaxed);
+        }
     }
 
     /// The stream's name.

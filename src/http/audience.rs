@@ -132,13 +132,7 @@ impl Audience {
             desk.came.notify_one();
             return;
         }
-        let desk = Arc::new(Desk {
-            stream: stream.clone(),
-            arrivals: Mutex::default(),
-            came: Notify::new(),
-            members: AtomicUsize::new(1),
-            kind: AtomicUsize::new(kind),
-        });
+        let desk = Arc::new(Desk::new(stream.clone(), arrival.reader.place()));
         of_key.push(desk.clone());
         drop(groups);
         let number = self.serial.fetch_add(1, Ordering::Relaxed);
@@ -163,6 +157,17 @@ impl Audience {
 }
 
 impl Desk {
+    /// That of a group whose first viewer is at `place`.
+    pub(super) fn new(stream: Arc<Stream>, place: Option<Place>) -> Self {
+        Self {
+            stream,
+            arrivals: Mutex::default(),
+            came: Notify::new(),
+            members: AtomicUsize::new(1),
+            kind: AtomicUsize::new(kind(place)),
+        }
+    }
+
     /// The viewers that have come and were not seen yet.
     pub(super) fn arrivals(&self) -> Vec<Arrival> {
         std::mem::take(&mut *self.queue())

@@ -9,7 +9,7 @@ use super::{
     audience::{Arrival, Audience, Desk},
     viewer::{Batch, Closed, Viewer, note_skip},
 };
-use crate::hub::{ReadCount, ReadOutcome, Reader};
+use crate::hub::{ReadOutcome, Reader};
 
 /// A task's worth of viewers.
 ///
@@ -135,7 +135,8 @@ impl Group {
             ReadOutcome::Read(count) => {
                 tags.iter().for_each(|(_, tag)| bytes.extend_from_slice(tag));
                 self.desk.stand_at(self.reader.place());
-                self.write(start, count);
+                self.note_skip(count.skipped);
+                self.write(start);
                 self.tags.clear();
                 self.bytes.clear();
                 self.bytes.shrink_to(KEPT_BYTES.saturating_mul(self.members.len()));
@@ -153,12 +154,17 @@ impl Group {
         }
     }
 
-    fn write(&mut self, start: u64, count: ReadCount) {
-        let viewers = self.members.len();
-        if count.skipped > 0 {
-            note_skip(self.reader.stream(), count, viewers, &self.audience.metrics);
-            self.reader.stream().count_skipped(count.skipped * viewers.saturating_sub(1) as u64);
-        }
+    /// Counts what each member missed by a skip of `skipped` tags up to the first one that was read.
+    /// Those who came in ahead of the group had some of them before.
+    fn note_skip(&self, skipped: u64) {
+        let Some((join, _)) = self.tags.first().filter(|_| skipped > 0) else { return };
+        let start = join.saturating_sub(skipped);
+        let missed = self.members.iter().map(|member| join.saturating_sub(member.from.max(start)));
+        let (stream, metrics) = (self.reader.stream(), &self.audience.metrics);
+        note_skip(stream, missed.sum(), self.members.len(), metrics);
+    }
+
+    fn write(&mut self, start: u64) {
         let mut sent = 0;
         let mut next = 0;
         while let Some(member) = self.members.get_mut(next) {
@@ -238,3 +244,98 @@ const ROUND_BYTES: usize = 256 * 1024;
 const KEPT_BYTES: usize = 4 * 1024;
 /// How often a group looks for viewers that have left, and for audio that no frame took along.
 const CHECK: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, sync::atomic::Ordering};
+
+    use prometheus::Registry;
+    use tokio::{
+        net::{TcpListener, TcpStream},
+        sync::Semaphore,
+    };
+
+    use super::*;
+    use crate::{
+        flv::{Tag, TagKind},
+        http::{HttpMetrics, ViewerSettings, viewer::Connection},
+        hub::{Backlog, Hub, LogLimits, Publisher},
+    };
+
+    #[tokio::test]
+    async fn who_came_in_ahead_is_charged_for_less_of_a_skip() {
+        let mut site = Site::new();
+        site.publisher.push(video_header());
+        site.push(0..3);
+        let mut group = site.group().await;
+        site.push(3..8);
+        let ahead = site.arrival().await;
+        group.admit(ahead);
+        assert_eq!(group.members.len(), 2);
+        // The group has 3 s to read, and may be 2 s behind. It is sent on to frame 75.
+        site.push(8..76);
+        assert!(matches!(group.round(), Round::Idle));
+        let skipped = (75 - 3) + (75 - 8);
+        assert_eq!(site.audience.metrics.skipped_tags.get(), skipped);
+        let counters = site.publisher.stream().counters();
+        assert_eq!(counters.skipped_tags.load(Ordering::Relaxed), skipped);
+    }
+
+    /// A stream of 25 frames a second, and those who watch it.
+    struct Site {
+        audience: Arc<Audience>,
+        publisher: Publisher,
+        /// The viewers' own ends.
+        clients: Vec<TcpStream>,
+        frame_bytes: usize,
+    }
+
+    impl Site {
+        fn new() -> Self {
+            let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
+            let settings = ViewerSettings {
+                backlog: Backlog { max_ms: 2_000, max_bytes: u64::MAX },
+                ..ViewerSettings::default()
+            };
+            let metrics = HttpMetrics::register(&Registry::new()).unwrap();
+            let audience = Arc::new(Audience::new(settings, metrics));
+            let publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
+            Self { audience, publisher, clients: Vec::new(), frame_bytes: 100 }
+        }
+
+        fn push(&mut self, frames: std::ops::Range<u32>) {
+            for frame in frames {
+                let mut body = vec![0; self.frame_bytes];
+                body[..2].copy_from_slice(&[if frame % 25 == 0 { 0x17 } else { 0x27 }, 1]);
+                self.publisher.push(Tag::new(TagKind::Video, frame * 40, &body).unwrap());
+            }
+        }
+
+        /// Somebody who has read all there is.
+        async fn arrival(&mut self) -> Arrival {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+            let (socket, peer) = accepted.unwrap();
+            self.clients.push(client.unwrap());
+            let (stream, metrics) = (self.publisher.stream(), &self.audience.metrics);
+            let places = Arc::new(Semaphore::new(2));
+            let permit = || places.clone().try_acquire_owned().unwrap();
+            let connection = Connection::new(peer, permit(), metrics);
+            let viewer = Viewer::new(socket, connection, stream, permit(), metrics);
+            let mut reader = stream.subscribe().with_backlog(self.audience.settings.backlog);
+            while let ReadOutcome::Read(_) = reader.try_read_each(usize::MAX, |_, _| {}) {}
+            Arrival { viewer, reader }
+        }
+
+        async fn group(&mut self) -> Group {
+            let first = self.arrival().await;
+            let desk = Arc::new(Desk::new(self.publisher.stream().clone(), first.reader.place()));
+            Group::new(self.audience.clone(), desk, first, 0)
+        }
+    }
+
+    fn video_header() -> Tag {
+        Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]).unwrap()
+    }
+}

@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 use super::metrics::HttpMetrics;
 use crate::{
     flv::{FILE_HEADER, Tag, TagKind},
-    hub::{Backlog, ReadCount, ReadOutcome, Reader, Stream, ViewerGuard},
+    hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard},
 };
 
 /// What a viewer may take, and how long it may take for it.
@@ -140,7 +140,7 @@ impl Viewer {
             }
             coop::consume_budget().await;
             match batch.refill(reader, &mut self.joined) {
-                ReadOutcome::Read(count) => note_skip(reader.stream(), count, 1, metrics),
+                ReadOutcome::Read(count) => note_skip(reader.stream(), count.skipped, 1, metrics),
                 ReadOutcome::Ended => return Err(Closed::Ended),
                 ReadOutcome::Pending if reader.place().is_some() => return Ok(()),
                 ReadOutcome::Pending => tokio::select! {
@@ -289,12 +289,13 @@ impl Drop for Counted {
     }
 }
 
-/// Counts what `viewers` viewers had to leave out.
-pub(super) fn note_skip(stream: &Stream, count: ReadCount, viewers: usize, metrics: &HttpMetrics) {
-    if count.skipped > 0 {
-        metrics.skipped_tags.inc_by(count.skipped.saturating_mul(viewers as u64));
+/// Counts the tags that `viewers` viewers had to leave out, all together.
+pub(super) fn note_skip(stream: &Stream, skipped: u64, viewers: usize, metrics: &HttpMetrics) {
+    if skipped > 0 {
+        stream.count_skipped(skipped);
+        metrics.skipped_tags.inc_by(skipped);
         tracing::debug!(
-            skipped = count.skipped,
+            skipped,
             viewers,
             stream = %stream.key(),
             "viewers are too slow"

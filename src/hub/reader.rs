@@ -116,11 +116,20 @@ impl Reader {
     /// Appends the next tags to `out`: headers and one tag at least, then on while `out` has
     /// gained less than `max_bytes` bytes. A skip appends the headers again if they have changed.
     pub fn try_read(&mut self, out: &mut impl Extend<Tag>, max_bytes: usize) -> ReadOutcome {
-        self.try_read_each(max_bytes, |_, tag| out.extend(std::iter::once(tag.clone())))
+        let outcome =
+            self.try_read_each(max_bytes, |_, tag| out.extend(std::iter::once(tag.clone())));
+        if let ReadOutcome::Read(count) = outcome {
+            self.stream.count_skipped(count.skipped);
+        }
+        outcome
     }
 
     /// The same, with `each` called for each tag and its index in the log. Headers in front have the
-    /// index of the tag that they precede. The publisher waits as long as `each` takes.
+    /// index of the tag that they precede, which after a skip is the one that was skipped to. The
+    /// publisher waits as long as `each` takes.
+    ///
+    /// Skips that are told are the caller's to count ([`Stream::count_skipped`]): it may read for
+    /// many, who need not have missed the same.
     pub fn try_read_each(
         &mut self,
         max_bytes: usize,
@@ -189,11 +198,11 @@ impl Reader {
             }
             self.cursor = log.next();
         }
-        if count.skipped > 0 {
-            self.stream.counters.skipped_tags.fetch_add(count.skipped, Ordering::Relaxed);
-        }
         match (count.tags, ended) {
-            (0, true) => ReadOutcome::Ended,
+            (0, true) => {
+                self.stream.count_skipped(count.skipped);
+                ReadOutcome::Ended
+            }
             (0, false) => ReadOutcome::Pending,
             _ => ReadOutcome::Read(count),
         }
