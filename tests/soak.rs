@@ -40,7 +40,7 @@ fn nothing_is_left_of_those_who_came_and_went() {
     site.edges[0].until_connected();
 
     let nodes = [&site.cloud.node, &site.edges[0].node];
-    let began = nodes.map(Node::usage);
+    let began = settled(nodes);
     let counts = Arc::<Counts>::default();
     let start = Instant::now();
     let live = churn(&site, &counts, warm_up, 1, start);
@@ -56,6 +56,24 @@ fn nothing_is_left_of_those_who_came_and_went() {
     if let Some(document) = std::env::var_os(DOCUMENT) {
         bench::document::put(Path::new(&document), "soak", &table).expect("no document");
     }
+}
+
+/// What the nodes hold once two looks agree, memory apart: those that waited for the site to come up
+/// have just closed connections, of which a node may still have its end.
+#[track_caller]
+fn settled(nodes: [&Node; 2]) -> [Usage; 2] {
+    let mut last: Option<[Usage; 2]> = None;
+    wait_for("the nodes to hold the same at two looks", SETTLE, || {
+        if last.is_some() {
+            sleep(BETWEEN_LOOKS);
+        }
+        let now = nodes.map(Node::usage);
+        let before = last.replace(now)?;
+        let same = now.iter().zip(&before).all(|(now, before)| {
+            (now.descriptors, now.threads) == (before.descriptors, before.threads)
+        });
+        same.then_some(now)
+    })
 }
 
 /// The most that cloud and edge held at any look.
@@ -375,7 +393,7 @@ fn at_rest(site: &Site, began: &[Usage; 2], warm: Option<(&[Usage; 2], Duration)
             warm = warm.map(|(warm, _)| warm)
         );
         last = now;
-        sleep(Duration::from_millis(500));
+        sleep(BETWEEN_LOOKS);
     }
 }
 
@@ -466,6 +484,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection of an edge that was killed is given up after 10 s, a stream that fell silent after
 /// as long, an encoder's that says nothing after 30 s.
 const LEAVE: Duration = Duration::from_secs(60);
+/// Longer than a connection takes to close.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 /// Threads for blocking work end 10 s after it.
 const SETTLE: Duration = Duration::from_secs(40);
 /// What is to be 0 when all have left, the lasting edge's own apart.
