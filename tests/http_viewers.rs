@@ -129,12 +129,16 @@ async fn the_last_audio_before_a_stall_is_not_kept() {
     for tag in [video_header(0), frame(0x17, 0, 100)] {
         assert_eq!(viewer.next().await, Some(tag));
     }
-    // It belongs to a group now, which is woken by the frame and not by the audio.
+    // Who is up with the stream belongs to a group, which is woken by the frame and not by the audio.
+    let in_a_group =
+        |node: &Node| node.metrics.viewers.get() == 1 && node.metrics.viewers_behind.get() == 0;
+    node.eventually("it is in a group", in_a_group).await;
     publisher.push(frame(0x27, 40, 100));
     assert_eq!(viewer.next().await, Some(frame(0x27, 40, 100)));
     publisher.push(audio(45));
     let began = Instant::now();
     assert_eq!(viewer.next().await, Some(audio(45)));
+    assert!(in_a_group(&node), "it left the group");
     assert!(began.elapsed() < Duration::from_secs(5));
     // Shutting down cuts who is in a group, too.
     node.shutdown.cancel();

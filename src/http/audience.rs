@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     group::Group,
     metrics::HttpMetrics,
-    viewer::{Batch, Viewer, ViewerSettings},
+    viewer::{Batch, Counted, Viewer, ViewerSettings},
 };
 use crate::{
     StreamKey,
@@ -68,9 +68,10 @@ impl Audience {
     pub(super) fn join(self: &Arc<Self>, viewer: Viewer, stream: &Arc<Stream>) {
         let reader = stream.subscribe().waking_with_video().with_backlog(self.settings.backlog);
         let audience = self.clone();
+        let behind = Counted::new(&self.metrics.viewers_behind);
         self.spawn(async move {
             match viewer.greet(audience.settings.write_timeout).await {
-                Ok(()) => audience.catch_up(viewer, reader, Batch::beginning()).await,
+                Ok(()) => audience.catch_up(viewer, reader, Batch::beginning(), behind).await,
                 Err(closed) => viewer.close(&closed, &audience.metrics),
             }
         });
@@ -80,7 +81,8 @@ impl Audience {
     /// caught up.
     pub(super) fn follow(self: &Arc<Self>, viewer: Viewer, reader: Reader, batch: Batch) {
         let audience = self.clone();
-        self.spawn(async move { audience.catch_up(viewer, reader, batch).await });
+        let behind = Counted::new(&self.metrics.viewers_behind);
+        self.spawn(async move { audience.catch_up(viewer, reader, batch, behind).await });
     }
 
     /// Waits until nobody watches any more. Nobody may come from now on.
@@ -107,10 +109,19 @@ impl Audience {
         desk.arrivals()
     }
 
-    async fn catch_up(self: &Arc<Self>, mut viewer: Viewer, mut reader: Reader, batch: Batch) {
+    async fn catch_up(
+        self: &Arc<Self>,
+        mut viewer: Viewer,
+        mut reader: Reader,
+        batch: Batch,
+        behind: Counted,
+    ) {
         let done = viewer.catch_up(&mut reader, batch, &self.settings, &self.metrics).await;
         match done {
-            Ok(()) => self.seat(Arrival { viewer, reader }),
+            Ok(()) => {
+                drop(behind);
+                self.seat(Arrival { viewer, reader });
+            }
             Err(closed) => viewer.close(&closed, &self.metrics),
         }
     }

@@ -14,6 +14,9 @@ pub struct HttpMetrics {
     pub connections: IntGauge,
     /// Viewers now.
     pub viewers: IntGauge,
+    /// Viewers now that are not up with their stream, each served by itself: they have just come, or
+    /// take less than is sent.
+    pub viewers_behind: IntGauge,
     /// Viewers that were ever admitted.
     pub viewers_total: IntCounter,
     /// Bytes of FLV written to viewers.
@@ -66,6 +69,10 @@ impl HttpMetrics {
         Ok(Self {
             connections: gauge("downpour_http_connections", "HTTP connections now.")?,
             viewers: gauge("downpour_http_viewers", "HTTP-FLV viewers now.")?,
+            viewers_behind: gauge(
+                "downpour_http_viewers_behind",
+                "HTTP-FLV viewers now that have just come, or are too slow for their stream.",
+            )?,
             viewers_total: counter("downpour_http_viewers_total", "Viewers ever admitted.")?,
             bytes: counter("downpour_http_viewer_bytes_total", "Bytes of FLV sent to viewers.")?,
             skipped_tags: counter(

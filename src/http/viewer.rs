@@ -274,10 +274,10 @@ impl Batch {
 
 /// Raises a gauge as long as it lives.
 #[derive(Debug)]
-struct Counted(IntGauge);
+pub(super) struct Counted(IntGauge);
 
 impl Counted {
-    fn new(gauge: &IntGauge) -> Self {
+    pub(super) fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
