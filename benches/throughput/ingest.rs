@@ -18,27 +18,31 @@ use self::media::Media;
 use crate::{
     common::{
         plot::{Panel, Plot, Scale, Series},
-        process::{Process, free_address, http_get, samples},
+        process::{Process, free_address, http_get, samples, wait_for},
     },
     table::{Comparison, Peer, Section, median, short},
 };
 
-pub fn run(quick: bool) -> io::Result<Section> {
+pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     nginx_is_there()?;
     let media = Media::new()?;
     let plan = if quick { &QUICK } else { &FULL };
     let mut rounds = Rounds::default();
+    let mut growth = Vec::new();
     for number in 1..=plan.rounds {
-        let round = Round::run(&media, PUBLISHERS, plan)?;
+        let round = Round::run(&media, PUBLISHERS, plan, program)?;
         eprintln!("[{number}/{}] {}", plan.rounds, round.line());
         rounds.add(&round);
+        if number == plan.rounds && !plan.growth.is_empty() {
+            growth.push((PUBLISHERS, round));
+        }
     }
-    let mut growth = Vec::new();
     for &count in plan.growth {
-        let round = Round::run(&media, count, plan)?;
+        let round = Round::run(&media, count, plan, program)?;
         eprintln!("[{count} publishers] {}", round.line());
         growth.push((count, round));
     }
+    growth.sort_by_key(|(count, _)| *count);
     let mut section = Section::default();
     section.say(&format!(
         "{PUBLISHERS} publishers of {:.0} kbit/s and {:.0} tags/s each, {:.0} datagrams/s in all; \
@@ -80,9 +84,8 @@ pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
 /// How long everything is run.
 struct Plan {
     rounds: usize,
-    /// Until the cloud's history rings are full.
-    fill: Duration,
     measure: Duration,
+    /// Other numbers of publishers, for the plot.
     growth: &'static [usize],
 }
 
@@ -103,10 +106,10 @@ struct Load {
 }
 
 impl Round {
-    fn run(media: &Media, count: usize, plan: &Plan) -> io::Result<Self> {
+    fn run(media: &Media, count: usize, plan: &Plan, program: &str) -> io::Result<Self> {
         let nginx = patiently(|| nginx(media, count, plan))?;
         let send = patiently(|| send(media, count, plan))?;
-        let (ours, ring_bytes) = patiently(|| ours(media, count, plan))?;
+        let (ours, ring_bytes) = patiently(|| ours(media, count, plan, program))?;
         Ok(Self { nginx, send, ours, ring_bytes })
     }
 
@@ -185,7 +188,7 @@ impl Rounds {
 }
 
 /// What the cloud costs, and how many bytes its rings hold.
-fn ours(media: &Media, count: usize, plan: &Plan) -> io::Result<(Load, f64)> {
+fn ours(media: &Media, count: usize, plan: &Plan, program: &str) -> io::Result<(Load, f64)> {
     let dir = scratch()?;
     let [rtmp, quic, api, target] = [(); 4].map(|()| free_address());
     let config = format!(
@@ -193,13 +196,13 @@ fn ours(media: &Media, count: usize, plan: &Plan) -> io::Result<(Load, f64)> {
          client_addr_list: [\"{target}\"]\nrtp_cache_ms: 3000\nmax_streams: 10000\n"
     );
     fs::write(dir.path().join("cloud.yaml"), config)?;
-    let mut sink = start_child(dir.path(), "receive", &[&target.to_string()])?;
-    let program = std::env::var("BENCH_DOWNPOUR").unwrap_or_else(|_| PROGRAM.into());
+    let mut sink =
+        Process::start_child(dir.path(), "receive", "ingest-receive", &[&target.to_string()])?;
     let mut cloud =
-        Process::start(dir.path(), "cloud", &program, &["cloud", "--config", "cloud.yaml"])?;
-    wait_for("the cloud answers", || Ok(http_get(api, "/healthz").is_ok()))?;
+        Process::start(dir.path(), "cloud", program, &["cloud", "--config", "cloud.yaml"])?;
+    wait_for("the cloud answers", PATIENCE, || Ok(http_get(api, "/healthz").is_ok()))?;
     let publishers = Publishers::start(dir.path(), rtmp, count)?;
-    std::thread::sleep(plan.fill);
+    std::thread::sleep(FILL);
     let look = || -> io::Result<_> {
         let counted = CloudCounts::read(api)?;
         Ok((Instant::now(), counted, last_number(dir.path(), "receive")?))
@@ -219,6 +222,12 @@ fn ours(media: &Media, count: usize, plan: &Plan) -> io::Result<(Load, f64)> {
     let sent = after.datagrams - before.datagrams;
     check.near("datagrams from the cloud", sent, media.datagram_rate())?;
     check.near("datagrams at the sink", arrived_then - arrived, media.datagram_rate())?;
+    if (before.ring_bytes / after.ring_bytes - 1.0).abs() > TOLERANCE {
+        return Err(io::Error::other(format!(
+            "the rings were not full: they grew from {:.0} to {:.0} bytes",
+            before.ring_bytes, after.ring_bytes
+        )));
+    }
     if after.streams != count as f64 || after.skipped > 0.0 || after.errors > 0.0 {
         return Err(io::Error::other(format!("the cloud did not do it all: {after:?}")));
     }
@@ -273,21 +282,26 @@ fn nginx(media: &Media, count: usize, plan: &Plan) -> io::Result<Load> {
     let prefix = dir.path().to_string_lossy();
     let arguments = ["-p", &prefix, "-e", "error.log", "-c", "nginx.conf"];
     let mut nginx = Process::start(dir.path(), "nginx", NGINX, &arguments)?;
-    wait_for("nginx answers", || Ok(http_get(http, "/stat").is_ok()))?;
+    wait_for("nginx answers", PATIENCE, || Ok(http_get(http, "/stat").is_ok()))?;
     let publishers = Publishers::start(dir.path(), rtmp, count)?;
     std::thread::sleep(SETTLE);
     let look = || -> io::Result<_> {
         let text = http_get(http, "/stat")?;
-        Ok((Instant::now(), bytes_in(&text), text.matches("<publishing/>").count()))
+        Ok((Instant::now(), bytes_in(&text), publishers_in(&text)))
     };
-    let (began, before, _) = look()?;
+    let (began, before, publishing) = look()?;
     let cpu = nginx.cpu_seconds();
     std::thread::sleep(plan.measure);
     let cpu = nginx.cpu_seconds() - cpu;
     let resident = nginx.resident_bytes() as f64;
-    let (ended, after, _) = look()?;
+    let (ended, after, publishing_then) = look()?;
     nginx.check()?;
     let connected = publishers.check()?;
+    if [publishing, publishing_then] != [count; 2] {
+        return Err(io::Error::other(format!(
+            "{publishing} of {count} publish at nginx, and {publishing_then} at the end"
+        )));
+    }
     let check = Check { seconds: ended.duration_since(began).as_secs_f64(), count };
     // Its own bytes are those of chunks, a few per cent more.
     check.near("bytes at nginx", after - before, media.bit_rate() / 8.0 * 1.03)?;
@@ -300,12 +314,24 @@ fn bytes_in(stat: &str) -> f64 {
     number.and_then(|(number, _)| number.parse().ok()).unwrap_or(f64::NAN)
 }
 
+/// Connections to nginx that publish. Their streams say so once more.
+fn publishers_in(stat: &str) -> usize {
+    let clients = stat.split("<client>").skip(1).filter_map(|rest| rest.split("</client>").next());
+    clients.filter(|client| client.contains("<publishing/>")).count()
+}
+
 /// What the bare loop costs.
 fn send(media: &Media, count: usize, plan: &Plan) -> io::Result<f64> {
     let dir = scratch()?;
     let target = free_address();
-    let mut sink = start_child(dir.path(), "receive", &[&target.to_string()])?;
-    let mut sender = start_child(dir.path(), "send", &[&target.to_string(), &count.to_string()])?;
+    let mut sink =
+        Process::start_child(dir.path(), "receive", "ingest-receive", &[&target.to_string()])?;
+    let mut sender = Process::start_child(
+        dir.path(),
+        "send",
+        "ingest-send",
+        &[&target.to_string(), &count.to_string()],
+    )?;
     // Its streams begin one after the other.
     std::thread::sleep(SETTLE.max(Duration::from_millis(2500)));
     let (began, before) = (Instant::now(), last_number(dir.path(), "receive")?);
@@ -330,9 +356,11 @@ impl Publishers {
     /// Starts them and waits until all of them are connected and send.
     fn start(dir: &Path, server: SocketAddr, count: usize) -> io::Result<Self> {
         let arguments = [server.to_string(), count.to_string()];
-        let mut process = start_child(dir, "publishers", &[&arguments[0], &arguments[1]])?;
-        wait_for("all publishers send", || {
+        let arguments = [arguments[0].as_str(), arguments[1].as_str()];
+        let mut process = Process::start_child(dir, "publishers", "ingest-publishers", &arguments)?;
+        wait_for("all publishers send", PATIENCE, || {
             process.check()?;
+            // Connected, and three seconds of sending.
             Ok(log(dir, "publishers")?.lines().count() > 3)
         })?;
         Ok(Self { process, dir: dir.into() })
@@ -406,13 +434,6 @@ fn nginx_is_there() -> io::Result<()> {
     }
 }
 
-fn start_child(dir: &Path, role: &str, arguments: &[&str]) -> io::Result<Process> {
-    let own = std::env::current_exe()?;
-    let name = format!("ingest-{role}");
-    let arguments = [&["--child", &name], arguments].concat();
-    Process::start(dir, role, &own.to_string_lossy(), &arguments)
-}
-
 fn log(dir: &Path, role: &str) -> io::Result<String> {
     fs::read_to_string(dir.join(format!("{role}.log")))
 }
@@ -422,17 +443,6 @@ fn last_number(dir: &Path, role: &str) -> io::Result<f64> {
     let text = log(dir, role)?;
     let number = text.lines().last().and_then(|line| line.parse().ok());
     number.ok_or_else(|| io::Error::other(format!("{role} says {text}")))
-}
-
-fn wait_for(what: &str, mut so: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if so()? {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Err(io::Error::other(format!("waited too long until {what}")))
 }
 
 /// Tries again where a check fails: on a machine with other work, publishers may fall behind for a
@@ -453,18 +463,10 @@ fn scratch() -> io::Result<tempfile::TempDir> {
 
 const PUBLISHERS: usize = 1000;
 const RESIDENT_MB: f64 = 200.0;
-const QUICK: Plan = Plan {
-    rounds: 1,
-    fill: Duration::from_millis(1500),
-    measure: Duration::from_secs(2),
-    growth: &[],
-};
-const FULL: Plan = Plan {
-    rounds: 3,
-    fill: Duration::from_millis(1500),
-    measure: Duration::from_secs(5),
-    growth: &[100, 500, 1000, 2000],
-};
+const QUICK: Plan = Plan { rounds: 1, measure: Duration::from_secs(2), growth: &[] };
+const FULL: Plan = Plan { rounds: 3, measure: Duration::from_secs(5), growth: &[100, 500, 2000] };
+/// Until the cloud's rings of 3 s are full, from when all publishers have sent for 3 s.
+const FILL: Duration = Duration::from_millis(1500);
 /// For what starting cost.
 const SETTLE: Duration = Duration::from_millis(500);
 /// The reports that counts are taken from are up to 100 ms apart.
@@ -473,5 +475,3 @@ const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(30);
 const NGINX: &str = "/usr/sbin/nginx";
 const NGINX_MODULE: &str = "/usr/lib/nginx/modules/ngx_rtmp_module.so";
-/// Built by cargo together with this bench.
-const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
