@@ -6,3 +6,4 @@ pub mod document;
 pub mod machine;
 pub mod plot;
 pub mod process;
+pub mod repair;

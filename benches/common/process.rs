@@ -8,7 +8,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU16, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::cpu;
@@ -44,6 +44,12 @@ impl Process {
             .spawn()
             .map_err(|error| io::Error::new(error.kind(), format!("{program}: {error}")))?;
         Ok(Self { name: name.into(), child })
+    }
+
+    /// Starts this program itself with `--child ROLE` and `args`, and its output in `NAME.log`.
+    pub fn start_child(dir: &Path, name: &str, role: &str, args: &[&str]) -> io::Result<Self> {
+        let own = std::env::current_exe()?;
+        Self::start(dir, name, &own.to_string_lossy(), &[&["--child", role], args].concat())
     }
 
     /// Its number.
@@ -97,6 +103,25 @@ pub fn free_address() -> SocketAddr {
             return address;
         }
     }
+}
+
+/// Asks again and again until it is so.
+///
+/// # Errors
+/// If it was not within `patience`, or those of `so`.
+pub fn wait_for(
+    what: &str,
+    patience: Duration,
+    mut so: impl FnMut() -> io::Result<bool>,
+) -> io::Result<()> {
+    let began = Instant::now();
+    while began.elapsed() < patience {
+        if so()? {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Err(io::Error::other(format!("waited too long until {what}")))
 }
 
 /// The body of what a local HTTP server answers.

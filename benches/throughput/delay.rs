@@ -4,7 +4,6 @@
 mod clock;
 mod floor;
 mod load;
-mod priority;
 mod publisher;
 mod stamp;
 mod viewer;
@@ -13,8 +12,7 @@ use std::{
     fs, io,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     path::Path,
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use downpour::udp;
@@ -29,21 +27,13 @@ use self::{
 use crate::{
     common::{
         plot::{Panel, Plot, Scale, Series},
-        process::{Process, free_address, http_get, samples},
+        process::{Process, free_address, http_get, samples, wait_for},
     },
     table::Section,
 };
 
 /// Measures both cases, each at a usual rate and at half load.
-pub fn run(quick: bool) -> io::Result<Section> {
-    // What else the machine does shall wait: that is no part of the delay.
-    let first = priority::set(AHEAD);
-    let section = measure(quick, first);
-    priority::set(0);
-    section
-}
-
-fn measure(quick: bool, first: bool) -> io::Result<Section> {
+pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     let cases = [
         // The edge in the middle: half of the others are sent each packet before it.
         Case { name: "1000 edges, 1 stream", edges: 1000, streams: 1, frames: 25.0, sample: 1 },
@@ -57,20 +47,16 @@ fn measure(quick: bool, first: bool) -> io::Result<Section> {
     let mut loads = String::new();
     let mut panels = Vec::new();
     for case in &cases {
-        for outcome in case.run(quick)? {
+        for outcome in case.run(quick, program)? {
             rows += &outcome.rows(case);
             loads += &outcome.load(case);
             panels.push(outcome.panel(case));
         }
     }
-    let first = if first {
-        "All ran ahead of what else the machine did (nice −15)."
-    } else {
-        "What else the machine did had the same right to its processors: nice −15 was refused."
-    };
-    section.say(&format!(
-        "Delays in milliseconds; the ratio is to the floor of the same run. {first}"
-    ));
+    section.say(
+        "Delays in milliseconds; the ratio is to the floor of the same run. What others' work took of \
+         the machine meanwhile is told for each; it had the same right to the processors.",
+    );
     section.say(&rows);
     section.say(&loads);
     let ticks = SHARES.iter().map(|(name, _)| (*name).to_owned()).collect();
@@ -135,16 +121,16 @@ struct Case {
 }
 
 impl Case {
-    fn run(&self, quick: bool) -> io::Result<[Outcome; 2]> {
+    fn run(&self, quick: bool, program: &str) -> io::Result<[Outcome; 2]> {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-        self.run_in(dir.path(), quick).map_err(|error| {
+        self.run_in(dir.path(), quick, program).map_err(|error| {
             let logs = dir.keep();
             io::Error::other(format!("{error}; the logs are in {}", logs.display()))
         })
     }
 
-    fn run_in(&self, dir: &Path, quick: bool) -> io::Result<[Outcome; 2]> {
-        let mut site = Site::start(dir, self)?;
+    fn run_in(&self, dir: &Path, quick: bool, program: &str) -> io::Result<[Outcome; 2]> {
+        let mut site = Site::start(dir, self, program)?;
         let mut runs = 1..;
         let mut both = |frames: f64, seconds: f64, load: &'static str| -> io::Result<Outcome> {
             let mut measure = |way: Way| {
@@ -187,7 +173,7 @@ struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    fn start(dir: &'a Path, case: &Case) -> io::Result<Self> {
+    fn start(dir: &'a Path, case: &Case, program: &str) -> io::Result<Self> {
         let [rtmp, quic, api, rtp, edge_rtp, flv] = [(); 6].map(|()| free_address());
         let [floor_in, floor_out, floor_rtp, sink] = [(); 4].map(|()| free_address());
         let others = udp::receiver((Ipv4Addr::UNSPECIFIED, sink.port()).into(), None, 1)?;
@@ -216,23 +202,23 @@ impl<'a> Site<'a> {
         fs::write(dir.join("edge.yaml"), edge)?;
         fs::write(dir.join("floor.list"), list(floor_rtp).join("\n"))?;
         let node =
-            |role| Process::start(dir, role, PROGRAM, &[role, "--config", &format!("{role}.yaml")]);
+            |role| Process::start(dir, role, program, &[role, "--config", &format!("{role}.yaml")]);
         let cloud = node("cloud")?;
-        wait_for("the cloud answers", || Ok(http_get(api, "/healthz").is_ok()))?;
+        wait_for("the cloud answers", PATIENCE, || Ok(http_get(api, "/healthz").is_ok()))?;
         let edge = node("edge")?;
         let mut floor = own(
             dir,
             "delay-floor",
             &[&floor_in.to_string(), &floor_out.to_string(), &floor_rtp.to_string(), "floor.list"],
         )?;
-        wait_for("the edge is connected", || {
+        wait_for("the edge is connected", PATIENCE, || {
             let Ok(metrics) = http_get(flv, "/metrics") else { return Ok(false) };
             Ok(samples(&metrics).any(|(name, value)| {
                 name.starts_with("downpour_repair_client_connected") && value == 1.0
             }))
         })?;
         let log = dir.join("delay-floor.log");
-        wait_for("the floor listens", || {
+        wait_for("the floor listens", PATIENCE, || {
             floor.check()?;
             Ok(fs::read_to_string(&log)?.contains("listening"))
         })?;
@@ -281,13 +267,15 @@ impl<'a> Site<'a> {
 
         let read = |name: &str| fs::read_to_string(self.dir.join(format!("{name}.log")));
         let done = |name: &str| read(name).is_ok_and(|text| text.ends_with("done\n"));
-        wait_for("the last tags are there", || Ok(done("delay-publisher") && done("delay-viewer")))
-            .map_err(|error| {
-                let [publisher, viewer] = ["delay-publisher", "delay-viewer"].map(|name| {
-                    read(name).unwrap_or_default().lines().last().unwrap_or_default().to_owned()
-                });
-                io::Error::other(format!("{error}: publisher: {publisher}; viewer: {viewer}"))
-            })?;
+        wait_for("the last tags are there", PATIENCE, || {
+            Ok(done("delay-publisher") && done("delay-viewer"))
+        })
+        .map_err(|error| {
+            let [publisher, viewer] = ["delay-publisher", "delay-viewer"].map(|name| {
+                read(name).unwrap_or_default().lines().last().unwrap_or_default().to_owned()
+            });
+            io::Error::other(format!("{error}: publisher: {publisher}; viewer: {viewer}"))
+        })?;
         self.cloud.check()?;
         self.edge.check()?;
         self.floor.check()?;
@@ -434,10 +422,7 @@ impl Outcome {
 
 /// This program in another role.
 fn own(dir: &Path, role: &str, arguments: &[&str]) -> io::Result<Process> {
-    let program = std::env::current_exe()?;
-    let mut all = vec!["--child", role];
-    all.extend(arguments);
-    Process::start(dir, role, &program.to_string_lossy(), &all)
+    Process::start_child(dir, role, role, arguments)
 }
 
 fn borrowed(arguments: &[String]) -> Vec<&str> {
@@ -450,24 +435,10 @@ fn at(sorted: &[f64], share: f64) -> f64 {
     sorted.get(index).copied().unwrap_or(f64::NAN)
 }
 
-fn wait_for(what: &str, mut so: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if so()? {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
-    Err(io::Error::other(format!("waited too long until {what}")))
-}
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
 const SHARES: [(&str, f64); 5] =
     [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
 /// Milliseconds at a share.
 const GOALS: [(f64, f64); 2] = [(0.5, 0.5), (0.99, 3.0)];
-/// The nice value of all that is measured.
-const AHEAD: i32 = -15;
 const HALF: f64 = 0.5;
 const MOST_FRAMES: f64 = 500.0;
 /// Seconds between the first tag and the first that counts.

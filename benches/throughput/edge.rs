@@ -14,24 +14,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    origin::Origin,
-    repair::server::{RepairServer, RepairServerMetrics, RepairServerSettings},
-    tls::Identity,
-};
+use downpour::origin::Origin;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     common::{
         plot::{Panel, Plot, Scale, Series},
-        process::{Process, free_address, http_get, samples},
+        process::{Process, free_address, http_get, samples, wait_for},
+        repair::Repair,
     },
     table::{Comparison, Section, median},
 };
 use source::{Source, Target};
 
-pub fn run(quick: bool) -> io::Result<Section> {
-    let bench = Bench::new()?;
+pub fn run(quick: bool, program: &str) -> io::Result<Section> {
+    let bench = Bench { repair: Repair::new()?, program };
     let (rounds, turns) = if quick { (1, 8) } else { (3, 12) };
     let mut results = bench.measure(STREAMS, &[0, LOSS], rounds, turns)?.into_iter();
     let (Some(whole), Some(lossy)) = (results.next(), results.next()) else {
@@ -109,20 +106,14 @@ struct Round {
     repaired: f64,
 }
 
-/// A cloud's end of repair, for all that is measured.
-struct Bench {
-    runtime: tokio::runtime::Runtime,
-    identity: Identity,
+/// What all measurements share.
+struct Bench<'a> {
+    repair: Repair,
+    /// The downpour that is measured.
+    program: &'a str,
 }
 
-impl Bench {
-    fn new() -> io::Result<Self> {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let identity = Identity::generate().map_err(io::Error::other)?;
-        Ok(Self { runtime, identity })
-    }
-
+impl Bench<'_> {
     /// An edge and a floor that both get `streams` streams, of which each share of `losses`, in per
     /// cent, is left out in turn; the rounds of each.
     fn measure(
@@ -135,7 +126,7 @@ impl Bench {
         let origin = Origin::new();
         let shutdown = CancellationToken::new();
         let _shutdown = shutdown.clone().drop_guard();
-        let quic = self.repair_server(&origin, shutdown)?;
+        let quic = self.repair.serve(&origin, shutdown)?;
         let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
         let [edge_rtp, floor_rtp, flv] = [(); 3].map(|()| free_address());
         let config = format!(
@@ -143,20 +134,14 @@ impl Bench {
              insecure: true\nmax_streams: {streams}\ngop_cache_max_ms: {LOG_MS}\n"
         );
         std::fs::write(dir.path().join("node.yaml"), config)?;
-        let program = std::env::var("BENCH_EDGE").unwrap_or(PROGRAM.into());
         let mut edge =
-            Process::start(dir.path(), "edge", &program, &["edge", "--config", "node.yaml"])?;
-        let own = std::env::current_exe()?;
-        let mut floor = Process::start(
-            dir.path(),
-            "floor",
-            &own.to_string_lossy(),
-            &["--child", "edge-floor", &floor_rtp.to_string()],
-        )?;
-        wait_for("the edge answers", || Ok(http_get(flv, "/healthz").is_ok()))?;
+            Process::start(dir.path(), "edge", self.program, &["edge", "--config", "node.yaml"])?;
+        let mut floor =
+            Process::start_child(dir.path(), "floor", "edge-floor", &[&floor_rtp.to_string()])?;
+        wait_for("the edge answers", PATIENCE, || Ok(http_get(flv, "/healthz").is_ok()))?;
 
         let mut source = Source::start(streams, &origin, [edge_rtp, floor_rtp])?;
-        wait_for("the edge has all streams", || {
+        wait_for("the edge has all streams", PATIENCE, || {
             edge.check()?;
             let metrics = http_get(flv, "/metrics")?;
             let streams_there = samples(&metrics)
@@ -223,7 +208,7 @@ impl Bench {
         }
         let sent = source.sent(Target::Edge);
         // It counts a few times a second.
-        wait_for("the edge has counted all datagrams", || {
+        wait_for("the edge has counted all datagrams", PATIENCE, || {
             Ok(Fates::read(flv)?.received >= sent as f64)
         })?;
         let lost = Fates::read(flv)?.lost;
@@ -231,23 +216,6 @@ impl Bench {
             return Err(io::Error::other(format!("the edge lost {lost} packets for good")));
         }
         Ok(results)
-    }
-
-    fn repair_server(
-        &self,
-        origin: &Origin,
-        shutdown: CancellationToken,
-    ) -> io::Result<SocketAddr> {
-        let _inside = self.runtime.enter();
-        let metrics = RepairServerMetrics::register(&prometheus::Registry::new())
-            .map_err(io::Error::other)?;
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let settings = RepairServerSettings::default();
-        let server = RepairServer::bind(any, &self.identity, origin.clone(), settings, metrics)
-            .map_err(io::Error::other)?;
-        let address = server.local_addr()?;
-        self.runtime.spawn(server.run(shutdown));
-        Ok(address)
     }
 }
 
@@ -273,19 +241,6 @@ impl Fates {
     }
 }
 
-fn wait_for(what: &str, mut so: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if so()? {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Err(io::Error::other(format!("waited too long until {what}")))
-}
-
-/// Built by cargo together with this bench.
-const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
 const STREAMS: u32 = 200;
 const GROWTH: [u32; 5] = [25, 50, 100, STREAMS, 400];
 const LOSS: u8 = 5;

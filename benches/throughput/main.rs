@@ -7,11 +7,16 @@ mod delay;
 mod edge;
 mod fanout;
 mod ingest;
-#[allow(dead_code, reason = "until all parts use it")]
 mod table;
 mod viewers;
 
-use std::{ffi::OsString, io, process::ExitCode, time::Instant};
+use std::{
+    ffi::OsString,
+    io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use clap::{Parser, ValueEnum};
 use common::{
@@ -34,6 +39,10 @@ struct Options {
     /// Writes the parts that are run into docs/performance.md.
     #[arg(long, conflicts_with = "quick")]
     write: bool,
+    /// Measures this build of downpour, which must know the same settings, in place of the one that
+    /// was built with the bench (not in fanout, which has the code inside); nothing is written.
+    #[arg(long, value_name = "PATH", conflicts_with = "write")]
+    program: Option<PathBuf>,
     /// A program that a part of the bench starts for itself, with its arguments.
     #[arg(long, hide = true, num_args = 1.., allow_hyphen_values = true)]
     child: Vec<OsString>,
@@ -62,13 +71,14 @@ impl Part {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    fn run(self, quick: bool) -> io::Result<Section> {
+    /// `program` is the downpour that is measured.
+    fn run(self, quick: bool, program: &str) -> io::Result<Section> {
         match self {
             Self::Fanout => fanout::run(quick),
-            Self::Ingest => ingest::run(quick),
-            Self::Viewers => viewers::run(quick),
-            Self::Delay => delay::run(quick),
-            Self::Edge => edge::run(quick),
+            Self::Ingest => ingest::run(quick, program),
+            Self::Viewers => viewers::run(quick, program),
+            Self::Delay => delay::run(quick, program),
+            Self::Edge => edge::run(quick, program),
         }
     }
 }
@@ -94,7 +104,8 @@ fn bench(options: &Options) -> io::Result<()> {
     let limit = downpour::limits::raise_descriptors(u64::MAX)?;
     let all = options.part.is_empty();
     let parts = if all { Part::value_variants() } else { &options.part };
-    let write = options.write || (all && !options.quick);
+    let write = options.write || (all && !options.quick && options.program.is_none());
+    let program = program(options.program.as_deref())?;
     eprintln!("{}, at {}, {} file descriptors", machine(), commit(), limit.soft);
     let began = Instant::now();
     let mut failed = Vec::new();
@@ -102,7 +113,7 @@ fn bench(options: &Options) -> io::Result<()> {
         let name = part.name();
         eprintln!("== {name} ({} of {})", number + 1, parts.len());
         let part_began = Instant::now();
-        match part.run(options.quick).and_then(|section| tell(&name, &section, write)) {
+        match part.run(options.quick, &program).and_then(|section| tell(&name, &section, write)) {
             Ok(()) => eprintln!("== {name} took {} s", part_began.elapsed().as_secs()),
             Err(error) => {
                 eprintln!("== {name} failed after {} s: {error}", part_began.elapsed().as_secs());
@@ -115,6 +126,16 @@ fn bench(options: &Options) -> io::Result<()> {
         true => Ok(()),
         false => Err(io::Error::other(format!("failed: {}", failed.join(", ")))),
     }
+}
+
+/// What is measured, as a path that holds in every directory.
+fn program(given: Option<&Path>) -> io::Result<String> {
+    let path = given.unwrap_or(Path::new(PROGRAM));
+    let absolute = path.canonicalize().map_err(|error| {
+        io::Error::new(error.kind(), format!("--program {}: {error}", path.display()))
+    })?;
+    eprintln!("measured is {}", absolute.display());
+    Ok(absolute.to_string_lossy().into_owned())
 }
 
 /// Prints what a part came to, and writes it into the document.
@@ -145,3 +166,6 @@ fn child(name: &OsString, arguments: &[OsString]) -> io::Result<()> {
         _ => Err(io::Error::other(format!("there is no program {}", name.display()))),
     }
 }
+
+/// Built by cargo together with this bench.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");

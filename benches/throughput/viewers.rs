@@ -16,7 +16,7 @@ use std::{
 use crate::{
     common::{
         plot::{Panel, Plot, Scale, Series},
-        process::{Process, free_address, http_get, samples},
+        process::{Process, free_address, http_get, samples, wait_for},
     },
     table::{Comparison, Section, median},
 };
@@ -24,10 +24,9 @@ use media::{BYTES_A_SECOND, FRAMES_A_SECOND};
 use sink::Sink;
 use source::Source;
 
-pub fn run(quick: bool) -> io::Result<Section> {
-    raise_descriptor_limit()?;
+pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     let plan = if quick { &QUICK } else { &FULL };
-    let mut bench = Bench::start(plan)?;
+    let mut bench = Bench::start(plan, program)?;
     let mut measured = Measured::default();
     for round in 0..plan.rounds {
         bench.round(round, &mut measured)?;
@@ -99,7 +98,7 @@ struct Measured {
 }
 
 impl Bench {
-    fn start(plan: &'static Plan) -> io::Result<Self> {
+    fn start(plan: &'static Plan, program: &str) -> io::Result<Self> {
         let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
         let source = Source::new()?;
         let mut rtp = Vec::new();
@@ -113,35 +112,33 @@ impl Bench {
                 if merge > 0 { format!("merge_write_ms: {merge}\n") } else { String::new() },
             );
             std::fs::write(dir.path().join(format!("{name}.yaml")), config)?;
-            // Another build can be measured, as that of a commit before.
-            let program = std::env::var("DOWNPOUR").unwrap_or_else(|_| PROGRAM.into());
             let arguments = ["edge", "--config", &format!("{name}.yaml")];
-            let process = Process::start(dir.path(), name, &program, &arguments)?;
+            let process = Process::start(dir.path(), name, program, &arguments)?;
             Ok(Server { name, process, address, empty: 0 })
         };
-        let (mut plain, mut merging) = (edge("edge", 0)?, edge("edge-merging", merge())?);
-        let own = std::env::current_exe()?;
-        let own = own.to_string_lossy();
-        let program = |name, role: &str| -> io::Result<_> {
+        let (mut plain, mut merging) = (edge("edge", 0)?, edge("edge-merging", MERGE_MS)?);
+        let child = |name, role: &str| -> io::Result<_> {
             let address = free_address();
-            let arguments = ["--child", role, &address.to_string()];
-            Ok((Process::start(dir.path(), name, &own, &arguments)?, address))
+            let process = Process::start_child(dir.path(), name, role, &[&address.to_string()])?;
+            Ok((process, address))
         };
-        let (process, address) = program("floor", "viewers-floor")?;
+        let (process, address) = child("floor", "viewers-floor")?;
         let floor = Server { name: "floor", process, address, empty: 0 };
-        let (sink_process, sink) = program("sink", "viewers-sink")?;
+        let (sink_process, sink) = child("sink", "viewers-sink")?;
         for edge in [&mut plain, &mut merging] {
-            wait_for("an edge answers", || Ok(http_get(edge.address, "/healthz").is_ok()))?;
+            wait_for("an edge answers", PATIENCE, || {
+                Ok(http_get(edge.address, "/healthz").is_ok())
+            })?;
         }
         source.publish(rtp)?;
         for edge in [&mut plain, &mut merging] {
-            wait_for("an edge has the stream", || {
+            wait_for("an edge has the stream", PATIENCE, || {
                 edge.process.check()?;
                 Ok(http_get(edge.address, "/healthz")?.contains(r#""streams":1"#))
             })?;
         }
         let mut connected = None;
-        wait_for("the viewers are ready", || {
+        wait_for("the viewers are ready", PATIENCE, || {
             connected = Sink::connect(sink).ok();
             Ok(connected.is_some())
         })?;
@@ -227,7 +224,7 @@ impl Server {
         sink.join(self.address, viewers, stalled)?;
         std::thread::sleep(if stalled > 0 { plan.stall } else { SETTLE });
         // Those who came first have much to read when the last one has come.
-        wait_for("the viewers have caught up", || {
+        wait_for("the viewers have caught up", PATIENCE, || {
             sink.begin()?;
             std::thread::sleep(SETTLE);
             let speed =
@@ -291,7 +288,7 @@ fn report(plan: &Plan, measured: &Measured) -> Section {
     let mut rows = Vec::new();
     for (of, what, goal) in [
         (&measured.plain, String::new(), 1.4),
-        (&measured.merging, format!(", merge_write_ms: {}", merge()), 0.5),
+        (&measured.merging, format!(", merge_write_ms: {MERGE_MS}"), 0.5),
     ] {
         for viewers in plan.goals {
             rows.push(Comparison {
@@ -362,37 +359,8 @@ fn growth(measured: &Measured) -> Plot {
     }
 }
 
-fn wait_for(what: &str, mut so: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        if so()? {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Err(io::Error::other(format!("waited too long until {what}")))
-}
-
-/// For this process and those that it starts: each viewer is a descriptor at both ends.
-fn raise_descriptor_limit() -> io::Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both take a pointer to a limit that lives, and the first one fills it.
-    let done = unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
-        }
-    };
-    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Milliseconds; 0 for builds that do not know the setting.
-fn merge() -> u64 {
-    if std::env::var("DOWNPOUR").is_ok() { 0 } else { 350 }
-}
-
-/// Built by cargo together with this bench.
-const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
+/// Milliseconds.
+const MERGE_MS: u64 = 350;
 /// Viewers of whom the other half stop reading.
 const HALF: usize = 500;
 /// Rounds in which they do, for it takes long.

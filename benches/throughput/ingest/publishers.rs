@@ -13,8 +13,6 @@ use super::media::{Media, Timeline};
 /// Publishes `count` streams at `server`, each tag at its time in a write of its own, until it is
 /// killed. Once a second it prints how many tags it has sent and how late the latest one was.
 pub fn run(server: SocketAddr, count: usize) -> io::Result<()> {
-    let tick =
-        Duration::from_micros(std::env::var("TICK").ok().and_then(|t| t.parse().ok()).unwrap_or(0));
     let media = Media::new()?;
     let chunks = media.chunks()?;
     let began = Instant::now();
@@ -31,7 +29,7 @@ pub fn run(server: SocketAddr, count: usize) -> io::Result<()> {
         let due = timeline.next();
         let mut now = Instant::now();
         while let Some(early) = (start + due.at).checked_duration_since(now) {
-            std::thread::sleep(tick.max(early));
+            std::thread::sleep(early);
             now = Instant::now();
         }
         latest = latest.max(now.saturating_duration_since(start + due.at));

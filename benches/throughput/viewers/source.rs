@@ -12,16 +12,13 @@ use std::{
 
 use downpour::{
     origin::{Headers, Origin, OriginStream},
-    repair::{
-        history::History,
-        server::{RepairServer, RepairServerMetrics, RepairServerSettings},
-    },
+    repair::history::History,
     rtp::{Packetizer, Ssrc},
-    tls::Identity,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::media::Media;
+use crate::common::repair::Repair;
 
 /// Publishes until it is dropped, and answers requests for repair.
 pub struct Source {
@@ -29,26 +26,14 @@ pub struct Source {
     pub quic: SocketAddr,
     origin: Origin,
     stop: Arc<AtomicBool>,
-    _runtime: tokio::runtime::Runtime,
+    _repair: Repair,
 }
 
 impl Source {
     pub fn new() -> io::Result<Self> {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let identity = Identity::generate().map_err(io::Error::other)?;
-        let metrics = RepairServerMetrics::register(&prometheus::Registry::new())
-            .map_err(io::Error::other)?;
-        let origin = Origin::new();
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let entered = runtime.enter();
-        let settings = RepairServerSettings::default();
-        let server = RepairServer::bind(any, &identity, origin.clone(), settings, metrics)
-            .map_err(io::Error::other)?;
-        let quic = server.local_addr()?;
-        runtime.spawn(server.run(CancellationToken::new()));
-        drop(entered);
-        Ok(Self { quic, origin, stop: Arc::default(), _runtime: runtime })
+        let (repair, origin) = (Repair::new()?, Origin::new());
+        let quic = repair.serve(&origin, CancellationToken::new())?;
+        Ok(Self { quic, origin, stop: Arc::default(), _repair: repair })
     }
 
     /// Begins the stream, which goes to each of `edges`.

@@ -1,0 +1,42 @@
+//! The cloud's end of repair, for streams that a bench publishes itself.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use downpour::{
+    origin::Origin,
+    repair::server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+    tls::Identity,
+};
+use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
+
+/// Serves on a thread of its own until it is dropped.
+pub struct Repair {
+    runtime: Runtime,
+    identity: Identity,
+}
+
+impl Repair {
+    pub fn new() -> io::Result<Self> {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let identity = Identity::generate().map_err(io::Error::other)?;
+        Ok(Self { runtime, identity })
+    }
+
+    /// Answers for the streams of `origin` until `shutdown`; tells where.
+    pub fn serve(&self, origin: &Origin, shutdown: CancellationToken) -> io::Result<SocketAddr> {
+        let _inside = self.runtime.enter();
+        let metrics = RepairServerMetrics::register(&prometheus::Registry::new())
+            .map_err(io::Error::other)?;
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let settings = RepairServerSettings::default();
+        let server = RepairServer::bind(any, &self.identity, origin.clone(), settings, metrics)
+            .map_err(io::Error::other)?;
+        let address = server.local_addr()?;
+        self.runtime.spawn(server.run(shutdown));
+        Ok(address)
+    }
+}
