@@ -98,7 +98,7 @@ impl Group {
                 }
             }
             loop {
-                match self.round() {
+                match self.round().await {
                     Round::Idle => break,
                     Round::More => tokio::task::yield_now().await,
                     Round::Over => return self.end(),
@@ -125,7 +125,7 @@ impl Group {
     }
 
     /// Reads what is there, and writes it.
-    fn round(&mut self) -> Round {
+    async fn round(&mut self) -> Round {
         let start = self.reader.place().map_or(0, |place| place.index);
         let (tags, bytes) = (&mut self.tags, &mut self.bytes);
         let outcome = self.reader.try_read_each(ROUND_BYTES, |index, tag| {
@@ -136,7 +136,7 @@ impl Group {
                 tags.iter().for_each(|(_, tag)| bytes.extend_from_slice(tag));
                 self.desk.stand_at(self.reader.place());
                 self.note_skip(count.skipped);
-                self.write(start);
+                self.write(start).await;
                 self.tags.clear();
                 self.bytes.clear();
                 self.bytes.shrink_to(KEPT_BYTES.saturating_mul(self.members.len()));
@@ -164,10 +164,16 @@ impl Group {
         note_skip(stream, missed.sum(), self.members.len(), metrics);
     }
 
-    fn write(&mut self, start: u64) {
+    /// Offers what was read to each member, and lets others of the runtime have a turn now and then.
+    async fn write(&mut self, start: u64) {
         let mut sent = 0;
         let mut next = 0;
         while let Some(member) = self.members.get_mut(next) {
+            if sent >= TURN_BYTES {
+                self.audience.metrics.bytes.inc_by(std::mem::take(&mut sent) as u64);
+                tokio::task::yield_now().await;
+                continue;
+            }
             let begin = match member.from > start {
                 true => length(self.tags.iter().take_while(|(index, _)| *index < member.from)),
                 false => 0,
@@ -179,7 +185,7 @@ impl Group {
             }
             match member.viewer.offer(due) {
                 Ok(written) => {
-                    sent += written as u64;
+                    sent += written;
                     if written == due.len() {
                         next += 1;
                         continue;
@@ -192,7 +198,7 @@ impl Group {
                 Err(closed) => self.close(next, &closed),
             }
         }
-        self.audience.metrics.bytes.inc_by(sent);
+        self.audience.metrics.bytes.inc_by(sent as u64);
     }
 
     /// Sees who has left, which a stream that stands still would not show.
@@ -240,6 +246,9 @@ fn length<'a>(tags: impl Iterator<Item = &'a (u64, Bytes)>) -> usize {
 
 /// What is written to each viewer at once; whole tags, so it may be more.
 const ROUND_BYTES: usize = 256 * 1024;
+/// What a group writes in one go, to all members, before it lets others have a turn: the kernel
+/// copies it in a millisecond or so. Frames of less than 4 KB to a whole group never come to it.
+const TURN_BYTES: usize = 1024 * 1024;
 /// Room for bytes that a group keeps between rounds, for each viewer: there may be many groups of one.
 const KEPT_BYTES: usize = 4 * 1024;
 /// How often a group looks for viewers that have left, and for audio that no frame took along.
@@ -274,11 +283,41 @@ mod tests {
         assert_eq!(group.members.len(), 2);
         // The group has 3 s to read, and may be 2 s behind. It is sent on to frame 75.
         site.push(8..76);
-        assert!(matches!(group.round(), Round::Idle));
+        assert!(matches!(group.round().await, Round::Idle));
         let skipped = (75 - 3) + (75 - 8);
         assert_eq!(site.audience.metrics.skipped_tags.get(), skipped);
         let counters = site.publisher.stream().counters();
         assert_eq!(counters.skipped_tags.load(Ordering::Relaxed), skipped);
+    }
+
+    #[tokio::test]
+    async fn long_rounds_are_written_in_many_turns() {
+        // Bytes of a frame, and the least and most turns that others have while 20 are sent it.
+        for (frame_bytes, least, most) in [(1_000, 0, 0), (200_000, 3, 20)] {
+            let mut site = Site::new();
+            site.frame_bytes = frame_bytes;
+            site.push(0..1);
+            let mut group = site.group().await;
+            for _ in 1..20 {
+                let arrival = site.arrival().await;
+                group.admit(arrival);
+            }
+            site.push(1..2);
+            let mut turns = 0;
+            {
+                let mut round = std::pin::pin!(group.round());
+                let round = std::future::poll_fn(|context| {
+                    let poll = round.as_mut().poll(context);
+                    turns += usize::from(poll.is_pending());
+                    poll
+                });
+                assert!(matches!(round.await, Round::Idle));
+            }
+            assert!((least..=most).contains(&turns), "{turns} turns for {frame_bytes} bytes");
+            let sent = site.audience.metrics.bytes.get();
+            assert!(sent >= 20 * frame_bytes as u64, "{sent} bytes were sent");
+            assert_eq!(group.members.len(), 20);
+        }
     }
 
     /// A stream of 25 frames a second, and those who watch it.
@@ -317,6 +356,7 @@ mod tests {
             let address = listener.local_addr().unwrap();
             let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
             let (socket, peer) = accepted.unwrap();
+            socket2::SockRef::from(&socket).set_send_buffer_size(1 << 20).unwrap();
             self.clients.push(client.unwrap());
             let (stream, metrics) = (self.publisher.stream(), &self.audience.metrics);
             let places = Arc::new(Semaphore::new(2));
