@@ -121,7 +121,7 @@ async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_audio_before_a_stall_is_not_kept() {
-    let node = Node::start(ViewerSettings::default()).await;
+    let mut node = Node::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
     publisher.push(frame(0x17, 0, 100));
@@ -142,8 +142,25 @@ async fn the_last_audio_before_a_stall_is_not_kept() {
     assert!(began.elapsed() < Duration::from_secs(5));
     // Shutting down cuts who is in a group, too.
     node.shutdown.cancel();
-    timeout(DEADLINE, node.server).await.expect("the server stops").unwrap();
+    timeout(DEADLINE, &mut node.server).await.expect("the server stops").unwrap();
     assert_eq!(node.metrics.viewers.get(), 0);
+    assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"cut\"}"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn viewers_end_with_a_server_that_is_dropped() {
+    let node = Node::start(ViewerSettings::default()).await;
+    let mut publisher = node.publish();
+    publisher.push(video_header(0));
+    publisher.push(frame(0x17, 0, 100));
+    let mut viewer = FlvViewer::of(ask(node.address, 0).await).await;
+    for tag in [video_header(0), frame(0x17, 0, 100)] {
+        assert_eq!(viewer.next().await, Some(tag));
+    }
+    node.server.abort();
+    assert_eq!(viewer.next().await, None);
+    node.eventually("nobody is counted", |node| node.metrics.viewers.get() == 0).await;
+    assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"cut\"}"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,10 @@ use std::{
 };
 
 use tokio::{runtime::Handle, sync::Notify};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
 
 use super::{
     group::Group,
@@ -89,6 +92,11 @@ impl Audience {
     pub(super) async fn gone(&self) {
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Cuts everyone off when it is dropped.
+    pub(super) fn cut_at_end(&self) -> DropGuard {
+        self.cut.clone().drop_guard()
     }
 
     /// Cuts everyone off.
@@ -221,6 +229,6 @@ fn kind(place: Option<Place>) -> usize {
 }
 
 /// Viewers in one group: enough that what a group does once costs next to nothing for each, few
-/// enough that one stream's viewers keep several cores busy and that a round, about 2 ms, does not
-/// hold up another stream's for long.
+/// enough that one stream's viewers keep several cores busy and that a round, at most some 2 ms in one
+/// go, does not hold up another stream's for long.
 pub(super) const GROUP_VIEWERS: usize = 256;

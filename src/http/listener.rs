@@ -64,8 +64,11 @@ impl HttpServer {
     }
 
     /// Serves until `shutdown` is cancelled. Then it accepts no more, gives connections `grace` to
-    /// finish (a viewer does when its stream ends), and cuts those that have not.
+    /// finish (a viewer does when its stream ends), and cuts those that have not. If this is dropped
+    /// before its end, all are cut at once.
     pub async fn run(self, shutdown: CancellationToken, grace: Duration) {
+        // Viewers have tasks of their own, which would go on.
+        let _cut = self.shared.audience.cut_at_end();
         let mut connections = JoinSet::new();
         loop {
             let accepted = tokio::select! {

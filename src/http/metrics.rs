@@ -35,6 +35,7 @@ pub(super) struct ClosedCounters {
     client: IntCounter,
     timeout: IntCounter,
     error: IntCounter,
+    pub(super) cut: IntCounter,
 }
 
 #[derive(Debug, Clone)]
@@ -88,6 +89,7 @@ impl HttpMetrics {
                 client: closed.with_label_values(&["client"]),
                 timeout: closed.with_label_values(&["timeout"]),
                 error: closed.with_label_values(&["error"]),
+                cut: closed.with_label_values(&["cut"]),
             },
             refused: RefusedCounters {
                 not_live: refused.with_label_values(&["not_live"]),

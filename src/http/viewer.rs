@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use prometheus::IntGauge;
+use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
@@ -71,7 +71,8 @@ impl Connection {
     }
 }
 
-/// A viewer who was admitted, counted until it is dropped.
+/// A viewer who was admitted, counted until it is dropped. One that is dropped without having been
+/// closed was cut off: by a shutdown that did not wait for it, or by a bug.
 #[derive(Debug)]
 pub(super) struct Viewer {
     socket: TcpStream,
@@ -82,6 +83,9 @@ pub(super) struct Viewer {
     sent: u64,
     /// Whether the first tags have been read.
     joined: bool,
+    /// Whether it was told why it is no more.
+    told: bool,
+    cut: IntCounter,
     _counted: Counted,
     _permit: OwnedSemaphorePermit,
 }
@@ -104,6 +108,8 @@ impl Viewer {
             began: Instant::now(),
             sent: 0,
             joined: false,
+            told: false,
+            cut: metrics.closed.cut.clone(),
             _counted: Counted::new(&metrics.viewers),
             _permit: permit,
         }
@@ -177,8 +183,13 @@ impl Viewer {
     }
 
     /// Closes the connection, and says why.
-    pub(super) fn close(self, reason: &Closed, metrics: &HttpMetrics) {
+    pub(super) fn close(mut self, reason: &Closed, metrics: &HttpMetrics) {
         metrics.closed.count(reason);
+        self.tell(reason);
+    }
+
+    fn tell(&mut self, reason: &dyn std::fmt::Display) {
+        self.told = true;
         tracing::info!(
             peer = %self.connection.peer,
             stream = %self.stream.stream().key(),
@@ -187,6 +198,15 @@ impl Viewer {
             %reason,
             "a viewer is done"
         );
+    }
+}
+
+impl Drop for Viewer {
+    fn drop(&mut self) {
+        if !self.told {
+            self.cut.inc();
+            self.tell(&"it was cut off");
+        }
     }
 }
 
