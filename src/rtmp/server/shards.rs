@@ -254,10 +254,12 @@ mod tests {
                 break;
             }
             naps += u32::from(answer[1]);
+            // So that it has nothing to do, and naps before it waits.
+            thread::sleep(Duration::from_micros(10));
             assert!(began.elapsed() < SOON, "{naps} naps");
         }
-        // One in 61 is left out, where the event loop looks for events before it waits for them.
-        assert!(began.elapsed() > NAP * naps / 2, "{:?}", began.elapsed());
+        // Where this thread was quicker all the same, a nap is left out.
+        assert!(began.elapsed() > NAP * naps * 3 / 4, "{:?}", began.elapsed());
         drop(near);
         timeout(SOON, shards.join()).await.unwrap();
     }
