@@ -393,8 +393,8 @@ fn report(plan: &Plan, measured: &Measured) -> Section {
         .collect();
     section.say(&format!(
         "Those who read slowly got {} at the end; the others all of it. Slow viewers ask for segments \
-         of 536 bytes, for the kernel's buffers on loopback, where segments are 64 KB, are not full \
-         for a minute.",
+         of 536 bytes: with those of loopback, 64 KB, the kernel would hold megabytes for each, which \
+         take long to fill.",
         halves.join("; ")
     ));
     if !plan.growth.is_empty() {
