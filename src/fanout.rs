@@ -114,7 +114,6 @@ impl Fanout {
         // A machine without IPv6 seldom has IPv6 edges; if it has, that is told when one is sent to.
         let v6 = bind(Ipv6Addr::UNSPECIFIED.into(), local_port);
         let sockets = Sockets { v4, v6: v6.ok() };
-        metrics.offload.set((sockets.v4.1 > 1).into());
         let workers = match settings.workers {
             0 => (thread::available_parallelism().map_or(1, |cores| cores.get()) / 2).clamp(1, 16),
             workers => workers,

@@ -3,7 +3,7 @@
 use std::io;
 
 use prometheus::{
-    IntCounter, IntCounterVec, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
+    IntCounter, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
     register_int_counter_with_registry, register_int_gauge_with_registry,
 };
 
@@ -14,7 +14,7 @@ pub struct FanoutMetrics {
     pub(super) bytes: IntCounter,
     pub(super) calls: IntCounter,
     pub(super) skipped: IntCounter,
-    pub(super) errors: IntCounterVec,
+    errors: [IntCounter; Refusal::ALL.len()],
     pub(super) refused_offload: IntCounter,
     pub(super) offload: IntGauge,
 }
@@ -28,13 +28,17 @@ impl FanoutMetrics {
         let counter =
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
         let errors = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_fanout_errors_total", "Sends that the kernel refused, by error"),
+            Opts::new(
+                "downpour_fanout_errors_total",
+                "Packets that the kernel did not take for an address, by error"
+            ),
             &["error"],
             registry
         )?;
+        let errors = Refusal::ALL.map(|refusal| errors.with_label_values(&[refusal.label()]));
         let offload = register_int_gauge_with_registry!(
             "downpour_fanout_gso",
-            "Whether UDP segmentation offload is in use",
+            "Sockets, up to two of each worker, that send with UDP segmentation offload",
             registry
         )?;
         Ok(Self {
@@ -46,7 +50,7 @@ impl FanoutMetrics {
             calls: counter("downpour_fanout_calls_total", "System calls that sent them")?,
             skipped: counter(
                 "downpour_fanout_skipped_packets_total",
-                "Packets that a worker of the fan-out did not send because it was behind; edges ask for those that are not parity",
+                "Packets times addresses that were not sent because a worker of the fan-out was behind; edges ask for those that are not parity",
             )?,
             errors,
             refused_offload: counter(
@@ -67,21 +71,90 @@ impl FanoutMetrics {
         self.calls.get()
     }
 
-    /// Packets that a worker did not send because it was behind.
+    /// Packets, times addresses, that a worker did not send because it was behind.
     pub fn skipped(&self) -> u64 {
         self.skipped.get()
     }
+
+    /// Packets that the kernel did not take because of `refusal`.
+    pub(super) fn errors(&self, refusal: Refusal) -> &IntCounter {
+        &self.errors[refusal as usize]
+    }
 }
 
-/// Few different ones exist, so it can be a metric's label.
-pub(super) fn error_label(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => "unreachable",
-        Some(libc::ECONNREFUSED) => "refused",
-        Some(libc::EPERM | libc::EACCES) => "not-permitted",
-        Some(libc::ENOBUFS | libc::ENOMEM) => "no-buffers",
-        Some(libc::EMSGSIZE) => "too-large",
-        Some(libc::EAGAIN) => "would-block",
-        _ => "other",
+/// Why the kernel did not take a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Refusal {
+    Unreachable,
+    Refused,
+    NotPermitted,
+    NoBuffers,
+    TooLarge,
+    WouldBlock,
+    Other,
+}
+
+impl Refusal {
+    const ALL: [Self; 7] = [
+        Self::Unreachable,
+        Self::Refused,
+        Self::NotPermitted,
+        Self::NoBuffers,
+        Self::TooLarge,
+        Self::WouldBlock,
+        Self::Other,
+    ];
+
+    /// Whether it is the way out that is full, and not the fault of one target.
+    pub(super) fn is_congestion(self) -> bool {
+        matches!(self, Self::NoBuffers | Self::WouldBlock)
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::Refused => "refused",
+            Self::NotPermitted => "not-permitted",
+            Self::NoBuffers => "no-buffers",
+            Self::TooLarge => "too-large",
+            Self::WouldBlock => "would-block",
+            Self::Other => "other",
+        }
+    }
+}
+
+impl From<&io::Error> for Refusal {
+    fn from(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Self::Unreachable,
+            Some(libc::ECONNREFUSED) => Self::Refused,
+            Some(libc::EPERM | libc::EACCES) => Self::NotPermitted,
+            Some(libc::ENOBUFS | libc::ENOMEM) => Self::NoBuffers,
+            Some(libc::EMSGSIZE) => Self::TooLarge,
+            Some(libc::EAGAIN) => Self::WouldBlock,
+            _ => Self::Other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_refusal_has_its_counter() {
+        let registry = Registry::new();
+        let metrics = FanoutMetrics::register(&registry).unwrap();
+        for (times, refusal) in Refusal::ALL.into_iter().enumerate() {
+            metrics.errors(refusal).inc_by(times as u64 + 1);
+        }
+        let families = registry.gather();
+        let errors = families.iter().find(|f| f.name().ends_with("errors_total")).unwrap();
+        assert_eq!(errors.get_metric().len(), Refusal::ALL.len());
+        for metric in errors.get_metric() {
+            let label = metric.get_label()[0].value();
+            let at = Refusal::ALL.iter().position(|refusal| refusal.label() == label).unwrap();
+            assert_eq!(metric.get_counter().get_value(), at as f64 + 1.0, "{label}");
+        }
     }
 }

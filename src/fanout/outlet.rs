@@ -6,35 +6,55 @@ use std::{
     io,
     net::{SocketAddr, UdpSocket},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
+use socket2::SockRef;
+
 use super::{
     FanoutMetrics,
-    metrics::error_label,
+    metrics::Refusal,
     syscall::{Batch, Message, Messages, wait_for_room},
 };
 
+/// What an outlet needs of a socket. None of it waits but for what says so.
+pub(super) trait Way {
+    /// As [`Messages::send`].
+    fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize>;
+
+    /// Sends one datagram.
+    fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()>;
+
+    /// Waits until there is room for a datagram, or until `timeout` is over.
+    fn wait_for_room(&self, timeout: Duration);
+
+    /// Waits where nothing says when there is room.
+    fn pause(&self, time: Duration);
+}
+
 /// One socket as one worker sends from it; other workers send from the same.
-pub(super) struct Outlet {
-    socket: Arc<UdpSocket>,
+pub(super) struct Outlet<W = UdpSocket> {
+    socket: Arc<W>,
     offload: Offload,
     batch: Batch,
-    /// When each target's last failure was logged, by what it was.
-    told: HashMap<(SocketAddr, &'static str), Instant>,
+    told: Told,
     metrics: FanoutMetrics,
 }
 
-impl Outlet {
+impl<W: Way> Outlet<W> {
     /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none.
-    pub(super) fn new(socket: Arc<UdpSocket>, segments: usize, metrics: FanoutMetrics) -> Self {
-        let offload = Offload { segments: segments.max(1), whole: HashSet::new(), refused: 0 };
-        Self { socket, offload, batch: Batch::new(), told: HashMap::new(), metrics }
+    pub(super) fn new(socket: Arc<W>, segments: usize, metrics: FanoutMetrics) -> Self {
+        let offload = Offload { segments: segments.max(1), ..Offload::default() };
+        if offload.segments > 1 {
+            metrics.offload.inc();
+        }
+        Self { socket, offload, batch: Batch::new(), told: Told::default(), metrics }
     }
 
     /// Begins a round of sends of what lives for `'a`; nothing is sent for sure until
     /// [`Round::flush`].
-    pub(super) fn round<'a>(&mut self) -> Round<'_, 'a> {
+    pub(super) fn round<'a>(&mut self) -> Round<'_, 'a, W> {
         Round {
             socket: &self.socket,
             offload: &mut self.offload,
@@ -47,17 +67,17 @@ impl Outlet {
 }
 
 /// Sends that go together.
-pub(super) struct Round<'o, 'a> {
-    socket: &'o UdpSocket,
+pub(super) struct Round<'o, 'a, W = UdpSocket> {
+    socket: &'o W,
     offload: &'o mut Offload,
     messages: Messages<'o, 'a>,
-    told: &'o mut HashMap<(SocketAddr, &'static str), Instant>,
+    told: &'o mut Told,
     metrics: &'o FanoutMetrics,
-    /// How much longer it may wait for room in the socket: the other targets wait too.
+    /// How much longer it may wait for room while the kernel takes nothing.
     patience: Duration,
 }
 
-impl<'a> Round<'_, 'a> {
+impl<'a, W: Way> Round<'_, 'a, W> {
     /// The most bytes of a train of packets of `stride` bytes that go in one message.
     pub(super) fn piece(&self, stride: usize) -> usize {
         self.offload.segments.min(MAX_MESSAGE / stride.max(1)).max(1) * stride.max(1)
@@ -80,7 +100,7 @@ impl<'a> Round<'_, 'a> {
         let mut next = 0;
         let mut sent = Sent::default();
         while next < self.messages.len() {
-            let result = self.messages.send(self.socket, next);
+            let result = self.socket.send(&mut self.messages, next);
             sent.calls += 1;
             match result {
                 Ok(count) => {
@@ -91,6 +111,11 @@ impl<'a> Round<'_, 'a> {
                         }
                     }
                     next += count;
+                    // A key frame to a thousand edges takes an interface of 1 Gbit/s half a second:
+                    // as long as it goes on, it is the queue that pushes back.
+                    if count > 0 {
+                        self.patience = PATIENCE;
+                    }
                 }
                 Err(error) => {
                     if let Some(message) = self.messages.get(next)
@@ -103,6 +128,9 @@ impl<'a> Round<'_, 'a> {
             }
         }
         self.messages.clear();
+        if let Some(error) = sent.congestion {
+            self.told.of_congestion(Instant::now(), &error);
+        }
         let metrics = self.metrics;
         metrics.calls.inc_by(sent.calls);
         metrics.datagrams.inc_by(sent.datagrams);
@@ -123,14 +151,14 @@ impl<'a> Round<'_, 'a> {
             Some(libc::EINTR) => true,
             // An answer to an earlier datagram, told to whoever sends next.
             Some(libc::ECONNREFUSED) => self.wait(|_| ()),
-            Some(libc::EAGAIN) => self.wait(|socket| wait_for_room(socket, PATIENCE)),
+            Some(libc::EAGAIN) => self.wait(|socket| socket.wait_for_room(PATIENCE)),
             // A queue below the socket is full, and nothing says when it no longer is.
-            Some(libc::ENOBUFS) => self.wait(|_| std::thread::sleep(QUEUE_PAUSE)),
+            Some(libc::ENOBUFS) => self.wait(|socket| socket.pause(QUEUE_PAUSE)),
             _ => false,
         }
     }
 
-    fn wait(&mut self, wait: impl FnOnce(&UdpSocket)) -> bool {
+    fn wait(&mut self, wait: impl FnOnce(&W)) -> bool {
         if self.patience.is_zero() {
             return false;
         }
@@ -146,35 +174,96 @@ impl<'a> Round<'_, 'a> {
             self.metrics.refused_offload.inc();
             self.offload.refuse(message.to, &error, self.metrics);
             for packet in message.bytes.chunks(usize::from(message.segment)) {
-                let packet = Message { bytes: packet, segment: 0, ..*message };
-                sent.calls += 1;
-                match self.socket.send_to(packet.bytes, packet.to) {
-                    Ok(_) => sent.add(packet.bytes.len(), 0),
-                    Err(error) => self.fail(packet.to, &error),
-                }
+                self.send_one(message.to, packet, sent);
             }
             return;
         }
-        self.fail(message.to, &error);
+        let packets = packets(message.bytes.len(), message.segment);
+        self.fail(message.to, packets, error, sent);
     }
 
-    fn fail(&mut self, to: SocketAddr, error: &io::Error) {
-        let label = error_label(error);
-        self.metrics.errors.with_label_values(&[label]).inc();
-        let now = Instant::now();
-        // Targets that were taken off the list are forgotten with the rest.
-        if self.told.len() > MAX_TOLD {
-            self.told.clear();
+    fn send_one(&mut self, to: SocketAddr, packet: &[u8], sent: &mut Sent) {
+        loop {
+            sent.calls += 1;
+            match self.socket.send_one(to, packet) {
+                Ok(()) => {
+                    self.patience = PATIENCE;
+                    return sent.add(packet.len(), 0);
+                }
+                Err(error) if self.may_try_again(&error) => {}
+                Err(error) => return self.fail(to, 1, error, sent),
+            }
         }
-        let due = |at: &Instant| now.duration_since(*at) >= TELL_EVERY;
-        if self.told.get(&(to, label)).is_none_or(due) {
-            self.told.insert((to, label), now);
-            tracing::warn!(target = %to, "RTP cannot be sent there: {error}");
+    }
+
+    fn fail(&mut self, to: SocketAddr, packets: u64, error: io::Error, sent: &mut Sent) {
+        let refusal = Refusal::from(&error);
+        self.metrics.errors(refusal).inc_by(packets);
+        // That may be most of what a worker that is behind has to send, so it is told later.
+        match refusal.is_congestion() {
+            true => sent.congestion = Some(error),
+            false => self.told.of_target(Instant::now(), to, refusal, &error),
         }
     }
 }
 
+impl Way for UdpSocket {
+    #[inline]
+    fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize> {
+        messages.send(self, first)
+    }
+
+    fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()> {
+        // The socket itself is one that waits, for who reads its port.
+        let socket = SockRef::from(self);
+        socket.send_to_with_flags(packet, &to.into(), libc::MSG_DONTWAIT).map(drop)
+    }
+
+    fn wait_for_room(&self, timeout: Duration) {
+        wait_for_room(self, timeout);
+    }
+
+    fn pause(&self, time: Duration) {
+        thread::sleep(time);
+    }
+}
+
+/// When failures were logged last.
+#[derive(Debug, Default)]
+struct Told {
+    targets: HashMap<(SocketAddr, Refusal), Instant>,
+    congestion: Option<Instant>,
+}
+
+impl Told {
+    fn of_target(&mut self, now: Instant, to: SocketAddr, refusal: Refusal, error: &io::Error) {
+        // Targets that were taken off the list are forgotten with the rest.
+        if self.targets.len() > MAX_TOLD {
+            self.targets.clear();
+        }
+        if self.targets.get(&(to, refusal)).is_none_or(|at| is_due(now, *at)) {
+            self.targets.insert((to, refusal), now);
+            tracing::warn!(target = %to, "RTP cannot be sent there: {error}");
+        }
+    }
+
+    fn of_congestion(&mut self, now: Instant, error: &io::Error) {
+        if self.congestion.is_none_or(|at| is_due(now, at)) {
+            self.congestion = Some(now);
+            tracing::warn!(
+                "RTP is lost here: for {} ms the kernel took nothing more ({error})",
+                PATIENCE.as_millis()
+            );
+        }
+    }
+}
+
+fn is_due(now: Instant, told: Instant) -> bool {
+    now.saturating_duration_since(told) >= TELL_EVERY
+}
+
 /// What is known of segmentation offload (UDP GSO).
+#[derive(Default)]
 struct Offload {
     /// Datagrams that a message may have; 1 once it is known that the kernel cuts none.
     segments: usize,
@@ -182,6 +271,8 @@ struct Offload {
     whole: HashSet<SocketAddr>,
     /// Messages refused since the last one that was not.
     refused: usize,
+    /// When a refusal was logged last.
+    told: Option<Instant>,
 }
 
 impl Offload {
@@ -194,7 +285,9 @@ impl Offload {
         if self.whole.len() >= MAX_WHOLE {
             self.whole.clear();
         }
-        if self.whole.insert(to) && self.refused == 1 {
+        let now = Instant::now();
+        if self.whole.insert(to) && self.told.is_none_or(|at| is_due(now, at)) {
+            self.told = Some(now);
             tracing::warn!(
                 target = %to,
                 "UDP segmentation offload is refused ({error}): sending one datagram at a time there"
@@ -203,7 +296,7 @@ impl Offload {
         if self.refused >= REFUSALS && self.segments > 1 {
             self.segments = 1;
             self.whole = HashSet::new();
-            metrics.offload.set(0);
+            metrics.offload.dec();
             tracing::warn!(
                 "UDP segmentation offload is off: it was refused {REFUSALS} times running"
             );
@@ -216,28 +309,38 @@ struct Sent {
     calls: u64,
     datagrams: u64,
     bytes: u64,
+    /// Why packets were given up that had nowhere to go.
+    congestion: Option<io::Error>,
 }
 
 impl Sent {
     #[inline]
     fn add(&mut self, len: usize, segment: u16) {
         self.bytes += len as u64;
-        self.datagrams += match u32::from(segment) {
-            0 => 1,
-            // No message is longer than a datagram may be, so 32 bits do, and are quicker.
-            segment => u64::from((len as u32).div_ceil(segment)),
-        };
+        self.datagrams += packets(len, segment);
     }
 }
 
-/// The first is for an interface that cannot, the second for one whose MTU is too small.
+/// Datagrams of a message.
+#[inline]
+fn packets(len: usize, segment: u16) -> u64 {
+    match u32::from(segment) {
+        0 => 1,
+        // No message is longer than a datagram may be, so 32 bits do, and are quicker.
+        segment => u64::from((len as u32).div_ceil(segment)),
+    }
+}
+
+/// The first is for an interface that cannot. The second is for one whose MTU a packet exceeds, for
+/// which since 2025 (Linux 6.14) it is the last, as for a packet that was not to be cut.
 fn refuses_offload(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::ENOTSUP))
+    let error = error.raw_os_error();
+    matches!(error, Some(libc::EIO | libc::EINVAL | libc::ENOTSUP | libc::EMSGSIZE))
 }
 
 /// The largest UDP payload of IPv4: what one message with segmentation may carry.
 const MAX_MESSAGE: usize = 65_507;
-/// How long a round may wait for room, all in all.
+/// How long a round waits for room while the kernel takes nothing: the other targets wait too.
 const PATIENCE: Duration = Duration::from_millis(20);
 /// About as long as a gigabit interface takes for fifty packets.
 const QUEUE_PAUSE: Duration = Duration::from_micros(500);
@@ -250,6 +353,14 @@ const REFUSALS: usize = 16;
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        collections::VecDeque,
+        sync::{
+            Mutex,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+
     use prometheus::Registry;
 
     use super::*;
@@ -302,18 +413,17 @@ mod tests {
         let mut buffer = [0; 200];
         let lengths = [(); 4].map(|()| socket.recv(&mut buffer).unwrap());
         assert_eq!(lengths, [100, 50, 100, 50]);
-        assert_eq!(metrics.errors.with_label_values(&["not-permitted"]).get(), 3);
+        assert_eq!(metrics.errors(Refusal::NotPermitted).get(), 6, "of two packets each");
         assert_eq!(metrics.datagrams.get(), 4);
-        assert_eq!(metrics.offload.get(), 0, "nothing was said of it");
+        assert_eq!(metrics.offload.get(), 1);
     }
 
-    /// A packet over the interface's MTU cannot be cut, which is what a refusal looks like.
+    /// A socket without checksums has the kernel refuse to cut (EIO), as an interface does that
+    /// cannot.
     #[test]
     fn where_offload_is_refused_the_packets_go_one_by_one() {
         let (mut outlet, metrics) = outlet(64);
         let (socket, addr) = receiver();
-        // The MTU of loopback is 65,536, so it takes the checksum switched off: then the kernel
-        // has nobody to cut.
         let off: libc::c_int = 1;
         // SAFETY: it reads the integer that it is given.
         let set = unsafe {
@@ -345,5 +455,111 @@ mod tests {
         }
         assert_eq!(metrics.refused_offload.get(), REFUSALS as u64);
         assert!(!outlet.offload.cuts(addr) && outlet.round().piece(100) == 100);
+    }
+
+    /// What a socket is to answer, one call after the other, and what it took.
+    #[derive(Default)]
+    struct Fake {
+        answers: Mutex<VecDeque<Answer>>,
+        taken: Mutex<Vec<usize>>,
+        waits: AtomicUsize,
+    }
+
+    #[derive(Clone, Copy)]
+    enum Answer {
+        Take(usize),
+        Fail(libc::c_int),
+    }
+
+    impl Fake {
+        fn outlet(answers: impl IntoIterator<Item = Answer>) -> (Outlet<Self>, FanoutMetrics) {
+            let answers = Mutex::new(answers.into_iter().collect());
+            let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+            let fake = Arc::new(Self { answers, ..Self::default() });
+            (Outlet::new(fake, 64, metrics.clone()), metrics)
+        }
+
+        /// Without an answer, it takes all.
+        fn next(&self, most: usize) -> io::Result<usize> {
+            match self.answers.lock().unwrap().pop_front() {
+                None => Ok(most),
+                Some(Answer::Take(count)) => Ok(count.min(most)),
+                Some(Answer::Fail(error)) => Err(io::Error::from_raw_os_error(error)),
+            }
+        }
+    }
+
+    impl Way for Fake {
+        fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize> {
+            let count = self.next(messages.len() - first)?;
+            let lengths = messages.lengths().skip(first).take(count).map(|(len, _)| len);
+            self.taken.lock().unwrap().extend(lengths);
+            Ok(count)
+        }
+
+        fn send_one(&self, _: SocketAddr, packet: &[u8]) -> io::Result<()> {
+            self.next(1)?;
+            self.taken.lock().unwrap().push(packet.len());
+            Ok(())
+        }
+
+        fn wait_for_room(&self, _: Duration) {
+            self.waits.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn pause(&self, _: Duration) {
+            self.waits.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A wait that takes no time counts for half a millisecond.
+    const WAITS: usize = 40;
+
+    #[test]
+    fn as_long_as_the_kernel_takes_something_nothing_is_given_up() {
+        for error in [libc::EAGAIN, libc::ENOBUFS] {
+            let answers = [Answer::Fail(error), Answer::Take(1)].repeat(64);
+            let (mut outlet, metrics) = Fake::outlet(answers);
+            let mut round = outlet.round();
+            for _ in 0..64 {
+                round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+            }
+            round.flush();
+            assert_eq!(outlet.socket.taken.lock().unwrap()[..], [5400; 64]);
+            assert_eq!(metrics.datagrams.get(), 64 * 54);
+            assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), 64);
+        }
+    }
+
+    #[test]
+    fn where_the_kernel_takes_nothing_all_is_given_up_after_a_while_and_counted() {
+        let (mut outlet, metrics) = Fake::outlet([Answer::Fail(libc::EAGAIN); WAITS + 3]);
+        let mut round = outlet.round();
+        for _ in 0..4 {
+            round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+        }
+        round.flush();
+        assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), WAITS);
+        assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 3 * 54, "each was tried");
+        assert_eq!(metrics.datagrams.get(), 54);
+        assert!(outlet.told.targets.is_empty() && outlet.told.congestion.is_some());
+    }
+
+    #[test]
+    fn packets_that_go_one_by_one_wait_no_longer_than_others() {
+        // As Linux answers where the MTU is too small, by its age.
+        for error in [libc::EMSGSIZE, libc::EINVAL] {
+            let mut answers = vec![Answer::Fail(error)];
+            answers.extend([Answer::Fail(libc::EAGAIN), Answer::Take(1)].repeat(50));
+            answers.extend([Answer::Fail(libc::EAGAIN); WAITS + 2]);
+            let (mut outlet, metrics) = Fake::outlet(answers);
+            let mut round = outlet.round();
+            round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+            round.flush();
+            assert_eq!(metrics.refused_offload.get(), 1);
+            assert_eq!(outlet.socket.taken.lock().unwrap()[..], [100; 52]);
+            assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 2);
+            assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), 50 + WAITS);
+        }
     }
 }

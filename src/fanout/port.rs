@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{FanoutMetrics, metrics::error_label};
+use super::{FanoutMetrics, metrics::Refusal};
 
 /// Takes what comes to the RTP port: from where, and the bytes of one or more datagrams of that
 /// sender, one behind the other. What it gives is sent back there, each as one datagram.
@@ -46,7 +46,7 @@ fn listen<T>(
             Ok((len, from)) => {
                 for answer in on_datagrams(from, &buffer[..len]) {
                     if let Err(error) = socket.send_to(&answer, from) {
-                        metrics.errors.with_label_values(&[error_label(&error)]).inc();
+                        metrics.errors(Refusal::from(&error)).inc();
                     }
                 }
             }

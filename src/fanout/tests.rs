@@ -5,7 +5,7 @@ use std::{
 
 use prometheus::Registry;
 
-use super::*;
+use super::{metrics::Refusal, *};
 use crate::{
     flv::{Tag, TagKind},
     rtp::Packetizer,
@@ -61,7 +61,7 @@ fn every_target_gets_every_packet_as_it_stands_in_the_burst() {
     // It counts once the kernel has returned, which may be after the packets have come.
     wait_until(|| metrics.datagrams.get() == 2 * (1 + burst.count() as u64));
     assert_eq!(metrics.bytes.get(), 2 * (8 + burst.bytes().len() as u64));
-    if metrics.offload.get() == 1 {
+    if metrics.offload.get() > 0 {
         assert!(metrics.calls.get() <= 2 * 3, "{} calls", metrics.calls.get());
     }
 }
@@ -78,7 +78,7 @@ fn an_unreachable_target_is_counted_and_the_others_are_served() {
     let burst = Packetizer::new(Ssrc(9), 1120).packetize(&tag);
     fanout.send(Ssrc(9), &burst, &fanout.routes().fixed(), None);
     assert_eq!(socket.recv_from(&mut [0; 2000]).unwrap().0, 26);
-    wait_until(|| metrics.errors.with_label_values(&["not-permitted"]).get() == 1);
+    wait_until(|| metrics.errors(Refusal::NotPermitted).get() == 1);
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn a_packet_goes_to_a_group_that_is_listed_and_nowhere_else() {
     assert!(!fanout.send_to(addr, packet.clone()), "one edge has its repair by QUIC");
     assert!(fanout.send_to(group, packet));
     wait_until(|| {
-        let failed = metrics.errors.with_label_values(&["unreachable"]).get();
+        let failed = metrics.errors(Refusal::Unreachable).get();
         metrics.datagrams.get() + failed == 1
     });
     socket.set_nonblocking(true).unwrap();

@@ -10,6 +10,7 @@ use std::{
 use super::{
     FanoutMetrics,
     job::{Job, Task},
+    metrics::Refusal,
     outlet::{Outlet, Round},
     pacer::{Group, Pacer, Pacing},
     queue::{Amount, Queue},
@@ -162,9 +163,11 @@ impl<'o, 'a> Out<'o, 'a> {
         Self { v4: v4.round(), v6: v6.as_mut().map(Outlet::round), told_of_v6, metrics }
     }
 
+    /// The longer one: where packets are not cut, a round sends each for itself, however many there
+    /// are.
     fn piece(&self, stride: usize) -> usize {
         let v4 = self.v4.piece(stride);
-        self.v6.as_ref().map_or(v4, |v6| v6.piece(stride).min(v4))
+        self.v6.as_ref().map_or(v4, |v6| v6.piece(stride).max(v4))
     }
 
     fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
@@ -172,7 +175,8 @@ impl<'o, 'a> Out<'o, 'a> {
             (SocketAddr::V4(_), _) => self.v4.send(to, piece, stride),
             (SocketAddr::V6(_), Some(v6)) => v6.send(to, piece, stride),
             (SocketAddr::V6(_), None) => {
-                self.metrics.errors.with_label_values(&["unreachable"]).inc();
+                let packets = piece.len().div_ceil(stride.max(1));
+                self.metrics.errors(Refusal::Unreachable).inc_by(packets as u64);
                 if !std::mem::replace(self.told_of_v6, true) {
                     tracing::warn!(target = %to, "RTP cannot be sent there: no IPv6 here");
                 }
