@@ -143,7 +143,7 @@ pub struct StreamInfo {
     /// Where the newest group of pictures begins, while it is held.
     #[serde(default)]
     pub gop_start: Option<Seq>,
-    /// The newest sequence number sent, if any was.
+    /// The newest sequence number sent, if any was, of that group where it is held.
     #[serde(default)]
     pub newest: Option<Seq>,
 }

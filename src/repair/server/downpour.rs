@@ -233,13 +233,20 @@ impl Subscription {
             None => {
                 let headers = stream.headers();
                 self.told.insert(ssrc, Told { stream: stream.clone(), headers: headers.clone() });
+                let gop_start = stream.gop_start();
+                // While the group's first burst is on its way, none of it has been sent. Who is to
+                // get that burst must not ask for it, and who joins too late for it asks when a
+                // heartbeat tells that it has left; both begin with it.
+                let newest = stream
+                    .left_seq()
+                    .filter(|left| gop_start.is_none_or(|first| left.distance_from(first) >= 0));
                 Some(CloudMessage::StreamUp(StreamInfo {
                     key: stream.key().clone(),
                     ssrc,
                     start_unix_ms: stream.start_unix_ms(),
                     headers,
-                    gop_start: stream.gop_start(),
-                    newest: stream.left_seq(),
+                    gop_start,
+                    newest,
                 }))
             }
         }
@@ -399,3 +406,65 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Messages that wait for the control stream; who sends them tries again.
 const CONTROL_BACKLOG: usize = 16;
 const MAX_NODE_NAME: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::{
+        flv::{Tag, TagKind},
+        repair::{
+            history::History,
+            receiver::{Receiver, Settings},
+        },
+        rtp::{Packetizer, Seq},
+    };
+
+    /// What is told of a publication to an edge that comes now.
+    fn told(stream: &Arc<OriginStream>) -> (Option<Seq>, Option<Seq>) {
+        let mut subscription = Subscription::default();
+        subscription.patterns.push(StreamPattern::All);
+        match subscription.news(stream) {
+            Some(CloudMessage::StreamUp(up)) => (up.gop_start, up.newest),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn who_comes_while_a_key_frame_leaves_begins_with_it_and_asks_when_it_has_left() {
+        let now = Instant::now();
+        let history = History::new(100, Duration::from_secs(10));
+        let stream = OriginStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
+        let stream = Arc::new(stream);
+        stream.leaves_later();
+        let mut packetizer = Packetizer::new(Ssrc(1), 1120);
+        let mut push = |is_key: bool| {
+            let burst = packetizer.packetize(&Tag::new(TagKind::Video, 0, &[7; 5000]).unwrap());
+            stream.push(now, burst.clone(), is_key);
+            (
+                burst.first_seq(),
+                burst.last_seq(),
+                OriginStream::departure(&stream, burst.last_seq()),
+            )
+        };
+        assert_eq!(told(&stream), (None, None));
+        let (key, last, departure) = push(true);
+        assert_eq!(told(&stream), (Some(key), None));
+        drop(departure);
+        assert_eq!(told(&stream), (Some(key), Some(last)));
+        let (before, _, departure) = push(false);
+        assert_eq!(told(&stream), (Some(key), Some(last)));
+        drop(departure);
+        let (key, last, departure) = push(true);
+        assert_eq!(told(&stream), (Some(key), None));
+
+        let mut receiver = Receiver::starting_at(Settings::default(), key);
+        receiver.handle_heartbeat(now, before);
+        assert_eq!(receiver.poll_timeout(), None, "it is on its way");
+        drop(departure);
+        assert_eq!(told(&stream), (Some(key), Some(last)));
+        receiver.handle_heartbeat(now, last);
+        assert!(receiver.poll_timeout().is_some());
+    }
+}
