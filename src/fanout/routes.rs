@@ -291,7 +291,9 @@ impl Route {
         let generation = self.routes.shared.generation.load(Ordering::Acquire);
         let rested = |at: Instant| now.saturating_duration_since(at) >= REMAKE_EVERY;
         if self.generation != Some(generation) && self.made.is_none_or(rested) {
-            self.snapshot = Arc::new(self.routes.read().snapshot(&self.key, self.ssrc));
+            let before = &self.snapshot.media;
+            let snapshot = self.routes.read().snapshot(&self.key, self.ssrc, before);
+            self.snapshot = Arc::new(snapshot);
             self.generation = Some(generation);
             self.made = Some(now);
         }
@@ -300,12 +302,12 @@ impl Route {
 }
 
 impl State {
-    fn snapshot(&self, key: &StreamKey, ssrc: Ssrc) -> Snapshot {
+    fn snapshot(&self, key: &StreamKey, ssrc: Ssrc, before: &[Target]) -> Snapshot {
         let wanting: Vec<_> = self.edges.values().filter(|edge| edge.wanted.matches(key)).collect();
-        Snapshot { media: self.media(&wanting), parity: self.parity(&wanting, ssrc) }
+        Snapshot { media: self.media(&wanting, before), parity: self.parity(&wanting, ssrc) }
     }
 
-    fn media(&self, wanting: &[&EdgeRoute]) -> Arc<[Target]> {
+    fn media(&self, wanting: &[&EdgeRoute], before: &[Target]) -> Arc<[Target]> {
         // An edge that came back is there twice until its old connection is found to be dead.
         let mut addrs: Vec<_> = wanting
             .iter()
@@ -317,7 +319,8 @@ impl State {
         }
         addrs.sort_unstable();
         addrs.dedup();
-        self.fixed.iter().copied().chain(addrs.into_iter().map(Target::from)).collect()
+        let dynamic = addrs.into_iter().map(Target::from);
+        keep_places(before, self.fixed.iter().copied().chain(dynamic).collect()).into()
     }
 
     fn parity(&self, wanting: &[&EdgeRoute], ssrc: Ssrc) -> Vec<(Matrix, Arc<[Target]>)> {
@@ -359,6 +362,32 @@ impl State {
         }
         parity.into_iter().map(|(matrix, targets)| (matrix, targets.into())).collect()
     }
+}
+
+/// `targets`, each of which stands where it stood `before`, if it did: by its place it has its
+/// worker, and another worker may send the next burst while the first still has the last. New ones
+/// take the places of those that have left; if more have left, the last ones do.
+fn keep_places(before: &[Target], targets: Vec<Target>) -> Vec<Target> {
+    if before.is_empty() {
+        return targets;
+    }
+    let held: HashSet<_> = before.iter().map(|target| target.addr).collect();
+    let wanted: HashSet<_> = targets.iter().map(|target| target.addr).collect();
+    let mut new = targets.into_iter().filter(|target| !held.contains(&target.addr));
+    let mut placed = before.to_vec();
+    let mut next = 0;
+    while let Some(place) = placed.get_mut(next) {
+        if wanted.contains(&place.addr) {
+            next += 1;
+        } else if let Some(target) = new.next() {
+            *place = target;
+            next += 1;
+        } else {
+            placed.swap_remove(next);
+        }
+    }
+    placed.extend(new);
+    placed
 }
 
 struct FixedRoute {
@@ -611,7 +640,65 @@ mod tests {
         assert_eq!(parity_at(&routes, "live/a"), []);
     }
 
+    #[test]
+    fn who_stays_keeps_its_place() {
+        let routes = routes();
+        routes.set_fixed([addr(250)]);
+        let mut route = routes.route("live/a".parse().unwrap(), SSRC);
+        let (mut now, mut before) = (Instant::now(), Vec::new());
+        let mut next = |route: &mut Route| {
+            now += REMAKE_EVERY;
+            addrs(&route.targets(now).media)
+        };
+        let come = |n| {
+            routes.set_patterns(edge(n), &patterns(&["*"]));
+            routes.set_address(edge(n), 0, Some(addr(n)));
+        };
+        // Each before all others by its address.
+        for n in (100..200).rev() {
+            come(n);
+            let list = next(&mut route);
+            assert!(list.starts_with(&before) && list.len() == before.len().max(1) + 1);
+            before = list;
+        }
+        // One that leaves makes place for one that comes, or else for the last.
+        routes.remove(&edge(150));
+        come(7);
+        let list = next(&mut route);
+        let moved = list.iter().zip(&before).filter(|(now, before)| now != before);
+        assert_eq!(moved.collect::<Vec<_>>(), [(&addr(7), &addr(150))]);
+        routes.remove(&edge(150));
+        routes.remove(&edge(140));
+        let shorter = next(&mut route);
+        let moved: Vec<_> =
+            shorter.iter().zip(&list).filter(|(now, before)| now != before).collect();
+        assert_eq!((moved, shorter.len()), (vec![(&addr(100), &addr(140))], list.len() - 1));
+    }
+
     proptest! {
+        #[test]
+        fn places_are_kept_whoever_comes_and_goes(
+            lists in prop::collection::vec(prop::collection::btree_set(0..60_u8, 0..50), 1..9),
+        ) {
+            let mut before: Vec<Target> = Vec::new();
+            for list in lists {
+                let targets: Vec<Target> = list.iter().map(|n| addr(*n).into()).collect();
+                let after = keep_places(&before, targets.clone());
+                let mut sorted = after.clone();
+                sorted.sort_unstable_by_key(|target| target.addr);
+                prop_assert_eq!(&sorted, &targets);
+                let left = before.iter().filter(|target| !targets.contains(target)).count();
+                let stayed = before.len() - left;
+                let moved = before.iter().enumerate().filter(|(place, target)| {
+                    targets.contains(target) && after.get(*place) != Some(target)
+                });
+                // Where the list becomes shorter, as many as it does.
+                let shorter = before.len().saturating_sub(after.len());
+                prop_assert!(moved.count() <= shorter.min(stayed));
+                before = after;
+            }
+        }
+
         /// Looked up quickly or tried one by one, patterns mean the same.
         #[test]
         fn wanted_is_what_the_patterns_match(
