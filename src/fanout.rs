@@ -3,6 +3,7 @@
 //! A burst is work for one or more workers, each with a bounded queue; all send from the same UDP
 //! port, because that is where edges behind a NAT let packets in.
 
+mod backlog;
 mod job;
 mod metrics;
 mod outlet;
@@ -24,10 +25,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use bytes::Bytes;
 use quinn_udp::{UdpSockRef, UdpSocketState};
+use tokio_util::sync::CancellationToken;
 
 use self::{
     job::{Job, Share, Task},
@@ -50,8 +53,8 @@ pub struct Settings {
     pub multicast: MulticastOut,
     /// Bytes to ask of the kernel for the send buffer.
     pub send_buffer: usize,
-    /// Bytes of bursts that may wait for each worker; more are not sent but counted, and edges find
-    /// them in the history.
+    /// Bytes of bursts that may wait for each worker, of one stream a quarter of that; more are not
+    /// sent but counted, and edges find them in the history.
     pub queue_bytes: usize,
     /// Threads that send; 0 is one for every two cores, at most 16.
     pub workers: usize,
@@ -86,6 +89,8 @@ struct Shared {
     queues: Vec<Arc<Queue>>,
     paces: bool,
     local_port: u16,
+    /// Cancelled when the first worker ends.
+    ending: CancellationToken,
     metrics: FanoutMetrics,
 }
 
@@ -125,12 +130,18 @@ impl Fanout {
             queues: (0..workers).map(|_| Arc::new(Queue::new(limits))).collect(),
             paces: settings.pacing != Pacing::Off,
             local_port,
+            ending: CancellationToken::new(),
             metrics,
         });
         for (number, queue) in shared.queues.iter().enumerate() {
             let worker = Worker::new(queue.clone(), &sockets, settings.pacing, &shared.metrics);
             let thread = thread::Builder::new().name(format!("fanout-{number}"));
-            thread.spawn(move || worker.run())?;
+            // However the thread ends.
+            let sign = shared.ending.clone().drop_guard();
+            thread.spawn(move || {
+                let _sign = sign;
+                worker.run();
+            })?;
         }
         for (socket, _) in [Some(&sockets.v4), sockets.v6.as_ref()].into_iter().flatten() {
             let alive = Arc::downgrade(&shared);
@@ -142,8 +153,8 @@ impl Fanout {
     /// Queues a burst or its parity for `targets`. Never waits: a worker that is too far behind does
     /// not send it, which is counted.
     ///
-    /// What is of one `lane`, a stream, keeps its order at each target as long as the list stays
-    /// the same. `pace` counts only where the fan-out paces; see [`Fanout::paces`].
+    /// What is of one `lane`, a stream, keeps its order at each target as long as that keeps its
+    /// place in the list. `pace` counts only where the fan-out paces; see [`Fanout::paces`].
     pub fn send(
         &self,
         lane: Ssrc,
@@ -155,9 +166,10 @@ impl Fanout {
         for (number, queue) in self.shared.queues.iter().enumerate() {
             if let Some(share) = Share::of(targets, lane, number, workers) {
                 let pace = pace.filter(|_| self.shared.paces).cloned();
+                let packets = train.packets() * share.len();
                 let job = Job { lane, train: train.clone(), share, pace };
                 if !queue.push(Task::Send(job)) {
-                    self.shared.metrics.skipped.inc_by(train.packets() as u64);
+                    self.shared.metrics.skipped.inc_by(packets as u64);
                 }
             }
         }
@@ -171,6 +183,23 @@ impl Fanout {
                 queue.push(Task::Finish(lane));
             }
         }
+    }
+
+    /// Waits until all that was queued has left, for `timeout` at most; says whether it has.
+    pub async fn drain(&self, timeout: Duration) -> bool {
+        let mut looks = tokio::time::interval(DRAIN_LOOK);
+        let drained = async {
+            while self.shared.queues.iter().any(|queue| queue.held().tasks > 0) {
+                looks.tick().await;
+            }
+        };
+        tokio::time::timeout(timeout, drained).await.is_ok()
+    }
+
+    /// Waits for a worker to end, which only a bug can cause while there is a handle: its targets
+    /// get nothing any more.
+    pub async fn failed(&self) {
+        self.shared.ending.cancelled().await;
     }
 
     /// Queues one packet for one multicast group, so that all of its members get it again. Says
@@ -226,6 +255,8 @@ impl Drop for Shared {
 const NO_STREAM: Ssrc = Ssrc(0);
 /// Tasks that may wait for a worker, whatever their size.
 const QUEUE_TASKS: usize = 16 << 10;
+/// Between two looks whether all has left.
+const DRAIN_LOOK: Duration = Duration::from_millis(5);
 
 #[cfg(test)]
 mod tests;

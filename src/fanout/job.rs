@@ -84,16 +84,44 @@ pub(super) enum Task {
     Send(Job),
     /// Nothing follows in this lane: what waits there is to leave at once.
     Finish(Ssrc),
+    #[cfg(test)]
+    Panic,
 }
 
 impl Task {
-    /// Bytes that it holds.
-    pub(super) fn bytes(&self) -> usize {
+    /// What it takes of a queue's bounds.
+    pub(super) fn weight(&self) -> Weight {
         match self {
-            Self::Send(job) => job.train.bytes.len(),
-            Self::Finish(_) => 0,
+            Self::Send(job) => job.weight(),
+            Self::Finish(lane) => Weight { lane: *lane, bytes: 0 },
+            #[cfg(test)]
+            Self::Panic => Weight { lane: Ssrc(0), bytes: 0 },
         }
     }
+
+    /// Bytes that are to be sent for it, to all of its targets.
+    pub(super) fn bytes_to_send(&self) -> usize {
+        match self {
+            Self::Send(job) => job.train.bytes.len().saturating_mul(job.share.len()),
+            _ => 0,
+        }
+    }
+
+    /// Packets that are to be sent for it, times targets.
+    pub(super) fn packets_to_send(&self) -> u64 {
+        match self {
+            Self::Send(job) => (job.train.packets() * job.share.len()) as u64,
+            _ => 0,
+        }
+    }
+}
+
+/// One task's part of what is in a queue: its lane's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Weight {
+    pub(super) lane: Ssrc,
+    /// That it holds.
+    pub(super) bytes: usize,
 }
 
 /// A train for a worker's share of its targets.
@@ -106,11 +134,18 @@ pub(super) struct Job {
     pub(super) pace: Option<Pace>,
 }
 
+impl Job {
+    pub(super) fn weight(&self) -> Weight {
+        Weight { lane: self.lane, bytes: self.train.bytes.len() }
+    }
+}
+
 /// Those of a list of targets that are one worker's.
 ///
 /// The list is cut into chunks, which go to the workers in turn, from one on that the lane decides:
-/// a long list is shared by all workers, many short ones are spread over them, and as long as the
-/// list stays the same, each target of a stream has its worker and so its order.
+/// a long list is shared by all workers, many short ones are spread over them, and each target of a
+/// stream has its worker and so its order as long as it keeps its place in the list, which the
+/// routes see to.
 #[derive(Debug, Clone)]
 pub(super) struct Share {
     targets: Arc<[Target]>,

@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::job::Job;
+use super::{backlog::STALE, job::Job};
 use crate::rtp::Ssrc;
 
 /// Whether bursts are spread.
@@ -47,16 +47,20 @@ impl PaceFactor {
 /// What is of one stream has a lane, in which it keeps its order. A job's turn comes when the one
 /// before it is over. It then leaves in groups of up to 8 packets; group after group goes to target
 /// after target at even distances, such that the job takes as long as its bytes take at the stream's
-/// rate times the factor, but ends within a frame interval of the time at which it came. So a stream
-/// is never more than a frame interval behind.
+/// rate times the factor, but ends within a frame interval of the time at which it came, or with
+/// what is before it where the interval has become shorter. So a stream is never further behind than
+/// the longest interval of what waits in it.
 ///
-/// The first target is another one for each stream: targets that share an uplink do not get all
-/// streams at once.
+/// Targets that share an uplink are neighbours in the list, by their addresses, and are not served
+/// one after the other: the next one is always far away in the list. The first one is another for
+/// each stream.
 pub(super) struct Pacer {
     factor: f64,
     lanes: HashMap<Ssrc, Lane>,
     /// When each lane has something due next.
     due: BTreeSet<(Instant, Ssrc)>,
+    /// A number of targets, and the [`golden_step`] among so many: mostly the one that is needed.
+    step: (usize, usize),
 }
 
 /// Some packets of a train for one target.
@@ -67,9 +71,19 @@ pub(super) struct Group {
     pub(super) stride: usize,
 }
 
+/// What a worker is to do.
+#[derive(Default)]
+pub(super) struct Due {
+    pub(super) groups: Vec<Group>,
+    /// Jobs of which nothing is left: they are over when those groups have left.
+    pub(super) over: Vec<Job>,
+    /// Packets, times targets, that waited for so long that nobody waits for them any more.
+    pub(super) skipped: u64,
+}
+
 impl Pacer {
     pub(super) fn new(factor: PaceFactor) -> Self {
-        Self { factor: factor.get(), lanes: HashMap::new(), due: BTreeSet::new() }
+        Self { factor: factor.get(), lanes: HashMap::new(), due: BTreeSet::new(), step: (1, 1) }
     }
 
     /// Takes a job at the end of its lane. One that has no pace takes no time.
@@ -83,12 +97,15 @@ impl Pacer {
         // Never over the interval, so it is no number that a duration cannot hold.
         let left = (now + interval).saturating_duration_since(starts);
         let takes = Duration::from_secs_f64(wanted.min(left.as_secs_f64()));
-        let groups = job.train.packets().div_ceil(GROUP).max(1);
-        let slots = groups * job.share.len();
+        let targets = job.share.len().max(1);
+        if self.step.0 != targets {
+            self.step = (targets, golden_step(targets));
+        }
+        let paced = Paced::new(job, starts, takes, self.step);
         if lane.jobs.is_empty() {
             self.due.insert((starts, ssrc));
         }
-        lane.jobs.push_back(Paced { job, starts, takes, slots, sent: 0 });
+        lane.jobs.push_back(paced);
     }
 
     /// Lets all that waits in a lane leave at once.
@@ -96,10 +113,10 @@ impl Pacer {
         let Some(jobs) = self.lanes.get_mut(&lane).map(|lane| &mut lane.jobs) else { return };
         let Some(first) = jobs.front() else { return };
         self.due.remove(&(first.next_due(), lane));
-        self.due.insert((now, lane));
-        for paced in jobs {
+        for paced in jobs.iter_mut().filter(|paced| paced.ends() > now) {
             (paced.starts, paced.takes) = (now, Duration::ZERO);
         }
+        self.due.extend(jobs.front().map(|first| (first.next_due(), lane)));
     }
 
     /// As [`Pacer::hurry`], all lanes.
@@ -108,21 +125,25 @@ impl Pacer {
         lanes.into_iter().for_each(|lane| self.hurry(now, lane));
     }
 
-    /// Adds what is due to `groups`, and to `done` the jobs of which nothing is left: they are over
-    /// when those groups have left.
-    pub(super) fn poll(&mut self, now: Instant, groups: &mut Vec<Group>, done: &mut Vec<Job>) {
-        while let Some(&(due, ssrc)) = self.due.first()
-            && due <= now
+    /// Adds to what is `due`, up to [`MOST_GROUPS`] of them at a time: where a worker is far behind,
+    /// they would be more than the memory holds. What is not there yet is due the next time.
+    pub(super) fn poll(&mut self, now: Instant, due: &mut Due) {
+        while let Some(&(at, ssrc)) = self.due.first()
+            && at <= now
+            && due.groups.len() < MOST_GROUPS
         {
             self.due.pop_first();
             let Some(lane) = self.lanes.get_mut(&ssrc) else { continue };
             while let Some(paced) = lane.jobs.front_mut() {
-                paced.poll(now, groups);
+                match now.saturating_duration_since(paced.ends()) >= STALE {
+                    true => due.skipped += paced.skip(),
+                    false => paced.poll(now, &mut due.groups),
+                }
                 if paced.sent < paced.slots {
                     self.due.insert((paced.next_due(), ssrc));
                     break;
                 }
-                done.extend(lane.jobs.pop_front().map(|paced| paced.job));
+                due.over.extend(lane.jobs.pop_front().map(|paced| paced.job));
             }
             if lane.jobs.is_empty() {
                 self.lanes.remove(&ssrc);
@@ -150,9 +171,17 @@ struct Paced {
     /// Pairs of a group and a target.
     slots: usize,
     sent: usize,
+    targets: usize,
+    /// From one target to the next one.
+    step: usize,
 }
 
 impl Paced {
+    fn new(job: Job, starts: Instant, takes: Duration, (targets, step): (usize, usize)) -> Self {
+        let slots = job.train.packets().div_ceil(GROUP).max(1) * targets;
+        Self { job, starts, takes, slots, sent: 0, targets, step }
+    }
+
     fn ends(&self) -> Instant {
         self.starts + self.takes
     }
@@ -165,12 +194,17 @@ impl Paced {
         self.due(self.sent)
     }
 
-    /// Adds the groups whose time has come.
+    /// The target, by its place in the list, of the one at `turn` among those of a group.
+    fn target(&self, turn: usize) -> usize {
+        let first = (self.job.lane.0 as usize).wrapping_mul(SPREAD) % self.targets;
+        (first + turn * self.step) % self.targets
+    }
+
+    /// Adds the groups whose time has come, as long as there is room.
     fn poll(&mut self, now: Instant, groups: &mut Vec<Group>) {
-        let targets = self.job.share.len().max(1);
-        let first = (self.job.lane.0 as usize).wrapping_mul(SPREAD) % targets;
-        while self.sent < self.slots && self.next_due() <= now {
-            let (group, target) = (self.sent / targets, (first + self.sent % targets) % targets);
+        while self.sent < self.slots && groups.len() < MOST_GROUPS && self.next_due() <= now {
+            let group = self.sent / self.targets;
+            let target = self.target(self.sent % self.targets);
             self.sent += 1;
             if let Some(target) = self.job.share.get(target) {
                 let train = &self.job.train;
@@ -179,6 +213,45 @@ impl Paced {
             }
         }
     }
+
+    /// Leaves out what is left; packets, times targets.
+    fn skip(&mut self) -> u64 {
+        let packets = self.job.train.packets();
+        let (group, begun) = (self.sent / self.targets, self.sent % self.targets);
+        let whole = packets.saturating_sub(group * GROUP);
+        let twice = whole.min(GROUP) * begun;
+        self.sent = self.slots;
+        (whole * self.targets).saturating_sub(twice) as u64
+    }
+}
+
+/// The step from target to target such that the turns of two neighbours are about the golden section
+/// of all turns apart: those of a few dozen are then spread evenly.
+fn golden_step(targets: usize) -> usize {
+    let golden = (targets as f64 * 0.618_034).round() as usize;
+    let near = (0..targets).flat_map(|by| [golden + by, golden.saturating_sub(by)]);
+    // Only one that has an inverse comes to each target; some of them are too near a simple fraction.
+    let possible = near.filter_map(|apart| Some((apart, inverse(apart, targets)?))).take(8);
+    let evenness = |apart: usize| {
+        let spread = (1..targets.min(32)).map(|neighbour| {
+            let apart = neighbour * apart % targets;
+            neighbour * apart.min(targets - apart)
+        });
+        spread.min()
+    };
+    possible.max_by_key(|(apart, _)| evenness(*apart)).map_or(1, |(_, step)| step)
+}
+
+/// What times `number` is 1 more than a multiple of `modulus` (the extended Euclidean algorithm).
+fn inverse(number: usize, modulus: usize) -> Option<usize> {
+    let modulus = i64::try_from(modulus).ok().filter(|modulus| *modulus > 1)?;
+    let (mut rests, mut factors) = ((modulus, i64::try_from(number).ok()? % modulus), (0, 1));
+    while rests.1 != 0 {
+        let times = rests.0 / rests.1;
+        rests = (rests.1, rests.0 - times * rests.1);
+        factors = (factors.1, factors.0 - times * factors.1);
+    }
+    (rests.0 == 1).then_some(factors.0.rem_euclid(modulus) as usize)
 }
 
 /// A stream's frame interval by its media's clock, so that an encoder's fits and starts do not show.
@@ -211,6 +284,8 @@ impl FrameInterval {
 
 /// Packets that leave back to back: short queues take them, and GSO makes one call of them.
 const GROUP: usize = 8;
+/// What one poll gives at most: a few hundred KB to hold, and more than any call sends.
+const MOST_GROUPS: usize = 4096;
 /// Prime, so that streams which follow each other begin far apart.
 const SPREAD: usize = 7919;
 const LEAST_INTERVAL_MS: u32 = 5;
@@ -259,9 +334,10 @@ mod tests {
     fn drain(pacer: &mut Pacer, start: Instant) -> Vec<(u128, Group)> {
         let mut left = Vec::new();
         while let Some(at) = pacer.next_deadline() {
-            let (mut groups, mut done) = (Vec::new(), Vec::new());
-            pacer.poll(at, &mut groups, &mut done);
-            left.extend(groups.into_iter().map(|group| ((at - start).as_micros(), group)));
+            let mut due = Due::default();
+            pacer.poll(at, &mut due);
+            assert_eq!(due.skipped, 0);
+            left.extend(due.groups.into_iter().map(|group| ((at - start).as_micros(), group)));
         }
         left
     }
@@ -315,19 +391,89 @@ mod tests {
             pacer.push(start, job(lane, 0..160, &targets(3), 1));
             pacer.push(start, job(lane, 160..170, &targets(3), 1));
         }
-        let (mut groups, mut done) = (Vec::new(), Vec::new());
+        let mut due = Due::default();
         let now = start + Duration::from_millis(1);
-        pacer.poll(now, &mut groups, &mut done);
-        let before = groups.iter().map(|group| group.bytes.len()).sum::<usize>();
-        assert!(done.is_empty() && before < 2 * 3 * 100, "{before}");
+        pacer.poll(now, &mut due);
+        let bytes = |due: &Due| due.groups.iter().map(|group| group.bytes.len()).sum::<usize>();
+        let before = bytes(&due);
+        assert!(due.over.is_empty() && before < 2 * 3 * 100, "{before}");
         pacer.hurry(now, Ssrc(1));
         pacer.hurry(now, Ssrc(9));
-        pacer.poll(now, &mut groups, &mut done);
-        assert_eq!(done.len(), 2);
+        pacer.poll(now, &mut due);
+        assert_eq!(due.over.len(), 2);
         pacer.hurry_all(now);
-        pacer.poll(now, &mut groups, &mut done);
-        assert_eq!((done.len(), pacer.next_deadline()), (4, None));
-        assert_eq!(groups.iter().map(|group| group.bytes.len()).sum::<usize>(), 2 * 3 * 170 * 4);
+        let later = now + Duration::from_millis(1);
+        pacer.hurry_all(later);
+        assert_eq!(pacer.due.len(), 1);
+        pacer.poll(later, &mut due);
+        assert_eq!((due.over.len(), pacer.next_deadline()), (4, None));
+        assert_eq!((bytes(&due), due.skipped), (2 * 3 * 170 * 4, 0));
+    }
+
+    #[test]
+    fn neighbours_are_not_served_one_after_the_other() {
+        for count in 1..300_usize {
+            let (start, mut pacer, to) = (Instant::now(), pacer(1.5), targets(count));
+            pacer.push(start, job(1, 0..8, &to, 1));
+            let left = drain(&mut pacer, start);
+            let mut turns = vec![usize::MAX; count];
+            for (turn, (_, group)) in left.iter().enumerate() {
+                turns[usize::from(group.to.port()) - 1] = turn;
+            }
+            assert!(left.len() == count && !turns.contains(&usize::MAX), "each once");
+            // Of twenty at one site, there is time between any two.
+            for site in turns.chunks_exact(20).filter(|_| count >= 40) {
+                let mut turns = site.to_vec();
+                turns.sort_unstable();
+                let least = turns.windows(2).map(|pair| pair[1] - pair[0]).min().unwrap_or(0);
+                assert!(least * 8 * 20 >= count, "{least} of {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn however_much_is_due_only_so_much_is_given_at_a_time() {
+        let (start, mut pacer, to) = (Instant::now(), pacer(1.5), targets(2500));
+        for lane in 1..=3 {
+            pacer.push(start, job(lane, 0..20, &to, 1));
+            pacer.push(start, job(lane, 20..24, &to, 1));
+        }
+        pacer.hurry_all(start);
+        let (mut due, mut came, mut over) = (Due::default(), HashMap::new(), 0);
+        while pacer.next_deadline().is_some() {
+            pacer.poll(start, &mut due);
+            assert!((1..=MOST_GROUPS).contains(&due.groups.len()));
+            for group in due.groups.drain(..) {
+                *came.entry(group.to).or_insert(0) += group.bytes.len();
+            }
+            over += due.over.drain(..).count();
+        }
+        assert_eq!((over, came.len()), (6, 2500));
+        assert!(came.values().all(|bytes| *bytes == 3 * 24 * 4));
+    }
+
+    #[test]
+    fn what_was_to_leave_long_ago_is_left_out_and_counted() {
+        let (start, mut pacer, to) = (Instant::now(), pacer(1.5), targets(3));
+        pacer.push(start, job(1, 0..20, &to, 1));
+        let mut due = Due::default();
+        pacer.poll(start + FRAME * 5 / 9, &mut due);
+        // Of three groups to three targets each, it has sent six.
+        let sent: usize = due.groups.drain(..).map(|group| group.bytes.len() / 4).sum();
+        assert_eq!((sent, due.skipped), (6 * 8, 0));
+        let late = start + FRAME + STALE;
+        pacer.push(late - FRAME, job(1, 20..28, &to, 1));
+        pacer.poll(late, &mut due);
+        assert_eq!((due.skipped, due.over.len()), (3 * 4, 2));
+        assert!(due.groups.iter().all(|group| group.bytes[..4] == 20_u32.to_be_bytes()));
+        assert_eq!((due.groups.len(), pacer.next_deadline()), (3, None));
+        // In the middle of a group.
+        pacer.push(start, job(1, 0..20, &to, 1));
+        let mut due = Due::default();
+        pacer.poll(start + FRAME / 9, &mut due);
+        let sent: u64 = due.groups.drain(..).map(|group| group.bytes.len() as u64 / 4).sum();
+        pacer.poll(late, &mut due);
+        assert_eq!((sent, due.skipped), (2 * 8, 60 - 2 * 8));
     }
 
     #[test]
@@ -413,22 +559,25 @@ mod tests {
         lane: u32,
         packets: u32,
         rate: u64,
+        interval: Duration,
     }
 
     fn pushes() -> impl Strategy<Value = Vec<Push>> {
-        let push = (0..50_000_u64, 1..4_u32, 1..40_u32, prop_oneof![Just(0), 1..20_000_u64]);
-        let push = push.prop_map(|(after, lane, packets, rate)| Push {
+        let rate = prop_oneof![Just(0), 1..20_000_u64];
+        let push = (0..50_000_u64, 1..4_u32, 1..40_u32, rate, 5..101_u64);
+        let push = push.prop_map(|(after, lane, packets, rate, interval)| Push {
             after: Duration::from_micros(after),
             lane,
             packets,
             rate,
+            interval: Duration::from_millis(interval),
         });
         prop::collection::vec(push, 1..40)
     }
 
     proptest! {
-        /// Each packet once to each target, in its stream's order, and none later than a frame
-        /// interval after it came.
+        /// Each packet once to each target, in its stream's order, and none later than the
+        /// longest interval after it came.
         #[test]
         fn nothing_is_lost_doubled_turned_round_or_late(
             pushes in pushes(),
@@ -438,13 +587,14 @@ mod tests {
         ) {
             let tick = Duration::from_micros(tick * 10);
             let (start, mut pacer, to) = (Instant::now(), pacer(factor), targets(count));
+            let longest = pushes.iter().map(|push| push.interval).max().unwrap_or_default();
             let mut pushed: HashMap<u32, Vec<Instant>> = HashMap::new();
             let mut came: HashMap<(u32, SocketAddr), usize> = HashMap::new();
-            let (mut now, mut done, mut groups) = (start, Vec::new(), Vec::new());
+            let (mut now, mut due) = (start, Due::default());
             let mut check = |pacer: &mut Pacer, pushed: &HashMap<u32, Vec<Instant>>, now: Instant| {
-                groups.clear();
-                pacer.poll(now, &mut groups, &mut done);
-                for group in &groups {
+                due.groups.clear();
+                pacer.poll(now, &mut due);
+                for group in &due.groups {
                     prop_assert!(group.bytes.len() <= GROUP * 8);
                     for packet in group.bytes.chunks(8) {
                         let [lane, number] = [&packet[..4], &packet[4..]]
@@ -453,7 +603,7 @@ mod tests {
                         prop_assert_eq!(number as usize, *next);
                         *next += 1;
                         let late = now - pushed[&lane][number as usize];
-                        prop_assert!(late <= FRAME + tick, "{late:?}");
+                        prop_assert!(late <= longest + tick, "{late:?}");
                     }
                 }
                 Ok(())
@@ -472,14 +622,16 @@ mod tests {
                 };
                 let train = Train::collect(numbers.map(packet)).remove(0);
                 times.extend((0..push.packets).map(|_| now));
-                pacer.push(now, paced(push.lane, train, &to, push.rate));
+                let mut job = paced(push.lane, train, &to, push.rate);
+                job.pace = Some(Pace { rate: push.rate, interval: push.interval, held: None });
+                pacer.push(now, job);
                 check(&mut pacer, &pushed, now)?;
             }
             while pacer.next_deadline().is_some() {
                 now += tick;
                 check(&mut pacer, &pushed, now)?;
             }
-            prop_assert_eq!(done.len(), pushes.len());
+            prop_assert_eq!((due.over.len(), due.skipped), (pushes.len(), 0));
             prop_assert!(pacer.lanes.is_empty());
             for (lane, times) in &pushed {
                 for target in &to[..] {

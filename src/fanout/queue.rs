@@ -1,12 +1,13 @@
 //! What waits for one worker of the fan-out.
 
 use std::{
+    collections::VecDeque,
     mem,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
-use super::job::Task;
+use super::job::{Task, Weight};
 
 /// A bounded queue of one worker, which takes all that is there at once.
 ///
@@ -26,36 +27,65 @@ pub(super) struct Amount {
 }
 
 impl Amount {
-    pub(super) fn add(&mut self, task: &Task) {
-        self.tasks += 1;
-        self.bytes += task.bytes();
+    fn with(self, weight: Weight) -> Self {
+        Self { tasks: self.tasks + 1, bytes: self.bytes + weight.bytes }
+    }
+
+    fn without(self, weight: Weight) -> Self {
+        let (tasks, bytes) = (self.tasks, self.bytes);
+        Self { tasks: tasks.saturating_sub(1), bytes: bytes.saturating_sub(weight.bytes) }
+    }
+
+    fn fits(self, limits: Self) -> bool {
+        self.tasks <= limits.tasks && self.bytes <= limits.bytes
     }
 }
 
-#[derive(Default)]
 struct State {
-    waiting: Vec<Task>,
+    waiting: VecDeque<Task>,
     /// What waits and what was taken but is not done.
     held: Amount,
+    /// Of that, what is of each lane. Lanes are random numbers, and share an entry now and then:
+    /// that costs next to nothing, and a map would cost each push.
+    lanes: Box<[Amount; LANES]>,
     parked: bool,
     closed: bool,
 }
 
+impl State {
+    fn lane(&mut self, weight: Weight) -> &mut Amount {
+        &mut self.lanes[weight.lane.0 as usize % LANES]
+    }
+}
+
 impl Queue {
     pub(super) fn new(limits: Amount) -> Self {
-        Self { state: Mutex::default(), wake: Condvar::new(), limits }
+        let state = State {
+            waiting: VecDeque::new(),
+            held: Amount::default(),
+            lanes: Box::new([Amount::default(); LANES]),
+            parked: false,
+            closed: false,
+        };
+        Self { state: Mutex::new(state), wake: Condvar::new(), limits }
     }
 
-    /// Puts a task in, unless too much is there.
+    /// Puts a task in, unless too much is there, in all or of its lane: one encoder must not take
+    /// the room of all others.
     pub(super) fn push(&self, task: Task) -> bool {
+        let weight = task.weight();
         let mut state = self.lock();
-        let mut held = state.held;
-        held.add(&task);
-        if held.tasks > self.limits.tasks || held.bytes > self.limits.bytes || state.closed {
+        let (held, of_lane) = (state.held.with(weight), state.lane(weight).with(weight));
+        let Amount { tasks, bytes } = self.limits;
+        let share = Amount { tasks: tasks / LANE_SHARE, bytes: bytes / LANE_SHARE };
+        // One task, however large, may wait in any lane.
+        let has_share = of_lane.tasks == 1 || of_lane.fits(share);
+        if !held.fits(self.limits) || !has_share || state.closed {
             return false;
         }
         state.held = held;
-        state.waiting.push(task);
+        *state.lane(weight) = of_lane;
+        state.waiting.push_back(task);
         let parked = mem::take(&mut state.parked);
         drop(state);
         if parked {
@@ -64,14 +94,24 @@ impl Queue {
         true
     }
 
-    /// Swaps all that waits for `empty`, and takes account of what is `done`. Says whether more can
-    /// come.
-    pub(super) fn take(&self, empty: &mut Vec<Task>, done: Amount) -> bool {
+    /// Takes account of what is `done`, which is empty then, and swaps all that waits for `tasks`
+    /// if those are none. Says whether more can come.
+    pub(super) fn take(&self, tasks: &mut VecDeque<Task>, done: &mut Vec<Weight>) -> bool {
         let mut state = self.lock();
-        state.held.tasks -= done.tasks.min(state.held.tasks);
-        state.held.bytes -= done.bytes.min(state.held.bytes);
-        mem::swap(&mut state.waiting, empty);
+        for weight in done.drain(..) {
+            state.held = state.held.without(weight);
+            let lane = state.lane(weight);
+            *lane = lane.without(weight);
+        }
+        if tasks.is_empty() {
+            mem::swap(&mut state.waiting, tasks);
+        }
         !state.closed
+    }
+
+    /// What waits and what was taken but is not done.
+    pub(super) fn held(&self) -> Amount {
+        self.lock().held
     }
 
     /// Waits until something is there or nothing more can come, or until `deadline`.
@@ -97,10 +137,25 @@ impl Queue {
         self.wake.notify_one();
     }
 
+    /// Takes nothing more, and forgets what is there: nobody will do it.
+    pub(super) fn abandon(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.held = Amount::default();
+        let waiting = mem::take(&mut state.waiting);
+        drop(state);
+        // Tasks tell others that they are over.
+        drop(waiting);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// The most of a queue that one lane may have: one part in so many.
+const LANE_SHARE: usize = 4;
+const LANES: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -111,35 +166,68 @@ mod tests {
     use super::*;
     use crate::{
         fanout::{
-            job::{Job, Share},
+            job::{Job, Pace, Share},
             routes::Target,
         },
         rtp::Ssrc,
     };
 
-    fn task(len: usize) -> Task {
+    fn task(lane: u32, len: usize) -> Task {
         let addr = ([127, 0, 0, 1], 9).into();
-        let share = Share::of(&Arc::from([Target { addr }]), Ssrc(0), 0, 1);
+        let share = Share::of(&Arc::from([Target { addr }]), Ssrc(lane), 0, 1);
         let train = Bytes::from(vec![0; len]).into();
-        Task::Send(Job { lane: Ssrc(0), train, share: share.unwrap(), pace: None })
+        Task::Send(Job { lane: Ssrc(lane), train, share: share.unwrap(), pace: None })
     }
 
     #[test]
     fn it_takes_no_more_than_its_bounds_until_what_it_gave_is_done() {
         let queue = Queue::new(Amount { tasks: 3, bytes: 100 });
-        assert!(queue.push(task(60)) && !queue.push(task(41)) && queue.push(task(40)));
-        let mut taken = Vec::new();
-        assert!(queue.take(&mut taken, Amount::default()));
-        assert_eq!(taken.iter().map(Task::bytes).collect::<Vec<_>>(), [60, 40]);
-        assert!(!queue.push(task(1)), "what was taken counts");
-        taken.clear();
-        queue.take(&mut taken, Amount { tasks: 1, bytes: 60 });
-        assert!(queue.push(task(1)) && queue.push(task(1)));
-        assert!(!queue.push(task(1)), "three");
+        assert!(queue.push(task(1, 60)) && !queue.push(task(2, 41)) && queue.push(task(3, 40)));
+        let mut taken = VecDeque::new();
+        assert!(queue.take(&mut taken, &mut Vec::new()));
+        assert_eq!(taken.iter().map(|task| task.weight().bytes).collect::<Vec<_>>(), [60, 40]);
+        assert!(!queue.push(task(4, 1)), "what was taken counts");
+        let first = taken[0].weight();
+        queue.take(&mut taken, &mut vec![first]);
+        assert!(queue.push(task(4, 1)) && queue.push(task(5, 1)));
+        assert!(!queue.push(task(6, 1)), "three");
+        assert_eq!(taken.len(), 2, "it was not empty");
         queue.close();
-        queue.take(&mut taken, Amount { tasks: 1, bytes: 40 });
-        assert!(!queue.push(task(1)), "closed");
-        assert!(!queue.take(&mut Vec::new(), Amount::default()));
+        let mut done = taken.drain(..).skip(1).map(|task| task.weight()).collect();
+        assert!(!queue.take(&mut taken, &mut done));
+        assert_eq!((taken.len(), queue.held()), (2, Amount { tasks: 2, bytes: 2 }));
+        assert!(!queue.push(task(7, 1)), "closed");
+    }
+
+    #[test]
+    fn one_lane_takes_no_more_than_a_quarter() {
+        let queue = Queue::new(Amount { tasks: 100, bytes: 1000 });
+        let pushed = |lane, len, times| (0..times).filter(|_| queue.push(task(lane, len))).count();
+        assert_eq!(pushed(1, 1, 100), 25);
+        assert_eq!(pushed(2, 100, 100), 2);
+        assert_eq!((pushed(3, 700, 1), pushed(3, 1, 1)), (1, 0), "one may be longer");
+        assert_eq!(pushed(4, 1, 10), 10);
+        // It has its part again when what it had is done.
+        let (mut taken, mut done) = (VecDeque::new(), Vec::new());
+        queue.take(&mut taken, &mut done);
+        assert_eq!(pushed(1, 1, 10), 0);
+        done.extend(taken.drain(..).map(|task| task.weight()));
+        queue.take(&mut taken, &mut done);
+        assert!(done.is_empty() && queue.held() == Amount::default());
+        assert_eq!((pushed(1, 1, 100), pushed(2, 100, 100)), (25, 2));
+    }
+
+    #[test]
+    fn what_is_abandoned_is_dropped() {
+        let queue = Queue::new(Amount { tasks: 9, bytes: 9 });
+        let held: Arc<dyn std::any::Any + Send + Sync> = Arc::new(());
+        let Task::Send(mut job) = task(1, 1) else { unreachable!() };
+        let pace = Pace { rate: 1, interval: Duration::ZERO, held: Some(held.clone()) };
+        job.pace = Some(pace);
+        assert!(queue.push(Task::Send(job)));
+        queue.abandon();
+        assert_eq!((Arc::strong_count(&held), queue.held()), (1, Amount::default()));
+        assert!(!queue.push(task(1, 1)));
     }
 
     #[test]
@@ -148,17 +236,17 @@ mod tests {
         let worker = thread::spawn({
             let queue = queue.clone();
             move || {
-                let (mut seen, mut taken) = (0, Vec::new());
-                while queue.take(&mut taken, Amount::default()) {
+                let (mut seen, mut taken, mut done) = (0, VecDeque::new(), Vec::new());
+                while queue.take(&mut taken, &mut done) {
                     seen += taken.len();
-                    taken.clear();
+                    done.extend(taken.drain(..).map(|task| task.weight()));
                     queue.park(None);
                 }
                 seen + taken.len()
             }
         });
-        for _ in 0..500 {
-            assert!(queue.push(task(1)));
+        for lane in 0..500 {
+            assert!(queue.push(task(lane, 1)));
             thread::yield_now();
         }
         queue.close();
@@ -171,7 +259,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_millis(5);
         queue.park(Some(deadline));
         assert!(Instant::now() >= deadline);
-        queue.push(task(1));
+        queue.push(task(1, 1));
         queue.park(None);
     }
 }

@@ -9,11 +9,12 @@ use std::{
 
 use super::{
     FanoutMetrics,
-    job::{Job, Task},
+    backlog::Backlog,
+    job::{Task, Weight},
     metrics::Refusal,
     outlet::{Outlet, Round},
-    pacer::{Group, Pacer, Pacing},
-    queue::{Amount, Queue},
+    pacer::{Due, Group, Pacer, Pacing},
+    queue::Queue,
     rest::{self, Next, Rest},
 };
 
@@ -27,9 +28,7 @@ pub(super) struct Worker {
     told_of_v6: bool,
     pacer: Option<Pacer>,
     metrics: FanoutMetrics,
-    groups: Vec<Group>,
-    /// Jobs that are over when the round is.
-    over: Vec<Job>,
+    due: Due,
 }
 
 /// The sockets that all workers send from, and the most datagrams of one message on each.
@@ -59,24 +58,23 @@ impl Worker {
                 Pacing::Factor(factor) => Some(Pacer::new(factor)),
             },
             metrics: metrics.clone(),
-            groups: Vec::new(),
-            over: Vec::new(),
+            due: Due::default(),
         }
     }
 
     /// Sends what comes through the queue until that is closed and empty.
     pub(super) fn run(mut self) {
         rest::sleep_exactly();
-        let (mut tasks, mut done) = (Vec::new(), Amount::default());
+        let _end = AbandonOnEnd(self.queue.clone());
+        let (mut backlog, mut done) = (Backlog::default(), Vec::new());
         let mut rest = Rest::default();
         loop {
-            let open = self.queue.take(&mut tasks, std::mem::take(&mut done));
-            let now = Instant::now();
+            let (open, now) = backlog.refill(&self.queue, &mut done);
             if !open && let Some(pacer) = &mut self.pacer {
                 pacer.hurry_all(now);
             }
             let deadline = self.pacer.as_ref().and_then(Pacer::next_deadline);
-            if tasks.is_empty() && deadline.is_none_or(|at| at > now) {
+            if backlog.is_empty() && deadline.is_none_or(|at| at > now) {
                 if !open {
                     return;
                 }
@@ -88,22 +86,33 @@ impl Worker {
             }
             rest.begin_round(now);
             match self.pacer.is_some() {
-                true => self.pace(now, &mut tasks, &mut done),
+                true => self.pace(now, &mut backlog, &mut done),
+                false if backlog.is_stale(now) => self.skip(&mut backlog, &mut done),
                 false => {
-                    self.send(&tasks);
-                    tasks.iter().for_each(|task| done.add(task));
-                    tasks.clear();
+                    let step = backlog.next_step();
+                    let count = step.len();
+                    self.send(step);
+                    done.extend(backlog.drain(count).map(|task| task.weight()));
                 }
             }
             rest.end_round(Instant::now());
         }
     }
 
-    /// Sends all there is.
-    fn send(&mut self, tasks: &[Task]) {
+    /// Gives up what is left of a backlog.
+    fn skip(&mut self, backlog: &mut Backlog, done: &mut Vec<Weight>) {
+        for task in backlog.drain_all() {
+            self.metrics.skipped.inc_by(task.packets_to_send());
+            done.push(task.weight());
+        }
+    }
+
+    fn send<'a>(&mut self, tasks: impl Iterator<Item = &'a Task>) {
         let Self { v4, v6, told_of_v6, metrics, .. } = self;
         let mut out = Out::new(v4, v6, told_of_v6, metrics);
         for task in tasks {
+            #[cfg(test)]
+            assert!(!matches!(task, Task::Panic), "as asked");
             if let Task::Send(job) = task {
                 let (bytes, stride) = (job.train.bytes(), job.train.stride());
                 // Chunk by chunk, and piece by piece within: a piece stays in the cache while it
@@ -118,30 +127,41 @@ impl Worker {
         out.flush();
     }
 
-    /// Gives the pacer what came, and sends what it says is due.
-    fn pace(&mut self, now: Instant, tasks: &mut Vec<Task>, done: &mut Amount) {
+    /// Gives the pacer what came, and sends what it says is due, or as much of that as it says at a
+    /// time.
+    fn pace(&mut self, now: Instant, backlog: &mut Backlog, done: &mut Vec<Weight>) {
         let Some(pacer) = &mut self.pacer else { return };
-        for task in tasks.drain(..) {
+        for task in backlog.drain_all() {
+            let weight = task.weight();
             match task {
                 Task::Send(job) => pacer.push(now, job),
                 Task::Finish(lane) => {
                     pacer.hurry(now, lane);
-                    done.tasks += 1;
+                    done.push(weight);
                 }
+                #[cfg(test)]
+                Task::Panic => panic!("as asked"),
             }
         }
-        pacer.poll(now, &mut self.groups, &mut self.over);
+        pacer.poll(now, &mut self.due);
         let Self { v4, v6, told_of_v6, metrics, .. } = self;
         let mut out = Out::new(v4, v6, told_of_v6, metrics);
-        for Group { to, bytes, stride } in &self.groups {
+        for Group { to, bytes, stride } in &self.due.groups {
             out.send(*to, bytes, *stride);
         }
         out.flush();
-        self.groups.clear();
-        for job in self.over.drain(..) {
-            done.tasks += 1;
-            done.bytes += job.train.bytes().len();
-        }
+        self.due.groups.clear();
+        metrics.skipped.inc_by(std::mem::take(&mut self.due.skipped));
+        done.extend(self.due.over.drain(..).map(|job| job.weight()));
+    }
+}
+
+/// A worker that has come to its end, if only by a bug, leaves nothing that waits for it.
+struct AbandonOnEnd(Arc<Queue>);
+
+impl Drop for AbandonOnEnd {
+    fn drop(&mut self) {
+        self.0.abandon();
     }
 }
 
