@@ -241,14 +241,27 @@ impl Cloud {
         tasks.spawn("HTTP server", api.run(egress.clone(), HTTP_GRACE));
         tasks.spawn("parity", drive_parity(publications.clone(), egress.clone()));
         tasks.spawn("expiry", expire(publications.clone(), subscribers, egress.clone()));
-        if let Some(fanout) = fanout {
+        if let Some(fanout) = fanout.clone() {
+            let (watched, ending) = (fanout.clone(), egress.clone());
+            tasks.spawn("fan-out", async move {
+                tokio::select! {
+                    () = watched.failed() => {}
+                    () = ending.cancelled() => {}
+                }
+            });
             let ports = (self.addrs.quic.port(), self.addrs.api.port());
             let announcing = announce(fanout, self.destinations, ports, egress.clone());
             tasks.spawn("announcement", announcing);
         }
         let outcome = tasks.run_until(&shutdown).await;
         ingest.cancel();
-        if publications.end_all() > 0 {
+        let ended = publications.end_all();
+        if let Some(fanout) = &fanout
+            && !fanout.drain(self.grace / 2).await
+        {
+            tracing::warn!("not all that waited for the fan-out has left");
+        }
+        if ended > 0 {
             // An edge that misses the tail asks for it within a round trip or two.
             tokio::time::sleep(LINGER.min(self.grace / 2)).await;
         }
