@@ -288,27 +288,37 @@ impl Ours {
     /// Queues the bursts and waits until they have left; seconds that it took this thread to queue
     /// and the workers to send.
     fn send(&self, bursts: &[Burst], targets: &Arc<[Target]>) -> io::Result<f64> {
-        let packets = bursts.iter().map(Burst::count).sum::<usize>() * targets.len();
-        let until = self.metrics.datagrams() + packets as u64;
         if self.counted.get().is_nan() {
             self.counted.set(self.worker_seconds());
         }
-        let began = cpu::of_this_thread();
-        for burst in bursts {
+        let mut queued = 0.0;
+        let mut until = self.metrics.datagrams();
+        for (index, burst) in bursts.iter().enumerate() {
+            let began = cpu::of_this_thread();
             self.fanout.send(Ssrc(1), burst, targets, None);
+            queued += cpu::of_this_thread() - began;
+            let datagrams = burst.count() * targets.len();
+            until += datagrams as u64;
+            // What would wait for half a second behind a burst is dropped, so it comes later here.
+            if datagrams >= LONG || index + 1 == bursts.len() {
+                self.wait_until_sent(until)?;
+            }
         }
-        let queued = cpu::of_this_thread() - began;
+        // What they do until they rest counts the next time.
+        let now = self.worker_seconds();
+        Ok(queued + now - self.counted.replace(now))
+    }
+
+    fn wait_until_sent(&self, datagrams: u64) -> io::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        while self.metrics.datagrams() < until {
+        while self.metrics.datagrams() < datagrams {
             self.check()?;
             if Instant::now() > deadline {
                 return Err(io::Error::other("the fan-out does not send all that it has"));
             }
             thread::sleep(Duration::from_micros(20));
         }
-        // What they do until they rest counts the next time.
-        let now = self.worker_seconds();
-        Ok(queued + now - self.counted.replace(now))
+        Ok(())
     }
 
     fn worker_seconds(&self) -> f64 {
@@ -429,6 +439,8 @@ fn rounds(quick: bool) -> usize {
 /// Of a round, at most.
 const MOST_KEY_FRAMES: usize = 20;
 const MOST_OTHERS: usize = 100;
+/// Datagrams of a burst behind which nothing is queued.
+const LONG: usize = 100_000;
 /// After each picture. In a server too, the next one finds threads asleep and caches cold.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Whose packets the listener reads.
