@@ -56,7 +56,7 @@ pub struct Settings {
     /// Bytes of bursts that may wait for each worker, of one stream a quarter of that; more are not
     /// sent but counted, and edges find them in the history.
     pub queue_bytes: usize,
-    /// Threads that send; 0 is one for every two cores, at most 16.
+    /// Threads that send; 0 is one for each core, at most 16.
     pub workers: usize,
     /// Whether the kernel may cut datagrams out of longer messages (UDP GSO), if it can.
     pub segmentation: bool,
@@ -120,7 +120,7 @@ impl Fanout {
         let v6 = bind(Ipv6Addr::UNSPECIFIED.into(), local_port);
         let sockets = Sockets { v4, v6: v6.ok() };
         let workers = match settings.workers {
-            0 => (thread::available_parallelism().map_or(1, |cores| cores.get()) / 2).clamp(1, 16),
+            0 => thread::available_parallelism().map_or(1, |cores| cores.get()).min(16),
             workers => workers,
         };
         let limits = Amount { tasks: QUEUE_TASKS, bytes: settings.queue_bytes };

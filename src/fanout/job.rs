@@ -161,7 +161,10 @@ impl Share {
         worker: usize,
         workers: usize,
     ) -> Option<Self> {
-        let first = (worker + workers - lane.0 as usize % workers) % workers;
+        // Short lists are left to half of the workers, each of which then has more to do at a time,
+        // and so fewer wakes and calls for all of it; long ones need them all.
+        let begins_at = lane.0 as usize % workers.div_ceil(2);
+        let first = (worker + workers - begins_at) % workers;
         let any = first * CHUNK < targets.len();
         any.then(|| Self { targets: targets.clone(), first, workers })
     }
