@@ -497,9 +497,13 @@ async fn beat(shared: Arc<Shared>) {
             .iter()
             .filter(|stream| !stream.ended())
             .filter_map(|stream| Some((stream.ssrc(), stream.left_seq()?)));
-        for heartbeat in heartbeats.poll(Instant::now(), live) {
+        for (number, heartbeat) in (1..).zip(heartbeats.poll(Instant::now(), live)) {
             // An error only says that nobody listens.
             let _ = shared.heartbeats.send(heartbeat);
+            if number % (HEARTBEAT_BACKLOG / 4) == 0 {
+                // For the connections, to take them.
+                tokio::task::yield_now().await;
+            }
         }
     }
 }

@@ -44,13 +44,15 @@ impl Heartbeats {
         if round {
             self.last_round = Some(now);
         }
-        let mut due = Vec::new();
+        let (mut due, mut urgent) = (Vec::new(), Vec::new());
         let mut count = 0;
         for (ssrc, newest) in live {
             let beat = self.streams.entry(ssrc).or_insert_with(|| Beat::new(now, newest));
             count += usize::from(beat.polls != self.polls);
             beat.polls = self.polls;
-            if beat.poll(now, newest, round) {
+            if beat.poll(now, newest, false) {
+                urgent.push(Heartbeat { ssrc, last: newest });
+            } else if round && beat.poll(now, newest, true) {
                 due.push(Heartbeat { ssrc, last: newest });
             }
         }
@@ -58,6 +60,8 @@ impl Heartbeats {
         if count < self.streams.len() {
             self.streams.retain(|_, beat| beat.polls == self.polls);
         }
+        // A connection that is behind misses the first ones.
+        due.append(&mut urgent);
         due
     }
 }
