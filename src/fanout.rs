@@ -33,7 +33,7 @@ use quinn_udp::{UdpSockRef, UdpSocketState};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    job::{Job, Share, Task},
+    job::{Job, Share, Task, Workers},
     queue::{Amount, Queue},
     routes::{Routes, Target},
     worker::{Sockets, Worker},
@@ -56,7 +56,7 @@ pub struct Settings {
     /// Bytes of bursts that may wait for each worker, of one stream a quarter of that; more are not
     /// sent but counted, and edges find them in the history.
     pub queue_bytes: usize,
-    /// Threads that send; 0 is one for each core, at most 16.
+    /// Threads that send; 0 is one for each core, at most 32.
     pub workers: usize,
     /// Whether the kernel may cut datagrams out of longer messages (UDP GSO), if it can.
     pub segmentation: bool,
@@ -87,6 +87,7 @@ pub struct Fanout {
 struct Shared {
     routes: Routes,
     queues: Vec<Arc<Queue>>,
+    workers: Workers,
     paces: bool,
     local_port: u16,
     /// Cancelled when the first worker ends.
@@ -118,16 +119,21 @@ impl Fanout {
         let local_port = v4.0.local_addr()?.port();
         // A machine without IPv6 seldom has IPv6 edges; if it has, that is told when one is sent to.
         let v6 = bind(Ipv6Addr::UNSPECIFIED.into(), local_port);
-        let sockets = Sockets { v4, v6: v6.ok() };
+        let sockets = Sockets { v4, v6: v6.ok(), progress: Default::default() };
         let workers = match settings.workers {
-            0 => thread::available_parallelism().map_or(1, |cores| cores.get()).min(16),
-            workers => workers,
+            0 => {
+                let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+                let count = cores.min(MAX_AUTOMATIC);
+                Workers { count, begin: count.div_ceil(2) }
+            }
+            count => count.into(),
         };
         let limits = Amount { tasks: QUEUE_TASKS, bytes: settings.queue_bytes };
         // From here on, a failure drops it, which ends the threads that were started.
         let shared = Arc::new(Shared {
             routes,
-            queues: (0..workers).map(|_| Arc::new(Queue::new(limits))).collect(),
+            queues: (0..workers.count).map(|_| Arc::new(Queue::new(limits))).collect(),
+            workers,
             paces: settings.pacing != Pacing::Off,
             local_port,
             ending: CancellationToken::new(),
@@ -162,7 +168,7 @@ impl Fanout {
         targets: &Arc<[Target]>,
         pace: Option<&Pace>,
     ) {
-        let (train, workers) = (train.into(), self.shared.queues.len());
+        let (train, workers) = (train.into(), self.shared.workers);
         for (number, queue) in self.shared.queues.iter().enumerate() {
             if let Some(share) = Share::of(targets, lane, number, workers) {
                 let pace = pace.filter(|_| self.shared.paces).cloned();
@@ -253,6 +259,8 @@ impl Drop for Shared {
 
 /// The lane of what belongs to no stream: 0 is never a publication's.
 const NO_STREAM: Ssrc = Ssrc(0);
+/// Threads that are had without being asked for.
+const MAX_AUTOMATIC: usize = 32;
 /// Tasks that may wait for a worker, whatever their size.
 const QUEUE_TASKS: usize = 16 << 10;
 /// Between two looks whether all has left.

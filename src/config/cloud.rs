@@ -46,7 +46,8 @@ settings! {
             /// with short queues: {factor: 1.5 to 100} times the stream's rate, but within a frame's
             /// time.
             pacing: Pacing = Pacing::Off;
-            /// Threads that send RTP, 0 to 64; 0 is one for each core, at most 16.
+            /// Threads that send RTP, 0 to 64; 0 is one for each core, at most 32, half of which
+            /// share what goes to few edges.
             fanout_workers: usize = 0, in 0..=64;
             /// Routers that multicast may pass, 0 to 255; 1 stays in the local network.
             multicast_ttl: u8 = 1;

@@ -140,6 +140,23 @@ impl Job {
     }
 }
 
+/// How many workers there are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Workers {
+    pub(super) count: usize,
+    /// Those with which lists begin. Where these are half of them, short lists are left to that half,
+    /// each of which has more to do at a time, and so fewer wakes and calls for all of it; long lists
+    /// are for all.
+    pub(super) begin: usize,
+}
+
+impl From<usize> for Workers {
+    /// Lists begin with all of them in turn.
+    fn from(count: usize) -> Self {
+        Self { count, begin: count }
+    }
+}
+
 /// Those of a list of targets that are one worker's.
 ///
 /// The list is cut into chunks, which go to the workers in turn, from one on that the lane decides:
@@ -159,11 +176,10 @@ impl Share {
         targets: &Arc<[Target]>,
         lane: Ssrc,
         worker: usize,
-        workers: usize,
+        workers: impl Into<Workers>,
     ) -> Option<Self> {
-        // Short lists are left to half of the workers, each of which then has more to do at a time,
-        // and so fewer wakes and calls for all of it; long ones need them all.
-        let begins_at = lane.0 as usize % workers.div_ceil(2);
+        let Workers { count: workers, begin } = workers.into();
+        let begins_at = lane.0 as usize % begin.max(1);
         let first = (worker + workers - begins_at) % workers;
         let any = first * CHUNK < targets.len();
         any.then(|| Self { targets: targets.clone(), first, workers })

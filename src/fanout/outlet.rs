@@ -5,7 +5,10 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::{SocketAddr, UdpSocket},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -36,6 +39,8 @@ pub(super) trait Way {
 /// One socket as one worker sends from it; other workers send from the same.
 pub(super) struct Outlet<W = UdpSocket> {
     socket: Arc<W>,
+    /// Calls of all workers in which the kernel took something from the socket.
+    progress: Arc<AtomicU64>,
     offload: Offload,
     batch: Batch,
     told: Told,
@@ -49,7 +54,14 @@ impl<W: Way> Outlet<W> {
         if offload.segments > 1 {
             metrics.offload.inc();
         }
-        Self { socket, offload, batch: Batch::new(), told: Told::default(), metrics }
+        let (batch, told, progress) = (Batch::new(), Told::default(), Arc::default());
+        Self { socket, progress, offload, batch, told, metrics }
+    }
+
+    /// Others that send from the socket have this too.
+    pub(super) fn sharing(mut self, progress: &Arc<AtomicU64>) -> Self {
+        self.progress = progress.clone();
+        self
     }
 
     /// Begins a round of sends of what lives for `'a`; nothing is sent for sure until
@@ -57,6 +69,8 @@ impl<W: Way> Outlet<W> {
     pub(super) fn round<'a>(&mut self) -> Round<'_, 'a, W> {
         Round {
             socket: &self.socket,
+            progress: &self.progress,
+            seen_progress: self.progress.load(Ordering::Relaxed),
             offload: &mut self.offload,
             messages: self.batch.begin(),
             told: &mut self.told,
@@ -69,6 +83,9 @@ impl<W: Way> Outlet<W> {
 /// Sends that go together.
 pub(super) struct Round<'o, 'a, W = UdpSocket> {
     socket: &'o W,
+    progress: &'o AtomicU64,
+    /// Up to where progress has renewed the patience.
+    seen_progress: u64,
     offload: &'o mut Offload,
     messages: Messages<'o, 'a>,
     told: &'o mut Told,
@@ -115,6 +132,7 @@ impl<'a, W: Way> Round<'_, 'a, W> {
                     // as long as it goes on, it is the queue that pushes back.
                     if count > 0 {
                         self.patience = PATIENCE;
+                        self.progress.fetch_add(1, Ordering::Relaxed);
                     }
                 }
                 Err(error) => {
@@ -151,7 +169,14 @@ impl<'a, W: Way> Round<'_, 'a, W> {
             Some(libc::EINTR) => true,
             // An answer to an earlier datagram, told to whoever sends next.
             Some(libc::ECONNREFUSED) => self.wait(|_| ()),
-            Some(libc::EAGAIN) => self.wait(|socket| socket.wait_for_room(PATIENCE)),
+            Some(libc::EAGAIN) => {
+                // Room that there was, another worker may have had first.
+                let progress = self.progress.load(Ordering::Relaxed);
+                if std::mem::replace(&mut self.seen_progress, progress) != progress {
+                    self.patience = PATIENCE;
+                }
+                self.wait(|socket| socket.wait_for_room(PATIENCE))
+            }
             // A queue below the socket is full, and nothing says when it no longer is.
             Some(libc::ENOBUFS) => self.wait(|socket| socket.pause(QUEUE_PAUSE)),
             _ => false,
@@ -188,6 +213,7 @@ impl<'a, W: Way> Round<'_, 'a, W> {
             match self.socket.send_one(to, packet) {
                 Ok(()) => {
                     self.patience = PATIENCE;
+                    self.progress.fetch_add(1, Ordering::Relaxed);
                     return sent.add(packet.len(), 0);
                 }
                 Err(error) if self.may_try_again(&error) => {}
@@ -463,6 +489,8 @@ mod tests {
         answers: Mutex<VecDeque<Answer>>,
         taken: Mutex<Vec<usize>>,
         waits: AtomicUsize,
+        /// Another worker, which gets the room that this one waits for.
+        other: Option<Arc<AtomicU64>>,
     }
 
     #[derive(Clone, Copy)]
@@ -505,6 +533,9 @@ mod tests {
 
         fn wait_for_room(&self, _: Duration) {
             self.waits.fetch_add(1, Ordering::Relaxed);
+            if let Some(progress) = &self.other {
+                progress.fetch_add(1, Ordering::Relaxed);
+            }
         }
 
         fn pause(&self, _: Duration) {
@@ -529,6 +560,20 @@ mod tests {
             assert_eq!(metrics.datagrams.get(), 64 * 54);
             assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), 64);
         }
+    }
+
+    #[test]
+    fn as_long_as_another_worker_has_the_room_it_is_waited_for() {
+        let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
+        let progress = Arc::default();
+        let answers = Mutex::new(VecDeque::from([Answer::Fail(libc::EAGAIN); 3 * WAITS]));
+        let fake = Fake { answers, other: Some(Arc::clone(&progress)), ..Fake::default() };
+        let mut outlet = Outlet::new(Arc::new(fake), 64, metrics.clone()).sharing(&progress);
+        let mut round = outlet.round();
+        round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+        round.flush();
+        assert_eq!(metrics.datagrams.get(), 54);
+        assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 0);
     }
 
     #[test]

@@ -54,7 +54,7 @@ struct State {
 
 impl State {
     fn lane(&mut self, weight: Weight) -> &mut Amount {
-        &mut self.lanes[weight.lane.0 as usize % LANES]
+        &mut self.lanes[(weight.lane.0.wrapping_mul(SPREAD) >> 16) as usize % LANES]
     }
 }
 
@@ -156,6 +156,8 @@ impl Queue {
 /// The most of a queue that one lane may have: one part in so many.
 const LANE_SHARE: usize = 4;
 const LANES: usize = 256;
+/// The low bits of a lane are those that its worker was chosen by; this brings the others there.
+const SPREAD: u32 = 0x9e37_79b9;
 
 #[cfg(test)]
 mod tests {

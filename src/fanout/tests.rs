@@ -211,7 +211,11 @@ async fn drained_is_what_has_left() {
 fn what_one_family_cannot_cut_is_cut_for_the_other() {
     for (v4, v6, calls) in [(64, 1, 2), (1, 64, 2)] {
         let bind = |addr: &str| Arc::new(UdpSocket::bind(addr).unwrap());
-        let sockets = Sockets { v4: (bind("127.0.0.1:0"), v4), v6: Some((bind("[::1]:0"), v6)) };
+        let sockets = Sockets {
+            v4: (bind("127.0.0.1:0"), v4),
+            v6: Some((bind("[::1]:0"), v6)),
+            progress: Default::default(),
+        };
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
         let queue = Arc::new(Queue::new(Amount { tasks: 9, bytes: 1 << 20 }));
         let targets: Arc<[Target]> =

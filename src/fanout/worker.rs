@@ -2,7 +2,7 @@
 
 use std::{
     net::{SocketAddr, UdpSocket},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     thread,
     time::Instant,
 };
@@ -36,6 +36,8 @@ pub(super) struct Worker {
 pub(super) struct Sockets {
     pub(super) v4: (Arc<UdpSocket>, usize),
     pub(super) v6: Option<(Arc<UdpSocket>, usize)>,
+    /// What they have in common of each: see [`Outlet::sharing`].
+    pub(super) progress: [Arc<AtomicU64>; 2],
 }
 
 impl Worker {
@@ -45,13 +47,14 @@ impl Worker {
         pacing: Pacing,
         metrics: &FanoutMetrics,
     ) -> Self {
-        let outlet = |(socket, segments): &(Arc<UdpSocket>, usize)| {
-            Outlet::new(socket.clone(), *segments, metrics.clone())
+        let [v4, v6] = &sockets.progress;
+        let outlet = |(socket, segments): &(Arc<UdpSocket>, usize), progress| {
+            Outlet::new(socket.clone(), *segments, metrics.clone()).sharing(progress)
         };
         Self {
             queue,
-            v4: outlet(&sockets.v4),
-            v6: sockets.v6.as_ref().map(outlet),
+            v4: outlet(&sockets.v4, v4),
+            v6: sockets.v6.as_ref().map(|socket| outlet(socket, v6)),
             told_of_v6: false,
             pacer: match pacing {
                 Pacing::Off => None,
