@@ -141,9 +141,9 @@ impl Depacketizer {
     fn begin(&mut self, payload: &[u8], marker: bool) -> bool {
         let Ok(header) = TagHeader::parse(payload) else { return false };
         self.expected = Tag::HEADER_LEN + header.body_len;
-        // All of it at once, so that it need not move as it grows, and is no longer than the tag.
-        // But a header that lies about its length reserves only so much.
-        let room = if marker { payload.len() } else { self.expected.min(MAX_RESERVED) };
+        // All of it at once where it is a few packets, so that it need not move as it grows. A header
+        // that lies about its length reserves no more than that.
+        let room = if marker { payload.len() } else { self.expected.min(RESERVED * payload.len()) };
         self.partial = BytesMut::with_capacity(room + Tag::TRAILER_LEN);
         true
     }
@@ -173,8 +173,8 @@ fn begins_tag(payload: &[u8], marker: bool) -> bool {
     }
 }
 
-/// Bytes: a key frame of a stream of 10 Mbit/s.
-const MAX_RESERVED: usize = 256 << 10;
+/// First packets' lengths: most frames have no more.
+const RESERVED: usize = 8;
 
 #[cfg(test)]
 mod tests {
