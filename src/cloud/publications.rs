@@ -357,9 +357,11 @@ impl WayOut {
     }
 
     fn pace(&self) -> Option<Pace> {
-        let interval = self.frame_interval.get();
-        let paces = self.fanout.paces();
-        paces.then(|| Pace { rate: self.origin.byte_rate(), interval, held: None })
+        self.fanout.paces().then(|| Pace {
+            rate: self.origin.byte_rate(),
+            interval: self.frame_interval.get(),
+            held: None,
+        })
     }
 }
 
@@ -388,7 +390,7 @@ impl Active {
             started.origin.set_parity_overhead(way_out.parity.overhead());
             self.parity_flag.set(way_out.parity.is_active());
         }
-        started.hub.push(tag);
+        started.hub.push_at(now, tag);
     }
 
     fn handle_timeout(&mut self, now: Instant) {

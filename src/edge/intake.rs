@@ -162,7 +162,7 @@ impl Intake {
         if is_next {
             stream.last_packet = now;
             if let Some(tag) = stream.depacketizer.payload(&header, payload) {
-                stream.push(tag);
+                stream.push(now, tag);
             }
             stream.look_for_damage(now, &self.metrics);
         }
@@ -614,7 +614,7 @@ impl Incoming {
             match event {
                 Event::Packet(packet) => {
                     if let Some(tag) = self.depacketizer.packet(&packet) {
-                        self.push(tag);
+                        self.push(now, tag);
                     }
                 }
                 Event::Lost(packets) => {
@@ -667,9 +667,9 @@ impl Incoming {
         }
     }
 
-    fn push(&mut self, tag: Tag) {
+    fn push(&mut self, now: Instant, tag: Tag) {
         let Some(hunt @ HeaderHunt { waiting: Some(_), .. }) = &mut self.header_hunt else {
-            self.publisher.push(tag);
+            self.publisher.push_at(now, tag);
             return;
         };
         hunt.waiting_bytes += tag.framed().len();
