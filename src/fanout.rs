@@ -1,7 +1,7 @@
 //! Sends bursts of RTP to many addresses, on threads of its own.
 //!
-//! A burst is work for one or more workers, each with a bounded queue; all send from the same UDP
-//! port, because that is where edges behind a NAT let packets in.
+//! A burst is work for one or more workers, each with a bounded queue and a socket; all send from the
+//! same UDP port, because that is where edges behind a NAT let packets in.
 
 mod backlog;
 mod job;
@@ -12,6 +12,7 @@ mod port;
 mod queue;
 mod rest;
 pub mod routes;
+mod sockets;
 mod syscall;
 mod worker;
 
@@ -20,29 +21,19 @@ pub use metrics::FanoutMetrics;
 pub use pacer::{FrameInterval, PaceFactor, Pacing};
 pub use port::OnDatagrams;
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
-    thread,
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
-use quinn_udp::{UdpSockRef, UdpSocketState};
 use tokio_util::sync::CancellationToken;
 
 use self::{
     job::{Job, Share, Task, Workers},
     queue::{Amount, Queue},
     routes::{Routes, Target},
-    worker::{Sockets, Worker},
+    sockets::Ports,
+    worker::Worker,
 };
-use crate::{
-    repair::server::GroupSender,
-    rtp::Ssrc,
-    udp::{self, MulticastOut},
-};
+use crate::{repair::server::GroupSender, rtp::Ssrc, udp::MulticastOut};
 
 /// Where and how to send.
 #[derive(Debug, Clone)]
@@ -106,20 +97,6 @@ impl Fanout {
         on_datagrams: &OnDatagrams,
         metrics: FanoutMetrics,
     ) -> io::Result<Self> {
-        let bind = |ip: IpAddr, port| {
-            let addr = SocketAddr::new(ip, port);
-            let socket = udp::sender(addr, settings.send_buffer, settings.multicast)?;
-            let segments = match settings.segmentation {
-                true => UdpSocketState::new(UdpSockRef::from(&socket))?.max_gso_segments(),
-                false => 1,
-            };
-            io::Result::Ok((Arc::new(socket), segments))
-        };
-        let v4 = bind(Ipv4Addr::UNSPECIFIED.into(), settings.port)?;
-        let local_port = v4.0.local_addr()?.port();
-        // A machine without IPv6 seldom has IPv6 edges; if it has, that is told when one is sent to.
-        let v6 = bind(Ipv6Addr::UNSPECIFIED.into(), local_port);
-        let sockets = Sockets { v4, v6: v6.ok(), progress: Default::default() };
         let workers = match settings.workers {
             0 => {
                 let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
@@ -128,6 +105,7 @@ impl Fanout {
             }
             count => count.into(),
         };
+        let ports = Ports::open(settings, workers.count)?;
         let limits = Amount { tasks: QUEUE_TASKS, bytes: settings.queue_bytes };
         // From here on, a failure drops it, which ends the threads that were started.
         let shared = Arc::new(Shared {
@@ -135,12 +113,12 @@ impl Fanout {
             queues: (0..workers.count).map(|_| Arc::new(Queue::new(limits))).collect(),
             workers,
             paces: settings.pacing != Pacing::Off,
-            local_port,
+            local_port: ports.number,
             ending: CancellationToken::new(),
             metrics,
         });
-        for (number, queue) in shared.queues.iter().enumerate() {
-            let worker = Worker::new(queue.clone(), &sockets, settings.pacing, &shared.metrics);
+        for (number, (queue, sockets)) in shared.queues.iter().zip(ports.workers).enumerate() {
+            let worker = Worker::new(queue.clone(), sockets, settings.pacing, &shared.metrics);
             let thread = thread::Builder::new().name(format!("fanout-{number}"));
             // However the thread ends.
             let sign = shared.ending.clone().drop_guard();
@@ -149,9 +127,9 @@ impl Fanout {
                 worker.run();
             })?;
         }
-        for (socket, _) in [Some(&sockets.v4), sockets.v6.as_ref()].into_iter().flatten() {
+        for reader in ports.readers {
             let alive = Arc::downgrade(&shared);
-            port::spawn(socket.clone(), on_datagrams, &shared.metrics, alive)?;
+            port::spawn(reader, on_datagrams, &shared.metrics, alive)?;
         }
         Ok(Self { shared })
     }

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
 };
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::limits::Finding;
 
@@ -26,12 +26,32 @@ impl Default for MulticastOut {
     }
 }
 
+/// Whose a port is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// One socket's.
+    Own,
+    /// Shared with others of this user that say so too (SO_REUSEPORT), to send from it only: what
+    /// comes to this socket is dropped.
+    Shared,
+}
+
 /// A socket to send RTP from, with a send buffer of `buffer` bytes if the kernel allows it.
 ///
 /// # Errors
 /// If the address is taken, or an option is refused.
-pub fn sender(addr: SocketAddr, buffer: usize, multicast: MulticastOut) -> io::Result<UdpSocket> {
+pub fn sender(
+    addr: SocketAddr,
+    port: Port,
+    buffer: usize,
+    multicast: MulticastOut,
+) -> io::Result<UdpSocket> {
     let socket = socket(addr)?;
+    if port == Port::Shared {
+        socket.set_reuse_port(true)?;
+        // Nobody reads it, so nothing is to pile up: it may get what comes to a multicast group.
+        socket.attach_filter(&[SockFilter::new(libc::BPF_RET as u16, 0, 0, 0)])?;
+    }
     match addr {
         SocketAddr::V4(_) => {
             socket.set_multicast_ttl_v4(multicast.ttl.into())?;
@@ -49,7 +69,10 @@ pub fn sender(addr: SocketAddr, buffer: usize, multicast: MulticastOut) -> io::R
     }
     socket.bind(&addr.into())?;
     let granted = enlarge(buffer, |n| socket.set_send_buffer_size(n), || socket.send_buffer_size());
-    warn_if_small("net.core.wmem_max", buffer, granted);
+    // Once for all that share a port: the first of them had it for itself.
+    if port == Port::Own {
+        warn_if_small("net.core.wmem_max", buffer, granted);
+    }
     Ok(socket.into())
 }
 

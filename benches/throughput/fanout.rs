@@ -267,21 +267,25 @@ impl Ours {
         let metrics = FanoutMetrics::register(&registry).map_err(io::Error::other)?;
         let routes = Routes::new(&registry).map_err(io::Error::other)?;
         let ignore: OnDatagrams = Arc::new(|_, _| Vec::new());
-        let before = threads::named("fanout-")?;
+        // Those of the fan-out before end with it, but not at once; and a list of threads that is read
+        // while some end may lack others.
+        let wait_for = |count| -> io::Result<Vec<Thread>> {
+            let deadline = Instant::now() + Duration::from_secs(5);
+            loop {
+                let workers = threads::named("fanout-")?;
+                if workers.len() == count {
+                    return Ok(workers);
+                }
+                if Instant::now() > deadline {
+                    return Err(io::Error::other("the fan-out's threads do not begin, or end"));
+                }
+                thread::yield_now();
+            }
+        };
+        wait_for(0)?;
         let fanout = Fanout::spawn(&settings, routes, &ignore, metrics.clone())?;
         // They take their names when they begin to run.
-        let deadline = Instant::now() + Duration::from_secs(5);
-        let workers = loop {
-            let mut workers = threads::named("fanout-")?;
-            workers.retain(|thread| !before.contains(thread));
-            if workers.len() == fanout.workers() {
-                break workers;
-            }
-            if Instant::now() > deadline {
-                return Err(io::Error::other("the fan-out's threads do not begin"));
-            }
-            thread::yield_now();
-        };
+        let workers = wait_for(fanout.workers())?;
         Ok(Self { fanout, metrics, workers, counted: Cell::new(f64::NAN) })
     }
 

@@ -36,7 +36,7 @@ pub(super) trait Way {
     fn pause(&self, time: Duration);
 }
 
-/// One socket as one worker sends from it; other workers send from the same.
+/// One socket as one worker sends from it; other workers may send from the same.
 pub(super) struct Outlet<W = UdpSocket> {
     socket: Arc<W>,
     /// Calls of all workers in which the kernel took something from the socket.
@@ -49,19 +49,19 @@ pub(super) struct Outlet<W = UdpSocket> {
 
 impl<W: Way> Outlet<W> {
     /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none.
-    pub(super) fn new(socket: Arc<W>, segments: usize, metrics: FanoutMetrics) -> Self {
+    /// `progress` counts for all that send from the socket.
+    pub(super) fn new(
+        socket: Arc<W>,
+        segments: usize,
+        progress: Arc<AtomicU64>,
+        metrics: FanoutMetrics,
+    ) -> Self {
         let offload = Offload { segments: segments.max(1), ..Offload::default() };
         if offload.segments > 1 {
             metrics.offload.inc();
         }
-        let (batch, told, progress) = (Batch::new(), Told::default(), Arc::default());
+        let (batch, told) = (Batch::new(), Told::default());
         Self { socket, progress, offload, batch, told, metrics }
-    }
-
-    /// Others that send from the socket have this too.
-    pub(super) fn sharing(mut self, progress: &Arc<AtomicU64>) -> Self {
-        self.progress = progress.clone();
-        self
     }
 
     /// Begins a round of sends of what lives for `'a`; nothing is sent for sure until
@@ -394,7 +394,7 @@ mod tests {
     fn outlet(segments: usize) -> (Outlet, FanoutMetrics) {
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
         let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap());
-        (Outlet::new(socket, segments, metrics.clone()), metrics)
+        (Outlet::new(socket, segments, Arc::default(), metrics.clone()), metrics)
     }
 
     fn receiver() -> (UdpSocket, SocketAddr) {
@@ -504,7 +504,7 @@ mod tests {
             let answers = Mutex::new(answers.into_iter().collect());
             let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
             let fake = Arc::new(Self { answers, ..Self::default() });
-            (Outlet::new(fake, 64, metrics.clone()), metrics)
+            (Outlet::new(fake, 64, Arc::default(), metrics.clone()), metrics)
         }
 
         /// Without an answer, it takes all.
@@ -565,10 +565,10 @@ mod tests {
     #[test]
     fn as_long_as_another_worker_has_the_room_it_is_waited_for() {
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-        let progress = Arc::default();
+        let progress = Arc::<AtomicU64>::default();
         let answers = Mutex::new(VecDeque::from([Answer::Fail(libc::EAGAIN); 3 * WAITS]));
         let fake = Fake { answers, other: Some(Arc::clone(&progress)), ..Fake::default() };
-        let mut outlet = Outlet::new(Arc::new(fake), 64, metrics.clone()).sharing(&progress);
+        let mut outlet = Outlet::new(Arc::new(fake), 64, progress, metrics.clone());
         let mut round = outlet.round();
         round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
         round.flush();

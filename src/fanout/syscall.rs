@@ -1,4 +1,5 @@
-//! System calls that the standard library does not have: many datagrams with one call.
+//! System calls that the standard library does not have: many datagrams with one call, and one port
+//! for many sockets.
 
 use std::{
     io,
@@ -180,6 +181,29 @@ pub(super) fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
     unsafe { libc::poll(&raw mut poll, 1, timeout) };
 }
 
+/// Of all sockets that share a port, `any` among them, the one that had it first gets what comes.
+///
+/// # Errors
+/// If the kernel does not know of that, or a sandbox has none of it.
+pub(super) fn give_all_to_first(any: &UdpSocket) -> io::Result<()> {
+    let mut first = [libc::sock_filter { code: libc::BPF_RET as u16, jt: 0, jf: 0, k: 0 }];
+    let program = libc::sock_fprog { len: 1, filter: first.as_mut_ptr() };
+    // SAFETY: it reads the program, of the length that it gives, and copies it.
+    let set = unsafe {
+        libc::setsockopt(
+            any.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    match set {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Slot {
     to: Name,
@@ -254,6 +278,8 @@ struct Control {
 const CONTROL_LEN: usize = size_of::<libc::cmsghdr>() + size_of::<u16>();
 /// Messages of one call: as many as a chunk of targets has. More save little and leave the cache.
 const CAPACITY: usize = 64;
+/// As in Linux's asm-generic/socket.h; libc has it for Android only.
+const SO_ATTACH_REUSEPORT_CBPF: libc::c_int = 51;
 
 #[cfg(test)]
 mod tests {

@@ -1,11 +1,15 @@
 use std::{
-    net::UdpSocket,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     time::{Duration, Instant},
 };
 
 use prometheus::Registry;
 
-use super::{metrics::Refusal, *};
+use super::{
+    metrics::Refusal,
+    sockets::{SendSocket, Sockets},
+    *,
+};
 use crate::{
     flv::{Tag, TagKind},
     rtp::Packetizer,
@@ -210,12 +214,11 @@ async fn drained_is_what_has_left() {
 #[test]
 fn what_one_family_cannot_cut_is_cut_for_the_other() {
     for (v4, v6, calls) in [(64, 1, 2), (1, 64, 2)] {
-        let bind = |addr: &str| Arc::new(UdpSocket::bind(addr).unwrap());
-        let sockets = Sockets {
-            v4: (bind("127.0.0.1:0"), v4),
-            v6: Some((bind("[::1]:0"), v6)),
-            progress: Default::default(),
+        let socket = |addr: &str, segments| {
+            let socket = Arc::new(UdpSocket::bind(addr).unwrap());
+            SendSocket { socket, segments, progress: Arc::default() }
         };
+        let sockets = Sockets { v4: socket("127.0.0.1:0", v4), v6: Some(socket("[::1]:0", v6)) };
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
         let queue = Arc::new(Queue::new(Amount { tasks: 9, bytes: 1 << 20 }));
         let targets: Arc<[Target]> =
@@ -224,12 +227,41 @@ fn what_one_family_cannot_cut_is_cut_for_the_other() {
         let share = Share::of(&targets, Ssrc(1), 0, 1).unwrap();
         queue.push(Task::Send(Job { lane: Ssrc(1), train, share, pace: None }));
         queue.close();
-        Worker::new(queue, &sockets, Pacing::Off, &metrics).run();
+        Worker::new(queue, sockets, Pacing::Off, &metrics).run();
         assert_eq!(metrics.datagrams(), 60);
         // One for the 30 packets of the one, and one for the one message of the other.
         assert_eq!(metrics.calls(), calls, "{v4} and {v6} segments");
         assert_eq!(metrics.offload.get(), 1);
     }
+}
+
+#[test]
+fn whoever_writes_to_the_port_is_heard_however_many_sockets_share_it() {
+    let settings = Settings { port: 0, workers: 8, ..Settings::default() };
+    let fanout = spawn(&settings, FanoutMetrics::register(&Registry::new()).unwrap());
+    let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    for ip in loopback.into_iter().filter(|ip| UdpSocket::bind((*ip, 0)).is_ok()) {
+        // The kernel would spread them over the sockets by their ports.
+        for number in 0..64u8 {
+            let socket = UdpSocket::bind((ip, 0)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            socket.send_to(&[number], (ip, fanout.local_port())).unwrap();
+            let mut buffer = [0; 9];
+            let (len, from) = socket.recv_from(&mut buffer).unwrap();
+            assert_eq!((&buffer[..len], from.port()), (&[number][..], fanout.local_port()));
+        }
+    }
+}
+
+#[test]
+fn a_port_that_another_has_is_not_shared() {
+    let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
+    let settings = Settings { port: fanout.local_port(), ..Settings::default() };
+    let (registry, ignore): (_, OnDatagrams) = (Registry::new(), Arc::new(|_, _| Vec::new()));
+    let routes = Routes::new(&registry).unwrap();
+    let metrics = FanoutMetrics::register(&registry).unwrap();
+    let refused = Fanout::spawn(&settings, routes, &ignore, metrics).err();
+    assert_eq!(refused.map(|error| error.kind()), Some(io::ErrorKind::AddrInUse));
 }
 
 #[test]

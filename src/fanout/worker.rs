@@ -1,11 +1,6 @@
 //! The threads that send.
 
-use std::{
-    net::{SocketAddr, UdpSocket},
-    sync::{Arc, atomic::AtomicU64},
-    thread,
-    time::Instant,
-};
+use std::{net::SocketAddr, sync::Arc, thread, time::Instant};
 
 use super::{
     FanoutMetrics,
@@ -16,6 +11,7 @@ use super::{
     pacer::{Due, Group, Pacer, Pacing},
     queue::Queue,
     rest::{self, Next, Rest},
+    sockets::{SendSocket, Sockets},
 };
 
 /// One thread of the fan-out.
@@ -31,30 +27,20 @@ pub(super) struct Worker {
     due: Due,
 }
 
-/// The sockets that all workers send from, and the most datagrams of one message on each.
-#[derive(Clone)]
-pub(super) struct Sockets {
-    pub(super) v4: (Arc<UdpSocket>, usize),
-    pub(super) v6: Option<(Arc<UdpSocket>, usize)>,
-    /// What they have in common of each: see [`Outlet::sharing`].
-    pub(super) progress: [Arc<AtomicU64>; 2],
-}
-
 impl Worker {
     pub(super) fn new(
         queue: Arc<Queue>,
-        sockets: &Sockets,
+        Sockets { v4, v6 }: Sockets,
         pacing: Pacing,
         metrics: &FanoutMetrics,
     ) -> Self {
-        let [v4, v6] = &sockets.progress;
-        let outlet = |(socket, segments): &(Arc<UdpSocket>, usize), progress| {
-            Outlet::new(socket.clone(), *segments, metrics.clone()).sharing(progress)
+        let outlet = |SendSocket { socket, segments, progress }| {
+            Outlet::new(socket, segments, progress, metrics.clone())
         };
         Self {
             queue,
-            v4: outlet(&sockets.v4, v4),
-            v6: sockets.v6.as_ref().map(|socket| outlet(socket, v6)),
+            v4: outlet(v4),
+            v6: v6.map(outlet),
             told_of_v6: false,
             pacer: match pacing {
                 Pacing::Off => None,

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use downpour::udp;
+use downpour::udp::{self, Port};
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use socket2::{Domain, Socket, Type};
 
@@ -45,7 +45,8 @@ pub fn run(
     println!("listening");
     io::stdout().flush()?;
     let list = Arc::new(list);
-    let sender = udp::sender(SocketAddr::from(([127, 0, 0, 1], 0)), BUFFER, Default::default())?;
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let sender = udp::sender(any, Port::Own, BUFFER, Default::default())?;
     let sender = Arc::new((UdpSocketState::new(UdpSockRef::from(&sender))?, sender));
     for socket in publishers.incoming() {
         let (mut socket, list, sender) = (socket?, list.clone(), sender.clone());

@@ -18,7 +18,7 @@ use downpour::{
     origin::{Headers, Origin, OriginStream},
     repair::history::History,
     rtp::{Burst, Packetizer, Ssrc},
-    udp::{self, MulticastOut},
+    udp::{self, MulticastOut, Port},
 };
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -186,7 +186,7 @@ struct Sender {
 impl Sender {
     fn new(shared: Arc<Shared>, targets: [SocketAddr; 2]) -> io::Result<Self> {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let socket = udp::sender(any, 4 << 20, MulticastOut::default())?;
+        let socket = udp::sender(any, Port::Own, 4 << 20, MulticastOut::default())?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         socket.set_nonblocking(false)?;
         let rng = SmallRng::seed_from_u64(SEED);
