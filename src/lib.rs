@@ -21,6 +21,7 @@ pub mod logging;
 pub mod metrics;
 pub mod node;
 pub mod origin;
+mod os;
 pub mod record;
 pub mod repair;
 pub mod rtmp;

@@ -1,37 +1,27 @@
-//! The edge's receiving thread: RTP sockets and repair connection in, tags into the hub, requests
-//! out.
-//!
-//! It is a thread and no task: between a packet and the hub there is no runtime that would have to
-//! be woken first. What is asynchronous runs on tokio's threads, and rings a [`Bell`] when it has
-//! something.
+//! What the edge does with what comes: RTP and the repair connection's events in, tags into the hub,
+//! requests out. [`super::receive`] has the threads.
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
-    panic,
-    pin::{Pin, pin},
+    net::{IpAddr, UdpSocket},
+    pin::Pin,
     sync::Arc,
-    task::{Context, Poll, Waker},
-    thread,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use tokio::{
-    runtime::Handle,
-    sync::{mpsc, oneshot},
-    task::JoinHandle,
-};
+use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     intake::Intake,
     livestat::{self, LiveStream, LivestatError},
     prober::ProbeMetrics,
-    socket::{Buffers, CloudRtp, Lookups, RtpSocket},
+    reads::{Reads, Train},
+    socket::{CloudRtp, Lookups, RtpSocket},
     stats::IntakeMetrics,
-    wait::{Bell, MAX_SOCKETS, Sleeper},
 };
 use crate::{
     repair::{
@@ -99,8 +89,8 @@ pub struct Ingress {
     sockets: Vec<RtpSocket>,
     /// How many of them take RTP.
     rtp_sockets: usize,
-    /// Those that were given up.
-    broken: [bool; MAX_SOCKETS],
+    /// How many of those were not given up.
+    rtp_left: usize,
     settings: Settings,
     intake: Intake,
     metrics: IntakeMetrics,
@@ -115,6 +105,7 @@ pub struct Ingress {
     last_lookup: Option<Instant>,
     /// What was last logged about a look-up that failed.
     lookup_failure: String,
+    next_tick: Instant,
     last_report: Instant,
     /// Something asynchronous has begun since the bell was last looked at, so that it would not
     /// ring.
@@ -127,26 +118,6 @@ struct Connection {
     events: mpsc::Receiver<RepairEvent>,
     cancel: CancellationToken,
     protocol: Option<Protocol>,
-}
-
-/// A socket's failures, each soon after the one before.
-#[derive(Debug, Clone, Copy)]
-struct Failing {
-    since: Instant,
-    last: Instant,
-}
-
-impl Failing {
-    /// There was one more at `now`; whether that has gone on for too long.
-    fn goes_on(failing: &mut Option<Self>, now: Instant) -> bool {
-        let fresh = Self { since: now, last: now };
-        let failing = failing.get_or_insert(fresh);
-        if now.saturating_duration_since(failing.last) > FAILURE_PAUSE * 100 {
-            *failing = fresh;
-        }
-        failing.last = now;
-        now.saturating_duration_since(failing.since) >= FAILS_FOR
-    }
 }
 
 impl Drop for Connection {
@@ -168,7 +139,7 @@ impl Ingress {
     ) -> Self {
         let mut ingress = Self {
             rtp_sockets: rtp.len(),
-            broken: [false; MAX_SOCKETS],
+            rtp_left: rtp.len(),
             sockets: rtp.into_iter().chain(parity).collect(),
             intake,
             metrics,
@@ -180,6 +151,7 @@ impl Ingress {
             lookup: None,
             last_lookup: None,
             lookup_failure: String::new(),
+            next_tick: Instant::now(),
             last_report: Instant::now(),
             begun: true,
             rng: SmallRng::from_os_rng(),
@@ -191,132 +163,63 @@ impl Ingress {
         ingress
     }
 
-    /// Receives on a thread of its own until `shutdown`; then every stream ends. So it does when
-    /// this is dropped.
-    ///
-    /// # Panics
-    /// If the thread does.
-    pub async fn run(self, shutdown: CancellationToken) {
-        let sockets: Vec<_> = self.sockets.iter().map(RtpSocket::fd).collect();
-        let sleeper =
-            Bell::new().and_then(|bell| Ok((Sleeper::new(bell.clone(), &sockets)?, bell)));
-        let (mut sleeper, bell) = match sleeper {
-            Ok(sleeper) => sleeper,
-            Err(error) => {
-                tracing::error!("cannot receive: {error}");
-                return;
+    /// Reads from each of these, in their order.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = &Arc<UdpSocket>> {
+        self.sockets.iter().map(RtpSocket::socket)
+    }
+
+    /// Takes what was read from socket `i`.
+    pub(super) fn handle_reads(&mut self, now: Instant, i: usize, reads: &Reads) {
+        if let Some(socket) = self.sockets.get_mut(i) {
+            socket.heard(now);
+        }
+        for train in reads.trains() {
+            for datagram in train.datagrams() {
+                self.handle_datagram(now, i, &train, datagram);
             }
-        };
-        let stop = shutdown.child_token();
-        let _stop_when_dropped = stop.clone().drop_guard();
-        let runtime = Handle::current();
-        let (ended_in, ended) = oneshot::channel::<()>();
-        let thread = thread::Builder::new().name("rtp-receiver".into()).spawn(move || {
-            // Dropped last of all.
-            let _ended = ended_in;
-            // Look-ups and repair connections are begun on this thread.
-            let _inside = runtime.enter();
-            self.receive_until(&stop, &bell, &mut sleeper);
-        });
-        let thread = match thread {
-            Ok(thread) => thread,
-            Err(error) => {
-                tracing::error!("cannot receive: no thread: {error}");
-                return;
-            }
-        };
-        // Nothing is ever sent: an error says that the other end was dropped.
-        let _ = ended.await;
-        if let Err(reason) = thread.join() {
-            panic::resume_unwind(reason);
+        }
+        self.intake.handle_timeout(now);
+        self.send_requests();
+    }
+
+    /// Socket `i` is not read any more; whether RTP can still come by another.
+    pub(super) fn give_up(&mut self, i: usize) -> bool {
+        self.rtp_left -= usize::from(i < self.rtp_sockets);
+        self.rtp_left > 0
+    }
+
+    /// Does what is due.
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        self.intake.handle_timeout(now);
+        if self.next_tick <= now {
+            self.next_tick = now + TICK;
+            self.tick(now);
+        }
+        self.send_requests();
+        for socket in &mut self.sockets {
+            socket.probe(now, &self.probe_metrics);
         }
     }
 
-    fn receive_until(mut self, stop: &CancellationToken, bell: &Arc<Bell>, sleeper: &mut Sleeper) {
-        let waker = Waker::from(bell.clone());
-        let mut cx = Context::from_waker(&waker);
-        let mut stopped = pin!(stop.cancelled());
-        let segments = self.sockets.iter().map(RtpSocket::gro_segments).max().unwrap_or(1);
-        let mut buffers = Buffers::new(segments);
-        let mut next_tick = Instant::now();
-        let mut ready = [false; MAX_SOCKETS];
-        let mut failing = [None; MAX_SOCKETS];
-        loop {
-            if bell.take() | std::mem::take(&mut self.begun) {
-                if stopped.as_mut().poll(&mut cx).is_ready() {
-                    return;
-                }
-                self.handle_inputs(&mut cx);
-            }
-            for (i, ready) in ready.iter_mut().enumerate().filter(|(_, ready)| **ready) {
-                match self.receive(i, &mut buffers) {
-                    Ok(more) => {
-                        *ready = more;
-                        failing[i] = None;
-                    }
-                    Err(error) => {
-                        *ready = false;
-                        if self.tell_failure(i, &mut failing[i], sleeper, &error) {
-                            return;
-                        }
-                    }
-                }
-            }
-            let now = Instant::now();
-            self.intake.handle_timeout(now);
-            if next_tick <= now {
-                next_tick = now + TICK;
-                self.tick(now);
-            }
-            self.send_requests();
-            for socket in &mut self.sockets {
-                socket.probe(now, &self.probe_metrics);
-            }
-            // Those that have more to read are not waited for, nor is what has just begun; and while
-            // one socket never runs dry, the others are read all the same.
-            if self.begun || ready.contains(&true) {
-                ready = self.broken.map(|broken| !broken);
-                continue;
-            }
-            let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
-            let wakes = [self.intake.poll_timeout(), probe];
-            let wake = wakes.into_iter().flatten().fold(next_tick, Instant::min);
-            ready = match sleeper.sleep(now, wake) {
-                Ok(ready) => ready,
-                Err(error) => {
-                    tracing::error!("cannot wait for RTP: {error}");
-                    return;
-                }
-            };
-        }
+    /// When to call [`Ingress::handle_timeout`].
+    pub(super) fn poll_timeout(&self) -> Instant {
+        let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
+        [self.intake.poll_timeout(), probe].into_iter().flatten().fold(self.next_tick, Instant::min)
     }
 
-    /// Socket `i` could not be read. A failure now and then says little: an earlier send's ICMP
-    /// answer is one. A socket that does nothing but fail is given up; tells whether it was the last
-    /// of RTP.
-    fn tell_failure(
-        &mut self,
-        i: usize,
-        failing: &mut Option<Failing>,
-        sleeper: &Sleeper,
-        error: &io::Error,
-    ) -> bool {
-        tracing::debug!(socket = i, "reading RTP: {error}");
-        // It stays ready.
-        thread::sleep(FAILURE_PAUSE);
-        if !Failing::goes_on(failing, Instant::now()) {
-            return false;
-        }
-        tracing::error!(socket = i, "an RTP socket is broken, and not read any more: {error}");
-        if let Some(socket) = self.sockets.get(i) {
-            sleeper.forget(socket.fd());
-        }
-        self.broken[i] = true;
-        self.broken.iter().take(self.rtp_sockets).all(|broken| *broken)
+    /// When a stream is due; not when anything else is.
+    pub(super) fn poll_intake_timeout(&self) -> Option<Instant> {
+        self.intake.poll_timeout()
     }
 
-    /// Takes what came from tokio's threads; what comes later rings the bell.
-    fn handle_inputs(&mut self, cx: &mut Context<'_>) {
+    /// Whether [`Ingress::handle_inputs`] is to be called, though nothing has woken for it.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Takes what came from tokio's threads; what comes later wakes `cx`.
+    pub(super) fn handle_inputs(&mut self, cx: &mut Context<'_>) {
+        self.begun = false;
         if let Some(lookup) = &mut self.lookup
             && let Poll::Ready(found) = Pin::new(lookup).poll(cx)
         {
@@ -337,44 +240,22 @@ impl Ingress {
         self.begun = true;
     }
 
-    /// Reads a batch from a socket; whether there may be more.
-    fn receive(&mut self, i: usize, buffers: &mut Buffers) -> io::Result<bool> {
-        let now = Instant::now();
-        let Some(socket) = self.sockets.get_mut(i) else { return Ok(false) };
-        let count = match socket.receive(now, buffers) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) => return Err(error),
-        };
-        for (from, datagram) in buffers.datagrams(count) {
-            self.handle_datagram(now, i, from, datagram);
-        }
-        Ok(count == Buffers::READS)
-    }
-
-    fn handle_datagram(&mut self, now: Instant, i: usize, from: SocketAddr, datagram: &[u8]) {
-        if i >= self.rtp_sockets || Repair::is_one(datagram) {
+    fn handle_datagram(&mut self, now: Instant, i: usize, train: &Train<'_>, datagram: &[u8]) {
+        let is_rtp = is_rtp(datagram);
+        if i >= self.rtp_sockets || (!is_rtp && Repair::is_one(datagram)) {
             if !self.throws_away() {
                 self.intake.handle_parity(now, Bytes::copy_from_slice(datagram));
             }
             return;
         }
-        if is_probe_message(datagram) {
-            if let (Some(socket), Ok((message, _))) =
-                (self.sockets.get(i), ProbeMessage::parse(datagram))
-            {
-                socket.handle_probe_message(from, message, &self.probe_metrics);
-            }
+        if !is_rtp && self.handle_other(i, train, datagram) {
             return;
         }
-        if let Some((quic_port, api_port)) = parse_announcement(datagram) {
-            if self.must_learn() {
-                let host = from.ip().to_canonical().to_string();
-                self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
-            }
-            return;
-        }
-        if self.must_learn() && self.cloud.is_none() && is_rtp(datagram) {
+        if is_rtp
+            && self.must_learn()
+            && self.cloud.is_none()
+            && let Some(from) = train.from()
+        {
             self.learn_from_source(from.ip());
         }
         if self.throws_away() {
@@ -382,6 +263,26 @@ impl Ingress {
         }
         // There are two sockets of RTP at most.
         self.intake.handle_live(now, datagram, i as u8);
+    }
+
+    /// Takes a datagram that is a probe message or an announcement; whether it was.
+    fn handle_other(&mut self, i: usize, train: &Train<'_>, datagram: &[u8]) -> bool {
+        let announced = parse_announcement(datagram);
+        let is_probe_message = is_probe_message(datagram);
+        let Some(from) = train.from().filter(|_| announced.is_some() || is_probe_message) else {
+            return is_probe_message;
+        };
+        if let Some((quic_port, api_port)) = announced {
+            if self.must_learn() {
+                let host = from.ip().to_canonical().to_string();
+                self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
+            }
+        } else if let (Some(socket), Ok((message, _))) =
+            (self.sockets.get(i), ProbeMessage::parse(datagram))
+        {
+            socket.handle_probe_message(from, message, &self.probe_metrics);
+        }
+        true
     }
 
     /// Whether to lose the next packet on purpose.
@@ -607,19 +508,16 @@ const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
 /// A stream that has been silent for so long may have ended without our being told.
 const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
-/// A socket that can only be failed to read for so long is broken.
-const FAILS_FOR: Duration = Duration::from_secs(1);
-/// An error that stays must not turn into a busy loop.
-const FAILURE_PAUSE: Duration = Duration::from_millis(1);
-/// Events in a row before the sockets get their turn.
+/// Events in a row before what is due has its turn.
 const MAX_EVENTS: usize = 256;
 const EVENT_QUEUE: usize = 4096;
 
 #[cfg(test)]
 mod tests {
     use std::{
-        net::UdpSocket,
+        net::SocketAddr,
         sync::atomic::{AtomicUsize, Ordering},
+        thread,
     };
 
     use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
@@ -693,7 +591,7 @@ mod tests {
         };
         let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
         let probe_metrics = ProbeMetrics::register(&registry).unwrap();
-        let sockets = sockets.map(|socket| RtpSocket::new(socket).unwrap()).into();
+        let sockets = sockets.map(RtpSocket::new).into();
         let ingress = Ingress::new(sockets, Vec::new(), settings, intake, metrics, probe_metrics);
         Rig { ingress, hub, rtp, events }
     }
@@ -814,17 +712,6 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         }
-    }
-
-    #[test]
-    fn a_socket_is_broken_that_does_nothing_but_fail() {
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let mut failing = None;
-        // Once in a while.
-        assert!((0..20).all(|n| !Failing::goes_on(&mut failing, at(n * 500))));
-        let broken = (0..2000).find(|ms| Failing::goes_on(&mut failing, at(20_000 + ms)));
-        assert_eq!(broken, Some(1000));
     }
 
     #[tokio::test]

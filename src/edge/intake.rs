@@ -395,6 +395,9 @@ impl Intake {
 
     /// Does what is due: requests, packets to give up, streams to end.
     pub fn handle_timeout(&mut self, now: Instant) {
+        if self.poll_timeout().is_none_or(|at| at >= now + TIMER_STEP) {
+            return;
+        }
         // Each once: one that is due again at once has its turn at the next call.
         let mut due = self.wakes.split_off(&(now + TIMER_STEP, Ssrc(0)));
         std::mem::swap(&mut due, &mut self.wakes);

@@ -5,6 +5,8 @@ pub mod intake;
 pub mod livestat;
 mod parity;
 pub mod prober;
+mod reads;
+mod receive;
 pub mod socket;
 pub mod stats;
 mod wait;
@@ -80,7 +82,7 @@ impl Edge {
         let bind = |key, addr: &ListenAddr| {
             let addr = node::resolve(key, addr)?;
             udp::receiver(addr, config.multicast_interface.0, config.udp_recv_buffer)
-                .and_then(|socket| Ok((socket.local_addr()?, RtpSocket::new(socket)?)))
+                .and_then(|socket| Ok((socket.local_addr()?, RtpSocket::new(socket))))
                 .map_err(|error| StartError::listen(key, addr, &error))
         };
         let (rtp, socket) = bind("udp_addr", &config.udp_addr)?;
@@ -201,8 +203,7 @@ fn parity_sockets(config: &EdgeConfig, rtp: impl Iterator<Item = SocketAddr>) ->
         let bound = match port {
             Some(port) => {
                 let addr = SocketAddr::new(rtp.ip(), port);
-                udp::receiver(addr, config.multicast_interface.0, PARITY_BUFFER)
-                    .and_then(RtpSocket::new)
+                udp::receiver(addr, config.multicast_interface.0, PARITY_BUFFER).map(RtpSocket::new)
             }
             None => Err(std::io::Error::other("there is no such port")),
         };

@@ -1,17 +1,19 @@
-//! The edge's RTP sockets: many datagrams a read, and which address of the cloud each one probes.
+//! The edge's RTP sockets, and which address of the cloud each one probes.
 
 use std::{
-    io::{self, IoSliceMut},
-    net::{SocketAddr, UdpSocket},
-    os::fd::{AsFd, BorrowedFd},
+    net::{Shutdown, SocketAddr, UdpSocket},
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
-use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
+use socket2::SockRef;
 use tokio::task::JoinSet;
 
-use super::prober::{ProbeMetrics, Prober};
+use super::{
+    prober::{ProbeMetrics, Prober},
+    reads::Reads,
+};
 use crate::{
     config::Destination,
     repair::{control::Nonce, probe::ProbeMessage},
@@ -19,8 +21,7 @@ use crate::{
 
 /// One way by which RTP comes.
 pub struct RtpSocket {
-    socket: UdpSocket,
-    offload: UdpSocketState,
+    socket: Arc<UdpSocket>,
     /// `None` where RTP comes unasked: a group, or an address that the cloud has in its list.
     probing: Option<Probing>,
 }
@@ -33,14 +34,13 @@ struct Probing {
 }
 
 impl RtpSocket {
-    /// Takes a bound socket.
-    ///
-    /// # Errors
-    /// If it cannot be set up.
-    pub fn new(socket: UdpSocket) -> io::Result<Self> {
-        let offload = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        socket.set_nonblocking(true)?;
-        Ok(Self { socket, offload, probing: None })
+    /// Takes a bound socket, one that waits.
+    pub fn new(socket: UdpSocket) -> Self {
+        // Without, it costs more.
+        if let Err(error) = Reads::let_join(&socket) {
+            tracing::info!("the kernel gives RTP packet by packet, at more cost: {error}");
+        }
+        Self { socket: Arc::new(socket), probing: None }
     }
 
     /// Asks the cloud to send RTP here, as the edge's path number `path`: at the address `via`, or
@@ -50,28 +50,16 @@ impl RtpSocket {
         self
     }
 
-    /// The socket, to wait on.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    /// The socket, to read from.
+    pub fn socket(&self) -> &Arc<UdpSocket> {
+        &self.socket
     }
 
-    /// How many datagrams the kernel may put into one.
-    pub fn gro_segments(&self) -> usize {
-        self.offload.gro_segments()
-    }
-
-    /// One batch of reads: how many there were. Fewer than [`Buffers::READS`] have emptied the
-    /// socket.
-    ///
-    /// # Errors
-    /// As recvmmsg(2); that there is nothing to read is one.
-    pub fn receive(&mut self, now: Instant, buffers: &mut Buffers) -> io::Result<usize> {
-        let count = buffers
-            .fill(|slices, meta| self.offload.recv(UdpSockRef::from(&self.socket), slices, meta))?;
+    /// Something came at `now`.
+    pub fn heard(&mut self, now: Instant) {
         if let Some(probing) = &mut self.probing {
             probing.prober.heard(now);
         }
-        Ok(count)
     }
 
     /// The cloud said welcome: it is to be probed where `found` says, once that is known.
@@ -161,12 +149,20 @@ impl RtpSocket {
     }
 
     fn send(&self, to: SocketAddr, message: ProbeMessage, metrics: &ProbeMetrics) {
-        let sent = self.socket.send_to(&message.encode(), to);
+        // The socket is one that waits, for who reads it.
+        let socket = SockRef::from(&*self.socket);
+        let sent = socket.send_to_with_flags(&message.encode(), &to.into(), libc::MSG_DONTWAIT);
         if let Err(error) = &sent {
             tracing::debug!(%to, %error, "a probe cannot be sent");
         }
         metrics.count(&message, sent.is_ok());
     }
+}
+
+/// Ends the calls that wait for what comes to `socket`, and all that come later.
+pub fn end_waits(socket: &UdpSocket) {
+    // That it is not connected is told as an error, and those who wait are woken all the same.
+    let _ = SockRef::from(socket).shutdown(Shutdown::Read);
 }
 
 /// Where the cloud's RTP comes from.
@@ -235,74 +231,12 @@ fn choose(addrs: impl Iterator<Item = SocketAddr>, v4_only: bool) -> Option<Sock
         .map(mapped)
 }
 
-/// Room for one batch of reads, each of which may hold many datagrams of one sender.
-pub struct Buffers {
-    bytes: Vec<u8>,
-    size: usize,
-    meta: [RecvMeta; Buffers::READS],
-}
-
-impl Buffers {
-    /// Reads of a whole batch.
-    pub const READS: usize = 8;
-
-    /// For sockets on which the kernel puts up to `gro_segments` datagrams into one.
-    pub fn new(gro_segments: usize) -> Self {
-        let size = (gro_segments * MAX_DATAGRAM).min(usize::from(u16::MAX));
-        Self { bytes: vec![0; size * Self::READS], size, meta: [RecvMeta::default(); Self::READS] }
-    }
-
-    fn fill(
-        &mut self,
-        recv: impl FnOnce(&mut [IoSliceMut<'_>], &mut [RecvMeta]) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        let mut chunks = self.bytes.chunks_exact_mut(self.size);
-        let mut slices: [_; Self::READS] =
-            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        recv(&mut slices, &mut self.meta)
-    }
-
-    /// The datagrams of the first `count` reads, each with its sender.
-    pub fn datagrams(&self, count: usize) -> impl Iterator<Item = (SocketAddr, &[u8])> {
-        let reads = self.bytes.chunks_exact(self.size).zip(&self.meta).take(count);
-        reads.flat_map(|(bytes, meta)| {
-            let train = &bytes[..meta.len.min(bytes.len())];
-            train.chunks(meta.stride.max(1)).map(move |datagram| (meta.addr, datagram))
-        })
-    }
-}
-
-const MAX_DATAGRAM: usize = 1500;
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_are_taken_apart_into_datagrams() {
-        let mut buffers = Buffers::new(64);
-        let sender = |port| SocketAddr::from(([10, 0, 0, 1], port));
-        let reads = [(10, 100), (100, 100), (20 * 100 + 7, 100), (0, 0)];
-        let count = buffers.fill(|slices, metas| {
-            for (i, (len, stride)) in reads.into_iter().enumerate() {
-                slices[i][..len].iter_mut().zip(0..).for_each(|(byte, n)| *byte = (n / 100) as u8);
-                metas[i].len = len;
-                metas[i].stride = stride;
-                metas[i].addr = sender(i as u16);
-            }
-            Ok(reads.len())
-        });
-        let datagrams: Vec<_> = buffers.datagrams(count.unwrap()).collect();
-        assert_eq!(datagrams.len(), 1 + 1 + 21);
-        assert_eq!(datagrams[0], (sender(0), &[0; 10][..]));
-        assert_eq!(datagrams[1], (sender(1), &[0; 100][..]));
-        for (n, datagram) in datagrams[2..22].iter().enumerate() {
-            assert_eq!(datagram, &(sender(2), &[n as u8; 100][..]));
-        }
-        assert_eq!(datagrams[22], (sender(2), &[20; 7][..]));
-    }
 
     #[test]
     fn a_socket_probes_an_address_that_it_can_reach() {

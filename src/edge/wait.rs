@@ -1,4 +1,4 @@
-//! How the receiving thread sleeps until there is something to do.
+//! How the thread sleeps that does what is due.
 
 use std::{
     fs::File,
@@ -24,23 +24,25 @@ pub struct Bell {
     file: File,
 }
 
-/// One thread's sleep, with sockets, a bell and an alarm clock.
+/// When what is due next is due: a timerfd(2).
 ///
-/// All are in one epoll(7) for good: ppoll(2) would look each of them up anew, each time, which costs
-/// a third of what it takes to be woken and to read. The clock is a timerfd(2) that stays set while
-/// other things end the sleep. A timeout would be set and taken back each time, and that costs more
-/// than the packet does which ends the sleep: where a hypervisor keeps the timer, 5 µs each way.
+/// It stays set while other things end the sleep, and other threads set it while one sleeps, with one
+/// call. A sleep's own timeout would be set and taken back each time, and where a hypervisor keeps
+/// the timer, that is 5 µs each way.
 #[derive(Debug)]
-pub struct Sleeper {
-    bell: Arc<Bell>,
-    epoll: OwnedFd,
-    clock: OwnedFd,
+pub struct Clock {
+    file: Arc<OwnedFd>,
     /// When it goes off next, which may be earlier than needed.
     set: Option<Instant>,
 }
 
-/// Sockets that a [`Sleeper`] takes at most.
-pub const MAX_SOCKETS: usize = 4;
+/// One thread's sleep, with a bell and a clock. Both are in one epoll(7) for good.
+#[derive(Debug)]
+pub struct Sleeper {
+    bell: Arc<Bell>,
+    epoll: OwnedFd,
+    _clock: Arc<OwnedFd>,
+}
 
 impl Bell {
     /// Has rung already, so that who waits for it has a look first.
@@ -72,58 +74,67 @@ impl Wake for Bell {
     }
 }
 
-impl Sleeper {
-    /// For the one thread that `bell` is to wake, as the first [`MAX_SOCKETS`] of `sockets` do. They
-    /// must live as long as this.
+impl Clock {
+    /// Not set.
     ///
     /// # Errors
     /// If the system has no more descriptors to give.
-    pub fn new(bell: Arc<Bell>, sockets: &[BorrowedFd<'_>]) -> io::Result<Self> {
-        let (epoll, clock) = (epoll()?, timerfd()?);
-        let own = [(bell.file.as_fd(), BELL), (clock.as_fd(), CLOCK)];
-        let sockets = sockets.iter().take(MAX_SOCKETS).copied().zip(0..);
-        for (fd, token) in own.into_iter().chain(sockets) {
-            watch(&epoll, fd, token)?;
-        }
-        Ok(Self { bell, epoll, clock, set: None })
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { file: Arc::new(timerfd()?), set: None })
     }
 
-    /// Waits no more for what comes to a socket.
-    pub fn forget(&self, socket: BorrowedFd<'_>) {
-        let (epoll, fd) = (self.epoll.as_raw_fd(), socket.as_raw_fd());
-        // SAFETY: both are open; for this operation there need be no event.
-        // A refusal says that it is not waited for.
-        unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_DEL, fd, ptr::null_mut()) };
-    }
-
-    /// Sleeps until a socket can be read or has failed, the bell rings, or it is `until`, `now` being
-    /// the time: at once if the bell rang since [`Bell::take`]. May wake up for nothing. Tells which
-    /// sockets are ready.
+    /// Sees to it that it goes off at `until`, or before.
     ///
     /// # Errors
-    /// As epoll_wait(2) and timerfd_settime(2).
-    pub fn sleep(&mut self, now: Instant, until: Instant) -> io::Result<[bool; MAX_SOCKETS]> {
+    /// As timerfd_settime(2).
+    pub fn set(&mut self, until: Instant) -> io::Result<()> {
         if self.set.is_none_or(|set| set > until) {
-            set_timer(&self.clock, until.saturating_duration_since(now))?;
+            set_timer(&self.file, until.saturating_duration_since(Instant::now()))?;
             self.set = Some(until);
         }
+        Ok(())
+    }
+
+    /// It has gone off, and is to be set anew, which makes it unreadable too.
+    pub fn went_off(&mut self) {
+        self.set = None;
+    }
+}
+
+impl Sleeper {
+    /// For the one thread that `bell` and `clock` are to wake.
+    ///
+    /// # Errors
+    /// If the system has no more descriptors to give.
+    pub fn new(bell: Arc<Bell>, clock: &Clock) -> io::Result<Self> {
+        let epoll = epoll()?;
+        watch(&epoll, bell.file.as_fd(), BELL)?;
+        watch(&epoll, clock.file.as_fd(), CLOCK)?;
+        Ok(Self { bell, epoll, _clock: clock.file.clone() })
+    }
+
+    /// Sleeps until the bell rings or the clock goes off: not at all if the bell rang since
+    /// [`Bell::take`]. May wake up for nothing. Tells whether the clock went off, which goes on until
+    /// it is set anew.
+    ///
+    /// # Errors
+    /// As epoll_wait(2).
+    pub fn sleep(&self) -> io::Result<bool> {
         // Either this thread sees now that it rang, or who rings sees that this thread sleeps.
         self.bell.asleep.store(true, Ordering::SeqCst);
         let only_look = self.bell.rung.load(Ordering::SeqCst);
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 2 + MAX_SOCKETS];
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 2];
         let result = epoll_wait(&self.epoll, &mut events, only_look);
         self.bell.asleep.store(false, Ordering::SeqCst);
-        let mut ready = [false; MAX_SOCKETS];
+        let mut went_off = false;
         for event in events.iter().take(result?) {
             match event.u64 {
                 // What it counts is of no interest, only that it counts anew.
                 BELL => drop((&self.bell.file).read(&mut [0; 8])),
-                // To be set anew, which makes it unreadable too.
-                CLOCK => self.set = None,
-                socket => ready.iter_mut().skip(socket as usize).take(1).for_each(|r| *r = true),
+                _ => went_off = true,
             }
         }
-        Ok(ready)
+        Ok(went_off)
     }
 }
 
@@ -200,102 +211,78 @@ fn epoll_wait(
     })
 }
 
-/// What epoll tells of a socket is its number.
-const BELL: u64 = u64::MAX;
-const CLOCK: u64 = u64::MAX - 1;
+/// What epoll tells of each.
+const BELL: u64 = 0;
+const CLOCK: u64 = 1;
 
 #[cfg(test)]
 mod tests {
-    use std::{net::UdpSocket, task::Waker, thread};
+    use std::{task::Waker, thread};
 
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
 
-    fn sleeper(sockets: &[UdpSocket]) -> (Arc<Bell>, Sleeper) {
-        let bell = Bell::new().unwrap();
+    fn sleeper() -> (Arc<Bell>, Clock, Sleeper) {
+        let (bell, clock) = (Bell::new().unwrap(), Clock::new().unwrap());
         assert!(bell.take() && !bell.take());
-        let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
-        (bell.clone(), Sleeper::new(bell, &sockets).unwrap())
-    }
-
-    /// Sleeps for at most a minute; how long it was.
-    fn sleep(sleeper: &mut Sleeper) -> ([bool; MAX_SOCKETS], Duration) {
-        let began = Instant::now();
-        let ready = sleeper.sleep(began, began + LONG).unwrap();
-        (ready, began.elapsed())
+        let sleeper = Sleeper::new(bell.clone(), &clock).unwrap();
+        (bell, clock, sleeper)
     }
 
     #[test]
     fn the_bell_ends_a_sleep_and_is_heard_by_who_was_awake() {
-        let (bell, mut sleeper) = sleeper(&[]);
+        let (bell, mut clock, sleeper) = sleeper();
+        let now = Instant::now();
+        clock.set(now + LONG).unwrap();
         Waker::from(bell.clone()).wake();
-        assert!(sleep(&mut sleeper).1 < LONG / 2, "rung before");
+        assert!(!sleeper.sleep().unwrap(), "rung before");
         assert!(bell.take() && !bell.take());
-        let sleeping = thread::spawn(move || sleep(&mut sleeper).1);
+        let sleeping = thread::spawn(move || sleeper.sleep().unwrap());
         while !bell.asleep.load(Ordering::SeqCst) {
             thread::yield_now();
         }
         Waker::from(bell.clone()).wake();
-        assert!(sleeping.join().unwrap() < LONG / 2, "rung while it slept");
+        assert!(!sleeping.join().unwrap(), "rung while it slept");
         assert!(bell.take());
     }
 
     #[test]
     fn a_bell_that_was_heard_does_not_end_the_next_sleep() {
-        let (bell, mut sleeper) = sleeper(&[]);
+        let (bell, mut clock, sleeper) = sleeper();
         let waker = Waker::from(bell.clone());
         for _ in 0..3 {
             bell.asleep.store(true, Ordering::SeqCst);
             waker.wake_by_ref();
-            sleep(&mut sleeper);
+            sleeper.sleep().unwrap();
             assert!(bell.take());
         }
         let (now, little) = (Instant::now(), Duration::from_millis(20));
-        sleeper.sleep(now, now + little).unwrap();
+        clock.set(now + little).unwrap();
+        assert!(sleeper.sleep().unwrap());
         assert!(now.elapsed() >= little);
     }
 
     #[test]
-    fn a_datagram_ends_a_sleep_until_it_is_read() {
-        let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
-        let (_bell, mut sleeper) = sleeper(&sockets);
-        let to = sockets[1].local_addr().unwrap();
-        sockets[0].send_to(b"one", to).unwrap();
-        for _ in 0..2 {
-            let (ready, _) = sleep(&mut sleeper);
-            assert_eq!(ready, [false, true, false, false]);
-        }
-        sockets[1].recv(&mut [0; 9]).unwrap();
-        let (now, little) = (Instant::now(), Duration::from_millis(20));
-        let ready = sleeper.sleep(now, now + little).unwrap();
-        assert_eq!(ready, [false; MAX_SOCKETS]);
-        sockets[0].send_to(b"two", to).unwrap();
-        sleeper.forget(sockets[1].as_fd());
-        let now = Instant::now();
-        assert_eq!(sleeper.sleep(now, now + little).unwrap(), [false; MAX_SOCKETS], "forgotten");
-    }
-
-    #[test]
-    fn the_clock_goes_off_no_sooner_than_asked_and_ends_the_sleep() {
-        let (_bell, mut sleeper) = sleeper(&[]);
+    fn the_clock_goes_off_no_sooner_than_asked_and_whoever_sets_it() {
+        let (_bell, mut clock, sleeper) = sleeper();
         let ms = Duration::from_millis;
         let began = Instant::now();
         // A later time leaves it set to the earlier one, which is then for nothing; an earlier one
         // sets it anew; one that has passed ends the sleep at once.
         for (until, wakes_at) in [(ms(30), ms(30)), (ms(50), ms(50)), (ms(40), ms(50))] {
-            sleeper.sleep(Instant::now(), began + until).unwrap();
+            clock.set(began + until).unwrap();
+            clock.set(began + LONG).unwrap();
+            assert!(sleeper.sleep().unwrap());
             assert!(began.elapsed() >= wakes_at, "{:?}", began.elapsed());
+            clock.went_off();
         }
         let now = Instant::now();
-        sleeper.set = Some(now + LONG);
-        sleeper.sleep(now, now + ms(5)).unwrap();
+        clock.set(now + LONG).unwrap();
+        let sleeping = thread::spawn(move || sleeper.sleep().unwrap());
+        // Whether it sleeps already or not.
+        clock.set(now + ms(5)).unwrap();
+        assert!(sleeping.join().unwrap());
         assert!((ms(5)..LONG / 2).contains(&now.elapsed()));
-        let now = Instant::now();
-        set_timer(&sleeper.clock, ms(5)).unwrap();
-        sleeper.set = Some(now + ms(5));
-        sleeper.sleep(now, now + LONG).unwrap();
-        assert_eq!(sleeper.set, None, "woken for nothing");
-        assert!(now.elapsed() < LONG / 2);
     }
 }

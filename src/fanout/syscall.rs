@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use crate::os::{Name, set_option};
+
 /// Room for the messages of one `sendmmsg` call, to be used again and again.
 ///
 /// What is the same for all messages is written once: where each header finds its address, its bytes
@@ -188,20 +190,8 @@ pub(super) fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
 pub(super) fn give_all_to_first(any: &UdpSocket) -> io::Result<()> {
     let mut first = [libc::sock_filter { code: libc::BPF_RET as u16, jt: 0, jf: 0, k: 0 }];
     let program = libc::sock_fprog { len: 1, filter: first.as_mut_ptr() };
-    // SAFETY: it reads the program, of the length that it gives, and copies it.
-    let set = unsafe {
-        libc::setsockopt(
-            any.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_ATTACH_REUSEPORT_CBPF,
-            (&raw const program).cast(),
-            size_of::<libc::sock_fprog>() as libc::socklen_t,
-        )
-    };
-    match set {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    // SAFETY: it is a program of the length that it gives, which the kernel copies.
+    unsafe { set_option(any, libc::SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, &program) }
 }
 
 #[derive(Clone, Copy)]
@@ -209,60 +199,6 @@ struct Slot {
     to: Name,
     bytes: libc::iovec,
     control: Control,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-union Name {
-    family: libc::sa_family_t,
-    v4: libc::sockaddr_in,
-    v6: libc::sockaddr_in6,
-}
-
-impl From<SocketAddr> for Name {
-    fn from(addr: SocketAddr) -> Self {
-        match addr {
-            SocketAddr::V4(addr) => Self {
-                v4: libc::sockaddr_in {
-                    sin_family: libc::AF_INET as libc::sa_family_t,
-                    sin_port: addr.port().to_be(),
-                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(addr.ip().octets()) },
-                    sin_zero: [0; 8],
-                },
-            },
-            SocketAddr::V6(addr) => Self {
-                v6: libc::sockaddr_in6 {
-                    sin6_family: libc::AF_INET6 as libc::sa_family_t,
-                    sin6_port: addr.port().to_be(),
-                    sin6_flowinfo: addr.flowinfo(),
-                    sin6_addr: libc::in6_addr { s6_addr: addr.ip().octets() },
-                    sin6_scope_id: addr.scope_id(),
-                },
-            },
-        }
-    }
-}
-
-impl Name {
-    fn get(&self) -> Option<SocketAddr> {
-        // SAFETY: all three begin with the family, which says which of them it is; all zeroes, with
-        // which it began, are a value of each.
-        unsafe {
-            match i32::from(self.family) {
-                libc::AF_INET => {
-                    let ip = self.v4.sin_addr.s_addr.to_ne_bytes();
-                    Some((ip, u16::from_be(self.v4.sin_port)).into())
-                }
-                libc::AF_INET6 => {
-                    let v6 = self.v6;
-                    let (ip, port) = (v6.sin6_addr.s6_addr.into(), u16::from_be(v6.sin6_port));
-                    let (flow, scope) = (v6.sin6_flowinfo, v6.sin6_scope_id);
-                    Some(std::net::SocketAddrV6::new(ip, port, flow, scope).into())
-                }
-                _ => None,
-            }
-        }
-    }
 }
 
 /// `UDP_SEGMENT` as a control message (udp(7)): `CMSG_SPACE` of a u16.
@@ -311,16 +247,6 @@ mod tests {
         assert_eq!((messages.len(), messages.send(&sender, 0).unwrap()), (0, 0));
         while messages.push(whole) {}
         assert!(messages.is_full());
-    }
-
-    #[test]
-    fn addresses_of_both_families_come_back() {
-        for text in ["10.1.2.3:65535", "[2001:db8::7]:1", "[fe80::1%3]:5222"] {
-            let addr: SocketAddr = text.parse().unwrap();
-            assert_eq!(Name::from(addr).get(), Some(addr));
-        }
-        // SAFETY: as in `Batch::new`.
-        assert_eq!(unsafe { mem::zeroed::<Name>() }.get(), None);
     }
 
     #[test]
