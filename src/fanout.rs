@@ -42,7 +42,7 @@ pub struct Settings {
     pub port: u16,
     /// Options for multicast destinations.
     pub multicast: MulticastOut,
-    /// Bytes to ask of the kernel for the send buffer.
+    /// Bytes to ask of the kernel for the workers' send buffers together; each has 1 MiB at least.
     pub send_buffer: usize,
     /// Bytes of bursts that may wait for each worker, of one stream a quarter of that; more are not
     /// sent but counted, and edges find them in the history.

@@ -69,7 +69,7 @@ pub fn sender(
     }
     socket.bind(&addr.into())?;
     let granted = enlarge(buffer, |n| socket.set_send_buffer_size(n), || socket.send_buffer_size());
-    // Once for all that share a port: the first of them had it for itself.
+    // Once for all that share a port: the first of them had it for itself, and asks for as much.
     if port == Port::Own {
         warn_if_small("net.core.wmem_max", buffer, granted);
     }

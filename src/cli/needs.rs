@@ -44,9 +44,9 @@ pub(super) fn of_edge(config: &EdgeConfig) -> Needs {
     }
 }
 
-/// Connections to the API, and what a node has open besides: listening sockets, UDP sockets, log
-/// files, the runtime's own.
-const OTHER_DESCRIPTORS: u64 = CONNECTIONS_BESIDE_VIEWERS as u64 + 100;
+/// Connections to the API, and what a node has open besides: listening sockets, UDP sockets (two for
+/// each of up to 64 workers of a cloud's fan-out), log files, the runtime's own.
+const OTHER_DESCRIPTORS: u64 = CONNECTIONS_BESIDE_VIEWERS as u64 + 230;
 
 #[cfg(test)]
 mod tests {
@@ -55,18 +55,18 @@ mod tests {
     #[test]
     fn what_the_settings_allow_is_needed() {
         let cloud = of_cloud(&CloudConfig::default());
-        assert_eq!(cloud.descriptors, (8192 + 1124, "rtmp_max_connections"));
+        assert_eq!(cloud.descriptors, (8192 + 1254, "rtmp_max_connections"));
         assert_eq!((cloud.connections.0, cloud.streams_in), (8192, 0));
         let recording = CloudConfig { enable_record: true, ..CloudConfig::default() };
         let settings = "rtmp_max_connections and, for recordings, max_streams";
-        assert_eq!(of_cloud(&recording).descriptors, (8192 + 1000 + 1124, settings));
+        assert_eq!(of_cloud(&recording).descriptors, (8192 + 1000 + 1254, settings));
 
         let edge = of_edge(&EdgeConfig::default());
-        assert_eq!(edge.descriptors, (10_000 + 1124, "max_viewers"));
+        assert_eq!(edge.descriptors, (10_000 + 1254, "max_viewers"));
         assert_eq!((edge.receive_buffer, edge.receivers), (Some(8 << 20), 1));
         let udp_addr_2 = Some(crate::config::ListenAddr::any(5223));
         let two = EdgeConfig { enable_record: true, udp_addr_2, ..EdgeConfig::default() };
         let two = of_edge(&two);
-        assert_eq!((two.receivers, two.descriptors.0), (2, 12_124));
+        assert_eq!((two.receivers, two.descriptors.0), (2, 12_254));
     }
 }

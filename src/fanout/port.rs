@@ -18,7 +18,7 @@ pub type OnDatagrams = Arc<dyn Fn(SocketAddr, &[u8]) -> Vec<Bytes> + Send + Sync
 
 /// Reads, on a thread of its own, until nobody holds what `alive` watches.
 ///
-/// It shares the socket with the workers and nothing else. It must leave the socket blocking.
+/// The socket is the reader's, or all workers' where there is only one. It stays a blocking one.
 pub(super) fn spawn<T: Send + Sync + 'static>(
     socket: Arc<UdpSocket>,
     on_datagrams: &OnDatagrams,

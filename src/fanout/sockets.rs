@@ -4,7 +4,7 @@
 //! send from it. If they did so from one socket, each datagram would cost them the counters of its
 //! memory, which they would take from each other's caches, and a look at who waits for the socket:
 //! its reader does. So they have sockets of their own, which share the port (SO_REUSEPORT,
-//! socket(7)), and a last one, from which nobody sends, gets all that comes.
+//! socket(7)), and all that comes goes to the first one, which is the reader's.
 
 use std::{
     io,
@@ -73,6 +73,8 @@ struct Family {
 impl Family {
     fn open(addr: SocketAddr, settings: &Settings, workers: usize) -> io::Result<Self> {
         let (buffer, multicast) = (settings.send_buffer, settings.multicast);
+        // What the kernel holds is late, and is counted by nobody: not that much for each of many.
+        let share = (buffer / workers.max(1)).max(LEAST_SEND_BUFFER.min(buffer));
         // That port is taken first, by itself: what is taken already must not be shared.
         let reader = udp::sender(addr, Port::Own, buffer, multicast)?;
         let addr = reader.local_addr()?;
@@ -85,7 +87,7 @@ impl Family {
         };
         let own = || -> io::Result<Vec<_>> {
             SockRef::from(&reader).set_reuse_port(true)?;
-            let open = |_| prepare(udp::sender(addr, Port::Shared, buffer, multicast)?);
+            let open = |_| prepare(udp::sender(addr, Port::Shared, share, multicast)?);
             let senders = (0..workers).map(open).collect::<io::Result<_>>()?;
             give_all_to_first(&reader)?;
             Ok(senders)
@@ -95,7 +97,8 @@ impl Family {
             Err(error) => {
                 // A sandbox may not have it.
                 tracing::info!("workers send RTP from one socket, at more cost: {error}");
-                SockRef::from(&reader).set_reuse_port(false)?;
+                // If not even that could be set, this cannot either, and need not be.
+                let _ = SockRef::from(&reader).set_reuse_port(false);
                 let sender = prepare(reader)?;
                 let reader = sender.socket.clone();
                 Ok(Self { senders: vec![sender; workers], reader })
@@ -103,6 +106,9 @@ impl Family {
         }
     }
 }
+
+/// Bytes: some twenty of the longest trains.
+const LEAST_SEND_BUFFER: usize = 1 << 20;
 
 #[cfg(test)]
 mod tests {
