@@ -3,18 +3,23 @@
 use bytes::BytesMut;
 
 use super::{Packet, Seq, packet::Header};
-use crate::flv::{
-    Tag,
-    tag::{TagError, TagHeader},
+use crate::{
+    block::Block,
+    flv::{
+        Tag,
+        tag::{TagError, TagHeader},
+    },
 };
 
 /// Puts one publication's packets, given in order and with losses told, back into tags.
 ///
 /// After a loss it drops the tag that the loss cut and goes on with the next whole one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Depacketizer {
     state: State,
     partial: BytesMut,
+    /// Memory of short tags.
+    block: Block,
     /// Packets that `partial` is made of.
     held: u64,
     /// Bytes of header and body that `partial` will have.
@@ -37,10 +42,9 @@ pub struct Damage {
     pub malformed: u64,
 }
 
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// The next packet begins a tag.
-    #[default]
     Boundary,
     /// Inside a tag of which every byte so far is held.
     Inside,
@@ -51,12 +55,21 @@ enum State {
 impl Depacketizer {
     /// For a publication that is received from its first packet, or from a tag's first.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            state: State::Boundary,
+            partial: BytesMut::new(),
+            block: Block::of(BLOCK_LEN),
+            held: 0,
+            expected: 0,
+            last_seq: Seq::default(),
+            slice_len: 0,
+            damage: Damage::default(),
+        }
     }
 
     /// For a publication that is joined anywhere: packets are skipped until a tag begins.
     pub fn joining() -> Self {
-        Self { state: State::Lost, ..Self::default() }
+        Self { state: State::Lost, ..Self::new() }
     }
 
     /// Takes the next packet in order; gives the tag that it completes.
@@ -143,8 +156,12 @@ impl Depacketizer {
         self.expected = Tag::HEADER_LEN + header.body_len;
         // All of it at once where it is a few packets, so that it need not move as it grows. A header
         // that lies about its length reserves no more than that.
-        let room = if marker { payload.len() } else { self.expected.min(RESERVED * payload.len()) };
-        self.partial = BytesMut::with_capacity(room + Tag::TRAILER_LEN);
+        let few = if marker { payload.len() } else { RESERVED * payload.len() };
+        self.partial = match self.expected <= few {
+            true => self.block.room(self.expected + Tag::TRAILER_LEN),
+            // It will grow, which what is part of a block must not.
+            false => BytesMut::with_capacity(few + Tag::TRAILER_LEN),
+        };
         true
     }
 
@@ -157,6 +174,12 @@ impl Depacketizer {
     /// After a useless packet: its marker shows where the next tag begins.
     fn skip(&mut self, marker: bool) {
         self.state = if marker { State::Boundary } else { State::Lost };
+    }
+}
+
+impl Default for Depacketizer {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -175,6 +198,8 @@ fn begins_tag(payload: &[u8], marker: bool) -> bool {
 
 /// First packets' lengths: most frames have no more.
 const RESERVED: usize = 8;
+/// Most frames of up to 2 Mbit/s come out of blocks.
+const BLOCK_LEN: usize = 32 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -220,6 +245,20 @@ mod tests {
         assert_eq!(depacketizer.take_damage(), damage(6, 1));
         let whole: Vec<_> = packets(&burst).filter_map(|p| depacketizer.packet(&p)).collect();
         assert_eq!((whole, depacketizer.take_damage()), (vec![tag], None));
+    }
+
+    #[test]
+    fn a_tag_holds_little_more_memory_than_it_has_bytes() {
+        for (payload_max, len) in [(512, 5000), (512, 3000), (1120, 8900), (1120, 20_000)] {
+            let tag = Tag::new(TagKind::Video, 0, &vec![7; len]).unwrap();
+            let burst = Packetizer::new(Ssrc(7), payload_max).packetize(&tag);
+            let mut depacketizer = Depacketizer::new();
+            for packet in packets(&burst).take(burst.count() - 1) {
+                assert_eq!(depacketizer.packet(&packet), None);
+                let capacity = depacketizer.partial.capacity();
+                assert!(capacity <= 2 * (len + 15), "{capacity} bytes for {len} at {payload_max}");
+            }
+        }
     }
 
     proptest! {

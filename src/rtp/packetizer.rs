@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 
 use super::{
     Seq, Ssrc,
     packet::{HEADER_LEN, Header, PAYLOAD_TYPE},
 };
-use crate::flv::Tag;
+use crate::{block::Block, flv::Tag};
 
 /// Slices one publication's tags into RTP packets.
 ///
@@ -20,8 +20,8 @@ pub struct Packetizer {
     ssrc: Ssrc,
     next_seq: Seq,
     payload_max: usize,
-    /// Room for the next short bursts.
-    block: BytesMut,
+    /// Memory of short bursts.
+    block: Block,
 }
 
 impl Packetizer {
@@ -36,7 +36,7 @@ impl Packetizer {
     /// [`Self::PAYLOAD_LEAST`]`..=`[`Self::PAYLOAD_LIMIT`].
     pub fn new(ssrc: Ssrc, payload_max: usize) -> Self {
         let payload_max = payload_max.clamp(Self::PAYLOAD_LEAST, Self::PAYLOAD_LIMIT);
-        Self { ssrc, next_seq: Seq::FIRST, payload_max, block: BytesMut::new() }
+        Self { ssrc, next_seq: Seq::FIRST, payload_max, block: Block::of(BLOCK_LEN) }
     }
 
     /// Packs one tag. A copy of its bytes is the only one that the whole cloud makes.
@@ -46,19 +46,7 @@ impl Packetizer {
         let timestamp = tag.timestamp().wrapping_mul(CLOCK_KHZ);
         let first_seq = self.next_seq;
         let len = unit.len() + count * HEADER_LEN;
-        let mut own = BytesMut::new();
-        let bytes = match len > SHARING_LEN {
-            true => {
-                own.reserve(len);
-                &mut own
-            }
-            false => {
-                if self.block.capacity() < len {
-                    self.block = BytesMut::with_capacity(BLOCK_LEN);
-                }
-                &mut self.block
-            }
-        };
+        let mut bytes = self.block.room(len);
         for (i, slice) in unit.chunks(self.payload_max).enumerate() {
             let header = Header {
                 marker: i + 1 == count,
@@ -71,9 +59,7 @@ impl Packetizer {
             bytes.put_slice(slice);
         }
         self.next_seq = first_seq.plus(count);
-        // What is left of a block is for the next one.
-        let bytes = bytes.split().freeze();
-        Burst { bytes, stride: (HEADER_LEN + self.payload_max) as u16, first_seq }
+        Burst { bytes: bytes.freeze(), stride: (HEADER_LEN + self.payload_max) as u16, first_seq }
     }
 
     /// The sequence number that the next packet will have.
@@ -136,11 +122,9 @@ impl Burst {
     }
 }
 
-/// Bytes of a block: some twenty bursts of a slow stream, which spares each of them its share of an
+/// Bytes of a block at most: some twenty bursts of a slow stream, which spares each of them its share of an
 /// allocator's work and bookkeeping. A stream that is not sent to any more holds one or two.
 const BLOCK_LEN: usize = 8 << 10;
-/// Longer bursts have memory of their own, so that at most a quarter of a block stays empty.
-const SHARING_LEN: usize = BLOCK_LEN / 4;
 /// RTP ticks a millisecond: the 90 kHz clock of RFC 3551 §5 for video.
 const CLOCK_KHZ: u32 = 90;
 
