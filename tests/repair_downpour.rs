@@ -56,7 +56,8 @@ async fn stream_up(edge: &mut Edge) -> StreamInfo {
 }
 
 async fn heartbeat(edge: &mut Edge, wanted: Heartbeat) {
-    edge.wait(|event| (event == RepairEvent::Heartbeat(wanted)).then_some(())).await;
+    let is_it = |event| matches!(event, RepairEvent::Heartbeats(beats) if beats.contains(&wanted));
+    edge.wait(|event| is_it(event).then_some(())).await;
 }
 
 #[tokio::test]

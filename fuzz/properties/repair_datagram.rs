@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use bytes::Bytes;
 use downpour::{
-    repair::message::{Gone, Message, Nack, encode_repair},
+    repair::message::{Gone, Heartbeat, Message, Nack, encode_repair},
     rtp::Seq,
 };
 
@@ -47,8 +47,14 @@ pub fn check(data: &[u8]) {
             });
         }
         Message::Repair(packet) => assert_eq!(encode_repair(&packet), data),
-        Message::Heartbeat(heartbeat) => {
-            assert_eq!(Message::parse(heartbeat.encode()), Ok(Message::Heartbeat(heartbeat)));
+        Message::Heartbeats(heartbeats) => {
+            let parts = Heartbeat::encode(&heartbeats, max_len).map(|datagram| {
+                match reread(datagram, max_len) {
+                    Message::Heartbeats(part) => part,
+                    other => panic!("heartbeats became {other:?}"),
+                }
+            });
+            assert_eq!(parts.collect::<Vec<_>>().concat(), heartbeats);
         }
     }
 }

@@ -331,7 +331,11 @@ impl Ingress {
                 intake.handle_packet(now, packet, Path::Repair);
             }
             RepairEvent::Gone(gone) => intake.gone(now, gone.ssrc, &gone.seqs),
-            RepairEvent::Heartbeat(beat) => intake.heartbeat(now, beat.ssrc, beat.last),
+            RepairEvent::Heartbeats(beats) => {
+                for beat in beats {
+                    intake.heartbeat(now, beat.ssrc, beat.last);
+                }
+            }
         }
     }
 

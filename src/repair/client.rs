@@ -137,8 +137,8 @@ pub enum RepairEvent {
     Repair(Bytes),
     /// Packets that the cloud no longer holds.
     Gone(Gone),
-    /// How far a stream has come.
-    Heartbeat(Heartbeat),
+    /// How far streams have come.
+    Heartbeats(Vec<Heartbeat>),
 }
 
 impl RepairClient {

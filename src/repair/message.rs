@@ -8,7 +8,7 @@
 //! | 1 `nack` | copies u8 (1..=3), ssrc u32, slack u16, one or more pairs |
 //! | 2 `repair` | one whole RTP packet |
 //! | 3 `gone` | reserved u8, ssrc u32, one or more pairs |
-//! | 4 `heartbeat` | reserved u8, ssrc u32, last sequence number u16 |
+//! | 4 `heartbeat` | reserved u8, one or more of: ssrc u32, last sequence number u16 |
 //!
 //! A pair is PID u16, BLP u16 as in a generic NACK (RFC 4585 §6.2.1): a sequence number, and a bit
 //! for each of the sixteen that follow it.
@@ -26,8 +26,8 @@ pub enum Message {
     Repair(Bytes),
     /// Cloud to edge: these are no longer held, or were never sent.
     Gone(Gone),
-    /// Cloud to edge: how far a stream has come, so that a lost tail shows.
-    Heartbeat(Heartbeat),
+    /// Cloud to edge: how far streams have come, so that a lost tail shows.
+    Heartbeats(Vec<Heartbeat>),
 }
 
 impl Message {
@@ -62,9 +62,15 @@ impl Message {
                 Ok(Self::Gone(Gone { ssrc, seqs: parse_pairs(pairs)? }))
             }
             TYPE_HEARTBEAT => {
-                let (_, ssrc, last) = split_head(rest)?;
-                let last = last.try_into().map_err(|_| MessageError::Truncated)?;
-                Ok(Self::Heartbeat(Heartbeat { ssrc, last: Seq(u16::from_be_bytes(last)) }))
+                let Some((_, beats)) = rest.split_first() else {
+                    return Err(MessageError::Truncated);
+                };
+                match beats.as_chunks::<BEAT_LEN>() {
+                    ([], _) | (_, [_, ..]) => Err(MessageError::Truncated),
+                    (beats, []) => {
+                        Ok(Self::Heartbeats(beats.iter().copied().map(Heartbeat::from).collect()))
+                    }
+                }
             }
             _ => Err(MessageError::UnknownType(kind)),
         }
@@ -124,14 +130,25 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// The datagram, 8 bytes.
-    pub fn encode(&self) -> Bytes {
-        let mut datagram = BytesMut::with_capacity(HEAD_LEN + 2);
-        datagram.put_u8(TYPE_HEARTBEAT);
-        datagram.put_u8(0);
-        datagram.put_u32(self.ssrc.0);
-        datagram.put_u16(self.last.0);
-        datagram.freeze()
+    /// Datagrams of at most `max_len` bytes each, or of one heartbeat where that is less.
+    pub fn encode(beats: &[Self], max_len: usize) -> impl Iterator<Item = Bytes> {
+        let room = max_len.min(Message::MAX_LEN).saturating_sub(2);
+        beats.chunks((room / BEAT_LEN).max(1)).map(|beats| {
+            let mut datagram = BytesMut::with_capacity(2 + beats.len() * BEAT_LEN);
+            datagram.put_slice(&[TYPE_HEARTBEAT, 0]);
+            for Self { ssrc, last } in beats {
+                datagram.put_u32(ssrc.0);
+                datagram.put_u16(last.0);
+            }
+            datagram.freeze()
+        })
+    }
+}
+
+impl From<[u8; BEAT_LEN]> for Heartbeat {
+    fn from([s0, s1, s2, s3, l0, l1]: [u8; BEAT_LEN]) -> Self {
+        let ssrc = Ssrc(u32::from_be_bytes([s0, s1, s2, s3]));
+        Self { ssrc, last: Seq(u16::from_be_bytes([l0, l1])) }
     }
 }
 
@@ -254,6 +271,8 @@ const TYPE_HEARTBEAT: u8 = 4;
 /// Type, copies or reserved, SSRC.
 const HEAD_LEN: usize = 6;
 const PAIR_LEN: usize = 4;
+/// SSRC, sequence number.
+const BEAT_LEN: usize = 6;
 
 #[cfg(test)]
 mod tests {
@@ -296,8 +315,19 @@ mod tests {
 
     #[test]
     fn the_small_ones_survive_the_trip() {
-        let beat = Heartbeat { ssrc: Ssrc(7), last: Seq(65000) };
-        assert_eq!(Message::parse(beat.encode()), Ok(Message::Heartbeat(beat)));
+        let beats = [7, 8, 9].map(|ssrc| Heartbeat { ssrc: Ssrc(ssrc), last: Seq(65000) });
+        for (max_len, lens) in [(1200, vec![20]), (14, vec![14, 8]), (0, vec![8; 3])] {
+            let datagrams: Vec<_> = Heartbeat::encode(&beats, max_len).collect();
+            assert_eq!(datagrams.iter().map(Bytes::len).collect::<Vec<_>>(), lens);
+            let parsed = datagrams.into_iter().map(|datagram| match Message::parse(datagram) {
+                Ok(Message::Heartbeats(beats)) => beats,
+                other => panic!("heartbeats became {other:?}"),
+            });
+            assert_eq!(parsed.collect::<Vec<_>>().concat(), beats);
+        }
+        for cut in [&[4][..], &[4, 0], &[4, 0, 1, 2, 3, 4, 5], &[4, 0, 1, 2, 3, 4, 5, 6, 7]] {
+            assert_eq!(Message::parse(Bytes::from_static(cut)), Err(MessageError::Truncated));
+        }
         let packet = Bytes::from_static(b"\x80\x64 twelve bytes or more");
         assert_eq!(Message::parse(encode_repair(&packet)), Ok(Message::Repair(packet)));
     }

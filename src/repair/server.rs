@@ -287,7 +287,7 @@ struct Shared {
     edges: AtomicU64,
     /// Bytes a second of all streams, and when that was found.
     total_rate: Mutex<(Instant, Option<u64>)>,
-    heartbeats: broadcast::Sender<Heartbeat>,
+    heartbeats: broadcast::Sender<Arc<[Heartbeat]>>,
 }
 
 /// What one handshake came to.
@@ -497,13 +497,10 @@ async fn beat(shared: Arc<Shared>) {
             .iter()
             .filter(|stream| !stream.ended())
             .filter_map(|stream| Some((stream.ssrc(), stream.left_seq()?)));
-        for (number, heartbeat) in (1..).zip(heartbeats.poll(Instant::now(), live)) {
+        let due = heartbeats.poll(Instant::now(), live);
+        if !due.is_empty() {
             // An error only says that nobody listens.
-            let _ = shared.heartbeats.send(heartbeat);
-            if number % (HEARTBEAT_BACKLOG / 4) == 0 {
-                // For the connections, to take them.
-                tokio::task::yield_now().await;
-            }
+            let _ = shared.heartbeats.send(due.into());
         }
     }
 }
@@ -520,5 +517,5 @@ const MIN_REPAIR_RATE: u64 = 16 * 1024;
 const BURST_SECONDS: u64 = 10;
 /// How old a budget may be before it is worked out anew.
 const BUDGET_AGE: Duration = Duration::from_secs(1);
-/// Heartbeats kept for a connection that is busy; it misses older ones.
-const HEARTBEAT_BACKLOG: usize = 1024;
+/// Rounds of heartbeats kept for a connection that is busy; it misses older ones.
+const HEARTBEAT_BACKLOG: usize = 16;

@@ -199,7 +199,8 @@ impl<'a> World<'a> {
             if beat_due <= self.now {
                 beat_due = self.now + HEARTBEAT;
                 if let Some(last) = self.history.newest_seq().filter(|_| self.out.sent > 0) {
-                    let beat = Heartbeat { ssrc: SSRC, last }.encode();
+                    let beat = [Heartbeat { ssrc: SSRC, last }];
+                    let beat = Heartbeat::encode(&beat, 1200).next().unwrap();
                     self.extra_bytes += beat.len() + QUIC_HEADERS;
                     self.down.send(self.now, beat);
                 }
@@ -249,7 +250,11 @@ impl<'a> World<'a> {
                     self.receiver.handle_packet(self.now, packet, Path::Repair);
                 }
                 Message::Gone(gone) => self.receiver.handle_gone(self.now, gone.seqs),
-                Message::Heartbeat(beat) => self.receiver.handle_heartbeat(self.now, beat.last),
+                Message::Heartbeats(beats) => {
+                    for beat in beats {
+                        self.receiver.handle_heartbeat(self.now, beat.last);
+                    }
+                }
                 Message::Nack(_) => unreachable!("the cloud asks for nothing"),
             }
         }

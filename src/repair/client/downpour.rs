@@ -180,7 +180,7 @@ async fn receive(
         match message.and_then(Message::parse) {
             Ok(Message::Repair(packet)) => events.offer(RepairEvent::Repair(packet))?,
             Ok(Message::Gone(gone)) => events.offer(RepairEvent::Gone(gone))?,
-            Ok(Message::Heartbeat(beat)) => events.offer(RepairEvent::Heartbeat(beat))?,
+            Ok(Message::Heartbeats(beats)) => events.offer(RepairEvent::Heartbeats(beats))?,
             Ok(Message::Nack(_)) => {
                 return Err(Disconnect::Malformed("a nack, which only an edge sends".into()));
             }

@@ -60,9 +60,8 @@ impl Heartbeats {
         if count < self.streams.len() {
             self.streams.retain(|_, beat| beat.polls == self.polls);
         }
-        // A connection that is behind misses the first ones.
-        due.append(&mut urgent);
-        due
+        urgent.append(&mut due);
+        urgent
     }
 }
 

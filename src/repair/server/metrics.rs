@@ -54,7 +54,7 @@ pub struct RepairServerMetrics {
     pub answered_by_group: IntCounter,
     /// Times that an edge turned out to claim a group that this cloud does not send to.
     pub unknown_group: IntCounter,
-    /// Heartbeats sent.
+    /// Datagrams of heartbeats sent.
     pub heartbeats: IntCounter,
     /// Bugs: tasks that panicked.
     pub panics: IntCounter,
@@ -152,7 +152,10 @@ impl RepairServerMetrics {
                 "Packets asked for that had just been sent to the group",
             )?,
             unknown_group: counter("unknown_group_total", "Claims to groups that are not ours")?,
-            heartbeats: counter("heartbeats_total", "Heartbeats sent")?,
+            heartbeats: counter(
+                "heartbeats_total",
+                "Datagrams sent that tell how far streams have come",
+            )?,
             panics: counter("panics_total", "Tasks that panicked")?,
         })
     }

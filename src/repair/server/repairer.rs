@@ -96,7 +96,7 @@ impl<'a> Repairer<'a> {
     pub(super) async fn run(
         mut self,
         mut streams: mpsc::Receiver<Result<Bytes, MessageError>>,
-        mut heartbeats: broadcast::Receiver<Heartbeat>,
+        mut heartbeats: broadcast::Receiver<Arc<[Heartbeat]>>,
     ) -> Result<(), EdgeError> {
         loop {
             let blocked = self.blocked.map(|(until, _)| until);
@@ -104,8 +104,8 @@ impl<'a> Repairer<'a> {
             tokio::select! {
                 datagram = self.connection.read_datagram() => self.handle(datagram?)?,
                 Some(message) = streams.recv() => self.handle(message?)?,
-                beat = heartbeats.recv() => if let Ok(beat) = beat {
-                    self.heartbeat(beat)?;
+                beats = heartbeats.recv() => if let Ok(beats) = beats {
+                    self.heartbeat(&beats)?;
                 },
                 () = sleep_until(wake.unwrap_or_else(Instant::now).into()), if wake.is_some() => {
                     self.send_due()?;
@@ -384,12 +384,16 @@ impl<'a> Repairer<'a> {
         true
     }
 
-    fn heartbeat(&mut self, beat: Heartbeat) -> Result<(), EdgeError> {
-        if !lock(self.subscription).was_told(beat.ssrc) {
-            return Ok(());
-        }
-        if self.connection.max_datagram_size().is_some() && self.send_datagram(beat.encode())? {
-            self.shared.metrics.heartbeats.inc();
+    fn heartbeat(&mut self, beats: &[Heartbeat]) -> Result<(), EdgeError> {
+        let beats: Vec<_> = {
+            let subscription = lock(self.subscription);
+            beats.iter().filter(|beat| subscription.was_told(beat.ssrc)).copied().collect()
+        };
+        let Some(max_len) = self.connection.max_datagram_size() else { return Ok(()) };
+        for datagram in Heartbeat::encode(&beats, max_len) {
+            if self.send_datagram(datagram)? {
+                self.shared.metrics.heartbeats.inc();
+            }
         }
         Ok(())
     }
