@@ -233,8 +233,9 @@ proptest! {
     /// receiver tells whether packets were offered to it first.
     #[test]
     fn the_short_way_for_packets_in_order_comes_to_the_same(
-        steps in proptest::collection::vec((0u8..20, 0u64..40, any::<bool>()), 1..400),
+        steps in proptest::collection::vec((0u8..24, 0u64..40, any::<bool>()), 1..300),
         starts_at in proptest::option::of(Just(Seq::FIRST)),
+        two_paths in any::<bool>(),
     ) {
         let mut now = Instant::now();
         let new = || match starts_at {
@@ -245,7 +246,21 @@ proptest! {
         let (mut next, mut taken) = (Seq::FIRST.0, 0);
         for (what, ms, second) in steps {
             now += Duration::from_millis(ms);
-            let path = u8::from(second && what > 10);
+            let path = u8::from(two_paths && second && what > 10);
+            // Many in a row, of which nothing is heard until something else comes.
+            for _ in 0..if what >= 20 { ms * 5 } else { 0 } {
+                now += Duration::from_micros(300);
+                let packet = numbered(next);
+                long.handle_packet(now, packet.clone(), Path::Live(path));
+                match short.handle_next(now, Seq(next), path) {
+                    true => {
+                        taken += 1;
+                        prop_assert_eq!(long.poll_event(), Some(Event::Packet(packet)));
+                    }
+                    false => short.handle_packet(now, packet, Path::Live(path)),
+                }
+                next = next.wrapping_add(1);
+            }
             // Mostly the next; else one that was passed over, one far away, or a gap.
             let seq = match what {
                 0 => next.wrapping_sub(3),

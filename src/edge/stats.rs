@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{
-    IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
+    IntCounter, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
     proto::MetricFamily,
     register_int_counter_vec_with_registry, register_int_counter_with_registry,
@@ -11,7 +11,12 @@ use prometheus::{
 
 use crate::{
     StreamKey,
-    repair::{control::StreamReport, fec, receiver::Stats, report::ReportSeries},
+    repair::{
+        control::StreamReport,
+        fec,
+        receiver::Stats,
+        report::{FATES, ReportSeries},
+    },
     rtp::Ssrc,
 };
 
@@ -52,7 +57,8 @@ pub struct IntakeMetrics {
     parity_useless: IntCounter,
     parity_unrecoverable: IntCounter,
     restarts: IntCounter,
-    packets: IntCounterVec,
+    /// As [`StreamReport::fates`] has them.
+    fates: [IntCounter; FATES],
     streams: Arc<Mutex<Vec<StreamStats>>>,
 }
 
@@ -107,16 +113,20 @@ impl IntakeMetrics {
                 "downpour_edge_sender_restarts_total",
                 "Times that a sender began anew under the same SSRC",
             )?,
-            packets,
+            fates: StreamReport::default()
+                .fates()
+                .map(|(fate, _)| packets.with_label_values(&[fate])),
             streams,
         })
     }
 
     /// Adds what happened between two states of one stream's counts.
     pub fn add(&self, before: &Stats, after: &Stats) {
-        let fates = before.report(Ssrc(0)).fates().into_iter().zip(after.report(Ssrc(0)).fates());
-        for ((fate, before), (_, after)) in fates {
-            self.packets.with_label_values(&[fate]).inc_by(after - before);
+        let fates = before.counts(Ssrc(0)).fates().into_iter().zip(after.counts(Ssrc(0)).fates());
+        for (counter, ((_, before), (_, after))) in self.fates.iter().zip(fates) {
+            if after > before {
+                counter.inc_by(after - before);
+            }
         }
         self.restarts.inc_by(after.restarts - before.restarts);
     }

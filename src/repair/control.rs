@@ -239,6 +239,15 @@ impl Stats {
             sum_us: histogram.sum_us,
         };
         StreamReport {
+            delays: delays(&self.delays),
+            waits: delays(&self.waits),
+            ..self.counts(ssrc)
+        }
+    }
+
+    /// The same without the delays.
+    pub fn counts(&self, ssrc: Ssrc) -> StreamReport {
+        StreamReport {
             ssrc: ssrc.0,
             received: self.received,
             asked: self.asked,
@@ -250,8 +259,8 @@ impl Stats {
             duplicate: self.duplicate,
             reordered: self.reordered,
             nacks: self.requests,
-            delays: delays(&self.delays),
-            waits: delays(&self.waits),
+            delays: DelayReport::default(),
+            waits: DelayReport::default(),
             paths: self.paths.map(|PathStats { received, lost, gaps }| PathReport {
                 received,
                 lost,

@@ -93,10 +93,11 @@ impl Request {
 
 /// Reorders and repairs one publication.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Receiver {
+    /// In front, with what else a packet in order needs: that is one line of the cache.
+    run: Run,
     settings: Settings,
-    /// Extended number of the window's front: the next to be handed on.
-    next: u64,
     started: bool,
     joined: bool,
     window: VecDeque<Slot>,
@@ -129,6 +130,20 @@ pub struct Receiver {
     /// The newest number before the sender began anew, and when that was.
     before: Option<(Seq, Instant)>,
     stats: Stats,
+}
+
+/// Live packets that each came as the next of all, over one path, with nothing missing: all that is to
+/// be known of them is how many they were. Everything else hears of them when it is looked at, see
+/// [`Receiver::settle`].
+#[derive(Debug)]
+struct Run {
+    /// Extended number of the window's front: the next to be handed on.
+    next: u64,
+    /// Since when nothing has heard of them.
+    count: u64,
+    /// When the last of them came; `None` if the next packet begins a run.
+    last_at: Option<Instant>,
+    path: usize,
 }
 
 /// Live packets in a row, each numbered one more than the one before, that are behind all that was
@@ -172,12 +187,21 @@ struct Missing {
     gone: bool,
 }
 
+impl Run {
+    fn count_in(&self, stats: &mut Stats) {
+        stats.received += self.count;
+        stats.paths[self.path].received += self.count;
+        stats.delays.add_zero(self.count);
+        stats.waits.add_zero(self.count);
+    }
+}
+
 impl Receiver {
     /// Begins with the first packet that comes.
     pub fn new(settings: Settings) -> Self {
         Self {
+            run: Run { next: BASE, count: 0, last_at: None, path: 0 },
             settings,
-            next: BASE,
             started: false,
             joined: false,
             window: VecDeque::new(),
@@ -217,11 +241,21 @@ impl Receiver {
     /// Does what that does, for nearly all packets of a good network, at a fraction of the cost.
     pub fn handle_next(&mut self, now: Instant, seq: Seq, path: u8) -> bool {
         let path = usize::from(path).min(MAX_PATHS - 1);
+        let run = &mut self.run;
+        if seq != Seq(run.next as u16) {
+            return false;
+        }
+        if run.last_at.is_some() && path == run.path {
+            run.next += 1;
+            run.count += 1;
+            run.last_at = Some(now);
+            return true;
+        }
+        self.settle();
         let idle = self.started
             && self.window.is_empty()
             && self.events.is_empty()
-            && self.asks.is_empty()
-            && seq == Seq(self.next as u16);
+            && self.asks.is_empty();
         if !idle {
             return false;
         }
@@ -231,17 +265,22 @@ impl Receiver {
         self.losing.came_after(0);
         let stats = &mut self.stats.paths[path];
         // What it passed over, the other path has brought: nothing is missing.
-        self.paths.arrived(now, path, self.next, false, stats);
-        self.lag.came(now, self.next);
-        self.next += 1;
+        self.paths.arrived(now, path, self.run.next, false, stats);
+        self.lag.came(now, self.run.next);
         self.joined = true;
-        self.stats.delays.add_zero();
-        self.stats.waits.add_zero();
+        self.stats.delays.add_zero(1);
+        self.stats.waits.add_zero(1);
+        self.run.next += 1;
+        if self.paths.is_alone(path) && !self.lag.is_told() {
+            self.run.path = path;
+            self.run.last_at = Some(now);
+        }
         true
     }
 
     /// Takes a packet that came at `now`.
     pub fn handle_packet(&mut self, now: Instant, packet: Packet, path: Path) {
+        self.settle();
         self.stats.received += 1;
         let seq = packet.header.seq;
         let live = match path {
@@ -255,7 +294,7 @@ impl Receiver {
             }
             self.begin(seq);
         }
-        let newest = self.next + self.window.len() as u64 - 1;
+        let newest = self.run.next + self.window.len() as u64 - 1;
         let distance = i64::from(seq.distance_from(Seq(newest as u16)));
         if path == Path::Repair && distance > 0 {
             // Only what is missing is asked for, and that is never ahead of the newest. Parity may
@@ -271,7 +310,7 @@ impl Receiver {
         if distance > 0 {
             self.rerun = None;
             self.losing.came_after(distance.unsigned_abs() - 1);
-        } else if live.is_some() && number < self.next && self.is_rerun(now, seq) {
+        } else if live.is_some() && number < self.run.next && self.is_rerun(now, seq) {
             // Those before it in the run were taken for old; they are asked for again.
             self.begin_anew(now, seq.plus(usize::from(u16::MAX) - RERUN_LEN + 2));
             self.handle_packet(now, packet, path);
@@ -288,15 +327,15 @@ impl Receiver {
         }
         self.stats.parity += u64::from(path == Path::Parity && distance > 0);
         if distance == 1 && self.window.is_empty() {
-            self.next += 1;
-            self.stats.delays.add_zero();
-            self.stats.waits.add_zero();
+            self.run.next += 1;
+            self.stats.delays.add_zero(1);
+            self.stats.waits.add_zero(1);
             self.events.push_back(Event::Packet(packet));
         } else if distance > 0 {
             self.open_gap(now, number, live, self.first_wait(now, live, newest + 1));
             self.window.push_back(Slot::Held { packet, since: now });
-            self.stats.delays.add_zero();
-        } else if number < self.next {
+            self.stats.delays.add_zero(1);
+        } else if number < self.run.next {
             match self.given_up.iter().any(|(from, to)| (*from..*to).contains(&number)) {
                 true => self.stats.too_late += 1,
                 false => self.stats.duplicate += 1,
@@ -306,18 +345,19 @@ impl Receiver {
         }
         self.joined |= live.is_some();
         // What the other path had shown to be missing, this one has now lost too.
-        for number in passed.start.max(self.next)..passed.end.min(newest + 1) {
+        for number in passed.start.max(self.run.next)..passed.end.min(newest + 1) {
             self.hurry(now, number);
         }
         self.release(now);
     }
 
-    /// Takes the sender's word that it sent everything up to `last`: reveals a lost tail.
-    pub fn handle_heartbeat(&mut self, now: Instant, last: Seq) {
+    /// Takes the sender's word that it sent everything up to `last`: reveals a lost tail. Says whether
+    /// it has; else the polls have nothing new.
+    pub fn handle_heartbeat(&mut self, now: Instant, last: Seq) -> bool {
         if !self.started {
-            return;
+            return false;
         }
-        let newest = self.next + self.window.len() as u64 - 1;
+        let newest = self.run.next + self.window.len() as u64 - 1;
         let distance = last.distance_from(Seq(newest as u16));
         if distance >= 0 {
             // A sender that goes on has not begun anew, whatever comes of it.
@@ -325,7 +365,10 @@ impl Receiver {
         }
         if distance <= 0 {
             self.lag.decay();
-        } else if distance as usize <= self.settings.window {
+            return false;
+        }
+        self.settle();
+        if distance as usize <= self.settings.window {
             // It came by another way, and may have overtaken what it tells of; what was sent before
             // we joined will not come by itself.
             let end = newest + distance as u64 + 1;
@@ -340,6 +383,7 @@ impl Receiver {
             }
             self.release(now);
         }
+        true
     }
 
     /// Takes the sender's word that it holds these no more.
@@ -348,7 +392,7 @@ impl Receiver {
             return;
         }
         for seq in seqs {
-            let front = Seq(self.next as u16);
+            let front = Seq(self.run.next as u16);
             let Ok(index) = usize::try_from(seq.distance_from(front)) else { continue };
             if let Some(Slot::Missing(missing)) = self.window.get_mut(index) {
                 missing.gone = true;
@@ -360,7 +404,9 @@ impl Receiver {
     /// Says that everything up to `last` is of no use any more, because the tag that it is part of
     /// lacks a packet for good: what is missing of it is neither asked nor waited for.
     pub fn abandon_through(&mut self, now: Instant, last: Seq) {
-        let Ok(last) = usize::try_from(last.distance_from(Seq(self.next as u16))) else { return };
+        let Ok(last) = usize::try_from(last.distance_from(Seq(self.run.next as u16))) else {
+            return;
+        };
         for slot in self.window.iter_mut().take(last + 1) {
             if let Slot::Missing(missing) = slot
                 && !missing.gone
@@ -416,7 +462,7 @@ impl Receiver {
 
     /// Whether everything up to `last` has been handed on or given up.
     pub fn is_done_through(&self, last: Seq) -> bool {
-        self.started && last.distance_from(Seq(self.next as u16)) < 0
+        self.started && last.distance_from(Seq(self.run.next as u16)) < 0
     }
 
     /// Number of packets held behind a gap and of missing ones, together.
@@ -430,13 +476,25 @@ impl Receiver {
     }
 
     /// The counts so far.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.stats;
+        self.run.count_in(&mut stats);
+        stats
+    }
+
+    /// Lets everything hear of the packets of the run, and ends it: what comes next may be none.
+    fn settle(&mut self) {
+        if let Some(last_at) = self.run.last_at.take() {
+            self.run.count_in(&mut self.stats);
+            let count = std::mem::take(&mut self.run.count);
+            self.paths.came_in_a_row(last_at, self.run.path, count);
+            self.losing.came_in_a_row(count);
+        }
     }
 
     fn begin(&mut self, first: Seq) {
         self.started = true;
-        self.next = BASE + u64::from(first.0);
+        self.run.next = BASE + u64::from(first.0);
     }
 
     /// Marks everything from the window's end up to `number`, exclusive, as missing.
@@ -446,7 +504,7 @@ impl Receiver {
         let latency = if self.joined { self.settings.latency } else { self.settings.join_latency };
         let deadline = now + latency + GRACE;
         let due = self.together(now, now + wait, deadline);
-        for missing in self.next + self.window.len() as u64..number {
+        for missing in self.run.next + self.window.len() as u64..number {
             self.window.push_back(Slot::Missing(Missing {
                 since: now,
                 shown_by,
@@ -464,7 +522,7 @@ impl Receiver {
     }
 
     fn fill(&mut self, now: Instant, number: u64, packet: Packet, path: Path) {
-        let slot = &mut self.window[(number - self.next) as usize];
+        let slot = &mut self.window[(number - self.run.next) as usize];
         let Slot::Missing(missing) = slot else {
             self.stats.duplicate += 1;
             return;
@@ -508,7 +566,7 @@ impl Receiver {
     }
 
     fn missing_at(&self, number: u64) -> Option<&Missing> {
-        match self.window.get(usize::try_from(number.checked_sub(self.next)?).ok()?)? {
+        match self.window.get(usize::try_from(number.checked_sub(self.run.next)?).ok()?)? {
             Slot::Missing(missing) => Some(missing),
             Slot::Held { .. } => None,
         }
@@ -556,7 +614,7 @@ impl Receiver {
     }
 
     fn begin_anew(&mut self, now: Instant, first: Seq) {
-        let newest = self.next + self.window.len() as u64 - 1;
+        let newest = self.run.next + self.window.len() as u64 - 1;
         self.before = Some((Seq(newest as u16), now));
         self.finish(now);
         self.lag = Lag::default();
@@ -595,8 +653,8 @@ impl Receiver {
                     _ => self.events.push_back(Event::Lost(1)),
                 }
                 match self.given_up.back_mut() {
-                    Some((_, to)) if *to == self.next => *to += 1,
-                    _ => self.given_up.push_back((self.next, self.next + 1)),
+                    Some((_, to)) if *to == self.run.next => *to += 1,
+                    _ => self.given_up.push_back((self.run.next, self.run.next + 1)),
                 }
                 if self.given_up.len() > MAX_GIVEN_UP_RANGES {
                     self.given_up.pop_front();
@@ -604,7 +662,7 @@ impl Receiver {
             }
             None => return,
         }
-        self.next += 1;
+        self.run.next += 1;
     }
 }
 

@@ -87,7 +87,7 @@ impl ReportSeries {
 
 impl StreamReport {
     /// Its counts by the names that metrics give them.
-    pub fn fates(&self) -> [(&'static str, u64); 12] {
+    pub fn fates(&self) -> [(&'static str, u64); FATES] {
         [
             ("received", self.received),
             ("reordered", self.reordered),
@@ -138,6 +138,9 @@ fn histogram(labels: &[LabelPair], delays: &DelayReport) -> Metric {
     metric.set_histogram(histogram);
     metric
 }
+
+/// Kinds of counts in [`StreamReport::fates`].
+pub const FATES: usize = 12;
 
 #[cfg(test)]
 mod tests {

@@ -210,7 +210,7 @@ impl<'a> World<'a> {
         }
         assert_eq!(self.receiver.pending(), 0, "nothing stays behind");
         assert_eq!(self.receiver.poll_timeout(), None, "and no timer");
-        self.out.stats = *self.receiver.stats();
+        self.out.stats = self.receiver.stats();
         self.out.overhead = self.extra_bytes as f64 / self.media_bytes as f64;
         self.out
     }

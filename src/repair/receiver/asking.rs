@@ -83,7 +83,8 @@ impl Receiver {
 
     fn postpone(&mut self, now: Instant, number: u64) {
         let due = now + self.stall();
-        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize) {
+        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.run.next) as usize)
+        {
             missing.due = due;
             self.asks.push(Reverse((due, number)));
         }
@@ -93,7 +94,7 @@ impl Receiver {
     /// brought it.
     pub(super) fn hurry(&mut self, now: Instant, number: u64) {
         let due = now + self.wait_on_this_path();
-        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
+        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.run.next) as usize)
         else {
             return;
         };
@@ -162,7 +163,7 @@ impl Receiver {
         // A last try is said as often as there is still time for it and its copies.
         let spare = left.saturating_sub(self.round_trip.smoothed);
         let spacing = SPACING.min(spare / 4).max(LEAST_SPACING);
-        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize)
+        let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.run.next) as usize)
         else {
             return;
         };
@@ -199,7 +200,8 @@ impl Receiver {
         };
         let (repeats, deadline) = (missing.repeats, missing.deadline);
         let due = if repeats == 0 { self.together(now, next_ask, deadline) } else { next_ask };
-        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.next) as usize) {
+        if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.run.next) as usize)
+        {
             missing.due = due;
             missing.said_in = self.request;
         }

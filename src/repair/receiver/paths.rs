@@ -70,6 +70,24 @@ impl Paths {
         number..number
     }
 
+    /// Whether nothing has come over any other path.
+    pub(super) fn is_alone(&self, path: usize) -> bool {
+        self.paths.iter().enumerate().all(|(i, state)| i == path || state.is_none())
+    }
+
+    /// So many more packets came, each behind the one before, the last of them at `now`, while the
+    /// path was alone. As [`Paths::arrived`] for each, which passed over nothing.
+    pub(super) fn came_in_a_row(&mut self, now: Instant, path: usize, count: u64) {
+        if let Some(state) = &mut self.paths[path] {
+            state.last_at = now;
+            state.newest += count;
+            state.seen = match count {
+                0..128 => state.seen << count | ((1 << count) - 1),
+                _ => u128::MAX,
+            };
+        }
+    }
+
     /// How long to wait for the other path to bring what `path` has just passed over, at most
     /// `cap`; none if it has passed it too, or brings nothing.
     pub(super) fn wait_for_other(

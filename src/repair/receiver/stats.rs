@@ -66,9 +66,9 @@ impl Histogram {
         self.sum_us += delay.as_micros() as u64;
     }
 
-    /// Adds a packet that came when it was due.
-    pub(super) fn add_zero(&mut self) {
-        self.counts[0] += 1;
+    /// Adds packets that came when they were due.
+    pub(super) fn add_zero(&mut self, packets: u64) {
+        self.counts[0] += packets;
     }
 
     /// All packets counted.

@@ -133,6 +133,11 @@ impl Lag {
         }
     }
 
+    /// Whether it waits for what was told.
+    pub(super) fn is_told(&self) -> bool {
+        self.told.is_some()
+    }
+
     /// Word came that was not ahead of the packets.
     pub(super) fn decay(&mut self) {
         self.lag -= self.lag / 8;
@@ -158,6 +163,12 @@ impl Losing {
             self.share += (1.0 - self.share) / LOSING_OVER as f32;
         }
         self.share -= self.share / LOSING_OVER as f32;
+    }
+
+    /// So many came, and nothing was missing.
+    pub(super) fn came_in_a_row(&mut self, packets: u64) {
+        let forgets = 1.0 - 1.0 / LOSING_OVER as f32;
+        self.share *= forgets.powi(i32::try_from(packets).unwrap_or(i32::MAX));
     }
 
     pub(super) fn is_heavy(&self) -> bool {
