@@ -13,7 +13,7 @@ use std::{
     fmt,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering, fence},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
     },
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -218,35 +218,41 @@ impl Drop for Publisher {
 }
 
 /// One publication under one key.
+///
+/// What each tag needs is in front and together: few lines of the cache.
+#[repr(C)]
 pub struct Stream {
-    key: StreamKey,
-    start_unix_ms: u64,
     log: RwLock<Log>,
     /// Mirrors `Log::next`, so that a reader with nothing to read takes no lock.
     next: AtomicU64,
-    ended: AtomicBool,
-    over: Notify,
+    /// How many read it, so that what nobody reads need not look who is to be woken.
+    readers: AtomicUsize,
     /// Changes with each tag.
     tags: watch::Sender<()>,
     /// Changes with the tags that are worth a wake of many, see [`Reader::waking_with_video`].
     frames: watch::Sender<()>,
     counters: Counters,
     rates: Rates,
+    ended: AtomicBool,
+    over: Notify,
+    key: StreamKey,
+    start_unix_ms: u64,
 }
 
 impl Stream {
     fn new(key: StreamKey, start_unix_ms: u64, limits: LogLimits) -> Self {
         Self {
-            key,
-            start_unix_ms,
             log: RwLock::new(Log::new(limits)),
             next: AtomicU64::new(0),
-            ended: AtomicBool::new(false),
-            over: Notify::new(),
+            readers: AtomicUsize::new(0),
             tags: watch::Sender::new(()),
             frames: watch::Sender::new(()),
             counters: Counters::default(),
             rates: Rates::new(),
+            ended: AtomicBool::new(false),
+            over: Notify::new(),
+            key,
+            start_unix_ms,
         }
     }
 
@@ -327,9 +333,13 @@ impl Stream {
             self.next.store(log.next(), Ordering::Release);
             log.take_wake()
         };
-        // A reader subscribes and then looks at `next`. With a full fence here and one there, either
-        // it sees the new tag, or it is seen here. What nobody waits for costs no more than this.
+        // A reader is counted, subscribes and then looks at `next`. With a full fence here and one
+        // there, either it sees the new tag, or it is seen here. What nobody waits for costs no more
+        // than this.
         fence(Ordering::SeqCst);
+        if self.readers.load(Ordering::Relaxed) == 0 {
+            return;
+        }
         if self.tags.receiver_count() > 0 {
             self.tags.send_replace(());
         }

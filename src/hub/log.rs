@@ -6,8 +6,10 @@ use super::{LogLimits, reader::Backlog};
 use crate::flv::{Headers, Tag, TagKind};
 
 /// The newest tags of a stream, and where in them a reader can begin.
+///
+/// What each tag needs is in front and together: few lines of the cache.
+#[repr(C)]
 pub(super) struct Log {
-    limits: LogLimits,
     pub(super) entries: VecDeque<Entry>,
     /// Index of the oldest entry, counted from the publication's first tag.
     pub(super) first: u64,
@@ -15,16 +17,18 @@ pub(super) struct Log {
     pub(super) bytes: usize,
     /// Sum of [`Entry::cost`] of all tags ever pushed.
     total: u64,
-    /// Readers only ever go to the newest place; `None` once that has left the log.
-    pub(super) join: Option<Join>,
-    pub(super) headers: Headers,
-    headers_version: u64,
+    limits: LogLimits,
     clock: MediaClock,
     /// Media time of the newest sign of video.
     last_video: Option<u64>,
-    /// Whether those are to be woken who read with the video, and the media time of the last time.
-    wake: bool,
+    /// Media time of the last wake.
     woken_at: u64,
+    /// Whether those are to be woken who read with the video.
+    wake: bool,
+    headers_version: u64,
+    /// Readers only ever go to the newest place; `None` once that has left the log.
+    pub(super) join: Option<Join>,
+    pub(super) headers: Headers,
 }
 
 pub(super) struct Entry {
@@ -38,6 +42,7 @@ pub(super) struct Entry {
 }
 
 /// A place where a reader can begin: a key frame, or an audio tag in a stream without video.
+#[repr(C)]
 pub(super) struct Join {
     pub(super) index: u64,
     at: u64,
@@ -50,18 +55,18 @@ pub(super) struct Join {
 impl Log {
     pub(super) fn new(limits: LogLimits) -> Self {
         Self {
-            limits,
             entries: VecDeque::new(),
             first: 0,
             bytes: 0,
             total: 0,
-            join: None,
-            headers: Headers::default(),
-            headers_version: 0,
+            limits,
             clock: MediaClock::default(),
             last_video: None,
-            wake: false,
             woken_at: 0,
+            wake: false,
+            headers_version: 0,
+            join: None,
+            headers: Headers::default(),
         }
     }
 
@@ -172,12 +177,22 @@ impl Log {
         });
     }
 
+    /// Drops the oldest tags once a limit is passed, and then some more: they lie side by side, and
+    /// each time the memory of the oldest ones is cold. No more than it must of what a reader begins
+    /// with.
     fn trim(&mut self, now: u64) {
+        let LogLimits { max_bytes, max_age } = self.limits;
+        if !self.exceeds(now, self.limits) {
+            return;
+        }
+        let some_less = LogLimits {
+            max_bytes: max_bytes - max_bytes / TRIMMED_SHARE,
+            max_age: max_age - max_age / TRIMMED_SHARE as u32,
+        };
         while self.entries.len() > 1
-            && self.entries.front().is_some_and(|oldest| {
-                self.bytes > self.limits.max_bytes
-                    || now - oldest.at > u64::from(self.limits.max_age)
-            })
+            && (self.exceeds(now, self.limits)
+                || self.exceeds(now, some_less)
+                    && self.join.as_ref().is_none_or(|join| self.first < join.index))
         {
             if let Some(oldest) = self.entries.pop_front() {
                 self.bytes -= oldest.cost();
@@ -187,6 +202,12 @@ impl Log {
         if self.join.as_ref().is_some_and(|join| join.index < self.first) {
             self.join = None;
         }
+    }
+
+    fn exceeds(&self, now: u64, limits: LogLimits) -> bool {
+        let oldest = self.entries.front();
+        self.bytes > limits.max_bytes
+            || oldest.is_some_and(|oldest| now - oldest.at > u64::from(limits.max_age))
     }
 
     /// Index of the tag that will be pushed next.
@@ -244,6 +265,8 @@ pub const AUDIO_JOIN_MS: u64 = 500;
 const AUDIO_WAIT_MS: u64 = 50;
 /// A stream that sent video before counts as one without after this much media time.
 pub(super) const AUDIO_ONLY_AFTER_MS: u64 = 10_000;
+/// Of the limits, this part is what is dropped at a time.
+const TRIMMED_SHARE: usize = 32;
 /// The most that one tag moves the media clock.
 const MAX_CLOCK_STEP_MS: u64 = 10_000;
 /// How far audio and video may be apart in the order of arrival.

@@ -1,6 +1,9 @@
 //! A cursor in a stream's log.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    ops::Deref,
+    sync::{Arc, atomic::Ordering},
+};
 
 use tokio::sync::watch;
 
@@ -31,7 +34,7 @@ impl Backlog {
 /// A clone reads on from the same place.
 #[derive(Debug, Clone)]
 pub struct Reader {
-    stream: Arc<Stream>,
+    stream: Counted,
     pub(super) wake: watch::Receiver<()>,
     backlog: Backlog,
     /// Index in the log of the next tag to read.
@@ -39,6 +42,37 @@ pub struct Reader {
     phase: Phase,
     /// Which headers this reader has been given last.
     headers_version: u64,
+}
+
+/// A reader's stream, which counts it as long as it lives.
+#[derive(Debug)]
+struct Counted(Arc<Stream>);
+
+impl Counted {
+    fn new(stream: Arc<Stream>) -> Self {
+        stream.readers.fetch_add(1, Ordering::Relaxed);
+        Self(stream)
+    }
+}
+
+impl Deref for Counted {
+    type Target = Arc<Stream>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl Clone for Counted {
+    fn clone(&self) -> Self {
+        Self::new(self.0.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.readers.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +123,7 @@ pub struct Ended;
 
 impl Reader {
     pub(super) fn new(stream: Arc<Stream>) -> Self {
+        let stream = Counted::new(stream);
         Self {
             wake: stream.hear(&stream.tags),
             stream,
