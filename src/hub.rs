@@ -27,6 +27,7 @@ pub use reader::{Backlog, Ended, Place, ReadCount, ReadOutcome, Reader};
 use crate::{
     StreamKey,
     flv::{Headers, Tag},
+    prefetch::prefetch,
 };
 use counters::Rates;
 use log::Log;
@@ -189,6 +190,12 @@ impl Publisher {
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
         self.stream.append(|log| log.push(tag));
+    }
+
+    /// Says that a tag will be pushed in a moment.
+    #[inline]
+    pub fn expect_push(&self) {
+        prefetch(Arc::as_ptr(&self.stream), HOT_BYTES);
     }
 
     /// Tells headers that were learned from elsewhere than the stream's tags.
@@ -387,6 +394,9 @@ impl Drop for ViewerGuard {
         self.0.counters.viewers.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+/// Of a stream, what comes before what a tag does not need.
+const HOT_BYTES: usize = std::mem::offset_of!(Stream, ended);
 
 #[cfg(test)]
 mod tests;

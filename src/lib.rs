@@ -23,6 +23,7 @@ pub mod metrics;
 pub mod node;
 pub mod origin;
 mod os;
+mod prefetch;
 pub mod record;
 pub mod repair;
 pub mod rtmp;

@@ -20,6 +20,7 @@ use crate::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
     hub::{self, Hub, Publisher},
+    prefetch::prefetch,
     repair::{
         control::{StreamInfo, StreamReport},
         fec,
@@ -158,12 +159,16 @@ impl Intake {
         else {
             return false;
         };
+        prefetch(&raw const *stream, HOT_BYTES);
         let is_next = header.payload_type == PAYLOAD_TYPE
             && stream.ending.is_none()
             && stream.parity.is_none()
             && stream.receiver.handle_next(now, header.seq, path);
         if is_next {
             stream.last_packet = now;
+            if header.marker {
+                stream.publisher.expect_push();
+            }
             if let Some(tag) = stream.depacketizer.payload(&header, payload) {
                 stream.push(now, tag);
             }
@@ -738,6 +743,9 @@ impl Incoming {
         self.receiver.stats().report(self.ssrc)
     }
 }
+
+/// Of a stream, what a packet needs: the front, with that of the receiver.
+const HOT_BYTES: usize = std::mem::offset_of!(Incoming, receiver) + 64;
 
 /// Hashes SSRCs, one look-up a packet, in two multiplications. Senders choose SSRCs; they do not know
 /// the factors, and so not which ones collide.
