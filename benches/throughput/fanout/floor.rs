@@ -4,7 +4,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::fd::AsRawFd,
-    ptr,
+    ptr, thread,
 };
 
 use downpour::rtp::Burst;
@@ -130,6 +130,22 @@ impl Bare {
         }
         Ok(cpu::of_this_thread() - began)
     }
+}
+
+/// [`Bare::many`] of all of them at the same time, each in a thread of its own; seconds of processor
+/// time together.
+pub fn at_once_each(all: &mut [Bare], bursts: &[Burst]) -> io::Result<f64> {
+    if let [one] = all {
+        return one.many(bursts);
+    }
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            all.iter_mut().map(|bare| scope.spawn(move || bare.many(bursts))).collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, io::Result<f64>>| {
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed")))
+        };
+        threads.into_iter().map(join).sum()
+    })
 }
 
 /// Packets that go in one message with segmentation: what every kernel takes (UDP_MAX_SEGMENTS), up to
