@@ -267,20 +267,20 @@ impl Ingress {
 
     /// Takes a datagram that is a probe message or an announcement; whether it was.
     fn handle_other(&mut self, i: usize, train: &Train<'_>, datagram: &[u8]) -> bool {
-        let announced = parse_announcement(datagram);
-        let is_probe_message = is_probe_message(datagram);
-        let Some(from) = train.from().filter(|_| announced.is_some() || is_probe_message) else {
-            return is_probe_message;
-        };
-        if let Some((quic_port, api_port)) = announced {
-            if self.must_learn() {
-                let host = from.ip().to_canonical().to_string();
-                self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
+        if is_probe_message(datagram) {
+            if let (Some(from), Some(socket), Ok((message, _))) =
+                (train.from(), self.sockets.get(i), ProbeMessage::parse(datagram))
+            {
+                socket.handle_probe_message(from, message, &self.probe_metrics);
             }
-        } else if let (Some(socket), Ok((message, _))) =
-            (self.sockets.get(i), ProbeMessage::parse(datagram))
+            return true;
+        }
+        let Some((quic_port, api_port)) = parse_announcement(datagram) else { return false };
+        if self.must_learn()
+            && let Some(from) = train.from()
         {
-            socket.handle_probe_message(from, message, &self.probe_metrics);
+            let host = from.ip().to_canonical().to_string();
+            self.learn(Cloud { host, quic_port, api_port, ..self.settings.cloud.clone() });
         }
         true
     }

@@ -10,6 +10,7 @@ use std::{
 use downpour::rtp::Burst;
 use socket2::SockRef;
 
+use super::threads::join;
 use crate::common::cpu;
 
 /// A socket and the addresses that it sends to, as the kernel reads them.
@@ -141,9 +142,6 @@ pub fn at_once_each(all: &mut [Bare], bursts: &[Burst]) -> io::Result<f64> {
     thread::scope(|scope| {
         let threads: Vec<_> =
             all.iter_mut().map(|bare| scope.spawn(move || bare.many(bursts))).collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, io::Result<f64>>| {
-            thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed")))
-        };
         threads.into_iter().map(join).sum()
     })
 }

@@ -17,6 +17,7 @@ use downpour::{
     rtp::{Burst, Packetizer, Ssrc},
 };
 
+use super::threads::join;
 use crate::{common::cpu, table::median};
 
 /// Two seconds of a stream: of each picture its burst, and those of the audio until the next one.
@@ -107,9 +108,6 @@ pub fn in_real_time(
                 })
             })
             .collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, io::Result<f64>>| {
-            thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed")))
-        };
         threads.into_iter().map(join).collect()
     });
     let packets = tags * THREADS as u64;

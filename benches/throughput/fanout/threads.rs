@@ -1,6 +1,6 @@
-//! Processor time of single threads.
+//! Single threads: their processor time, and what they came to.
 
-use std::{fs, io};
+use std::{fs, io, thread::ScopedJoinHandle};
 
 /// A thread of this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +19,11 @@ impl Thread {
             _ => f64::NAN,
         }
     }
+}
+
+/// Waits for what a thread came to.
+pub fn join<T>(thread: ScopedJoinHandle<'_, io::Result<T>>) -> io::Result<T> {
+    thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed")))
 }
 
 /// The threads of this process whose names begin with `prefix`.
