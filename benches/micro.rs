@@ -254,7 +254,7 @@ fn frame_tags(c: &mut Criterion) {
             b.iter_batched(
                 || {
                     let mut buffer = Tag::buffer_for(len);
-                    buffer.extend_from_slice(&body);
+                    buffer.put_slice(&body);
                     buffer
                 },
                 |buffer| Tag::from_buffer(TagKind::Video, 40, buffer),

@@ -30,7 +30,7 @@ use crate::{
     prefetch::prefetch,
 };
 use counters::Rates;
-use log::Log;
+use log::{Entry, Log};
 
 /// All streams that are live, by key. Cloning shares them.
 ///
@@ -86,7 +86,7 @@ impl Hub {
             streams.insert(key, stream.clone());
         }
         self.shared.ups.send_replace(());
-        Ok(Publisher { stream, hub: self.clone() })
+        Ok(Publisher { stream, next_place: 0, hub: self.clone() })
     }
 
     /// The live stream of this name; takes a [`StreamKey`] or a `str`.
@@ -171,11 +171,29 @@ impl AsStreamKey for str {
 #[error("{0} already has a live publisher")]
 pub struct AlreadyLive(pub StreamKey);
 
+/// Where in memory a stream and the place of its next tag are.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NextPush {
+    stream: usize,
+    place: usize,
+}
+
+impl NextPush {
+    /// Says that a tag will be pushed there in a moment.
+    #[inline]
+    pub fn expect(self) {
+        prefetch(self.stream, HOT_BYTES);
+        prefetch(self.place, size_of::<Entry>());
+    }
+}
+
 /// The one source of a stream. Dropping it ends the stream: readers drain what the log holds and
 /// then see the end, and the key is free again.
 #[derive(Debug)]
 pub struct Publisher {
     stream: Arc<Stream>,
+    /// Address of the place in the log that the next tag will have, so far as one can tell.
+    next_place: usize,
     hub: Hub,
 }
 
@@ -189,13 +207,16 @@ impl Publisher {
     pub fn push_at(&mut self, now: Instant, tag: Tag) {
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
-        self.stream.append(|log| log.push(tag));
+        self.stream.append(|log| {
+            log.push(tag);
+            self.next_place = log.next_place().addr();
+        });
     }
 
-    /// Says that a tag will be pushed in a moment.
+    /// What of memory the next tag will need, so far as one can tell.
     #[inline]
-    pub fn expect_push(&self) {
-        prefetch(Arc::as_ptr(&self.stream), HOT_BYTES);
+    pub fn next_push(&self) -> NextPush {
+        NextPush { stream: Arc::as_ptr(&self.stream).addr(), place: self.next_place }
     }
 
     /// Tells headers that were learned from elsewhere than the stream's tags.
@@ -227,19 +248,19 @@ impl Drop for Publisher {
 /// One publication under one key.
 ///
 /// What each tag needs is in front and together: few lines of the cache.
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct Stream {
-    log: RwLock<Log>,
     /// Mirrors `Log::next`, so that a reader with nothing to read takes no lock.
     next: AtomicU64,
     /// How many read it, so that what nobody reads need not look who is to be woken.
     readers: AtomicUsize,
+    rates: Rates,
+    counters: Counters,
+    log: RwLock<Log>,
     /// Changes with each tag.
     tags: watch::Sender<()>,
     /// Changes with the tags that are worth a wake of many, see [`Reader::waking_with_video`].
     frames: watch::Sender<()>,
-    counters: Counters,
-    rates: Rates,
     ended: AtomicBool,
     over: Notify,
     key: StreamKey,
@@ -249,13 +270,13 @@ pub struct Stream {
 impl Stream {
     fn new(key: StreamKey, start_unix_ms: u64, limits: LogLimits) -> Self {
         Self {
-            log: RwLock::new(Log::new(limits)),
             next: AtomicU64::new(0),
             readers: AtomicUsize::new(0),
+            rates: Rates::new(),
+            counters: Counters::default(),
+            log: RwLock::new(Log::new(limits)),
             tags: watch::Sender::new(()),
             frames: watch::Sender::new(()),
-            counters: Counters::default(),
-            rates: Rates::new(),
             ended: AtomicBool::new(false),
             over: Notify::new(),
             key,
@@ -395,8 +416,9 @@ impl Drop for ViewerGuard {
     }
 }
 
-/// Of a stream, what comes before what a tag does not need.
-const HOT_BYTES: usize = std::mem::offset_of!(Stream, ended);
+/// Of a stream, what a tag needs: up to there in the log, behind the lock's two words.
+const HOT_BYTES: usize =
+    std::mem::offset_of!(Stream, log) + 2 * size_of::<usize>() + Log::HOT_BYTES;
 
 #[cfg(test)]
 mod tests;

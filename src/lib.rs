@@ -6,7 +6,7 @@
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
 mod addr_range;
-mod block;
+pub mod block;
 pub mod cli;
 pub mod cloud;
 pub mod config;

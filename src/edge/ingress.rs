@@ -168,6 +168,11 @@ impl Ingress {
         self.sockets.iter().map(RtpSocket::socket)
     }
 
+    /// Says that this was read: what is needed of memory to take it is fetched.
+    pub(super) fn expect(&self, reads: &Reads) {
+        self.intake.expect(reads.trains().filter_map(|train| train.datagrams().next()));
+    }
+
     /// Takes what was read from socket `i`.
     pub(super) fn handle_reads(&mut self, now: Instant, i: usize, reads: &Reads) {
         if let Some(socket) = self.sockets.get_mut(i) {
@@ -331,11 +336,7 @@ impl Ingress {
                 intake.handle_packet(now, packet, Path::Repair);
             }
             RepairEvent::Gone(gone) => intake.gone(now, gone.ssrc, &gone.seqs),
-            RepairEvent::Heartbeats(beats) => {
-                for beat in beats {
-                    intake.heartbeat(now, beat.ssrc, beat.last);
-                }
-            }
+            RepairEvent::Heartbeats(beats) => intake.heartbeats(now, &beats),
         }
     }
 
@@ -504,7 +505,7 @@ fn parse_announcement(datagram: &[u8]) -> Option<(u16, u16)> {
 
 /// The first byte of an RTP header: version 2, no padding, extension or CSRC.
 const VERSION_2_ONLY: u8 = 2 << 6;
-const TICK: Duration = Duration::from_millis(200);
+const TICK: Duration = Duration::from_millis(500);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Streams in one report: about 600 kB. With more of them they take turns.
 const MAX_REPORTS: usize = 1000;

@@ -19,12 +19,12 @@ use super::{
 use crate::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
-    hub::{self, Hub, Publisher},
+    hub::{self, Hub, NextPush, Publisher},
     prefetch::prefetch,
     repair::{
         control::{StreamInfo, StreamReport},
         fec,
-        message::Nack,
+        message::{Heartbeat, Nack},
         receiver::{self, Event, Path, Receiver},
     },
     rtp::{
@@ -51,7 +51,7 @@ pub struct Intake {
     settings: Settings,
     hub: Hub,
     metrics: IntakeMetrics,
-    streams: HashMap<Ssrc, Incoming, SsrcHash>,
+    streams: HashMap<Ssrc, Indexed, SsrcHash>,
     by_key: HashMap<StreamKey, Ssrc>,
     /// Packets of publications that nobody has named yet.
     unknown: HashMap<Ssrc, Unknown>,
@@ -78,9 +78,26 @@ struct Unknown {
     packets: Vec<(Packet, Path)>,
 }
 
+/// A stream as it is found by its SSRC.
+struct Indexed {
+    stream: Box<Incoming>,
+    ahead: Ahead,
+}
+
+/// What of memory a stream's next packet will need, so far as one can tell. It is beside the
+/// stream's address, so that all of it can be fetched at once.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ahead {
+    push: NextPush,
+    /// Address of the place that its payload will have.
+    payload: usize,
+    /// Address of what is written for each tag besides.
+    count: usize,
+}
+
 /// What each packet needs is in front and together: few lines of the cache, which with hundreds of
 /// streams are cold each time.
-#[repr(C)]
+#[repr(C, align(64))]
 struct Incoming {
     publisher: Publisher,
     last_packet: Instant,
@@ -143,6 +160,22 @@ impl Intake {
         }
     }
 
+    /// Says that these datagrams come next, each the first of some of one sender: all that they will
+    /// need of memory is fetched at once.
+    pub fn expect<'a>(&self, datagrams: impl Iterator<Item = &'a [u8]>) {
+        for datagram in datagrams {
+            let Some(ssrc) = datagram.get(8..).and_then(<[u8]>::first_chunk) else { continue };
+            let ssrc = Ssrc(u32::from_be_bytes(*ssrc));
+            if let Some(Indexed { stream, ahead }) = self.streams.get(&ssrc) {
+                prefetch((&raw const **stream).addr(), HOT_BYTES);
+                prefetch(ahead.count, size_of::<usize>());
+                ahead.push.expect();
+                // The longest last: a processor fetches only some lines at a time.
+                prefetch(ahead.payload, datagram.len());
+            }
+        }
+    }
+
     /// Takes one datagram of RTP as it came, by the path of this number.
     pub fn handle_live(&mut self, now: Instant, datagram: &[u8], path: u8) {
         if !self.handle_next(now, datagram, path) {
@@ -154,25 +187,22 @@ impl Intake {
     /// what nearly all of them are: straight into its tag, without a place of its own in memory.
     fn handle_next(&mut self, now: Instant, datagram: &[u8], path: u8) -> bool {
         let Ok((header, payload)) = Header::parse(datagram) else { return false };
-        let (Some(stream), Some(payload)) =
+        let (Some(Indexed { stream, ahead }), Some(payload)) =
             (self.streams.get_mut(&header.ssrc), datagram.get(payload))
         else {
             return false;
         };
-        prefetch(&raw const *stream, HOT_BYTES);
         let is_next = header.payload_type == PAYLOAD_TYPE
             && stream.ending.is_none()
             && stream.parity.is_none()
             && stream.receiver.handle_next(now, header.seq, path);
         if is_next {
             stream.last_packet = now;
-            if header.marker {
-                stream.publisher.expect_push();
-            }
             if let Some(tag) = stream.depacketizer.payload(&header, payload) {
                 stream.push(now, tag);
             }
             stream.look_for_damage(now, &self.metrics);
+            *ahead = stream.ahead();
         }
         is_next
     }
@@ -188,7 +218,7 @@ impl Intake {
             }
         };
         let ssrc = packet.header.ssrc;
-        let Some(stream) = self.streams.get_mut(&ssrc) else {
+        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else {
             self.hold_unknown(now, packet, path);
             return;
         };
@@ -218,7 +248,7 @@ impl Intake {
         };
         self.metrics.parity_received.inc();
         let ssrc = repair.media;
-        let Some(stream) = self.streams.get_mut(&ssrc) else {
+        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else {
             // Of a stream that is not wanted, or not named yet: it comes with the next block.
             self.metrics.parity_unknown.inc();
             return;
@@ -298,7 +328,7 @@ impl Intake {
         };
         (self.on_start)(publisher.stream());
         tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
-        let mut stream = Incoming {
+        let mut stream = Box::new(Incoming {
             key: up.key.clone(),
             ssrc: up.ssrc,
             receiver,
@@ -314,7 +344,7 @@ impl Intake {
             damage_logged: None,
             counted: receiver::Stats::default(),
             counted_parity: fec::decoder::Stats::default(),
-        };
+        });
         if first.is_none() && !knows_headers {
             self.nacks.push_back(stream.begin_header_hunt(now));
         }
@@ -325,7 +355,7 @@ impl Intake {
             stream.receiver.handle_heartbeat(now, newest);
         }
         self.by_key.insert(up.key, up.ssrc);
-        self.streams.insert(up.ssrc, stream);
+        self.streams.insert(up.ssrc, Indexed { ahead: stream.ahead(), stream });
         self.report_turns.push_front(up.ssrc);
         self.pump(now, up.ssrc);
     }
@@ -340,7 +370,7 @@ impl Intake {
     /// The cloud says that a stream is over; what is still missing of it is waited for.
     pub fn stream_end(&mut self, now: Instant, ssrc: Ssrc, last: Option<Seq>) {
         self.unknown.remove(&ssrc);
-        let Some(stream) = self.streams.get_mut(&ssrc) else {
+        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else {
             self.ended.push_back((now, ssrc));
             return;
         };
@@ -356,7 +386,7 @@ impl Intake {
     /// Ends every stream that has been silent for `age` and is not among `listed`, which the cloud's
     /// API told just now.
     pub fn retain_streams(&mut self, now: Instant, listed: &[Ssrc], age: Duration) {
-        let over = |s: &Incoming| {
+        let over = |s: &Indexed| {
             !listed.contains(&s.ssrc) && now.saturating_duration_since(s.last_packet) >= age
         };
         let over: Vec<_> = self.streams.values().filter(|s| over(s)).map(|s| s.ssrc).collect();
@@ -376,8 +406,17 @@ impl Intake {
         }
     }
 
-    /// The cloud says what it sent last.
-    pub fn heartbeat(&mut self, now: Instant, ssrc: Ssrc, last: Seq) {
+    /// The cloud says what it sent last of these streams.
+    pub fn heartbeats(&mut self, now: Instant, beats: &[Heartbeat]) {
+        for some in beats.chunks(EXPECTED_BEATS) {
+            for stream in some.iter().filter_map(|beat| self.streams.get(&beat.ssrc)) {
+                prefetch((&raw const *stream.stream).addr(), HOT_BYTES);
+            }
+            some.iter().for_each(|beat| self.heartbeat(now, beat.ssrc, beat.last));
+        }
+    }
+
+    fn heartbeat(&mut self, now: Instant, ssrc: Ssrc, last: Seq) {
         if let Some(stream) = self.streams.get_mut(&ssrc) {
             stream.last_packet = now;
             if stream.receiver.handle_heartbeat(now, last) {
@@ -424,7 +463,7 @@ impl Intake {
     pub fn tick(&mut self, now: Instant) {
         self.forget_ended(now);
         let silence = self.settings.silence;
-        let over = |stream: &&Incoming| match (self.told, stream.unconfirmed_since) {
+        let over = |stream: &&Indexed| match (self.told, stream.unconfirmed_since) {
             (true, None) => false,
             (true, Some(since)) => now.saturating_duration_since(since) > CONFIRM_WITHIN,
             (false, _) => now.saturating_duration_since(stream.last_packet) > silence,
@@ -444,14 +483,14 @@ impl Intake {
             }
             keep
         });
-        for stream in self.streams.values_mut() {
+        for Indexed { stream, .. } in self.streams.values_mut() {
             stream.count(&self.metrics);
             if let Some(parity) = &mut stream.parity {
                 let wait = parity.wait(now, stream.receiver.stats().delays.total());
                 stream.receiver.set_parity_wait(wait);
             }
         }
-        self.metrics.publish(self.streams.values().map(Incoming::stats));
+        self.metrics.publish(self.streams.values().map(|stream| stream.stats()));
     }
 
     /// The next request to send to the cloud.
@@ -466,7 +505,7 @@ impl Intake {
 
     /// Whether a stream has been silent for `age`, so that it may be over without our being told.
     pub fn any_silent(&self, now: Instant, age: Duration) -> bool {
-        let silent = |s: &Incoming| now.saturating_duration_since(s.last_packet) >= age;
+        let silent = |s: &Indexed| now.saturating_duration_since(s.last_packet) >= age;
         self.streams.values().any(silent)
     }
 
@@ -482,8 +521,10 @@ impl Intake {
     pub fn reports(&mut self, most: usize) -> Vec<StreamReport> {
         let turns = self.report_turns.len().min(most);
         let reports = self.report_turns.iter().take(turns);
-        let reports =
-            reports.filter_map(|ssrc| self.streams.get(ssrc)).map(Incoming::report).collect();
+        let reports = reports
+            .filter_map(|ssrc| self.streams.get(ssrc))
+            .map(|stream| stream.report())
+            .collect();
         self.report_turns.rotate_left(turns);
         reports
     }
@@ -508,7 +549,7 @@ impl Intake {
 
     /// Moves what a stream's receiver has ready to where it belongs.
     fn pump(&mut self, now: Instant, ssrc: Ssrc) {
-        let Some(stream) = self.streams.get_mut(&ssrc) else { return };
+        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else { return };
         while let Some(request) = stream.receiver.poll_request(now) {
             let slack_ms = request.slack_ms(now);
             self.nacks.push_back(Nack {
@@ -577,7 +618,29 @@ impl Intake {
     }
 }
 
+impl std::ops::Deref for Indexed {
+    type Target = Incoming;
+
+    fn deref(&self) -> &Incoming {
+        &self.stream
+    }
+}
+
+impl std::ops::DerefMut for Indexed {
+    fn deref_mut(&mut self) -> &mut Incoming {
+        &mut self.stream
+    }
+}
+
 impl Incoming {
+    fn ahead(&self) -> Ahead {
+        Ahead {
+            push: self.publisher.next_push(),
+            payload: self.depacketizer.next_place(),
+            count: self.depacketizer.count(),
+        }
+    }
+
     fn begin_header_hunt(&mut self, now: Instant) -> Nack {
         self.header_hunt = Some(Box::new(HeaderHunt {
             depacketizer: Depacketizer::new(),
@@ -744,6 +807,8 @@ impl Incoming {
     }
 }
 
+/// Heartbeats whose streams are fetched at once.
+const EXPECTED_BEATS: usize = 8;
 /// Of a stream, what a packet needs: the front, with that of the receiver.
 const HOT_BYTES: usize = std::mem::offset_of!(Incoming, receiver) + 64;
 

@@ -173,7 +173,6 @@ impl Shared {
             if over.load(Ordering::SeqCst) {
                 return true;
             }
-            let now = Instant::now();
             match read {
                 Ok(()) => failing = None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -181,7 +180,7 @@ impl Shared {
                 Err(error) => {
                     tracing::debug!(socket = i, "reading RTP: {error}");
                     thread::sleep(FAILURE_PAUSE);
-                    if Failing::goes_on(&mut failing, now) {
+                    if Failing::goes_on(&mut failing, Instant::now()) {
                         tracing::error!(
                             socket = i,
                             "an RTP socket is broken, and not read any more: {error}"
@@ -193,6 +192,9 @@ impl Shared {
             }
             let mut work = self.work.lock();
             let Work { ingress, clock } = &mut *work;
+            ingress.expect(&reads);
+            // Memory comes meanwhile.
+            let now = Instant::now();
             ingress.handle_reads(now, i, &reads);
             let is_set = ingress.poll_intake_timeout().map(|due| clock.set(due));
             // If it cannot be set, who would have been woken sets it, and says why it cannot.

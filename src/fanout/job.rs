@@ -2,31 +2,34 @@
 
 use std::{any::Any, sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::routes::Target;
-use crate::rtp::{Burst, Ssrc};
+use crate::{
+    block::{Piece, Room},
+    rtp::{Burst, Ssrc},
+};
 
 /// Packets of one length, one behind the other; the last one may be shorter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Train {
-    bytes: Bytes,
+    bytes: Piece,
     stride: usize,
 }
 
 impl Train {
     /// Puts packets together, in their order, into as few trains as their lengths allow.
     pub fn collect(packets: impl IntoIterator<Item = Bytes>) -> Vec<Self> {
-        let mut trains: Vec<(BytesMut, usize)> = Vec::new();
+        let mut trains: Vec<(Room, usize)> = Vec::new();
         for packet in packets.into_iter().filter(|packet| !packet.is_empty()) {
             match trains.last_mut() {
                 // Behind a shorter one, none can follow.
                 Some((bytes, stride))
                     if packet.len() <= *stride && bytes.len().is_multiple_of(*stride) =>
                 {
-                    bytes.extend_from_slice(&packet);
+                    bytes.put_slice(&packet);
                 }
-                _ => trains.push((BytesMut::from(&packet[..]), packet.len())),
+                _ => trains.push((Room::from(&packet[..]), packet.len())),
             }
         }
         trains.into_iter().map(|(bytes, stride)| Self { bytes: bytes.freeze(), stride }).collect()
@@ -38,7 +41,7 @@ impl Train {
     }
 
     /// All packets, laid end to end.
-    pub fn bytes(&self) -> &Bytes {
+    pub fn bytes(&self) -> &Piece {
         &self.bytes
     }
 
@@ -48,7 +51,7 @@ impl Train {
     }
 
     /// At most `count` packets from the one at `first` on, sharing the train's memory.
-    pub(super) fn slice(&self, first: usize, count: usize) -> Bytes {
+    pub(super) fn slice(&self, first: usize, count: usize) -> Piece {
         let end = self.bytes.len();
         let [first, last] = [first, first + count].map(|packet| (packet * self.stride).min(end));
         self.bytes.slice(first..last)
@@ -64,7 +67,7 @@ impl From<&Burst> for Train {
 impl From<Bytes> for Train {
     /// One packet.
     fn from(packet: Bytes) -> Self {
-        Self { stride: packet.len().max(1), bytes: packet }
+        Self { stride: packet.len().max(1), bytes: Room::from(&packet[..]).freeze() }
     }
 }
 
@@ -221,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_slice_is_some_packets_and_the_last_may_be_shorter() {
-        let train = Train { bytes: Bytes::from_static(b"aabbccd"), stride: 2 };
+        let train = Train { bytes: Room::from(&b"aabbccd"[..]).freeze(), stride: 2 };
         assert_eq!(train.packets(), 4);
         assert_eq!(&train.slice(1, 2)[..], b"bbcc");
         assert_eq!(&train.slice(2, 8)[..], b"ccd");

@@ -6,10 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-
 use super::{backlog::STALE, job::Job};
-use crate::rtp::Ssrc;
+use crate::{block::Piece, rtp::Ssrc};
 
 /// Whether bursts are spread.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -67,7 +65,7 @@ pub(super) struct Pacer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Group {
     pub(super) to: SocketAddr,
-    pub(super) bytes: Bytes,
+    pub(super) bytes: Piece,
     pub(super) stride: usize,
 }
 
@@ -297,6 +295,8 @@ mod tests {
     use std::{ops::Range, sync::Arc};
 
     use proptest::prelude::*;
+
+    use bytes::Bytes;
 
     use super::*;
     use crate::{

@@ -4,7 +4,10 @@ use std::io::{self, Read};
 
 use bytes::{Buf, BytesMut};
 
-use crate::flv::{Tag, TagError, tag::TagHeader};
+use crate::{
+    block::Room,
+    flv::{Tag, TagError, tag::TagHeader},
+};
 
 /// Takes the bytes of one FLV file as they come and gives its tags.
 ///
@@ -105,8 +108,8 @@ impl FlvReader {
                     let unit_len = Tag::HEADER_LEN + TagHeader::parse(&self.buffer)?.body_len;
                     let Some(bytes) = self.buffer.get(..unit_len) else { return Ok(None) };
                     // A buffer of its own: a small tag must not keep a large buffer alive.
-                    let mut unit = BytesMut::with_capacity(unit_len + Tag::TRAILER_LEN);
-                    unit.extend_from_slice(bytes);
+                    let mut unit = Room::with_capacity(unit_len + Tag::TRAILER_LEN);
+                    unit.put_slice(bytes);
                     self.buffer.advance(unit_len);
                     self.state = State::Skip(Tag::TRAILER_LEN);
                     return Ok(Some(Tag::from_unit(unit)?));

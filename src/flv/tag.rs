@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use crate::block::{Piece, Room};
 
 /// What a tag carries (FLV 10.1 §E.4.1, `TagType`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,7 +35,7 @@ impl TagKind {
 /// and recordings write all three, and every clone shares the same memory.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tag {
-    framed: Bytes,
+    framed: Piece,
     kind: TagKind,
     timestamp: u32,
 }
@@ -60,9 +60,9 @@ impl Tag {
 
     /// An empty buffer with the header's room in front and the trailer's reserved behind, so that
     /// a body of `body_len` bytes can be assembled in place and framed with [`Tag::from_buffer`].
-    pub fn buffer_for(body_len: usize) -> BytesMut {
-        let mut buffer = BytesMut::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
-        buffer.put_bytes(0, Self::HEADER_LEN);
+    pub fn buffer_for(body_len: usize) -> Room {
+        let mut buffer = Room::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
+        buffer.put_slice(&[0; Self::HEADER_LEN]);
         buffer
     }
 
@@ -71,17 +71,14 @@ impl Tag {
     ///
     /// # Errors
     /// [`TagError::TooLong`] over [`Tag::MAX_BODY_LEN`], [`TagError::Truncated`] without the room.
-    pub fn from_buffer(
-        kind: TagKind,
-        timestamp: u32,
-        mut buffer: BytesMut,
-    ) -> Result<Self, TagError> {
+    pub fn from_buffer(kind: TagKind, timestamp: u32, mut buffer: Room) -> Result<Self, TagError> {
         let body_len = buffer.len().checked_sub(Self::HEADER_LEN).ok_or(TagError::Truncated)?;
         if body_len > Self::MAX_BODY_LEN {
             return Err(TagError::TooLong(body_len));
         }
-        buffer[..Self::HEADER_LEN].copy_from_slice(&header(kind, timestamp, body_len as u32));
-        buffer.put_u32((Self::HEADER_LEN + body_len) as u32);
+        let head = header(kind, timestamp, body_len as u32);
+        buffer[..Self::HEADER_LEN].copy_from_slice(&head);
+        buffer.put_slice(&((Self::HEADER_LEN + body_len) as u32).to_be_bytes());
         Ok(Self { framed: buffer.freeze(), kind, timestamp })
     }
 
@@ -89,14 +86,14 @@ impl Tag {
     ///
     /// # Errors
     /// If the type is none of 8, 9 and 18, or the length in the header is not the body's.
-    pub fn from_unit(mut unit: BytesMut) -> Result<Self, TagError> {
+    pub fn from_unit(mut unit: Room) -> Result<Self, TagError> {
         let head = TagHeader::parse(&unit)?;
         if unit.len() != Self::HEADER_LEN + head.body_len {
             return Err(TagError::Truncated);
         }
         // The stream id is always 0 (§E.4.1); whatever a peer put there is not carried on.
         unit[8..11].fill(0);
-        unit.put_u32((Self::HEADER_LEN + head.body_len) as u32);
+        unit.put_slice(&((Self::HEADER_LEN + head.body_len) as u32).to_be_bytes());
         Ok(Self { framed: unit.freeze(), kind: head.kind, timestamp: head.timestamp })
     }
 
@@ -105,7 +102,7 @@ impl Tag {
         if timestamp == self.timestamp {
             return self.clone();
         }
-        let mut framed = BytesMut::from(&self.framed[..]);
+        let mut framed = Room::from(&self.framed[..]);
         framed[..Self::HEADER_LEN].copy_from_slice(&self.header_at(timestamp));
         Self { framed: framed.freeze(), kind: self.kind, timestamp }
     }
@@ -136,7 +133,7 @@ impl Tag {
     }
 
     /// Header, body and `PreviousTagSize`: what stands in an FLV file.
-    pub fn framed(&self) -> &Bytes {
+    pub fn framed(&self) -> &Piece {
         &self.framed
     }
 
@@ -302,7 +299,7 @@ mod tests {
             [9, 0, 0, 5, 2, 3, 4, 1, 0, 0, 0, 0x17, 1, 0, 0, 0, 0, 0, 0, 16]
         );
         assert!(tag.is_key_frame());
-        assert_eq!(Tag::from_unit(BytesMut::from(tag.unit())).unwrap(), tag);
+        assert_eq!(Tag::from_unit(Room::from(tag.unit())).unwrap(), tag);
         assert_eq!(tag.with_timestamp(7).timestamp(), 7);
     }
 
@@ -337,8 +334,8 @@ mod tests {
 
     #[test]
     fn lengths_that_lie_are_refused() {
-        assert_eq!(Tag::from_unit(BytesMut::from(&[9u8, 0, 0, 5][..])), Err(TagError::Truncated));
-        let mut unit = BytesMut::from(Tag::new(TagKind::Audio, 1, &[1, 2]).unwrap().unit());
+        assert_eq!(Tag::from_unit(Room::from(&[9u8, 0, 0, 5][..])), Err(TagError::Truncated));
+        let mut unit = Room::from(Tag::new(TagKind::Audio, 1, &[1, 2]).unwrap().unit());
         unit[3] = 3;
         assert_eq!(Tag::from_unit(unit), Err(TagError::Truncated));
     }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
+use crate::block::Piece;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::{
@@ -21,7 +21,7 @@ pub(super) struct Group {
     reader: Reader,
     members: Vec<Member>,
     /// The tags of this round with their indices in the log, and their bytes.
-    tags: Vec<(u64, Bytes)>,
+    tags: Vec<(u64, Piece)>,
     bytes: Vec<u8>,
     timer: Interval,
     checked: Instant,
@@ -240,7 +240,7 @@ impl Drop for Group {
     }
 }
 
-fn length<'a>(tags: impl Iterator<Item = &'a (u64, Bytes)>) -> usize {
+fn length<'a>(tags: impl Iterator<Item = &'a (u64, Piece)>) -> usize {
     tags.map(|(_, tag)| tag.len()).sum()
 }
 

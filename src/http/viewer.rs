@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use crate::block::{Piece, Room};
 use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
@@ -237,7 +237,7 @@ impl From<io::Error> for Closed {
 /// Tags on their way into a socket. They share their bytes with the stream's log.
 #[derive(Debug)]
 pub(super) struct Batch {
-    tags: Vec<Bytes>,
+    tags: Vec<Piece>,
     /// Tags that are written whole.
     done: usize,
     /// Bytes of the next one that are written.
@@ -250,11 +250,11 @@ impl Batch {
 
     /// What stands in front of the first tag.
     pub(super) fn beginning() -> Self {
-        Self::new(vec![Bytes::from_static(&FILE_HEADER)], 0)
+        Self::new(vec![Room::from(&FILE_HEADER[..]).freeze()], 0)
     }
 
     /// `tags`, of which the first `written` bytes need not be written.
-    pub(super) fn new(tags: Vec<Bytes>, written: usize) -> Self {
+    pub(super) fn new(tags: Vec<Piece>, written: usize) -> Self {
         let mut batch = Self { tags, done: 0, offset: 0 };
         batch.advance(written);
         batch
@@ -367,7 +367,7 @@ async fn writable(socket: &TcpStream, timeout: Duration) -> Result<(), Closed> {
 
 /// A viewer's first tag, which if it is metadata has the time 0, wherever in the stream the viewer
 /// joins: FFmpeg takes metadata at any other time for the first packet of a stream of text.
-fn at_zero(tag: &Tag) -> Bytes {
+fn at_zero(tag: &Tag) -> Piece {
     match tag.kind() {
         TagKind::Script => tag.with_timestamp(0).framed().clone(),
         TagKind::Audio | TagKind::Video => tag.framed().clone(),

@@ -3,11 +3,14 @@
 use std::collections::VecDeque;
 
 use super::{LogLimits, reader::Backlog};
-use crate::flv::{Headers, Tag, TagKind};
+use crate::{
+    flv::{Headers, Tag, TagKind},
+    prefetch::prefetch,
+};
 
 /// The newest tags of a stream, and where in them a reader can begin.
 ///
-/// What each tag needs is in front and together: few lines of the cache.
+/// What each tag needs is in front and together, up to [`Log::HOT_BYTES`]: few lines of the cache.
 #[repr(C)]
 pub(super) struct Log {
     pub(super) entries: VecDeque<Entry>,
@@ -15,6 +18,8 @@ pub(super) struct Log {
     pub(super) first: u64,
     /// Sum of [`Entry::cost`].
     pub(super) bytes: usize,
+    /// [`Entry::at`] of the oldest entry: its own memory is cold.
+    oldest_at: u64,
     /// Sum of [`Entry::cost`] of all tags ever pushed.
     total: u64,
     limits: LogLimits,
@@ -53,11 +58,15 @@ pub(super) struct Join {
 }
 
 impl Log {
+    /// Of a log, what a tag needs that is no place to begin.
+    pub(super) const HOT_BYTES: usize = std::mem::offset_of!(Self, join);
+
     pub(super) fn new(limits: LogLimits) -> Self {
         Self {
             entries: VecDeque::new(),
             first: 0,
             bytes: 0,
+            oldest_at: 0,
             total: 0,
             limits,
             clock: MediaClock::default(),
@@ -87,8 +96,18 @@ impl Log {
         let entry = Entry { offset: self.total, at, headers_version: self.headers_version, tag };
         self.bytes += entry.cost();
         self.total += entry.cost() as u64;
+        if self.entries.is_empty() {
+            self.oldest_at = at;
+        }
         self.entries.push_back(entry);
         self.trim(at);
+    }
+
+    /// Where in memory the next tag's entry will be, most of the time.
+    pub(super) fn next_place(&self) -> *const Entry {
+        let (front, back) = self.entries.as_slices();
+        let newest = if back.is_empty() { front } else { back };
+        newest.as_ptr_range().end
     }
 
     pub(super) fn set_headers(
@@ -185,6 +204,8 @@ impl Log {
         if !self.exceeds(now, self.limits) {
             return;
         }
+        let (oldest, _) = self.entries.as_slices();
+        prefetch(oldest.as_ptr().addr(), TRIMMED_TOGETHER * size_of::<Entry>());
         let some_less = LogLimits {
             max_bytes: max_bytes - max_bytes / TRIMMED_SHARE,
             max_age: max_age - max_age / TRIMMED_SHARE as u32,
@@ -198,6 +219,9 @@ impl Log {
                 self.bytes -= oldest.cost();
                 self.first += 1;
             }
+            if let Some(oldest) = self.entries.front() {
+                self.oldest_at = oldest.at;
+            }
         }
         if self.join.as_ref().is_some_and(|join| join.index < self.first) {
             self.join = None;
@@ -205,9 +229,7 @@ impl Log {
     }
 
     fn exceeds(&self, now: u64, limits: LogLimits) -> bool {
-        let oldest = self.entries.front();
-        self.bytes > limits.max_bytes
-            || oldest.is_some_and(|oldest| now - oldest.at > u64::from(limits.max_age))
+        self.bytes > limits.max_bytes || now - self.oldest_at > u64::from(limits.max_age)
     }
 
     /// Index of the tag that will be pushed next.
@@ -267,6 +289,8 @@ const AUDIO_WAIT_MS: u64 = 50;
 pub(super) const AUDIO_ONLY_AFTER_MS: u64 = 10_000;
 /// Of the limits, this part is what is dropped at a time.
 const TRIMMED_SHARE: usize = 32;
+/// Tags of as much, most often.
+const TRIMMED_TOGETHER: usize = 16;
 /// The most that one tag moves the media clock.
 const MAX_CLOCK_STEP_MS: u64 = 10_000;
 /// How far audio and video may be apart in the order of arrival.

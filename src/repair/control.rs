@@ -450,10 +450,10 @@ pub const MAX_REPORTED: usize = 75;
 
 /// Headers as hexadecimal FLV tags without `PreviousTagSize`.
 mod headers {
-    use bytes::BytesMut;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use super::{Headers, MAX_HEADER_LEN, Tag, TagKind, from_hex, to_hex};
+    use crate::block::Room;
 
     #[derive(Serialize, Deserialize)]
     struct Wire {
@@ -484,7 +484,7 @@ mod headers {
         let tag = |hex: Option<String>, kind: TagKind| match hex {
             None => Ok(None),
             Some(hex) => from_hex(&hex)
-                .and_then(|unit| Tag::from_unit(BytesMut::from(&unit[..])).ok())
+                .and_then(|unit| Tag::from_unit(Room::from(&unit[..])).ok())
                 .filter(|tag| tag.kind() == kind)
                 .map(Some)
                 .ok_or_else(|| serde::de::Error::custom(format!("not a {kind:?} tag in hex"))),

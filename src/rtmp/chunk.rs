@@ -3,9 +3,12 @@
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0 §5.3. Where real encoders differ from it,
 //! the comments say who and how.
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{BufMut, BytesMut};
 
-use crate::flv::{Tag, TagError, TagKind};
+use crate::{
+    block::Room,
+    flv::{Tag, TagError, TagKind},
+};
 
 /// Puts messages together from chunks, at any split of the input.
 ///
@@ -305,7 +308,7 @@ pub struct Message {
     /// Milliseconds, wrapping at 2³².
     pub timestamp: u32,
     /// The body behind the room for a tag header.
-    buffer: BytesMut,
+    buffer: Room,
 }
 
 impl Message {
@@ -549,7 +552,7 @@ struct ChunkStream {
     csid: u32,
     header: Header,
     /// The unfinished message.
-    buffer: Option<BytesMut>,
+    buffer: Option<Room>,
     /// Bytes of body that `buffer` has been given room for.
     granted: usize,
     /// The longest message so far, up to [`LARGEST_GRANT`].

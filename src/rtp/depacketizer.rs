@@ -1,14 +1,13 @@
 //! RTP packets in, FLV tags out.
 
-use bytes::BytesMut;
-
 use super::{Packet, Seq, packet::Header};
 use crate::{
-    block::Block,
+    block::{Block, Room},
     flv::{
         Tag,
         tag::{TagError, TagHeader},
     },
+    prefetch::prefetch,
 };
 
 /// Puts one publication's packets, given in order and with losses told, back into tags.
@@ -17,7 +16,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Depacketizer {
     state: State,
-    partial: BytesMut,
+    partial: Option<Room>,
     /// Memory of short tags.
     block: Block,
     /// Packets that `partial` is made of.
@@ -57,7 +56,7 @@ impl Depacketizer {
     pub fn new() -> Self {
         Self {
             state: State::Boundary,
-            partial: BytesMut::new(),
+            partial: None,
             block: Block::of(BLOCK_LEN),
             held: 0,
             expected: 0,
@@ -81,20 +80,21 @@ impl Depacketizer {
     pub fn payload(&mut self, header: &Header, payload: &[u8]) -> Option<Tag> {
         let marker = header.marker;
         let begun = match self.state {
-            State::Inside => true,
-            State::Boundary => self.begin(payload, marker),
-            State::Lost => begins_tag(payload, marker) && self.begin(payload, marker),
+            State::Inside => self.partial.take(),
+            State::Lost if !begins_tag(payload, marker) => None,
+            State::Boundary | State::Lost => self.begin(payload, marker),
         };
-        if !begun {
+        let Some(mut partial) = begun else {
             match self.state {
                 State::Lost => self.damage.discarded += 1,
                 _ => self.damage.malformed += 1,
             }
             self.skip(marker);
             return None;
-        }
-        let complete = self.partial.len() + payload.len() == self.expected;
-        if marker != complete || self.partial.len() + payload.len() > self.expected {
+        };
+        let len = partial.len() + payload.len();
+        let complete = len == self.expected;
+        if marker != complete || len > self.expected {
             // The marker and the tag's own length disagree: neither can be trusted.
             self.damage.malformed += 1;
             self.discard_partial();
@@ -105,14 +105,17 @@ impl Depacketizer {
             self.slice_len = payload.len();
         }
         self.last_seq = header.seq;
-        self.partial.extend_from_slice(payload);
+        partial.put_slice(payload);
         if !complete {
+            self.partial = Some(partial);
             self.held += 1;
             self.state = State::Inside;
+            // Most often one as long is next to come.
+            prefetch(self.next_place(), payload.len());
             return None;
         }
         self.state = State::Boundary;
-        match Tag::from_unit(std::mem::take(&mut self.partial)) {
+        match Tag::from_unit(partial) {
             Ok(tag) => {
                 self.held = 0;
                 Some(tag)
@@ -125,12 +128,29 @@ impl Depacketizer {
         }
     }
 
+    /// Address of the place that the next payload will have, so far as one can tell.
+    #[inline]
+    pub(crate) fn next_place(&self) -> usize {
+        match self.state {
+            State::Inside => {
+                self.partial.as_ref().map_or(0, |partial| partial.as_ptr_range().end.addr())
+            }
+            State::Boundary | State::Lost => self.block.next_place(),
+        }
+    }
+
+    /// Address of what is written for each tag besides.
+    #[inline]
+    pub(crate) fn count(&self) -> usize {
+        self.block.count()
+    }
+
     /// Says that the next `packets` packets will never come; 0 says that what comes next is no
     /// continuation. Gives the last packet of the tag that this cuts, if its length is known: up to
     /// there, nothing is of use any more.
     pub fn lost(&mut self, packets: u64) -> Option<Seq> {
         let cut_through = (self.state == State::Inside && packets > 0).then(|| {
-            let left = self.expected.saturating_sub(self.partial.len());
+            let left = self.expected.saturating_sub(self.partial.as_ref().map_or(0, |p| p.len()));
             self.last_seq.plus(left.div_ceil(self.slice_len.max(1)))
         });
         self.damage.packets += packets;
@@ -150,25 +170,24 @@ impl Depacketizer {
         self.state == State::Boundary
     }
 
-    /// Reads the tag header at the start of a packet; false if there is none.
-    fn begin(&mut self, payload: &[u8], marker: bool) -> bool {
-        let Ok(header) = TagHeader::parse(payload) else { return false };
+    /// Reads the tag header at the start of a packet; `None` if there is none.
+    fn begin(&mut self, payload: &[u8], marker: bool) -> Option<Room> {
+        let header = TagHeader::parse(payload).ok()?;
         self.expected = Tag::HEADER_LEN + header.body_len;
         // All of it at once where it is a few packets, so that it need not move as it grows. A header
         // that lies about its length reserves no more than that.
         let few = if marker { payload.len() } else { RESERVED * payload.len() };
-        self.partial = match self.expected <= few {
+        Some(match self.expected <= few {
             true => self.block.room(self.expected + Tag::TRAILER_LEN),
             // It will grow, which what is part of a block must not.
-            false => BytesMut::with_capacity(few + Tag::TRAILER_LEN),
-        };
-        true
+            false => Room::with_capacity(few + Tag::TRAILER_LEN),
+        })
     }
 
     /// Drops an unfinished tag.
     fn discard_partial(&mut self) {
         self.damage.discarded += std::mem::take(&mut self.held);
-        self.partial = BytesMut::new();
+        self.partial = None;
     }
 
     /// After a useless packet: its marker shows where the next tag begins.
@@ -199,7 +218,7 @@ fn begins_tag(payload: &[u8], marker: bool) -> bool {
 /// First packets' lengths: most frames have no more.
 const RESERVED: usize = 8;
 /// Most frames of up to 2 Mbit/s come out of blocks.
-const BLOCK_LEN: usize = 32 << 10;
+const BLOCK_LEN: usize = 128 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -255,7 +274,7 @@ mod tests {
             let mut depacketizer = Depacketizer::new();
             for packet in packets(&burst).take(burst.count() - 1) {
                 assert_eq!(depacketizer.packet(&packet), None);
-                let capacity = depacketizer.partial.capacity();
+                let capacity = depacketizer.partial.as_ref().unwrap().capacity();
                 assert!(capacity <= 2 * (len + 15), "{capacity} bytes for {len} at {payload_max}");
             }
         }

@@ -2,13 +2,16 @@
 
 use std::ops::Range;
 
-use bytes::{BufMut, Bytes};
+use bytes::Bytes;
 
 use super::{
     Seq, Ssrc,
     packet::{HEADER_LEN, Header, PAYLOAD_TYPE},
 };
-use crate::{block::Block, flv::Tag};
+use crate::{
+    block::{Block, Piece, Room},
+    flv::Tag,
+};
 
 /// Slices one publication's tags into RTP packets.
 ///
@@ -74,7 +77,7 @@ impl Packetizer {
 /// Short bursts share blocks of memory, each of which is held as long as one of its bursts is.
 #[derive(Debug, Clone)]
 pub struct Burst {
-    bytes: Bytes,
+    bytes: Piece,
     /// Small, for there are hundreds of bursts in the history of each stream.
     stride: u16,
     first_seq: Seq,
@@ -82,7 +85,7 @@ pub struct Burst {
 
 impl Burst {
     /// All packets, laid end to end.
-    pub fn bytes(&self) -> &Bytes {
+    pub fn bytes(&self) -> &Piece {
         &self.bytes
     }
 
@@ -108,12 +111,12 @@ impl Burst {
 
     /// The packet at `index`, sharing the burst's memory.
     pub fn packet(&self, index: usize) -> Option<Bytes> {
-        (index < self.count()).then(|| self.bytes.slice(self.range(index)))
+        (index < self.count()).then(|| Bytes::from_owner(self.bytes.slice(self.range(index))))
     }
 
     /// The same packets in memory of their own, for who keeps them longer than the history does.
     pub fn detached(&self) -> Self {
-        Self { bytes: Bytes::copy_from_slice(&self.bytes), ..*self }
+        Self { bytes: Room::from(&self.bytes[..]).freeze(), ..*self }
     }
 
     fn range(&self, index: usize) -> Range<usize> {

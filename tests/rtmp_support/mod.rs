@@ -14,6 +14,7 @@ use std::{
 use bytes::BytesMut;
 use downpour::{
     StreamKey,
+    block::Room,
     flv::{Tag, TagKind},
     rtmp::{
         amf0::{Decoder, Value},
@@ -217,7 +218,7 @@ pub fn read_flv(path: &Path) -> Vec<Tag> {
     let mut tags = Vec::new();
     while !rest.is_empty() {
         let len = 11 + u32::from_be_bytes([0, rest[1], rest[2], rest[3]]) as usize;
-        tags.push(Tag::from_unit(BytesMut::from(&rest[..len])).unwrap());
+        tags.push(Tag::from_unit(Room::from(&rest[..len])).unwrap());
         rest = &rest[len + 4..];
     }
     tags

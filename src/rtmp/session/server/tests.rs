@@ -207,7 +207,7 @@ fn aggregates_are_split_and_rebased_on_their_first_tag() {
         (TagKind::Audio, 1023, &[0xaf, 1]),
         (TagKind::Video, 1040, &[0x27, 1]),
     ] {
-        body.extend(Tag::new(kind, time, media).unwrap().framed());
+        body.extend_from_slice(Tag::new(kind, time, media).unwrap().framed());
     }
     encoder.message(AGGREGATE, 50, &body);
     encoder.message(AUDIO, 99, &[0xaf, 2]);
