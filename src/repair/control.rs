@@ -3,6 +3,8 @@
 //! Fields and message types that this version does not know are ignored, so that either end may be
 //! newer than the other.
 
+mod terse;
+
 use std::{fmt, net::SocketAddr, str::FromStr};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -155,7 +157,7 @@ pub struct Report {
     #[serde(default)]
     pub round_trip_us: u64,
     /// One entry a stream; of some or of all streams.
-    #[serde(default)]
+    #[serde(default, serialize_with = "terse::serialize")]
     pub streams: Vec<StreamReport>,
 }
 
@@ -214,6 +216,7 @@ pub struct StreamReport {
 pub struct DelayReport {
     /// How many within each of [`DELAY_BOUNDS_MS`](super::receiver::DELAY_BOUNDS_MS) and over the
     /// one before, then how many over the last.
+    #[serde(deserialize_with = "terse::counts")]
     pub counts: Vec<u64>,
     /// All delays together, in microseconds.
     pub sum_us: u64,
