@@ -54,12 +54,15 @@ impl Reads {
     /// # Errors
     /// As recvmmsg(2). Nothing has been read then.
     pub fn wait(&mut self, socket: &UdpSocket) -> io::Result<()> {
+        // Twice what came last is enough, and to prepare for all of it takes long.
+        let most = (2 * self.count).clamp(2, Self::MOST);
         self.count = 0;
         // SAFETY: all zeroes are a value of both: integers and null pointers.
         let mut iovecs: [libc::iovec; Self::MOST] = unsafe { mem::zeroed() };
         let mut headers: [libc::mmsghdr; Self::MOST] = unsafe { mem::zeroed() };
         let room = self.slots.iter_mut().zip(self.bytes.chunks_exact_mut(LONGEST));
-        for ((header, iovec), (slot, bytes)) in headers.iter_mut().zip(&mut iovecs).zip(room) {
+        let room = headers.iter_mut().zip(&mut iovecs).zip(room).take(most);
+        for ((header, iovec), (slot, bytes)) in room {
             iovec.iov_base = bytes.as_mut_ptr().cast();
             iovec.iov_len = bytes.len();
             let header = &mut header.msg_hdr;
@@ -70,16 +73,17 @@ impl Reads {
             header.msg_control = (&raw mut slot.control).cast();
             header.msg_controllen = size_of::<Control>() as _;
         }
-        // SAFETY: each of the headers points to a name and a control message in its own slot and to
-        // an iovec, of the lengths that it gives, and the iovec to its own part of `bytes`. All of
-        // them outlive the call, and nothing else refers to them meanwhile.
+        // SAFETY: each of the first `most` headers points to a name and a control message in its own
+        // slot and to an iovec, of the lengths that it gives, and the iovec to its own part of
+        // `bytes`. All of them outlive the call, and nothing else refers to them meanwhile.
         let count = unsafe {
-            libc::recvmmsg(
+            libc::syscall(
+                libc::SYS_recvmmsg,
                 socket.as_raw_fd(),
                 headers.as_mut_ptr(),
-                Self::MOST as libc::c_uint,
+                most as libc::c_uint,
                 libc::MSG_WAITFORONE,
-                ptr::null_mut(),
+                ptr::null_mut::<libc::timespec>(),
             )
         };
         self.count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
@@ -91,7 +95,7 @@ impl Reads {
     }
 
     /// What the last call read: of each sender some datagrams, one behind the other.
-    pub fn trains(&self) -> impl Iterator<Item = Train<'_>> {
+    pub fn trains(&self) -> impl Iterator<Item = Train<'_>> + Clone {
         let reads = self.slots.iter().zip(self.bytes.chunks_exact(LONGEST)).take(self.count);
         reads.map(|(slot, bytes)| {
             let bytes = &bytes[..slot.len.min(bytes.len())];
