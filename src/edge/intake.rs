@@ -549,7 +549,7 @@ impl Intake {
 
     /// Moves what a stream's receiver has ready to where it belongs.
     fn pump(&mut self, now: Instant, ssrc: Ssrc) {
-        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else { return };
+        let Some(Indexed { stream, ahead }) = self.streams.get_mut(&ssrc) else { return };
         while let Some(request) = stream.receiver.poll_request(now) {
             let slack_ms = request.slack_ms(now);
             self.nacks.push_back(Nack {
@@ -586,6 +586,7 @@ impl Intake {
             }
             self.wakes.extend(wake.map(|at| (at, ssrc)));
         }
+        *ahead = stream.ahead();
     }
 
     /// Removes a stream that is surely over: what still comes of it are stragglers.

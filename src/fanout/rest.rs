@@ -62,7 +62,7 @@ pub(super) fn sleep_exactly() {
 }
 
 /// Added to the delay of what comes meanwhile, half of it on average.
-const NAP: Duration = Duration::from_micros(200);
+const NAP: Duration = Duration::from_micros(150);
 /// A pause between two rounds that is short for a nap to be worth it.
 const BUSY: Duration = Duration::from_micros(600);
 

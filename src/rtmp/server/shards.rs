@@ -149,7 +149,7 @@ thread_local! {
 }
 
 /// What a message may be held up by on a busy thread, to which the system adds some 50 µs.
-const NAP: Duration = Duration::from_micros(200);
+const NAP: Duration = Duration::from_micros(150);
 
 #[cfg(test)]
 mod tests {
