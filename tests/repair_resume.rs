@@ -25,7 +25,7 @@ const ROUND_TRIP: Duration = Duration::from_millis(400);
 
 /// Has the cloud close the connection: a report that no edge makes, too long for it. Waits until it did.
 async fn cut(edge: &mut Edge) -> String {
-    let counts = vec![0; MAX_EDGE_MESSAGE / 2];
+    let counts = vec![1; MAX_EDGE_MESSAGE / 2];
     let delays = DelayReport { counts, sum_us: 0 };
     let streams = vec![StreamReport { delays, ..StreamReport::default() }];
     edge.handle.report(Report { round_trip_us: 0, streams });
