@@ -172,7 +172,7 @@ impl AsStreamKey for str {
 pub struct AlreadyLive(pub StreamKey);
 
 /// Where in memory a stream and the place of its next tag are.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct NextPush {
     stream: usize,
     place: usize,

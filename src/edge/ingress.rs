@@ -507,7 +507,7 @@ fn parse_announcement(datagram: &[u8]) -> Option<(u16, u16)> {
 const VERSION_2_ONLY: u8 = 2 << 6;
 const TICK: Duration = Duration::from_millis(500);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-/// Streams in one report: about 600 kB. With more of them they take turns.
+/// Streams in one report: 600 kB at most. With more of them they take turns.
 const MAX_REPORTS: usize = 1000;
 const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(1);

@@ -86,7 +86,7 @@ struct Indexed {
 
 /// What of memory a stream's next packet will need, so far as one can tell. It is beside the
 /// stream's address, so that all of it can be fetched at once.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Ahead {
     push: NextPush,
     /// Address of the place that its payload will have.

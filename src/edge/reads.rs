@@ -95,7 +95,7 @@ impl Reads {
     }
 
     /// What the last call read: of each sender some datagrams, one behind the other.
-    pub fn trains(&self) -> impl Iterator<Item = Train<'_>> + Clone {
+    pub fn trains(&self) -> impl Iterator<Item = Train<'_>> {
         let reads = self.slots.iter().zip(self.bytes.chunks_exact(LONGEST)).take(self.count);
         reads.map(|(slot, bytes)| {
             let bytes = &bytes[..slot.len.min(bytes.len())];

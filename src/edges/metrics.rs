@@ -94,45 +94,19 @@ impl Collector for ReportCollector {
 
 /// Adds counts that an edge told, which may be anything.
 fn add(sum: &mut StreamReport, report: &StreamReport) {
-    let StreamReport {
-        ssrc: _,
-        received,
-        asked,
-        repaired,
-        parity,
-        given_up,
-        abandoned,
-        too_late,
-        duplicate,
-        reordered,
-        nacks,
-        delays,
-        waits,
-        paths,
-    } = report;
-    for (sum, more) in [
-        (&mut sum.received, received),
-        (&mut sum.asked, asked),
-        (&mut sum.parity, parity),
-        (&mut sum.given_up, given_up),
-        (&mut sum.abandoned, abandoned),
-        (&mut sum.too_late, too_late),
-        (&mut sum.duplicate, duplicate),
-        (&mut sum.reordered, reordered),
-        (&mut sum.nacks, nacks),
-    ] {
+    for (sum, (_, more)) in sum.counters_mut().into_iter().zip(report.counters()) {
+        *sum = sum.saturating_add(more);
+    }
+    for (sum, more) in sum.repaired.iter_mut().zip(&report.repaired) {
         *sum = sum.saturating_add(*more);
     }
-    for (sum, more) in sum.repaired.iter_mut().zip(repaired) {
-        *sum = sum.saturating_add(*more);
-    }
-    for (sum, more) in sum.paths.iter_mut().zip(paths) {
+    for (sum, more) in sum.paths.iter_mut().zip(&report.paths) {
         sum.received = sum.received.saturating_add(more.received);
         sum.lost = sum.lost.saturating_add(more.lost);
         sum.gaps = sum.gaps.saturating_add(more.gaps);
     }
-    add_delays(&mut sum.delays, delays);
-    add_delays(&mut sum.waits, waits);
+    add_delays(&mut sum.delays, &report.delays);
+    add_delays(&mut sum.waits, &report.waits);
 }
 
 fn add_delays(sum: &mut DelayReport, more: &DelayReport) {

@@ -294,9 +294,8 @@ const UNKNOWN_INTERVAL: Duration = Duration::from_millis(20);
 mod tests {
     use std::{ops::Range, sync::Arc};
 
-    use proptest::prelude::*;
-
     use bytes::Bytes;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::{

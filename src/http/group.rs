@@ -2,14 +2,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::block::Piece;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::{
     audience::{Arrival, Audience, Desk},
     viewer::{Batch, Closed, Viewer, note_skip},
 };
-use crate::hub::{ReadOutcome, Reader};
+use crate::{
+    block::Piece,
+    hub::{ReadOutcome, Reader},
+};
 
 /// A task's worth of viewers.
 ///

@@ -7,12 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::block::{Piece, Room};
 use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
 use crate::{
+    block::{Piece, Room},
     flv::{FILE_HEADER, Tag, TagKind},
     hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard},
 };

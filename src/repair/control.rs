@@ -234,6 +234,47 @@ pub struct PathReport {
     pub gaps: u64,
 }
 
+impl StreamReport {
+    /// Its plain counters, by their names on the wire.
+    pub(crate) fn counters(&self) -> [(&'static str, u64); COUNTERS] {
+        [
+            ("received", self.received),
+            ("asked", self.asked),
+            ("parity", self.parity),
+            ("given_up", self.given_up),
+            ("abandoned", self.abandoned),
+            ("too_late", self.too_late),
+            ("duplicate", self.duplicate),
+            ("reordered", self.reordered),
+            ("nacks", self.nacks),
+        ]
+    }
+
+    /// The same, in the same order, to be changed.
+    pub(crate) fn counters_mut(&mut self) -> [&mut u64; COUNTERS] {
+        // All fields, so that a new one is not forgotten.
+        let Self {
+            ssrc: _,
+            received,
+            asked,
+            repaired: _,
+            parity,
+            given_up,
+            abandoned,
+            too_late,
+            duplicate,
+            reordered,
+            nacks,
+            delays: _,
+            waits: _,
+            paths: _,
+        } = self;
+        [received, asked, parity, given_up, abandoned, too_late, duplicate, reordered, nacks]
+    }
+}
+
+const COUNTERS: usize = 9;
+
 impl Stats {
     /// These counts as an edge tells them to the cloud.
     pub fn report(&self, ssrc: Ssrc) -> StreamReport {
@@ -625,23 +666,7 @@ mod tests {
         let mut worst = Stats { delays: most, waits: most, ..Stats::default() }.report(Ssrc(0));
         worst.paths = [PathReport { received: u64::MAX, lost: u64::MAX, gaps: u64::MAX }; _];
         worst.repaired = [u64::MAX; 3];
-        let StreamReport {
-            received,
-            asked,
-            parity,
-            given_up,
-            abandoned,
-            too_late,
-            duplicate,
-            reordered,
-            nacks,
-            ..
-        } = &mut worst;
-        for count in
-            [received, asked, parity, given_up, abandoned, too_late, duplicate, reordered, nacks]
-        {
-            *count = u64::MAX;
-        }
+        worst.counters_mut().into_iter().for_each(|count| *count = u64::MAX);
         for count in [0, 1, MAX_REPORTED, MAX_REPORTED + 1, 3000] {
             let about = |i| StreamReport { ssrc: u32::MAX - i as u32, ..worst.clone() };
             let streams = (0..count).map(about).collect();

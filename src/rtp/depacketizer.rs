@@ -179,7 +179,7 @@ impl Depacketizer {
         let few = if marker { payload.len() } else { RESERVED * payload.len() };
         Some(match self.expected <= few {
             true => self.block.room(self.expected + Tag::TRAILER_LEN),
-            // It will grow, which what is part of a block must not.
+            // It will grow, and move: what it had of a block would be lost.
             false => Room::with_capacity(few + Tag::TRAILER_LEN),
         })
     }

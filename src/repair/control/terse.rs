@@ -30,36 +30,10 @@ struct Terse<'a, T: ?Sized>(&'a T);
 
 impl Serialize for Terse<'_, StreamReport> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let StreamReport {
-            ssrc,
-            received,
-            asked,
-            repaired,
-            parity,
-            given_up,
-            abandoned,
-            too_late,
-            duplicate,
-            reordered,
-            nacks,
-            delays,
-            waits,
-            paths,
-        } = self.0;
+        let StreamReport { ssrc, repaired, delays, waits, paths, .. } = self.0;
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("ssrc", ssrc)?;
-        let counts = [
-            ("received", received),
-            ("asked", asked),
-            ("parity", parity),
-            ("given_up", given_up),
-            ("abandoned", abandoned),
-            ("too_late", too_late),
-            ("duplicate", duplicate),
-            ("reordered", reordered),
-            ("nacks", nacks),
-        ];
-        serialize_counts(&mut map, &counts)?;
+        serialize_counts(&mut map, &self.0.counters())?;
         if *repaired != [0; _] {
             map.serialize_entry("repaired", repaired)?;
         }
@@ -82,7 +56,7 @@ impl Serialize for Terse<'_, DelayReport> {
         let told = counts.iter().rposition(|count| *count > 0).unwrap_or(0) + 1;
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("counts", &counts[..told.min(counts.len())])?;
-        serialize_counts(&mut map, &[("sum_us", sum_us)])?;
+        serialize_counts(&mut map, &[("sum_us", *sum_us)])?;
         map.end()
     }
 }
@@ -101,17 +75,17 @@ impl Serialize for Terse<'_, PathReport> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let PathReport { received, lost, gaps } = self.0;
         let mut map = serializer.serialize_map(None)?;
-        serialize_counts(&mut map, &[("received", received), ("lost", lost), ("gaps", gaps)])?;
+        serialize_counts(&mut map, &[("received", *received), ("lost", *lost), ("gaps", *gaps)])?;
         map.end()
     }
 }
 
 fn serialize_counts<M: SerializeMap>(
     map: &mut M,
-    counts: &[(&'static str, &u64)],
+    counts: &[(&'static str, u64)],
 ) -> Result<(), M::Error> {
-    let told = counts.iter().filter(|(_, count)| **count > 0);
-    told.into_iter().try_for_each(|(name, count)| map.serialize_entry(name, count))
+    let mut told = counts.iter().filter(|(_, count)| *count > 0);
+    told.try_for_each(|(name, count)| map.serialize_entry(name, count))
 }
 
 #[cfg(test)]
@@ -143,24 +117,18 @@ mod tests {
         let repaired = prop::array::uniform3(count());
         (any::<u32>(), counts, repaired, [delays(), delays()], prop::array::uniform2(path))
             .prop_map(|(ssrc, counts, repaired, [delays, waits], paths)| {
-                let [received, asked, parity, given_up, abandoned, too_late, ..] = counts;
-                let [.., duplicate, reordered, nacks] = counts;
-                StreamReport {
+                let mut report = StreamReport {
                     ssrc,
-                    received,
-                    asked,
                     repaired,
-                    parity,
-                    given_up,
-                    abandoned,
-                    too_late,
-                    duplicate,
-                    reordered,
-                    nacks,
                     delays,
                     waits,
                     paths,
+                    ..StreamReport::default()
+                };
+                for (counter, count) in report.counters_mut().into_iter().zip(counts) {
+                    *counter = count;
                 }
+                report
             })
     }
 
