@@ -107,17 +107,26 @@ pub struct Ingress {
     lookup_failure: String,
     next_tick: Instant,
     last_report: Instant,
-    /// Something asynchronous has begun since the bell was last looked at, so that it would not
-    /// ring.
+    /// Something asynchronous has begun that was not polled yet, so that it would not wake anybody.
     begun: bool,
     rng: SmallRng,
 }
 
-struct Connection {
+/// A repair connection, which ends when this is dropped.
+pub(super) struct Connection {
     handle: RepairHandle,
     events: mpsc::Receiver<RepairEvent>,
     cancel: CancellationToken,
     protocol: Option<Protocol>,
+}
+
+impl Connection {
+    /// Closes it, and waits until that has been told.
+    pub(super) async fn close(mut self) {
+        self.cancel.cancel();
+        self.events.close();
+        self.handle.closed().await;
+    }
 }
 
 impl Drop for Connection {
@@ -127,8 +136,7 @@ impl Drop for Connection {
 }
 
 impl Ingress {
-    /// Receives RTP on one socket or on two, and nothing but parity on up to two others; connects
-    /// at once if the cloud is known.
+    /// Receives RTP on one socket or on two, and nothing but parity on up to two others.
     pub fn new(
         rtp: Vec<RtpSocket>,
         parity: Vec<RtpSocket>,
@@ -137,7 +145,7 @@ impl Ingress {
         metrics: IntakeMetrics,
         probe_metrics: ProbeMetrics,
     ) -> Self {
-        let mut ingress = Self {
+        Self {
             rtp_sockets: rtp.len(),
             rtp_left: rtp.len(),
             sockets: rtp.into_iter().chain(parity).collect(),
@@ -156,11 +164,20 @@ impl Ingress {
             begun: true,
             rng: SmallRng::from_os_rng(),
             settings,
-        };
-        if !ingress.must_learn() {
-            ingress.connect(ingress.settings.cloud.clone());
         }
-        ingress
+    }
+
+    /// Connects, if the cloud is known. The repair connection's tasks, now and later, are in the
+    /// runtime of who calls.
+    pub(super) fn begin(&mut self) {
+        if !self.must_learn() {
+            self.connect(self.settings.cloud.clone());
+        }
+    }
+
+    /// What there is of a repair connection, which is then none of its own any more.
+    pub(super) fn take_repair(&mut self) -> Option<Connection> {
+        self.repair.take()
     }
 
     /// Reads from each of these, in their order.
@@ -222,7 +239,7 @@ impl Ingress {
         self.begun
     }
 
-    /// Takes what came from tokio's threads; what comes later wakes `cx`.
+    /// Takes what look-ups and the repair connection have; what comes later wakes `cx`.
     pub(super) fn handle_inputs(&mut self, cx: &mut Context<'_>) {
         self.begun = false;
         if let Some(lookup) = &mut self.lookup
@@ -548,7 +565,7 @@ mod tests {
         ingress: Ingress,
         hub: Hub,
         rtp: [SocketAddr; 2],
-        events: std::sync::mpsc::Receiver<mpsc::Sender<RepairEvent>>,
+        events: mpsc::UnboundedReceiver<mpsc::Sender<RepairEvent>>,
     }
 
     fn rig(on_start: impl Fn(&Arc<crate::hub::Stream>) + Send + 'static) -> Rig {
@@ -566,7 +583,7 @@ mod tests {
         // Where nobody answers: what the cloud says, the test says.
         let nobody = UdpSocket::bind("127.0.0.1:0").unwrap();
         let quic_port = nobody.local_addr().unwrap().port();
-        let (events_in, events) = std::sync::mpsc::channel();
+        let (events_in, events) = mpsc::unbounded_channel();
         let client_metrics = RepairClientMetrics::register(&registry).unwrap();
         let connect: Connect = Box::new(move |cloud, events, shutdown| {
             let _ = events_in.send(events);
@@ -622,10 +639,10 @@ mod tests {
 
     #[tokio::test]
     async fn an_event_is_taken_promptly_while_nothing_comes_and_shutdown_ends_the_streams() {
-        let Rig { ingress, hub, events, .. } = rig(|_| ());
+        let Rig { ingress, hub, mut events, .. } = rig(|_| ());
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(ingress.run(shutdown.clone()));
-        let events = events.recv().unwrap();
+        let events = events.recv().await.unwrap();
         events.send(RepairEvent::Connected { protocol: Protocol::Downpour }).await.unwrap();
         let mut quickest = Duration::MAX;
         for number in 1..=10 {
@@ -645,10 +662,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
-        let Rig { ingress, hub, rtp, events } = rig(|_| ());
+        let Rig { ingress, hub, rtp, mut events } = rig(|_| ());
         let metrics = ingress.metrics.clone();
         let _running = tokio::spawn(ingress.run(CancellationToken::new()));
-        let events = events.recv().unwrap();
+        let events = events.recv().await.unwrap();
         events.send(up(7)).await.unwrap();
         wait_until("the stream is up", || hub.len() == 1).await;
         let stream = hub.stream("live/7").unwrap();
@@ -678,9 +695,9 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
-        let Rig { ingress, hub, rtp, events } = rig(|_| ());
+        let Rig { ingress, hub, rtp, mut events } = rig(|_| ());
         let _running = tokio::spawn(ingress.run(CancellationToken::new()));
-        let events = events.recv().unwrap();
+        let events = events.recv().await.unwrap();
         events.send(up(7)).await.unwrap();
         wait_until("the stream is up", || hub.len() == 1).await;
         let stream = hub.stream("live/7").unwrap();
@@ -721,9 +738,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_on_the_thread_is_one_of_the_task() {
-        let Rig { ingress, events, hub, .. } = rig(|_| panic!("on purpose"));
+        let Rig { ingress, mut events, hub, .. } = rig(|_| panic!("on purpose"));
         let running = tokio::spawn(ingress.run(CancellationToken::new()));
-        events.recv().unwrap().send(up(7)).await.unwrap();
+        events.recv().await.unwrap().send(up(7)).await.unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), running).await.unwrap();
         assert!(ended.unwrap_err().is_panic());
         assert!(hub.is_empty());
@@ -739,9 +756,9 @@ mod tests {
         }
         let alive = Arc::new(AtomicUsize::new(1));
         let counted = Counted(alive.clone());
-        let Rig { ingress, events, hub, .. } = rig(move |_| _ = &counted);
+        let Rig { ingress, mut events, hub, .. } = rig(move |_| _ = &counted);
         let running = tokio::spawn(ingress.run(CancellationToken::new()));
-        events.recv().unwrap().send(up(7)).await.unwrap();
+        events.recv().await.unwrap().send(up(7)).await.unwrap();
         wait_until("the stream is up", || hub.len() == 1).await;
         running.abort();
         wait_until("the thread has ended", || alive.load(Ordering::SeqCst) == 0).await;

@@ -1,5 +1,6 @@
 //! The edge node: takes RTP, repairs what got lost, and serves viewers.
 
+mod clock;
 pub mod ingress;
 pub mod intake;
 pub mod livestat;
@@ -9,7 +10,6 @@ mod reads;
 mod receive;
 pub mod socket;
 pub mod stats;
-mod wait;
 
 use std::{
     net::SocketAddr,

@@ -1,12 +1,13 @@
 //! The edge's receiving threads.
 //!
-//! They are threads and no tasks: between a packet and the hub there is no runtime that would have to
-//! be woken first. Each socket has one, which waits in the call that reads, so that nothing has to be
-//! asked first whether there is something. One more does what is due at some time, and takes what
-//! tokio's threads have: they ring a [`Bell`] for it. All work on one [`Ingress`] behind a lock, which
-//! is nearly always free.
+//! Between a packet and the hub there is no runtime that would have to be woken first. Each socket has
+//! a thread, which waits in the call that reads, so that nothing has to be asked first whether there
+//! is something. One more thread has a runtime of its own, in which are the repair connection and what
+//! is due at some time: to hand each answer from thread to thread would cost more than to take it, and
+//! viewers do not hold it up. All work on one [`Ingress`] behind a lock, which is nearly always free.
 
 use std::{
+    future::poll_fn,
     io,
     net::UdpSocket,
     panic,
@@ -15,20 +16,23 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Wake, Waker},
+    task::{Context, Poll, Waker},
     thread,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use tokio::{runtime::Handle, sync::mpsc};
+use tokio::{
+    runtime::{Builder, Handle, Runtime},
+    sync::mpsc,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    clock::{Alarm, Clock},
     ingress::Ingress,
     reads::Reads,
     socket::end_waits,
-    wait::{Bell, Clock, Sleeper},
 };
 
 impl Ingress {
@@ -60,39 +64,40 @@ impl Ingress {
 }
 
 /// What one of the threads does.
-type Run = Box<dyn FnOnce(&Shared, &CancellationToken) + Send>;
+type Run = Box<dyn FnOnce(Arc<Shared>, &CancellationToken) + Send>;
 
 fn start(
-    ingress: Ingress,
+    mut ingress: Ingress,
     stop: &CancellationToken,
     running: &mpsc::Sender<()>,
 ) -> io::Result<Vec<thread::JoinHandle<()>>> {
-    let (bell, clock) = (Bell::new()?, Clock::new()?);
-    let sleeper = Sleeper::new(bell.clone(), &clock)?;
+    let runtime = OwnRuntime::new()?;
+    {
+        let _inside = runtime.handle.enter();
+        ingress.begin();
+    }
+    let clock = Clock::new()?;
     let sockets: Vec<_> = ingress.sockets().cloned().collect();
     let over = Over { is_it: Arc::default(), sockets: sockets.clone() };
     let ended = over.is_it.clone();
-    let shared = Arc::new(Shared { work: Mutex::new(Work { ingress, clock }), bell });
+    let shared = Arc::new(Shared { work: Mutex::new(Work { ingress, clock, control: None }) });
+    let handle = runtime.handle.clone();
     let spawn = |name, run: Run| {
-        let (runtime, running) = (Handle::current(), running.clone());
+        let (handle, running) = (handle.clone(), running.clone());
         let (stop, shared) = (stop.clone(), shared.clone());
         thread::Builder::new().name(name).spawn(move || {
             // Dropped last of all.
             let _running = running;
-            let shared = shared;
             let stop = StopOnPanic(stop);
             // Look-ups and repair connections are begun on these threads.
-            let _inside = runtime.enter();
-            run(&shared, &stop.0);
+            let _inside = handle.enter();
+            run(shared, &stop.0);
         })
     };
     // First: if one of the others cannot be started, it ends those that could.
     let control = spawn(
         "rtp-control".into(),
-        Box::new(move |shared, stop| {
-            let _over = over;
-            shared.control_until(stop, &sleeper);
-        }),
+        Box::new(move |shared, stop| runtime.run(control(shared, stop, over))),
     )?;
     let receivers = sockets.into_iter().enumerate().map(|(i, socket)| {
         let ended = ended.clone();
@@ -108,59 +113,74 @@ fn start(
     [Ok(control)].into_iter().chain(receivers).collect()
 }
 
+/// Does what is due and takes what comes but RTP, until `stop`; then ends the other threads, and the
+/// streams, and closes the repair connection.
+async fn control(shared: Arc<Shared>, stop: &CancellationToken, over: Over) {
+    let failed = async {
+        let alarm = Alarm::new(&shared.work.lock().clock)?;
+        poll_fn(|cx| shared.poll_control(cx, &alarm)).await
+    };
+    let failed = {
+        let (mut failed, mut stopped) = (pin!(failed), pin!(stop.cancelled()));
+        poll_fn(|cx| match stopped.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Ok(())),
+            Poll::Pending => failed.as_mut().poll(cx),
+        })
+        .await
+    };
+    if let Err(error) = failed {
+        tracing::error!("cannot wait for what is due: {error}");
+        stop.cancel();
+    }
+    drop(over);
+    let repair = shared.work.lock().ingress.take_repair();
+    // The last of the threads ends the streams, before the cloud has acknowledged anything.
+    drop(shared);
+    if let Some(repair) = repair {
+        repair.close().await;
+    }
+}
+
 /// What the threads share.
 struct Shared {
     /// Fair now and then, which the standard library's is not: a socket that never runs dry must not
     /// keep the others' threads waiting.
     work: Mutex<Work>,
-    bell: Arc<Bell>,
 }
 
 struct Work {
     ingress: Ingress,
     /// Goes off when something is due.
     clock: Clock,
+    /// Wakes who does what is due.
+    control: Option<Waker>,
 }
 
 impl Shared {
-    /// Does what is due and takes what comes from tokio's threads.
-    fn control_until(&self, stop: &CancellationToken, sleeper: &Sleeper) {
-        let waker = Waker::from(self.bell.clone());
-        let mut cx = Context::from_waker(&waker);
-        let mut stopped = pin!(stop.cancelled());
-        let mut went_off = false;
-        loop {
-            {
-                let mut work = self.work.lock();
-                let Work { ingress, clock } = &mut *work;
-                if went_off {
-                    clock.went_off();
-                }
-                if self.bell.take() || ingress.has_begun() {
-                    if stopped.as_mut().poll(&mut cx).is_ready() {
-                        return;
-                    }
-                    ingress.handle_inputs(&mut cx);
-                }
-                let now = Instant::now();
-                ingress.handle_timeout(now);
-                // What has just begun would not ring.
-                if ingress.has_begun() {
-                    continue;
-                }
-                if let Err(error) = clock.set(ingress.poll_timeout()) {
-                    tracing::error!("cannot wait for what is due: {error}");
-                    stop.cancel();
-                }
-            }
-            went_off = match sleeper.sleep() {
-                Ok(went_off) => went_off,
-                Err(error) => {
-                    tracing::error!("cannot wait for what is due: {error}");
-                    stop.cancel();
-                    return;
-                }
-            };
+    /// Does what is due and takes what has come; ready only if that cannot go on.
+    fn poll_control(&self, cx: &mut Context<'_>, alarm: &Alarm) -> Poll<io::Result<()>> {
+        let went_off = match alarm.poll(cx) {
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+            went_off => went_off.is_ready(),
+        };
+        let mut work = self.work.lock();
+        let Work { ingress, clock, control } = &mut *work;
+        if went_off {
+            clock.went_off();
+        }
+        if control.as_ref().is_none_or(|control| !control.will_wake(cx.waker())) {
+            *control = Some(cx.waker().clone());
+        }
+        ingress.handle_inputs(cx);
+        ingress.handle_timeout(Instant::now());
+        if ingress.has_begun() {
+            // It would not wake by itself. The others have their turn before.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        match clock.set(ingress.poll_timeout()) {
+            Ok(()) => Poll::Pending,
+            Err(error) => Poll::Ready(Err(error)),
         }
     }
 
@@ -191,18 +211,49 @@ impl Shared {
                 }
             }
             let mut work = self.work.lock();
-            let Work { ingress, clock } = &mut *work;
+            let Work { ingress, clock, control } = &mut *work;
             ingress.expect(&reads);
             // Memory comes meanwhile.
             let now = Instant::now();
             ingress.handle_reads(now, i, &reads);
             let is_set = ingress.poll_intake_timeout().map(|due| clock.set(due));
             // If it cannot be set, who would have been woken sets it, and says why it cannot.
-            let ring = ingress.has_begun() || matches!(is_set, Some(Err(_)));
+            let wakes = ingress.has_begun() || matches!(is_set, Some(Err(_)));
+            let control = control.as_ref().filter(|_| wakes).cloned();
             drop(work);
-            if ring {
-                self.bell.wake_by_ref();
+            if let Some(control) = control {
+                control.wake();
             }
+        }
+    }
+}
+
+/// A runtime of one thread.
+struct OwnRuntime {
+    handle: Handle,
+    /// Until it is dropped.
+    runtime: Option<Runtime>,
+}
+
+impl OwnRuntime {
+    fn new() -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
+    }
+
+    /// Runs all of its tasks on this thread until `task` has ended.
+    fn run(self, task: impl Future<Output = ()>) {
+        if let Some(runtime) = &self.runtime {
+            runtime.block_on(task);
+        }
+    }
+}
+
+impl Drop for OwnRuntime {
+    fn drop(&mut self) {
+        // A look-up that waits for its answer holds nobody up.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
         }
     }
 }

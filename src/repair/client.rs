@@ -423,6 +423,11 @@ impl RepairHandle {
         }
     }
 
+    /// Waits until the client has ended, and the cloud been told so if it answers.
+    pub async fn closed(&self) {
+        self.nacks.closed().await;
+    }
+
     /// Tells the cloud how this edge fares, in as many messages as it takes. A report that is not
     /// under way when the next one comes is not told; a v0 cloud gets none.
     pub fn report(&self, report: Report) {
