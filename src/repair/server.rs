@@ -26,14 +26,13 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub use metrics::{ProtocolMetrics, RepairServerMetrics};
 
-use self::heartbeat::{Heartbeats, TICK};
+use self::heartbeat::{Beats, Heartbeats, TICK};
 use super::{
     Protocol,
     bucket::TokenBucket,
     close,
     control::{CloudMessage, Nonce, Report, StreamPattern},
     group::{GroupBudget, GroupRepair},
-    message::Heartbeat,
     transport,
 };
 use crate::{
@@ -287,7 +286,7 @@ struct Shared {
     edges: AtomicU64,
     /// Bytes a second of all streams, and when that was found.
     total_rate: Mutex<(Instant, Option<u64>)>,
-    heartbeats: broadcast::Sender<Arc<[Heartbeat]>>,
+    heartbeats: broadcast::Sender<Arc<Beats>>,
 }
 
 /// What one handshake came to.
@@ -500,7 +499,7 @@ async fn beat(shared: Arc<Shared>) {
         let due = heartbeats.poll(Instant::now(), live);
         if !due.is_empty() {
             // An error only says that nobody listens.
-            let _ = shared.heartbeats.send(due.into());
+            let _ = shared.heartbeats.send(Arc::new(due));
         }
     }
 }

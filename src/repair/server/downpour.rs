@@ -105,7 +105,8 @@ async fn run(
 
     let (stream_tx, stream_rx) = mpsc::channel(SERVER_UNI_STREAMS as usize);
     let group = hello.group.filter(|group| group.ip().is_multicast());
-    let repairer = Repairer::new(shared, connection, &subscription, group);
+    let latency = Duration::from_millis(hello.latency_ms.into());
+    let repairer = Repairer::new(shared, connection, &subscription, group, latency);
     tokio::select! {
         result = session.run(events, messages, shutdown) => result,
         result = repairer.run(stream_rx, heartbeats) => result,

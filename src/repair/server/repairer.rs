@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     BUDGET_AGE, Shared,
     downpour::{EdgeError, Subscription, lock},
+    heartbeat::{Beats, Listener},
 };
 use crate::{
     origin::OriginStream,
@@ -45,6 +46,7 @@ pub(super) struct Repairer<'a> {
     resender: Resender<Repair<Outgoing>>,
     /// Which of the cloud's edges this is.
     edge: u64,
+    listener: Listener,
     /// The multicast group that it says it listens to, if this cloud sends to groups.
     group: Option<SocketAddr>,
     /// Repairs too long for a datagram, on their way on streams.
@@ -74,8 +76,10 @@ impl<'a> Repairer<'a> {
         connection: &'a Connection,
         subscription: &'a Mutex<Subscription>,
         group: Option<SocketAddr>,
+        latency: Duration,
     ) -> Self {
         let now = Instant::now();
+        let edge = shared.edges.fetch_add(1, Ordering::Relaxed);
         let (rate, burst) = shared.budget(lock(subscription).byte_rate());
         Self {
             shared,
@@ -86,7 +90,8 @@ impl<'a> Repairer<'a> {
             budget_set: now,
             blocked: None,
             resender: Resender::new(),
-            edge: shared.edges.fetch_add(1, Ordering::Relaxed),
+            edge,
+            listener: Listener::new(edge, latency),
             group: group.filter(|_| shared.group_sender.is_some()),
             streams: JoinSet::new(),
             stream_slots: Arc::new(Semaphore::new(MAX_REPAIR_STREAMS)),
@@ -96,7 +101,7 @@ impl<'a> Repairer<'a> {
     pub(super) async fn run(
         mut self,
         mut streams: mpsc::Receiver<Result<Bytes, MessageError>>,
-        mut heartbeats: broadcast::Receiver<Arc<[Heartbeat]>>,
+        mut heartbeats: broadcast::Receiver<Arc<Beats>>,
     ) -> Result<(), EdgeError> {
         loop {
             let blocked = self.blocked.map(|(until, _)| until);
@@ -129,6 +134,7 @@ impl<'a> Repairer<'a> {
         let asked = nack.seqs.len() as u64;
         metrics.downpour.asked.inc_by(asked);
         let now = Instant::now();
+        self.listener.ask(now);
         if !self.requests.take(now, asked) {
             metrics.dropped_flood.inc_by(asked);
             return Ok(());
@@ -384,10 +390,11 @@ impl<'a> Repairer<'a> {
         true
     }
 
-    fn heartbeat(&mut self, beats: &[Heartbeat]) -> Result<(), EdgeError> {
+    fn heartbeat(&mut self, beats: &Beats) -> Result<(), EdgeError> {
         let beats: Vec<_> = {
             let subscription = lock(self.subscription);
-            beats.iter().filter(|beat| subscription.was_told(beat.ssrc)).copied().collect()
+            let beats = beats.to(&self.listener, Instant::now());
+            beats.filter(|beat| subscription.was_told(beat.ssrc)).collect()
         };
         let Some(max_len) = self.connection.max_datagram_size() else { return Ok(()) };
         for datagram in Heartbeat::encode(&beats, max_len) {
