@@ -26,6 +26,7 @@ use self::{
 };
 use crate::{
     common::{
+        cpu,
         plot::{Panel, Plot, Scale, Series},
         process::{Process, free_address, http_get, samples, wait_for},
     },
@@ -46,8 +47,18 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     );
     let mut loads = String::new();
     let mut panels = Vec::new();
+    let mut rounds = String::from(
+        "| work, at half load | round | µs a `sendto` | floor: p50 | p99 | Downpour: p50 | p99 |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
     for case in &cases {
-        for outcome in case.run(quick, program)? {
+        let (usual, mut halves) = case.run(quick, program)?;
+        for (number, round) in halves.iter().enumerate() {
+            rounds += &round.line(case, number + 1);
+        }
+        halves.sort_by(|a, b| at(&a.ours.video, 0.5).total_cmp(&at(&b.ours.video, 0.5)));
+        let middle = halves.swap_remove(halves.len() / 2);
+        for outcome in [usual, middle] {
             rows += &outcome.rows(case);
             loads += &outcome.load(case);
             panels.push(outcome.panel(case));
@@ -55,10 +66,16 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     }
     section.say(
         "Delays in milliseconds; the ratio is to the floor of the same run. What others' work took of \
-         the machine meanwhile is told for each; it had the same right to the processors.",
+         the machine meanwhile is told for each; it had the same right to the processors. Half load is \
+         measured several times; here is the round of the median p50.",
     );
     section.say(&rows);
     section.say(&loads);
+    section.say(
+        "All rounds at half load, each with what a bare `sendto` of 372 bytes to one of the other edges' \
+         addresses took before and after it (processor time): how fast the machine was then.",
+    );
+    section.say(&rounds);
     let ticks = SHARES.iter().map(|(name, _)| (*name).to_owned()).collect();
     let title = "Delay of video tags on loopback, in ms";
     section.plot(
@@ -121,7 +138,7 @@ struct Case {
 }
 
 impl Case {
-    fn run(&self, quick: bool, program: &str) -> io::Result<[Outcome; 2]> {
+    fn run(&self, quick: bool, program: &str) -> io::Result<(Outcome, Vec<Outcome>)> {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         self.run_in(dir.path(), quick, program).map_err(|error| {
             let logs = dir.keep();
@@ -129,25 +146,42 @@ impl Case {
         })
     }
 
-    fn run_in(&self, dir: &Path, quick: bool, program: &str) -> io::Result<[Outcome; 2]> {
+    fn run_in(
+        &self,
+        dir: &Path,
+        quick: bool,
+        program: &str,
+    ) -> io::Result<(Outcome, Vec<Outcome>)> {
         let mut site = Site::start(dir, self, program)?;
         let mut runs = 1..;
         let mut both = |frames: f64, seconds: f64, load: &'static str| -> io::Result<Outcome> {
-            let mut measure = |way: Way| {
+            let mut measure = |site: &mut Site<'_>, way: Way| {
                 let run = runs.next().unwrap_or(0);
                 let measured = site.measure(self, way, frames, seconds, run)?;
-                eprintln!("   {}, {load}, {}: {}", self.name, way.name(), measured.load.line());
+                let [p50, p99] = [0.5, 0.99].map(|share| at(&measured.video, share) / 1000.0);
+                eprintln!(
+                    "   {}, {load}, {}: p50 {p50:.3} ms, p99 {p99:.3} ms; {}",
+                    self.name,
+                    way.name(),
+                    measured.load.line()
+                );
                 io::Result::Ok(measured)
             };
-            let ours = measure(Way::Downpour)?;
-            let floor = measure(Way::Floor)?;
-            Ok(Outcome { frames, rate: load, ours, floor })
+            let before = site.sendto_micros()?;
+            let ours = measure(&mut site, Way::Downpour)?;
+            let sendto = (before + site.sendto_micros()?) / 2.0;
+            let floor = measure(&mut site, Way::Floor)?;
+            Ok(Outcome { frames, rate: load, sendto, ours, floor })
         };
         let usual = both(self.frames, if quick { 1.5 } else { 4.0 }, "a usual rate")?;
         // The load grows with the frames; what it is without any is small.
         let frames = (self.frames * HALF / usual.ours.load.highest()).clamp(1.0, MOST_FRAMES);
-        let half = both(frames, if quick { 2.0 } else { 10.0 }, "half load")?;
-        Ok([usual, half])
+        let (rounds, seconds) = if quick { (1, 2.0) } else { (ROUNDS, 6.0) };
+        let mut halves = Vec::new();
+        for _ in 0..rounds {
+            halves.push(both(frames, seconds, "half load")?);
+        }
+        Ok((usual, halves))
     }
 
     fn bodies(&self) -> (usize, usize) {
@@ -169,7 +203,7 @@ struct Site<'a> {
     floor_in: SocketAddr,
     floor_out: SocketAddr,
     /// The other edges: takes what comes and gives it to nobody.
-    _others: UdpSocket,
+    others: UdpSocket,
 }
 
 impl<'a> Site<'a> {
@@ -222,7 +256,18 @@ impl<'a> Site<'a> {
             floor.check()?;
             Ok(fs::read_to_string(&log)?.contains("listening"))
         })?;
-        Ok(Self { dir, cloud, edge, floor, rtmp, flv, floor_in, floor_out, _others: others })
+        Ok(Self { dir, cloud, edge, floor, rtmp, flv, floor_in, floor_out, others })
+    }
+
+    /// Processor time of one `sendto` to another edge: how fast the machine is now.
+    fn sendto_micros(&self) -> io::Result<f64> {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let to = SocketAddr::from(([127, 1, 0, 1], self.others.local_addr()?.port()));
+        let began = cpu::of_this_thread();
+        for _ in 0..SENDTOS {
+            socket.send_to(&[0; 372], to)?;
+        }
+        Ok((cpu::of_this_thread() - began) / f64::from(SENDTOS) * 1e6)
     }
 
     /// Publishes, watches, and reads what came of it.
@@ -344,6 +389,8 @@ struct Outcome {
     frames: f64,
     /// What that rate is.
     rate: &'static str,
+    /// Microseconds of a bare one, around the measurement of ours.
+    sendto: f64,
     ours: Measured,
     floor: Measured,
 }
@@ -384,6 +431,16 @@ impl Outcome {
             SHARES.iter().map(|(_, share)| format!("{:.2}", ratio(*share))).collect();
         rows += &format!("| | ratio | | | {} | | | | |\n", ratios.join(" | "));
         rows
+    }
+
+    fn line(&self, case: &Case, round: usize) -> String {
+        let ms = |measured: &Measured| {
+            [0.5, 0.99]
+                .map(|share| format!("{:.3}", at(&measured.video, share) / 1000.0))
+                .join(" | ")
+        };
+        let (floor, ours) = (ms(&self.floor), ms(&self.ours));
+        format!("| {} | {round} | {:.2} | {floor} | {ours} |\n", case.name, self.sendto)
     }
 
     fn load(&self, case: &Case) -> String {
@@ -440,6 +497,9 @@ const SHARES: [(&str, f64); 5] =
 /// Milliseconds at a share.
 const GOALS: [(f64, f64); 2] = [(0.5, 0.5), (0.99, 3.0)];
 const HALF: f64 = 0.5;
+/// At half load.
+const ROUNDS: usize = 3;
+const SENDTOS: u32 = 50_000;
 const MOST_FRAMES: f64 = 500.0;
 /// Seconds between the first tag and the first that counts.
 const WARM_UP: f64 = 2.5;
