@@ -18,7 +18,7 @@ use socket2::SockRef;
 use super::{
     FanoutMetrics,
     metrics::Refusal,
-    syscall::{Batch, Message, Messages, wait_for_room},
+    syscall::{Batch, Message, Messages, set_segment, wait_for_room},
 };
 
 /// What an outlet needs of a socket. None of it waits but for what says so.
@@ -28,6 +28,9 @@ pub(super) trait Way {
 
     /// Sends one datagram.
     fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()>;
+
+    /// Cuts longer messages into so many bytes by itself from now on; 0 cuts none.
+    fn set_segment(&self, segment: u16) -> io::Result<()>;
 
     /// Waits until there is room for a datagram, or until `timeout` is over.
     fn wait_for_room(&self, timeout: Duration);
@@ -48,15 +51,17 @@ pub(super) struct Outlet<W = UdpSocket> {
 }
 
 impl<W: Way> Outlet<W> {
-    /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none.
-    /// `progress` counts for all that send from the socket.
+    /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none. `is_own`
+    /// says that nobody else sends from the socket. `progress` counts for all that do.
     pub(super) fn new(
         socket: Arc<W>,
         segments: usize,
+        is_own: bool,
         progress: Arc<AtomicU64>,
         metrics: FanoutMetrics,
     ) -> Self {
-        let offload = Offload { segments: segments.max(1), ..Offload::default() };
+        let offload =
+            Offload { segments: segments.max(1), by_socket: is_own, ..Offload::default() };
         if offload.segments > 1 {
             metrics.offload.inc();
         }
@@ -103,8 +108,14 @@ impl<'a, W: Way> Round<'_, 'a, W> {
     /// Sends one piece of a train as datagrams of `stride` bytes, the last one shorter.
     #[inline]
     pub(super) fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
-        if piece.len() <= stride || self.offload.cuts(to) {
-            let segment = if piece.len() > stride { stride as u16 } else { 0 };
+        if piece.len() <= stride {
+            return self.push(Message { to, bytes: piece, segment: 0 });
+        }
+        if self.offload.cuts(to) {
+            let segment = stride as u16;
+            if segment != self.messages.default_segment() {
+                self.ask_for(segment);
+            }
             return self.push(Message { to, bytes: piece, segment });
         }
         for packet in piece.chunks(stride) {
@@ -138,6 +149,7 @@ impl<'a, W: Way> Round<'_, 'a, W> {
                 Err(error) => {
                     if let Some(message) = self.messages.get(next)
                         && !self.may_try_again(&error)
+                        && !self.stops_cutting(&error)
                     {
                         self.handle_failure(&message, error, &mut sent);
                         next += 1;
@@ -153,6 +165,39 @@ impl<'a, W: Way> Round<'_, 'a, W> {
         metrics.calls.inc_by(sent.calls);
         metrics.datagrams.inc_by(sent.datagrams);
         metrics.bytes.inc_by(sent.bytes);
+    }
+
+    /// A message wants what the socket does not do by itself. After some of the same, it does.
+    fn ask_for(&mut self, segment: u16) {
+        let offload = &mut *self.offload;
+        if !offload.by_socket {
+            return;
+        }
+        let (wanted, times) = offload.wanted;
+        offload.wanted = (segment, if wanted == segment { times + 1 } else { 1 });
+        // What waits in the batch counts on what there is.
+        if offload.wanted.1 > WANTED && self.messages.len() == 0 {
+            match self.socket.set_segment(segment) {
+                Ok(()) => self.messages.set_default_segment(segment),
+                Err(_) => offload.by_socket = false,
+            }
+        }
+    }
+
+    /// Whether the socket cut by itself until now, and the error may be for that: it refuses even
+    /// short messages then, where a way cannot be cut for (IPsec) or has a small MTU.
+    fn stops_cutting(&mut self, error: &io::Error) -> bool {
+        let was_cutting = self.messages.default_segment() > 0 && refuses_offload(error);
+        if was_cutting {
+            self.offload.by_socket = false;
+            self.messages.set_default_segment(0);
+            if let Err(error) = self.socket.set_segment(0) {
+                tracing::warn!(
+                    "RTP may be cut wrongly: UDP_SEGMENT cannot be switched off: {error}"
+                );
+            }
+        }
+        was_cutting
     }
 
     #[inline]
@@ -245,6 +290,10 @@ impl Way for UdpSocket {
         socket.send_to_with_flags(packet, &to.into(), libc::MSG_DONTWAIT).map(drop)
     }
 
+    fn set_segment(&self, segment: u16) -> io::Result<()> {
+        set_segment(self, segment)
+    }
+
     fn wait_for_room(&self, timeout: Duration) {
         wait_for_room(self, timeout);
     }
@@ -297,6 +346,11 @@ struct Offload {
     whole: HashSet<SocketAddr>,
     /// Messages refused since the last one that was not.
     refused: usize,
+    /// Whether the socket may be set to cut by itself: nobody else sends from it, and it never refused
+    /// anything then.
+    by_socket: bool,
+    /// What messages wanted of late that the socket does not do by itself, and how many in a row.
+    wanted: (u16, usize),
     /// When a refusal was logged last.
     told: Option<Instant>,
 }
@@ -376,6 +430,8 @@ const TELL_EVERY: Duration = Duration::from_secs(60);
 const MAX_WHOLE: usize = 4096;
 /// Refusals one after the other, without a message that was cut, after which none will be.
 const REFUSALS: usize = 16;
+/// Messages in a row to cut alike, after which the socket does so by itself.
+const WANTED: usize = 64;
 
 #[cfg(test)]
 mod tests {
@@ -394,7 +450,7 @@ mod tests {
     fn outlet(segments: usize) -> (Outlet, FanoutMetrics) {
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
         let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap());
-        (Outlet::new(socket, segments, Arc::default(), metrics.clone()), metrics)
+        (Outlet::new(socket, segments, true, Arc::default(), metrics.clone()), metrics)
     }
 
     fn receiver() -> (UdpSocket, SocketAddr) {
@@ -483,12 +539,67 @@ mod tests {
         assert!(!outlet.offload.cuts(addr) && outlet.round().piece(100) == 100);
     }
 
+    #[test]
+    fn a_socket_that_cuts_by_itself_sends_the_same_and_stops_when_it_is_refused() {
+        let (mut outlet, metrics) = outlet(64);
+        let (socket, addr) = receiver();
+        let (bytes, mut buffer) = ([7; 300], [0; 400]);
+        let mut send = |outlet: &mut Outlet, lengths: &[(usize, usize)]| {
+            let mut round = outlet.round();
+            lengths.iter().for_each(|(len, stride)| round.send(addr, &bytes[..*len], *stride));
+            round.flush();
+            let segment = round.messages.default_segment();
+            let sent = lengths.iter().flat_map(|(len, stride)| bytes[..*len].chunks(*stride));
+            for packet in sent {
+                assert_eq!(socket.recv(&mut buffer).unwrap(), packet.len());
+            }
+            segment
+        };
+        for _ in 0..WANTED {
+            assert_eq!(send(&mut outlet, &[(250, 100)]), 0);
+        }
+        assert_eq!(send(&mut outlet, &[(250, 100), (80, 100), (250, 120), (300, 300)]), 100);
+        // What is wanted instead becomes the rule too, but not within a batch.
+        for _ in 0..WANTED - 1 {
+            assert_eq!(send(&mut outlet, &[(250, 120)]), 100);
+        }
+        assert_eq!(send(&mut outlet, &[(250, 100), (250, 120)]), 100);
+        assert_eq!(send(&mut outlet, &[(250, 120), (250, 100)]), 120);
+        // A socket without checksums has the kernel refuse even a short message (EINVAL).
+        let off: libc::c_int = 1;
+        // SAFETY: it reads the integer that it is given.
+        unsafe {
+            crate::os::set_option(&*outlet.socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, &off)
+        }
+        .unwrap();
+        assert_eq!(send(&mut outlet, &[(80, 100), (250, 120), (90, 100)]), 0);
+        assert_eq!(metrics.refused_offload.get(), 1, "of the one that was to be cut");
+        assert_eq!(metrics.datagrams.get(), 3 * 64 + 8 + 3 * 63 + 6 + 6 + 5);
+        for _ in 0..2 * WANTED {
+            assert_eq!(send(&mut outlet, &[(250, 120)]), 0, "it is left alone");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_others_send_from_is_left_alone() {
+        let (_, metrics) = outlet(64);
+        let fake = Arc::<Fake>::default();
+        let mut outlet = Outlet::new(fake.clone(), 64, false, Arc::default(), metrics);
+        for _ in 0..2 * WANTED {
+            let mut round = outlet.round();
+            round.send(([127, 0, 0, 1], 9).into(), &[7; 250], 100);
+            round.flush();
+        }
+        assert!(fake.segments.lock().unwrap().is_empty());
+    }
+
     /// What a socket is to answer, one call after the other, and what it took.
     #[derive(Default)]
     struct Fake {
         answers: Mutex<VecDeque<Answer>>,
         taken: Mutex<Vec<usize>>,
         waits: AtomicUsize,
+        segments: Mutex<Vec<u16>>,
         /// Another worker, which gets the room that this one waits for.
         other: Option<Arc<AtomicU64>>,
     }
@@ -504,7 +615,7 @@ mod tests {
             let answers = Mutex::new(answers.into_iter().collect());
             let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
             let fake = Arc::new(Self { answers, ..Self::default() });
-            (Outlet::new(fake, 64, Arc::default(), metrics.clone()), metrics)
+            (Outlet::new(fake, 64, true, Arc::default(), metrics.clone()), metrics)
         }
 
         /// Without an answer, it takes all.
@@ -523,6 +634,11 @@ mod tests {
             let lengths = messages.lengths().skip(first).take(count).map(|(len, _)| len);
             self.taken.lock().unwrap().extend(lengths);
             Ok(count)
+        }
+
+        fn set_segment(&self, segment: u16) -> io::Result<()> {
+            self.segments.lock().unwrap().push(segment);
+            Ok(())
         }
 
         fn send_one(&self, _: SocketAddr, packet: &[u8]) -> io::Result<()> {
@@ -568,7 +684,7 @@ mod tests {
         let progress = Arc::<AtomicU64>::default();
         let answers = Mutex::new(VecDeque::from([Answer::Fail(libc::EAGAIN); 3 * WAITS]));
         let fake = Fake { answers, other: Some(Arc::clone(&progress)), ..Fake::default() };
-        let mut outlet = Outlet::new(Arc::new(fake), 64, progress, metrics.clone());
+        let mut outlet = Outlet::new(Arc::new(fake), 64, true, progress, metrics.clone());
         let mut round = outlet.round();
         round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
         round.flush();

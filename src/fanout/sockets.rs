@@ -32,6 +32,8 @@ pub(super) struct SendSocket {
     pub(super) socket: Arc<UdpSocket>,
     /// The most datagrams that the kernel cuts out of one message; 1 is for none.
     pub(super) segments: usize,
+    /// Whether only one worker, and nobody else, sends from it.
+    pub(super) is_own: bool,
     /// Calls in which the kernel took something, of all workers that send from it.
     pub(super) progress: Arc<AtomicU64>,
 }
@@ -83,7 +85,8 @@ impl Family {
                 true => UdpSocketState::new(UdpSockRef::from(&socket))?.max_gso_segments(),
                 false => 1,
             };
-            Ok(SendSocket { socket: Arc::new(socket), segments, progress: Arc::default() })
+            let (socket, progress) = (Arc::new(socket), Arc::default());
+            Ok(SendSocket { socket, segments, is_own: true, progress })
         };
         let own = || -> io::Result<Vec<_>> {
             SockRef::from(&reader).set_reuse_port(true)?;
@@ -99,7 +102,7 @@ impl Family {
                 tracing::info!("workers send RTP from one socket, at more cost: {error}");
                 // If not even that could be set, this cannot either, and need not be.
                 let _ = SockRef::from(&reader).set_reuse_port(false);
-                let sender = prepare(reader)?;
+                let sender = SendSocket { is_own: false, ..prepare(reader)? };
                 let reader = sender.socket.clone();
                 Ok(Self { senders: vec![sender; workers], reader })
             }

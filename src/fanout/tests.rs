@@ -216,7 +216,7 @@ fn what_one_family_cannot_cut_is_cut_for_the_other() {
     for (v4, v6, calls) in [(64, 1, 2), (1, 64, 2)] {
         let socket = |addr: &str, segments| {
             let socket = Arc::new(UdpSocket::bind(addr).unwrap());
-            SendSocket { socket, segments, progress: Arc::default() }
+            SendSocket { socket, segments, is_own: true, progress: Arc::default() }
         };
         let sockets = Sockets { v4: socket("127.0.0.1:0", v4), v6: Some(socket("[::1]:0", v6)) };
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();

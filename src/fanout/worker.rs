@@ -34,8 +34,8 @@ impl Worker {
         pacing: Pacing,
         metrics: &FanoutMetrics,
     ) -> Self {
-        let outlet = |SendSocket { socket, segments, progress }| {
-            Outlet::new(socket, segments, progress, metrics.clone())
+        let outlet = |SendSocket { socket, segments, is_own, progress }| {
+            Outlet::new(socket, segments, is_own, progress, metrics.clone())
         };
         Self {
             queue,
