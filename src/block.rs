@@ -83,7 +83,7 @@ impl Memory {
 
     /// Whether memory of that length is kept when it is idle: long blocks, which are of few lengths.
     fn keeps(len: usize) -> bool {
-        len >= IDLE_LEAST && len.is_power_of_two()
+        (IDLE_LEAST..=IDLE_MOST).contains(&len) && len.is_power_of_two()
     }
 
     /// What was written there.
@@ -101,7 +101,9 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if Self::keeps(self.0.len()) {
-            IDLE.lock().keep(mem::take(&mut self.0));
+            let freed = IDLE.lock().keep(mem::take(&mut self.0));
+            // An allocator may take long over it: not behind the lock.
+            drop(freed);
         }
     }
 }
@@ -119,14 +121,26 @@ impl Idle {
         // Those that are likely to be in the cache still.
         let place = self.blocks.iter().rposition(|block| block.len() == len)?;
         self.bytes -= len;
-        Some(self.blocks.swap_remove(place))
+        Some(self.blocks.remove(place))
     }
 
-    fn keep(&mut self, block: Box<[Slot]>) {
-        if self.bytes + block.len() <= IDLE_BYTES {
-            self.bytes += block.len();
-            self.blocks.push(block);
+    /// Keeps `block` in place of some of other lengths, which may not be asked for any more; what is
+    /// not kept.
+    fn keep(&mut self, block: Box<[Slot]>) -> Vec<Box<[Slot]>> {
+        let mut freed = Vec::new();
+        while self.bytes + block.len() > IDLE_BYTES {
+            // The oldest of them is in front.
+            let Some(other) = self.blocks.iter().position(|idle| idle.len() != block.len()) else {
+                freed.push(block);
+                return freed;
+            };
+            let other = self.blocks.remove(other);
+            self.bytes -= other.len();
+            freed.push(other);
         }
+        self.bytes += block.len();
+        self.blocks.push(block);
+        freed
     }
 }
 
@@ -307,6 +321,8 @@ const PIECES: usize = 32;
 const IDLE_LEAST: usize = 32 << 10;
 /// Bytes of all that are kept.
 const IDLE_BYTES: usize = 2 << 20;
+/// The longest: some of each length have room.
+const IDLE_MOST: usize = IDLE_BYTES / 8;
 
 #[cfg(test)]
 mod tests {
@@ -381,12 +397,17 @@ mod tests {
         let mut idle = Idle { blocks: Vec::new(), bytes: 0 };
         let new = |len| mem::take(&mut Memory::new(len).0);
         let lens = [32 << 10, 64 << 10, 128 << 10];
-        lens.iter().cycle().take(1000).for_each(|len| idle.keep(new(*len)));
+        lens.iter().cycle().take(1000).for_each(|len| drop(idle.keep(new(*len))));
         assert!(idle.bytes <= IDLE_BYTES && idle.bytes > IDLE_BYTES - (128 << 10));
+        // What is not asked for any more makes room for what is.
+        (0..100).for_each(|_| drop(idle.keep(new(64 << 10))));
+        assert!(idle.blocks.iter().all(|block| block.len() == 64 << 10));
+        assert_eq!((idle.bytes, idle.keep(new(64 << 10)).len()), (IDLE_BYTES, 1));
         let before = idle.bytes;
         assert_eq!(idle.take(64 << 10).map(|block| block.len()), Some(64 << 10));
         assert_eq!(idle.bytes, before - (64 << 10));
         assert!(idle.take(65_537).is_none());
         assert!(Memory::keeps(128 << 10) && !Memory::keeps(40_000) && !Memory::keeps(8 << 10));
+        assert!(!Memory::keeps(2 << 20), "one would take the place of all others");
     }
 }
