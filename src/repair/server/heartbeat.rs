@@ -87,9 +87,10 @@ impl Heartbeats {
     ///
     /// A stream that goes on is told of every 100 ms, together with all others, if not to every edge
     /// ([`Beats::to`]): what follows within 50 ms shows a gap by itself, and a datagram to each edge
-    /// for each frame costs more than the frame. One that pauses is told of after 50 ms, or after 10 ms if it had paused before this
-    /// number too, as a stream of few frames does; the packets themselves come first. Then the same
-    /// number again after 50, 100, 200 and 400 ms, and every second.
+    /// for each frame costs more than the frame. One that pauses is told of after 50 ms, or after
+    /// 10 ms if it had paused before this number too, as a stream of few frames does; the packets
+    /// themselves come first. Then the same number again after 50, 100, 200 and 400 ms, and every
+    /// second.
     pub(super) fn poll(
         &mut self,
         now: Instant,
@@ -110,7 +111,9 @@ impl Heartbeats {
             if beat.poll(now, newest, false) {
                 paused.push(Heartbeat { ssrc, last: newest });
             } else if round && beat.poll(now, newest, true) {
-                going_on.push(Heartbeat { ssrc, last: newest });
+                // Who is not told of one that pauses now would be told when it is repeated.
+                let list = if beat.pause >= PAUSE { &mut paused } else { &mut going_on };
+                list.push(Heartbeat { ssrc, last: newest });
             }
         }
         // Looking for those that ended takes as long as all the rest.
@@ -254,6 +257,10 @@ mod tests {
             let soon = beats.iter().find(|(_, seq)| u64::from(*seq) == stops_at / 10);
             assert!(soon.is_some_and(|(at, _)| at - stops_at <= 50), "{stops_at}: {beats:?}");
         }
+        // Of frames with long pauses between, all and at once, whether they fall on a round or not.
+        let beats = run_asking(4000, &[], |at| (at / 190) as u16);
+        let soon = |n: u64| beats.iter().any(|beat| (n * 190..=n * 190 + 20).contains(&beat.0));
+        assert!((1..20).all(soon), "{beats:?}");
         // Edges do not all have the same rounds, and one that has little time has all.
         let (now, long) = (Instant::now(), Duration::from_secs(1));
         let rounds = |edge: Listener| [1, 2, 3, 4].map(|round| edge.hears(now, round));
