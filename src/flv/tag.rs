@@ -107,6 +107,13 @@ impl Tag {
         Self { framed: framed.freeze(), kind: self.kind, timestamp }
     }
 
+    /// The same in memory of its own, for what outlives the tags that came with it: short ones share
+    /// blocks of it.
+    pub fn detached(&self) -> Self {
+        let Self { kind, timestamp, .. } = *self;
+        Self { framed: Room::from(&self.framed[..]).freeze(), kind, timestamp }
+    }
+
     /// The tag header as it would be at another time.
     pub fn header_at(&self, timestamp: u32) -> [u8; Self::HEADER_LEN] {
         header(self.kind, timestamp, self.body().len() as u32)

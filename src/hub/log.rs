@@ -156,7 +156,8 @@ impl Log {
         };
         // Many encoders repeat their headers in front of each key frame.
         if slot.as_ref().is_none_or(|known| known.body() != tag.body()) {
-            *slot = Some(tag.clone());
+            // It stays, and the block that it shares need not.
+            *slot = Some(tag.detached());
             self.headers_version += 1;
         }
     }
