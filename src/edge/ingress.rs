@@ -121,11 +121,18 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Closes it, and waits until that has been told.
+    /// Closes it, and waits until that has been told. Answers that are under way to an existing cloud's
+    /// edge are taken, because that cloud does not stand it when they are not.
     pub(super) async fn close(mut self) {
         self.cancel.cancel();
-        self.events.close();
-        self.handle.closed().await;
+        let handle = self.handle.clone();
+        let closed = async {
+            while self.events.recv().await.is_some() {}
+            handle.closed().await;
+        };
+        if tokio::time::timeout(CLOSE_PATIENCE, closed).await.is_err() {
+            tracing::debug!("the repair connection does not close in time");
+        }
     }
 }
 
@@ -175,8 +182,9 @@ impl Ingress {
         }
     }
 
-    /// What there is of a repair connection, which is then none of its own any more.
+    /// The repair connection there is. There will be no other.
     pub(super) fn take_repair(&mut self) -> Option<Connection> {
+        self.settings.connect = None;
         self.repair.take()
     }
 
@@ -199,6 +207,10 @@ impl Ingress {
             for datagram in train.datagrams() {
                 self.handle_datagram(now, i, &train, datagram);
             }
+        }
+        if self.intake.met_stranger() {
+            // Only so many of its packets are held until its name is known.
+            self.look_up(now);
         }
         self.intake.handle_timeout(now);
         self.send_requests();
@@ -346,7 +358,13 @@ impl Ingress {
                     socket.path_up(now, path, &self.probe_metrics);
                 }
             }
-            RepairEvent::StreamUp(up) => intake.stream_up(now, up),
+            RepairEvent::StreamUp(up) => {
+                // It asks for a whole group of pictures at once, and times its retries by this.
+                if let Some(rtt) = self.repair.as_ref().and_then(|repair| repair.handle.rtt()) {
+                    intake.expect_round_trip(rtt, rtt / 8);
+                }
+                intake.stream_up(now, up);
+            }
             RepairEvent::StreamUpdate { ssrc, headers } => intake.stream_update(ssrc, headers),
             RepairEvent::StreamEnd { ssrc, last_seq } => intake.stream_end(now, ssrc, last_seq),
             RepairEvent::Repair(packet) => {
@@ -530,8 +548,11 @@ const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
 const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
 /// A stream that has been silent for so long may have ended without our being told.
 const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
-/// Events in a row before what is due has its turn.
-const MAX_EVENTS: usize = 256;
+/// Events in a row before what is due has its turn: fewer than those after which tokio would have
+/// this task yield.
+const MAX_EVENTS: usize = 64;
+/// Longer than each of the client's waits at its end.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(1500);
 const EVENT_QUEUE: usize = 4096;
 
 #[cfg(test)]
@@ -646,7 +667,7 @@ mod tests {
         events.send(RepairEvent::Connected { protocol: Protocol::Downpour }).await.unwrap();
         let mut quickest = Duration::MAX;
         for number in 1..=10 {
-            // It sleeps by now, with nothing to wake it but a tick each 200 ms.
+            // It sleeps by now, with nothing to wake it but a tick each 500 ms.
             tokio::time::sleep(Duration::from_millis(10)).await;
             let began = Instant::now();
             events.send(up(number)).await.unwrap();

@@ -55,6 +55,10 @@ pub struct Intake {
     by_key: HashMap<StreamKey, Ssrc>,
     /// Packets of publications that nobody has named yet.
     unknown: HashMap<Ssrc, Unknown>,
+    /// One came to them.
+    met_stranger: bool,
+    /// The path's round trip and how it varies, once it is known.
+    round_trip: Option<(Duration, Duration)>,
     /// Publications that ended a moment ago: their stragglers are not the start of something.
     ended: VecDeque<(Instant, Ssrc)>,
     nacks: VecDeque<Nack>,
@@ -149,6 +153,8 @@ impl Intake {
             streams: HashMap::default(),
             by_key: HashMap::new(),
             unknown: HashMap::new(),
+            met_stranger: false,
+            round_trip: None,
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
             report_turns: VecDeque::new(),
@@ -320,12 +326,15 @@ impl Intake {
             usize::try_from(ahead).is_ok_and(|ahead| ahead < window)
         };
         let first = first.filter(fits);
-        let (receiver, depacketizer) = match first {
+        let (mut receiver, depacketizer) = match first {
             Some(first) => {
                 (Receiver::starting_at(self.settings.receiver, first), Depacketizer::new())
             }
             None => (Receiver::new(self.settings.receiver), Depacketizer::joining()),
         };
+        if let Some((round_trip, variation)) = self.round_trip {
+            receiver.set_round_trip(now, round_trip, variation);
+        }
         (self.on_start)(publisher.stream());
         tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
         let mut stream = Box::new(Incoming {
@@ -434,8 +443,14 @@ impl Intake {
         }
     }
 
+    /// Tells streams that come up from now on the path's round trip.
+    pub fn expect_round_trip(&mut self, round_trip: Duration, variation: Duration) {
+        self.round_trip = Some((round_trip, variation));
+    }
+
     /// Tells the round trip to the cloud.
     pub fn set_round_trip(&mut self, now: Instant, round_trip: Duration, variation: Duration) {
+        self.expect_round_trip(round_trip, variation);
         for stream in self.streams.values_mut() {
             stream.receiver.set_round_trip(now, round_trip, variation);
         }
@@ -517,6 +532,11 @@ impl Intake {
             .map(|(ssrc, _)| *ssrc)
     }
 
+    /// Whether there is a publication without a name that there was not at the last call.
+    pub fn met_stranger(&mut self) -> bool {
+        std::mem::take(&mut self.met_stranger)
+    }
+
     /// How streams fare, for the cloud: all of them, or the next `most` of them, in turn.
     pub fn reports(&mut self, most: usize) -> Vec<StreamReport> {
         let turns = self.report_turns.len().min(most);
@@ -537,8 +557,10 @@ impl Intake {
             self.metrics.unknown_dropped.inc();
             return;
         }
-        let fresh = || Unknown { since: now, packets: Vec::new() };
-        let unknown = self.unknown.entry(ssrc).or_insert_with(fresh);
+        let unknown = self.unknown.entry(ssrc).or_insert_with(|| {
+            self.met_stranger = true;
+            Unknown { since: now, packets: Vec::new() }
+        });
         // The first ones are kept: they may hold the headers, and the later can be asked for.
         if unknown.packets.len() < MAX_UNKNOWN_PACKETS {
             unknown.packets.push((packet, path));
@@ -949,8 +971,11 @@ mod tests {
         let (mut intake, hub) = intake();
         let now = Instant::now();
         let (tags, bursts) = bursts(7, 4);
-        bursts[..3].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
-        assert!(hub.is_empty());
+        assert!(!intake.met_stranger());
+        feed(&mut intake, now, &bursts[0], Path::Live(0));
+        assert!(intake.met_stranger() && !intake.met_stranger());
+        bursts[1..3].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
+        assert!(hub.is_empty() && !intake.met_stranger(), "once for each");
         assert_eq!(intake.unnamed(now, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
         intake.stream_named(now, named("live/a", 7));
         bursts[3..].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
@@ -1053,6 +1078,29 @@ mod tests {
         assert_eq!(intake.unnamed(later, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
         intake.stream_named(later, named("live/a", 7));
         assert_eq!(hub.len(), 1);
+    }
+
+    #[test]
+    fn who_joins_over_a_long_path_waits_for_the_answers() {
+        // Numbers that are asked for within 300 ms, where the path is said to take so long.
+        let asked = |round_trip: Option<u64>| {
+            let (mut intake, _) = intake();
+            let now = Instant::now();
+            if let Some(ms) = round_trip {
+                let round_trip = Duration::from_millis(ms);
+                intake.expect_round_trip(round_trip, round_trip / 8);
+            }
+            intake.stream_up(now, up("live/a", 7, Some(Seq::FIRST), Some(Seq::FIRST.plus(9))));
+            let mut seqs = Vec::new();
+            for ms in 0..300 {
+                intake.handle_timeout(now + Duration::from_millis(ms));
+                seqs.extend(std::iter::from_fn(|| intake.poll_nack()).flat_map(|nack| nack.seqs));
+            }
+            seqs.len()
+        };
+        // Each request is made twice, shortly after one another.
+        assert!(asked(None) > asked(Some(400)), "{} {}", asked(None), asked(Some(400)));
+        assert!((10..=20).contains(&asked(Some(400))), "{}", asked(Some(400)));
     }
 
     #[test]

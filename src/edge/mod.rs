@@ -67,7 +67,7 @@ pub struct EdgeAddrs {
 }
 
 impl Edge {
-    /// Binds every address; connects to the cloud if it is known.
+    /// Binds every address.
     ///
     /// # Errors
     /// With the setting that is at fault.
