@@ -51,8 +51,8 @@ pub(super) struct Outlet<W = UdpSocket> {
 }
 
 impl<W: Way> Outlet<W> {
-    /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none. `is_own`
-    /// says that nobody else sends from the socket. `progress` counts for all that do.
+    /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none.
+    /// `is_own` says that nobody else sends from the socket. `progress` counts for all that do.
     pub(super) fn new(
         socket: Arc<W>,
         segments: usize,

@@ -125,8 +125,8 @@ impl Burst {
     }
 }
 
-/// Bytes of a block at most: some twenty bursts of a slow stream, which spares each of them its share of an
-/// allocator's work and bookkeeping. A stream that is not sent to any more holds one or two.
+/// Bytes of a block at most: some twenty bursts of a slow stream, which spares each of them its share
+/// of an allocator's work and bookkeeping. A stream that is not sent to any more holds one or two.
 const BLOCK_LEN: usize = 8 << 10;
 /// RTP ticks a millisecond: the 90 kHz clock of RFC 3551 §5 for video.
 const CLOCK_KHZ: u32 = 90;
