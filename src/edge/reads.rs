@@ -73,6 +73,8 @@ impl Reads {
             header.msg_control = (&raw mut slot.control).cast();
             header.msg_controllen = size_of::<Control>() as _;
         }
+        // By its number: glibc's recvmmsg is a cancellation point (pthreads(7)), which sets and takes back
+        // a flag with locked instructions around the call.
         // SAFETY: each of the first `most` headers points to a name and a control message in its own
         // slot and to an iovec, of the lengths that it gives, and the iovec to its own part of
         // `bytes`. All of them outlive the call, and nothing else refers to them meanwhile.
