@@ -158,7 +158,7 @@ impl Case {
             let mut measure = |site: &mut Site<'_>, way: Way| {
                 let run = runs.next().unwrap_or(0);
                 let measured = site.measure(self, way, frames, seconds, run)?;
-                let [p50, p99] = [0.5, 0.99].map(|share| at(&measured.video, share) / 1000.0);
+                let [p50, p99] = [0.5, 0.99].map(|share| millis(&measured.video, share));
                 eprintln!(
                     "   {}, {load}, {}: p50 {p50:.3} ms, p99 {p99:.3} ms; {}",
                     self.name,
@@ -406,7 +406,7 @@ struct Measured {
 
 impl Outcome {
     fn rows(&self, case: &Case) -> String {
-        let ms = |delays: &[f64], share| format!("{:.3}", at(delays, share) / 1000.0);
+        let ms = |delays: &[f64], share| format!("{:.3}", millis(delays, share));
         let mut rows = String::new();
         for (way, measured) in [(Way::Floor, &self.floor), (Way::Downpour, &self.ours)] {
             let mut cells = vec![
@@ -420,7 +420,7 @@ impl Outcome {
             cells.extend(GOALS.map(|(share, goal)| match way {
                 Way::Floor => String::new(),
                 Way::Downpour => {
-                    let met = at(&measured.video, share) / 1000.0 <= goal;
+                    let met = millis(&measured.video, share) <= goal;
                     format!("≤ {goal}: {}", if met { "met" } else { "**missed**" })
                 }
             }));
@@ -435,9 +435,7 @@ impl Outcome {
 
     fn line(&self, case: &Case, round: usize) -> String {
         let ms = |measured: &Measured| {
-            [0.5, 0.99]
-                .map(|share| format!("{:.3}", at(&measured.video, share) / 1000.0))
-                .join(" | ")
+            [0.5, 0.99].map(|share| format!("{:.3}", millis(&measured.video, share))).join(" | ")
         };
         let (floor, ours) = (ms(&self.floor), ms(&self.ours));
         format!("| {} | {round} | {:.2} | {floor} | {ours} |\n", case.name, self.sendto)
@@ -462,10 +460,7 @@ impl Outcome {
             system,
             colour,
             dashed: false,
-            points: SHARES
-                .iter()
-                .map(|(_, share)| Some(at(&measured.video, *share) / 1000.0))
-                .collect(),
+            points: SHARES.iter().map(|(_, share)| Some(millis(&measured.video, *share))).collect(),
         };
         Panel {
             title: format!("{}, {}", case.name, self.rate),
@@ -490,6 +485,11 @@ fn borrowed(arguments: &[String]) -> Vec<&str> {
 fn at(sorted: &[f64], share: f64) -> f64 {
     let index = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(index).copied().unwrap_or(f64::NAN)
+}
+
+/// The same of delays in microseconds, in milliseconds.
+fn millis(sorted: &[f64], share: f64) -> f64 {
+    at(sorted, share) / 1000.0
 }
 
 const SHARES: [(&str, f64); 5] =

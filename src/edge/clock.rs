@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -72,13 +72,14 @@ impl Alarm {
     /// # Errors
     /// If the runtime is being shut down.
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // To be set anew makes it unreadable, so that what it counts need not be read.
-        ready!(self.0.poll_read_ready(cx))?.clear_ready();
-        // Only what is not ready keeps the waker.
-        while let Poll::Ready(again) = self.0.poll_read_ready(cx) {
-            again?.clear_ready();
+        let mut went_off = Poll::Pending;
+        // To be set anew makes it unreadable, so that what it counts need not be read. Only what is
+        // not ready keeps the waker.
+        while let Poll::Ready(readable) = self.0.poll_read_ready(cx) {
+            readable?.clear_ready();
+            went_off = Poll::Ready(Ok(()));
         }
-        Poll::Ready(Ok(()))
+        went_off
     }
 }
 

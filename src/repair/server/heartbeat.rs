@@ -27,7 +27,7 @@ pub(super) struct Heartbeats {
 }
 
 /// Heartbeats that are due together.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Beats {
     /// Of streams that pause.
     paused: Vec<Heartbeat>,
@@ -38,7 +38,7 @@ pub(super) struct Beats {
 }
 
 /// What one edge is told of.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Listener {
     /// Which of the edges it is.
     number: u64,
