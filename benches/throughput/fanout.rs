@@ -1,9 +1,8 @@
 //! One packet to many edges: the fan-out beside bare loops of system calls.
 
-mod floor;
 mod sinks;
 mod stream;
-mod threads;
+pub mod threads;
 
 use std::{
     cell::Cell,
@@ -23,8 +22,9 @@ use downpour::{
 };
 use prometheus::Registry;
 
-use self::{floor::Bare, sinks::Sinks, threads::Thread};
+use self::{sinks::Sinks, threads::Thread};
 use crate::{
+    bare::{self, Bare},
     common::{
         cpu,
         plot::{Panel, Plot, Scale, Series},
@@ -168,7 +168,7 @@ impl Case<'_> {
         for round in 0..=rounds(quick) {
             let one = self.measure(&parts, false, |bursts| bare.many(bursts))?;
             let floor =
-                self.measure(&parts, false, |bursts| floor::at_once_each(&mut shares, bursts))?;
+                self.measure(&parts, false, |bursts| bare::at_once_each(&mut shares, bursts))?;
             let mine = self.measure(&parts, false, |bursts| ours.send(bursts, &targets))?;
             if round > 0 {
                 row.peers[0].values.push(one);
@@ -222,7 +222,7 @@ impl Case<'_> {
             seconds += send(bursts)?;
             for burst in *bursts {
                 datagrams += burst.count() * self.edges;
-                let at_once = if segmented { floor::at_once(burst.stride()) } else { 1 };
+                let at_once = if segmented { bare::at_once(burst.stride()) } else { 1 };
                 messages += burst.count().div_ceil(at_once) * self.edges;
             }
             thread::sleep(PAUSE);

@@ -1,6 +1,7 @@
 //! What Downpour costs, beside what the kernel could do and what others do, in one run:
 //! `scripts/bench` runs it and `docs/performance.md` says how it measures and holds what came out.
 
+mod bare;
 #[path = "../common/mod.rs"]
 mod common;
 mod delay;

@@ -1,18 +1,22 @@
-//! The least that could be done: a thread for each encoder sends what it reads on over UDP, to all
-//! edges in turn, and a thread reads that and writes it to the viewers. No RTMP, no RTP, no repair.
+//! The least that could be done: a thread for each encoder reads whole frames, sends them on over UDP,
+//! to all edges in turn, and a thread reads that and writes it to the viewers. Where there are many
+//! edges, as many threads send as the machine has processors, each to its part of them. No RTMP, no
+//! RTP, no repair.
 
 use std::{
     collections::HashMap,
     io::{self, IoSliceMut, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
 };
 
-use downpour::udp::{self, Port};
-use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use downpour::udp;
+use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use socket2::{Domain, Socket, Type};
+
+use crate::bare::Bare;
 
 /// Takes encoders and viewers, who say their stream's number first, until it is ended. `list` names a
 /// file of the addresses to send to, of which `edge` is the one that is read here.
@@ -22,7 +26,7 @@ pub fn run(
     edge: SocketAddr,
     list: &Path,
 ) -> io::Result<()> {
-    let list: Vec<SocketAddr> = std::fs::read_to_string(list)?
+    let list: Vec<SocketAddrV4> = std::fs::read_to_string(list)?
         .lines()
         .map(|line| line.parse().map_err(io::Error::other))
         .collect::<io::Result<_>>()?;
@@ -44,16 +48,12 @@ pub fn run(
     });
     println!("listening");
     io::stdout().flush()?;
-    let list = Arc::new(list);
-    let any = SocketAddr::from(([127, 0, 0, 1], 0));
-    let sender = udp::sender(any, Port::Own, BUFFER, Default::default())?;
-    let sender = Arc::new((UdpSocketState::new(UdpSockRef::from(&sender))?, sender));
+    let senders = Arc::new(Senders::new(list)?);
     for socket in publishers.incoming() {
-        let (mut socket, list, sender) = (socket?, list.clone(), sender.clone());
-        let watching = watching.clone();
+        let (mut socket, senders, watching) = (socket?, senders.clone(), watching.clone());
         thread::Builder::new().stack_size(128 << 10).spawn(move || -> io::Result<()> {
             let stream = stream_number(&mut socket)?;
-            relay(&mut socket, stream, &list, &sender)?;
+            senders.relay(Frames::of(&mut socket, stream))?;
             // What is on its way over UDP is there first.
             thread::sleep(std::time::Duration::from_millis(200));
             watching.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&stream);
@@ -82,60 +82,101 @@ fn stream_number(socket: &mut TcpStream) -> io::Result<u32> {
     Ok(u32::from_be_bytes(number))
 }
 
-/// Sends each frame once it is whole.
-fn relay(
-    socket: &mut TcpStream,
-    stream: u32,
-    list: &[SocketAddr],
-    (state, sender): &(UdpSocketState, UdpSocket),
-) -> io::Result<()> {
-    let mut buffer = vec![0; 64 << 10];
-    let mut held = Vec::new();
-    let mut datagrams = Vec::new();
-    let mut frame = 0u32;
-    loop {
-        let count = socket.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(());
+/// Who sends to the edges.
+enum Senders {
+    /// Each encoder's own thread, to this list.
+    Own(Vec<SocketAddrV4>),
+    /// Threads that are given each frame.
+    Threads(Vec<mpsc::Sender<Arc<[u8]>>>),
+}
+
+impl Senders {
+    fn new(list: Vec<SocketAddrV4>) -> io::Result<Self> {
+        let count = thread::available_parallelism()?.get().min(list.len() / SHARE);
+        if count < 2 {
+            return Ok(Self::Own(list));
         }
-        held.extend_from_slice(&buffer[..count]);
-        while let Some(length) = held.first_chunk::<4>() {
-            let whole = 4 + u32::from_be_bytes(*length) as usize;
-            if held.len() < whole {
-                break;
-            }
-            datagrams.clear();
-            let slices = held[..whole].chunks(STRIDE - HEAD);
-            let count = slices.len() as u16;
-            for (index, slice) in (0u16..).zip(slices) {
-                datagrams.extend_from_slice(&stream.to_be_bytes());
-                datagrams.extend_from_slice(&frame.to_be_bytes());
-                datagrams.extend_from_slice(&index.to_be_bytes());
-                datagrams.extend_from_slice(&count.to_be_bytes());
-                datagrams.extend_from_slice(slice);
-            }
-            frame += 1;
-            held.drain(..whole);
-            for destination in list {
-                for burst in datagrams.chunks(STRIDE * SEGMENTS.min(state.max_gso_segments())) {
-                    let transmit = Transmit {
-                        destination: *destination,
-                        ecn: None,
-                        contents: burst,
-                        segment_size: (burst.len() > STRIDE).then_some(STRIDE),
-                        src_ip: None,
-                    };
-                    // It waits for room as a blocking socket would.
-                    while let Err(error) = state.try_send(UdpSockRef::from(sender), &transmit) {
-                        if error.kind() != io::ErrorKind::WouldBlock {
-                            return Err(error);
-                        }
-                        thread::yield_now();
+        let threads = (0..count).map(|first| {
+            let chunks = list.chunks(SHARE).skip(first).step_by(count);
+            let mut bare = Bare::new(&chunks.flatten().copied().collect::<Vec<_>>())?;
+            let (give, frames) = mpsc::channel::<Arc<[u8]>>();
+            let run = move || bare.cut_each(frames.into_iter().map(Ok), STRIDE as u16);
+            thread::Builder::new().name(format!("floor-{first}")).spawn(run)?;
+            Ok(give)
+        });
+        Ok(Self::Threads(threads.collect::<io::Result<_>>()?))
+    }
+
+    /// Sends each frame once it is whole.
+    fn relay(&self, frames: Frames<'_>) -> io::Result<()> {
+        match self {
+            Self::Own(list) => Bare::new(list)?.cut_each(frames, STRIDE as u16),
+            Self::Threads(threads) => {
+                for frame in frames {
+                    let frame = Arc::<[u8]>::from(frame?);
+                    for thread in threads {
+                        let given = thread.send(frame.clone());
+                        given.map_err(|_| io::Error::other("a thread that sends has failed"))?;
                     }
                 }
+                Ok(())
             }
         }
     }
+}
+
+/// The frames of an encoder, as they come, in datagrams one behind the other.
+struct Frames<'a> {
+    socket: &'a mut TcpStream,
+    stream: u32,
+    /// Of the next one.
+    number: u32,
+    held: Vec<u8>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Frames<'a> {
+    fn of(socket: &'a mut TcpStream, stream: u32) -> Self {
+        Self { socket, stream, number: 0, held: Vec::new(), buffer: vec![0; 64 << 10] }
+    }
+}
+
+impl Iterator for Frames<'_> {
+    type Item = io::Result<Vec<u8>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(length) = self.held.first_chunk::<4>() {
+                let whole = 4 + u32::from_be_bytes(*length) as usize;
+                if self.held.len() >= whole {
+                    let frame = cut(self.stream, self.number, &self.held[..whole]);
+                    self.number += 1;
+                    self.held.drain(..whole);
+                    return Some(Ok(frame));
+                }
+            }
+            match self.socket.read(&mut self.buffer) {
+                Ok(0) => return None,
+                Ok(count) => self.held.extend_from_slice(&self.buffer[..count]),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+/// A frame's datagrams.
+fn cut(stream: u32, number: u32, frame: &[u8]) -> Vec<u8> {
+    let mut datagrams = Vec::new();
+    let slices = frame.chunks(STRIDE - HEAD);
+    let count = slices.len() as u16;
+    for (index, slice) in (0u16..).zip(slices) {
+        datagrams.extend_from_slice(&stream.to_be_bytes());
+        datagrams.extend_from_slice(&number.to_be_bytes());
+        datagrams.extend_from_slice(&index.to_be_bytes());
+        datagrams.extend_from_slice(&count.to_be_bytes());
+        datagrams.extend_from_slice(slice);
+    }
+    datagrams
 }
 
 /// Writes each frame that is whole to its stream's viewer. One of which a datagram was dropped, it
@@ -194,6 +235,6 @@ struct Frame {
 const HEAD: usize = 12;
 /// Bytes of a datagram, as large as Downpour's RTP packets.
 const STRIDE: usize = 1132;
-/// Datagrams of one send: 64 KiB at most.
-const SEGMENTS: usize = 54;
+/// Addresses in a row that are one thread's, as Downpour's workers share theirs.
+const SHARE: usize = 64;
 const BUFFER: usize = 4 << 20;

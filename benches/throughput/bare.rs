@@ -10,8 +10,7 @@ use std::{
 use downpour::rtp::Burst;
 use socket2::SockRef;
 
-use super::threads::join;
-use crate::common::cpu;
+use crate::{common::cpu, fanout::threads::join};
 
 /// A socket and the addresses that it sends to, as the kernel reads them.
 pub struct Bare {
@@ -99,37 +98,84 @@ impl Bare {
     /// One `sendmmsg` a packet, for up to 1024 targets.
     pub fn many(&mut self, bursts: &[Burst]) -> io::Result<f64> {
         let mut bytes = iovec(&[]);
-        let bytes = &raw mut bytes;
-        let mut headers: Vec<_> = self
-            .names
-            .iter_mut()
-            .map(|name| {
-                let msg_name = ptr::from_mut(name).cast();
-                libc::mmsghdr { msg_hdr: libc::msghdr { msg_name, ..header(bytes) }, msg_len: 0 }
-            })
-            .collect();
+        let mut messages = self.messages(&mut bytes);
         let began = cpu::of_this_thread();
         for burst in bursts {
             for packet in burst.bytes().chunks(burst.stride()) {
-                // SAFETY: it lives until the end of this function, and nothing else refers to it.
-                unsafe { *bytes = iovec(packet) };
-                for headers in headers.chunks_mut(1024) {
-                    // SAFETY: each points to a name and to the iovec, which outlive the call.
-                    let sent = unsafe {
-                        libc::sendmmsg(
-                            self.socket.as_raw_fd(),
-                            headers.as_mut_ptr(),
-                            headers.len() as libc::c_uint,
-                            0,
-                        )
-                    };
-                    if sent != headers.len() as libc::c_int {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
+                messages.send(packet)?;
             }
         }
         Ok(cpu::of_this_thread() - began)
+    }
+
+    /// Sends each of `frames` to all targets, for up to 1024 of them in a call, in packets of
+    /// `stride` bytes that the socket cuts (`UDP_SEGMENT`, udp(7)).
+    pub fn cut_each<T: AsRef<[u8]>>(
+        &mut self,
+        frames: impl IntoIterator<Item = io::Result<T>>,
+        stride: u16,
+    ) -> io::Result<()> {
+        let segment = libc::c_int::from(stride);
+        // SAFETY: it reads the integer that it is given.
+        let set = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_UDP,
+                libc::UDP_SEGMENT,
+                (&raw const segment).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if set != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let stride = usize::from(stride);
+        let mut bytes = iovec(&[]);
+        let mut messages = self.messages(&mut bytes);
+        for frame in frames {
+            for piece in frame?.as_ref().chunks(at_once(stride) * stride) {
+                messages.send(piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Messages to all targets, of the same `bytes`, which they say when they are sent.
+    fn messages<'a>(&'a mut self, bytes: &'a mut libc::iovec) -> Messages<'a> {
+        let bytes = ptr::from_mut(bytes);
+        let message = |name: &mut libc::sockaddr_in| libc::mmsghdr {
+            msg_hdr: libc::msghdr { msg_name: ptr::from_mut(name).cast(), ..header(bytes) },
+            msg_len: 0,
+        };
+        let headers = self.names.iter_mut().map(message).collect();
+        Messages { socket: &self.socket, headers, bytes }
+    }
+}
+
+struct Messages<'a> {
+    socket: &'a UdpSocket,
+    headers: Vec<libc::mmsghdr>,
+    /// What all headers point to, borrowed as long.
+    bytes: *mut libc::iovec,
+}
+
+impl Messages<'_> {
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: it is borrowed, and only the headers refer to it.
+        unsafe { *self.bytes = iovec(bytes) };
+        let mut rest = &mut self.headers[..];
+        while !rest.is_empty() {
+            let count = rest.len().min(1024);
+            // SAFETY: each points to a name and to the iovec, which outlive the call.
+            let sent = unsafe {
+                libc::sendmmsg(self.socket.as_raw_fd(), rest.as_mut_ptr(), count as libc::c_uint, 0)
+            };
+            match usize::try_from(sent) {
+                Ok(sent @ 1..) => rest = &mut rest[sent..],
+                _ => return Err(io::Error::last_os_error()),
+            }
+        }
+        Ok(())
     }
 }
 
