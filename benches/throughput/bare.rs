@@ -115,20 +115,7 @@ impl Bare {
         frames: impl IntoIterator<Item = io::Result<T>>,
         stride: u16,
     ) -> io::Result<()> {
-        let segment = libc::c_int::from(stride);
-        // SAFETY: it reads the integer that it is given.
-        let set = unsafe {
-            libc::setsockopt(
-                self.socket.as_raw_fd(),
-                libc::SOL_UDP,
-                libc::UDP_SEGMENT,
-                (&raw const segment).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            )
-        };
-        if set != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        set_udp(&self.socket, libc::UDP_SEGMENT, stride.into())?;
         let stride = usize::from(stride);
         let mut bytes = iovec(&[]);
         let mut messages = self.messages(&mut bytes);
@@ -190,6 +177,21 @@ pub fn at_once_each(all: &mut [Bare], bursts: &[Burst]) -> io::Result<f64> {
             all.iter_mut().map(|bare| scope.spawn(move || bare.many(bursts))).collect();
         threads.into_iter().map(join).sum()
     })
+}
+
+/// Sets an option of udp(7).
+pub fn set_udp(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: it reads the integer that it is given.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Packets that go in one message with segmentation: what every kernel takes (UDP_MAX_SEGMENTS), up to

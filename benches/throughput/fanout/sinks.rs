@@ -4,10 +4,11 @@ use std::{
     collections::HashSet,
     fs, io,
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
-    os::fd::AsRawFd,
 };
 
 use socket2::SockRef;
+
+use crate::bare::set_udp;
 
 /// Sockets on loopback with full receive buffers: what comes is dropped, at once, and counted.
 ///
@@ -26,20 +27,7 @@ impl Sinks {
         for _ in 0..SOCKETS {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
             SockRef::from(&socket).set_recv_buffer_size(0)?;
-            let on: libc::c_int = 1;
-            // SAFETY: it reads the integer that it is given.
-            let set = unsafe {
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    libc::SOL_UDP,
-                    libc::UDP_GRO,
-                    (&raw const on).cast(),
-                    size_of::<libc::c_int>() as libc::socklen_t,
-                )
-            };
-            if set != 0 {
-                return Err(io::Error::last_os_error());
-            }
+            set_udp(&socket, libc::UDP_GRO, 1)?;
             let port = socket.local_addr()?.port();
             for _ in 0..FILLING {
                 sender.send_to(&[0], (Ipv4Addr::LOCALHOST, port))?;
