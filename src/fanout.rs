@@ -10,10 +10,8 @@ mod outlet;
 mod pacer;
 mod port;
 mod queue;
-mod rest;
 pub mod routes;
 mod sockets;
-mod syscall;
 mod worker;
 
 pub use job::{Pace, Train};
@@ -33,7 +31,8 @@ use self::{
     sockets::Ports,
     worker::Worker,
 };
-use crate::{repair::server::GroupSender, rtp::Ssrc, udp::MulticastOut};
+use crate::{repair::server::GroupSender, rtp::Ssrc};
+use downpour_sys::udp::MulticastOut;
 
 /// Where and how to send.
 #[derive(Debug, Clone)]

@@ -27,9 +27,9 @@ pub use reader::{Backlog, Ended, Place, ReadCount, ReadOutcome, Reader};
 use crate::{
     StreamKey,
     flv::{Headers, Tag},
-    prefetch::prefetch,
 };
 use counters::Rates;
+use downpour_sys::prefetch;
 use log::{Entry, Log};
 
 /// All streams that are live, by key. Cloning shares them.

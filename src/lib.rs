@@ -6,7 +6,6 @@
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
 mod addr_range;
-pub mod block;
 pub mod cli;
 pub mod cloud;
 pub mod config;
@@ -22,15 +21,12 @@ pub mod logging;
 pub mod metrics;
 pub mod node;
 pub mod origin;
-mod os;
-mod prefetch;
 pub mod record;
 pub mod repair;
 pub mod rtmp;
 pub mod rtp;
 mod stream_key;
 pub mod tls;
-pub mod udp;
 
 pub use addr_range::{AddrRange, InvalidRange};
 pub use stream_key::{InvalidStreamKey, StreamKey};

@@ -3,11 +3,9 @@
 //! [`Needs`] come from the settings and [`Readings`] from the machine; what does not fit is a
 //! [`Finding`], which is told in the log at start and by `downpour check`.
 
-mod descriptors;
-
 use std::fmt;
 
-pub use descriptors::{Descriptors, raise_descriptors};
+pub use downpour_sys::rlimit::{Descriptors, raise_descriptors};
 
 /// What a node may come to need under its settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +66,7 @@ impl Readings {
             netdev_max_backlog: one("net.core.netdev_max_backlog"),
             tcp_mem: three("net.ipv4.tcp_mem"),
             udp_mem: three("net.ipv4.udp_mem"),
-            page: descriptors::page_size(),
+            page: downpour_sys::rlimit::page_size(),
         }
     }
 }
@@ -81,10 +79,7 @@ impl Finding {
     /// The kernel gives UDP sockets smaller buffers than were asked for. `sysctl` is the setting
     /// that bounds them.
     pub fn small_buffer(sysctl: &str, wanted: u64, granted: u64) -> Self {
-        Self(format!(
-            "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \
-             dropped; run: sysctl -w {sysctl}={wanted}"
-        ))
+        Self(downpour_sys::udp::small_buffer(sysctl, wanted, granted))
     }
 }
 

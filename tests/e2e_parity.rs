@@ -16,7 +16,8 @@ use common::{
     node::{Site, SiteSettings},
     wait_for,
 };
-use downpour::{impair::LinkSettings, udp};
+use downpour::impair::LinkSettings;
+use downpour_sys::udp;
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);

@@ -32,12 +32,14 @@ use crate::{
     node::{StartError, TaskEnded, Tasks, listen, resolve},
     origin::Origin,
     record::{RecordMetrics, Recorder},
-    repair::fec::Fec,
-    repair::server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
+    repair::{
+        fec::Fec,
+        server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
+    },
     rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
     tls::{Fingerprint, Identity},
-    udp::MulticastOut,
 };
+use downpour_sys::udp::MulticastOut;
 use publications::{PublicationMetrics, Publications};
 use subscribers::{ProbeMetrics, Subscribers};
 

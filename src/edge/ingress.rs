@@ -19,7 +19,6 @@ use super::{
     intake::Intake,
     livestat::{self, LiveStream, LivestatError},
     prober::ProbeMetrics,
-    reads::{Reads, Train},
     socket::{CloudRtp, Lookups, RtpSocket},
     stats::IntakeMetrics,
 };
@@ -37,6 +36,7 @@ use crate::{
         packet::{HEADER_LEN, PAYLOAD_TYPE},
     },
 };
+use downpour_sys::recvmmsg::{Reads, Train};
 
 /// Where the cloud is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -20,7 +20,6 @@ use crate::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
     hub::{self, Hub, NextPush, Publisher},
-    prefetch::prefetch,
     repair::{
         control::{StreamInfo, StreamReport},
         fec,
@@ -34,6 +33,7 @@ use crate::{
         packet::{Header, PAYLOAD_TYPE},
     },
 };
+use downpour_sys::prefetch;
 
 /// How streams are received.
 #[derive(Debug, Clone)]

@@ -1,12 +1,10 @@
 //! The edge node: takes RTP, repairs what got lost, and serves viewers.
 
-mod clock;
 pub mod ingress;
 pub mod intake;
 pub mod livestat;
 mod parity;
 pub mod prober;
-mod reads;
 mod receive;
 pub mod socket;
 pub mod stats;
@@ -37,8 +35,8 @@ use crate::{
         receiver,
     },
     tls::{ClientTls, Trust},
-    udp,
 };
+use downpour_sys::udp;
 use ingress::{Cloud, Connect, Ingress};
 use intake::Intake;
 use prober::ProbeMetrics;

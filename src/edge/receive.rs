@@ -28,11 +28,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    clock::{Alarm, Clock},
-    ingress::Ingress,
-    reads::Reads,
-    socket::end_waits,
+use super::ingress::Ingress;
+use downpour_sys::{
+    recvmmsg::Reads,
+    timer::{Alarm, Clock},
+    udp::end_waits,
 };
 
 impl Ingress {

@@ -1,7 +1,7 @@
 //! The edge's RTP sockets, and which address of the cloud each one probes.
 
 use std::{
-    net::{Shutdown, SocketAddr, UdpSocket},
+    net::{SocketAddr, UdpSocket},
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -10,14 +10,12 @@ use std::{
 use socket2::SockRef;
 use tokio::task::JoinSet;
 
-use super::{
-    prober::{ProbeMetrics, Prober},
-    reads::Reads,
-};
+use super::prober::{ProbeMetrics, Prober};
 use crate::{
     config::Destination,
     repair::{control::Nonce, probe::ProbeMessage},
 };
+use downpour_sys::recvmmsg::Reads;
 
 /// One way by which RTP comes.
 pub struct RtpSocket {
@@ -157,12 +155,6 @@ impl RtpSocket {
         }
         metrics.count(&message, sent.is_ok());
     }
-}
-
-/// Ends the calls that wait for what comes to `socket`, and all that come later.
-pub fn end_waits(socket: &UdpSocket) {
-    // That it is not connected is told as an error, and those who wait are woken all the same.
-    let _ = SockRef::from(socket).shutdown(Shutdown::Read);
 }
 
 /// Where the cloud's RTP comes from.

@@ -5,10 +5,8 @@ use std::{any::Any, sync::Arc, time::Duration};
 use bytes::Bytes;
 
 use super::routes::Target;
-use crate::{
-    block::{Piece, Room},
-    rtp::{Burst, Ssrc},
-};
+use crate::rtp::{Burst, Ssrc};
+use downpour_sys::buffer::{Piece, Room};
 
 /// Packets of one length, one behind the other; the last one may be shorter.
 #[derive(Debug, Clone, PartialEq, Eq)]

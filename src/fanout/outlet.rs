@@ -15,11 +15,8 @@ use std::{
 
 use socket2::SockRef;
 
-use super::{
-    FanoutMetrics,
-    metrics::Refusal,
-    syscall::{Batch, Message, Messages, set_segment, wait_for_room},
-};
+use super::{FanoutMetrics, metrics::Refusal};
+use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_for_room};
 
 /// What an outlet needs of a socket. None of it waits but for what says so.
 pub(super) trait Way {
@@ -569,7 +566,12 @@ mod tests {
         let off: libc::c_int = 1;
         // SAFETY: it reads the integer that it is given.
         unsafe {
-            crate::os::set_option(&*outlet.socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, &off)
+            downpour_sys::sockaddr::set_option(
+                &*outlet.socket,
+                libc::SOL_SOCKET,
+                libc::SO_NO_CHECK,
+                &off,
+            )
         }
         .unwrap();
         assert_eq!(send(&mut outlet, &[(80, 100), (250, 120), (90, 100)]), 0);

@@ -7,7 +7,8 @@ use std::{
 };
 
 use super::{backlog::STALE, job::Job};
-use crate::{block::Piece, rtp::Ssrc};
+use crate::rtp::Ssrc;
+use downpour_sys::buffer::Piece;
 
 /// Whether bursts are spread.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

@@ -15,8 +15,9 @@ use std::{
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::SockRef;
 
-use super::{Settings, syscall::give_all_to_first};
-use crate::udp::{self, Port};
+use super::Settings;
+use downpour_sys::sendmmsg::give_all_to_first;
+use downpour_sys::udp::{self, Port};
 
 /// What one worker sends from.
 #[derive(Clone)]

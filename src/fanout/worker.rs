@@ -10,9 +10,9 @@ use super::{
     outlet::{Outlet, Round},
     pacer::{Due, Group, Pacer, Pacing},
     queue::Queue,
-    rest::{self, Next, Rest},
     sockets::{SendSocket, Sockets},
 };
+use downpour_sys::idle::{self, Next, Rest};
 
 /// One thread of the fan-out.
 pub(super) struct Worker {
@@ -53,7 +53,7 @@ impl Worker {
 
     /// Sends what comes through the queue until that is closed and empty.
     pub(super) fn run(mut self) {
-        rest::sleep_exactly();
+        idle::sleep_exactly();
         let _end = AbandonOnEnd(self.queue.clone());
         let (mut backlog, mut done) = (Backlog::default(), Vec::new());
         let mut rest = Rest::default();

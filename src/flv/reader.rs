@@ -4,10 +4,8 @@ use std::io::{self, Read};
 
 use bytes::{Buf, BytesMut};
 
-use crate::{
-    block::Room,
-    flv::{Tag, TagError, tag::TagHeader},
-};
+use crate::flv::{Tag, TagError, tag::TagHeader};
+use downpour_sys::buffer::Room;
 
 /// Takes the bytes of one FLV file as they come and gives its tags.
 ///

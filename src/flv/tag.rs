@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::block::{Piece, Room};
+use downpour_sys::buffer::{Piece, Room};
 
 /// What a tag carries (FLV 10.1 §E.4.1, `TagType`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -8,10 +8,8 @@ use super::{
     audience::{Arrival, Audience, Desk},
     viewer::{Batch, Closed, Viewer, note_skip},
 };
-use crate::{
-    block::Piece,
-    hub::{ReadOutcome, Reader},
-};
+use crate::hub::{ReadOutcome, Reader};
+use downpour_sys::buffer::Piece;
 
 /// A task's worth of viewers.
 ///

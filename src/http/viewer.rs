@@ -12,10 +12,10 @@ use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
 use crate::{
-    block::{Piece, Room},
     flv::{FILE_HEADER, Tag, TagKind},
     hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard},
 };
+use downpour_sys::buffer::{Piece, Room};
 
 /// What a viewer may take, and how long it may take for it.
 #[derive(Debug, Clone, PartialEq, Eq)]

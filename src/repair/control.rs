@@ -497,7 +497,7 @@ mod headers {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use super::{Headers, MAX_HEADER_LEN, Tag, TagKind, from_hex, to_hex};
-    use crate::block::Room;
+    use downpour_sys::buffer::Room;
 
     #[derive(Serialize, Deserialize)]
     struct Wire {

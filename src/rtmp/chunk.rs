@@ -5,10 +5,8 @@
 
 use bytes::{BufMut, BytesMut};
 
-use crate::{
-    block::Room,
-    flv::{Tag, TagError, TagKind},
-};
+use crate::flv::{Tag, TagError, TagKind};
+use downpour_sys::buffer::Room;
 
 /// Puts messages together from chunks, at any split of the input.
 ///

@@ -1,13 +1,13 @@
 //! RTP packets in, FLV tags out.
 
 use super::{Packet, Seq, packet::Header};
-use crate::{
-    block::{Block, Room},
-    flv::{
-        Tag,
-        tag::{TagError, TagHeader},
-    },
-    prefetch::prefetch,
+use crate::flv::{
+    Tag,
+    tag::{TagError, TagHeader},
+};
+use downpour_sys::{
+    buffer::{Block, Room},
+    prefetch,
 };
 
 /// Puts one publication's packets, given in order and with losses told, back into tags.

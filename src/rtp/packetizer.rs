@@ -8,10 +8,8 @@ use super::{
     Seq, Ssrc,
     packet::{HEADER_LEN, Header, PAYLOAD_TYPE},
 };
-use crate::{
-    block::{Block, Piece, Room},
-    flv::Tag,
-};
+use crate::flv::Tag;
+use downpour_sys::buffer::{Block, Piece, Room};
 
 /// Slices one publication's tags into RTP packets.
 ///

@@ -14,7 +14,6 @@ use std::{
 use bytes::BytesMut;
 use downpour::{
     StreamKey,
-    block::Room,
     flv::{Tag, TagKind},
     rtmp::{
         amf0::{Decoder, Value},
@@ -24,6 +23,7 @@ use downpour::{
         url::RtmpUrl,
     },
 };
+use downpour_sys::buffer::Room;
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio_util::sync::CancellationToken;
 

@@ -18,8 +18,8 @@ use downpour::{
     origin::{Headers, Origin, OriginStream},
     repair::history::History,
     rtp::{Burst, Packetizer, Ssrc},
-    udp::{self, MulticastOut, Port},
 };
+use downpour_sys::udp::{self, MulticastOut, Port};
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 

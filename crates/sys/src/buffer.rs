@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 /// short ones come out of one block of memory, which is freed with the last of them. To allocate and
 /// free each by itself costs more than to copy it.
 #[derive(Debug)]
-pub(crate) struct Block {
+pub struct Block {
     memory: Arc<Memory>,
     /// Bytes of it that are given away.
     used: usize,
@@ -34,13 +34,13 @@ unsafe impl Sync for Slot {}
 
 impl Block {
     /// Blocks will have up to `most` bytes; what is over a quarter of that has memory of its own.
-    pub(crate) fn of(most: usize) -> Self {
+    pub fn of(most: usize) -> Self {
         Self { memory: Arc::new(Memory(Box::default())), used: 0, most }
     }
 
     /// Room for `len` bytes.
     #[inline]
-    pub(crate) fn room(&mut self, len: usize) -> Room {
+    pub fn room(&mut self, len: usize) -> Room {
         if len > self.most / 4 {
             return Room::with_capacity(len);
         }
@@ -57,13 +57,13 @@ impl Block {
 
     /// Address of the next piece, most of the time.
     #[inline]
-    pub(crate) fn next_place(&self) -> usize {
+    pub fn next_place(&self) -> usize {
         self.memory.0.as_ptr().addr() + self.used
     }
 
     /// Address of what is written for each piece besides.
     #[inline]
-    pub(crate) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         Arc::as_ptr(&self.memory).addr() - COUNTS_BYTES
     }
 }

@@ -13,7 +13,7 @@ use std::{
 ///
 /// # Errors
 /// If the kernel does not know it, or refuses it.
-pub(crate) unsafe fn set_option<T>(
+pub unsafe fn set_option<T>(
     socket: &impl AsRawFd,
     level: libc::c_int,
     option: libc::c_int,
@@ -30,7 +30,7 @@ pub(crate) unsafe fn set_option<T>(
 /// An address of either family, or none.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(crate) union Name {
+pub union Name {
     family: libc::sa_family_t,
     v4: libc::sockaddr_in,
     v6: libc::sockaddr_in6,
@@ -70,7 +70,7 @@ impl From<SocketAddr> for Name {
 
 impl Name {
     /// The address, if there is one.
-    pub(crate) fn get(&self) -> Option<SocketAddr> {
+    pub fn get(&self) -> Option<SocketAddr> {
         // SAFETY: all three begin with the family, which says which of them it is; all zeroes, with
         // which it began, are a value of each.
         unsafe {

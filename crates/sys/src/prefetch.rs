@@ -6,7 +6,7 @@
 ///
 /// It may be any address: where there is no memory, nothing is fetched.
 #[inline]
-pub(crate) fn prefetch(address: usize, bytes: usize) {
+pub fn prefetch(address: usize, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in 0..(address % LINE + bytes).div_ceil(LINE) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

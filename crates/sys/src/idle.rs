@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// seldom, the thread waits for it at once. It is what network cards do that moderate their
 /// interrupts.
 #[derive(Debug, Default)]
-pub(super) struct Rest {
+pub struct Rest {
     /// When the last round ended.
     ended: Option<Instant>,
     /// Whether that round began soon after the one before.
@@ -20,7 +20,7 @@ pub(super) struct Rest {
 
 /// How to rest now.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next {
+pub enum Next {
     /// Sleep for so long, and look again.
     Nap(Duration),
     /// Until there is work, or the deadline.
@@ -29,18 +29,18 @@ pub(super) enum Next {
 
 impl Rest {
     /// There is work.
-    pub(super) fn begin_round(&mut self, now: Instant) {
+    pub fn begin_round(&mut self, now: Instant) {
         self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY);
         self.napped = false;
     }
 
     /// It is done.
-    pub(super) fn end_round(&mut self, now: Instant) {
+    pub fn end_round(&mut self, now: Instant) {
         self.ended = Some(now);
     }
 
     /// How to rest, if the next thing that is known to come is at `deadline`.
-    pub(super) fn next(&mut self, now: Instant, deadline: Option<Instant>) -> Next {
+    pub fn next(&mut self, now: Instant, deadline: Option<Instant>) -> Next {
         let left = deadline.map(|at| at.saturating_duration_since(now));
         if left.is_some_and(|left| left <= NAP) {
             // Slots are not kept to the microsecond: what is due together leaves together.
@@ -56,7 +56,7 @@ impl Rest {
 
 /// Lets the calling thread's short sleeps end when they are over: as a rule the kernel adds up to
 /// 50 µs to group them with others (prctl(2), PR_SET_TIMERSLACK).
-pub(super) fn sleep_exactly() {
+pub fn sleep_exactly() {
     // SAFETY: it takes numbers and touches no memory of ours. A refusal changes nothing.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong) };
 }

@@ -2,12 +2,10 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, UdpSocket},
 };
 
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
-
-use crate::limits::Finding;
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
 /// How RTP leaves for multicast groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +103,12 @@ pub fn receiver(
     Ok(socket.into())
 }
 
+/// Ends the calls that wait for what comes to `socket`, and all that come later.
+pub fn end_waits(socket: &UdpSocket) {
+    // That it is not connected is told as an error, and those who wait are woken all the same.
+    let _ = SockRef::from(socket).shutdown(Shutdown::Read);
+}
+
 fn socket(addr: SocketAddr) -> io::Result<Socket> {
     Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))
 }
@@ -123,6 +127,15 @@ fn enlarge(
 
 fn warn_if_small(sysctl: &str, wanted: usize, granted: usize) {
     if granted < wanted {
-        tracing::warn!("{}", Finding::small_buffer(sysctl, wanted as u64, granted as u64));
+        tracing::warn!("{}", small_buffer(sysctl, wanted as u64, granted as u64));
     }
+}
+
+/// The warning for a socket buffer of `granted` bytes where `wanted` were asked for, with the line to
+/// type. `sysctl` is the kernel setting that bounds it.
+pub fn small_buffer(sysctl: &str, wanted: u64, granted: u64) -> String {
+    format!(
+        "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \
+         dropped; run: sysctl -w {sysctl}={wanted}"
+    )
 }

@@ -12,13 +12,13 @@ use std::{
     time::Duration,
 };
 
-use crate::os::{Name, set_option};
+use crate::sockaddr::{Name, set_option};
 
 /// Room for the messages of one `sendmmsg` call, to be used again and again.
 ///
 /// What is the same for all messages is written once: where each header finds its address, its bytes
 /// and its control message.
-pub(super) struct Batch {
+pub struct Batch {
     /// Both have [`CAPACITY`] items, and are this batch's own.
     slots: NonNull<Slot>,
     headers: NonNull<libc::mmsghdr>,
@@ -29,7 +29,7 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn new() -> Self {
+    pub fn new() -> Self {
         // SAFETY: of both, all zeroes are a value: integers, null pointers and empty addresses.
         let (slot, header) = unsafe { (mem::zeroed::<Slot>(), mem::zeroed::<libc::mmsghdr>()) };
         let (slots, headers) = (leak([slot; CAPACITY]), leak([header; CAPACITY]));
@@ -53,7 +53,7 @@ impl Batch {
     }
 
     /// An empty batch for messages that live for `'a`.
-    pub(super) fn begin<'a>(&mut self) -> Messages<'_, 'a> {
+    pub fn begin<'a>(&mut self) -> Messages<'_, 'a> {
         self.len = 0;
         Messages { batch: self, bytes: PhantomData }
     }
@@ -78,24 +78,24 @@ fn leak<T>(items: [T; CAPACITY]) -> NonNull<T> {
 }
 
 /// Messages of one call, and the bytes that they borrow.
-pub(super) struct Messages<'b, 'a> {
+pub struct Messages<'b, 'a> {
     batch: &'b mut Batch,
     bytes: PhantomData<&'a [u8]>,
 }
 
 /// One message as it was pushed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Message<'a> {
-    pub(super) to: SocketAddr,
-    pub(super) bytes: &'a [u8],
+pub struct Message<'a> {
+    pub to: SocketAddr,
+    pub bytes: &'a [u8],
     /// Bytes of each datagram that the kernel is to cut it into; 0 is one datagram.
-    pub(super) segment: u16,
+    pub segment: u16,
 }
 
 impl<'a> Messages<'_, 'a> {
     /// Adds a message; those over the batch's capacity are left out, and `false`.
     #[inline]
-    pub(super) fn push(&mut self, message: Message<'a>) -> bool {
+    pub fn push(&mut self, message: Message<'a>) -> bool {
         let at = self.batch.len;
         if at >= CAPACITY {
             return false;
@@ -119,13 +119,13 @@ impl<'a> Messages<'_, 'a> {
 
     /// What the socket was said to cut into by itself, or 0.
     #[inline]
-    pub(super) fn default_segment(&self) -> u16 {
+    pub fn default_segment(&self) -> u16 {
         self.batch.default_segment
     }
 
     /// Says that the socket cuts into `segment` bytes by itself from now on, or not at all if that is
     /// 0. What becomes of these messages stays the same.
-    pub(super) fn set_default_segment(&mut self, segment: u16) {
+    pub fn set_default_segment(&mut self, segment: u16) {
         self.batch.default_segment = segment;
         for index in 0..self.batch.len {
             // SAFETY: it is one of the items, and this has the batch for itself.
@@ -137,21 +137,21 @@ impl<'a> Messages<'_, 'a> {
     }
 
     /// Takes all messages out.
-    pub(super) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.batch.len = 0;
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.batch.len
     }
 
     #[inline]
-    pub(super) fn is_full(&self) -> bool {
+    pub fn is_full(&self) -> bool {
         self.batch.len == CAPACITY
     }
 
     /// The message at `index`.
-    pub(super) fn get(&self, index: usize) -> Option<Message<'a>> {
+    pub fn get(&self, index: usize) -> Option<Message<'a>> {
         let slot = self.slots().get(index)?;
         let libc::iovec { iov_base, iov_len } = slot.bytes;
         // SAFETY: they come from a slice that lives for 'a.
@@ -161,7 +161,7 @@ impl<'a> Messages<'_, 'a> {
 
     /// The length and the segment of each message.
     #[inline]
-    pub(super) fn lengths(&self) -> impl Iterator<Item = (usize, u16)> {
+    pub fn lengths(&self) -> impl Iterator<Item = (usize, u16)> {
         self.slots().iter().map(|slot| (slot.bytes.iov_len, slot.control.segment))
     }
 
@@ -169,7 +169,7 @@ impl<'a> Messages<'_, 'a> {
     ///
     /// # Errors
     /// What is wrong with the one at `first`. None has gone then.
-    pub(super) fn send(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
+    pub fn send(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
         let count = self.batch.len.saturating_sub(first);
         if count == 0 {
             return Ok(0);
@@ -207,13 +207,13 @@ fn control_len(slot: &Slot, default_segment: u16) -> usize {
 ///
 /// # Errors
 /// If the kernel cannot.
-pub(super) fn set_segment(socket: &UdpSocket, segment: u16) -> io::Result<()> {
+pub fn set_segment(socket: &UdpSocket, segment: u16) -> io::Result<()> {
     // SAFETY: it is a number, which the kernel reads as an int (udp(7)).
     unsafe { set_option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, &libc::c_int::from(segment)) }
 }
 
 /// Waits until a socket has room for a datagram, or until `timeout` is over.
-pub(super) fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
+pub fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
     let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: it writes to the one pollfd that it is given. Whatever it says, sending says more.
@@ -224,7 +224,7 @@ pub(super) fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
 ///
 /// # Errors
 /// If the kernel does not know of that, or a sandbox has none of it.
-pub(super) fn give_all_to_first(any: &UdpSocket) -> io::Result<()> {
+pub fn give_all_to_first(any: &UdpSocket) -> io::Result<()> {
     let mut first = [libc::sock_filter { code: libc::BPF_RET as u16, jt: 0, jf: 0, k: 0 }];
     let program = libc::sock_fprog { len: 1, filter: first.as_mut_ptr() };
     // SAFETY: it is a program of the length that it gives, which the kernel copies.

@@ -46,7 +46,7 @@ pub fn raise_descriptors(wanted: u64) -> io::Result<Descriptors> {
 }
 
 /// Bytes of a page of memory.
-pub(super) fn page_size() -> u64 {
+pub fn page_size() -> u64 {
     // SAFETY: it takes a name and touches no memory of ours.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     u64::try_from(size).unwrap_or(4096)

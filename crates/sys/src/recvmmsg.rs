@@ -7,7 +7,7 @@ use std::{
     ptr,
 };
 
-use crate::os::{Name, set_option};
+use crate::sockaddr::{Name, set_option};
 
 /// Room for the datagrams of one call, to be used again and again.
 ///
@@ -231,7 +231,7 @@ mod tests {
             (0..2).for_each(|_| reads.wait(&waiting).unwrap());
         });
         begins.recv().unwrap();
-        crate::edge::socket::end_waits(&socket);
+        crate::udp::end_waits(&socket);
         waits.join().unwrap();
     }
 }
