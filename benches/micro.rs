@@ -10,7 +10,6 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use downpour::{
-    flv::{FILE_HEADER, FlvReader, Tag, TagKind},
     repair::{
         history::History,
         receiver::{Event, Path, Receiver, Settings},
@@ -18,6 +17,7 @@ use downpour::{
     rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO},
     rtp::{Burst, Depacketizer, Packet, Packetizer, Seq, Ssrc, packet::Header},
 };
+use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 criterion_group! {

@@ -11,14 +11,8 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{
-    StreamKey,
-    repair::{
-        control::{StreamPattern, StreamReport},
-        fec::Matrix,
-        paths::PathState,
-    },
-};
+use crate::repair::{control::StreamReport, fec::Matrix, paths::PathState};
+use downpour_media::{StreamKey, StreamPattern};
 
 /// All connected edges, in the order of their coming. Cloning shares them.
 #[derive(Clone, Default)]

@@ -24,11 +24,11 @@ pub use counters::Counters;
 pub use log::AUDIO_JOIN_MS;
 pub use reader::{Backlog, Ended, Place, ReadCount, ReadOutcome, Reader};
 
-use crate::{
+use counters::Rates;
+use downpour_media::{
     StreamKey,
     flv::{Headers, Tag},
 };
-use counters::Rates;
 use downpour_sys::prefetch;
 use log::{Entry, Log};
 

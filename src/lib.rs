@@ -5,6 +5,8 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
+#![forbid(unsafe_code)]
+
 mod addr_range;
 pub mod cli;
 pub mod cloud;
@@ -12,7 +14,6 @@ pub mod config;
 pub mod edge;
 pub mod edges;
 pub mod fanout;
-pub mod flv;
 pub mod http;
 pub mod hub;
 pub mod impair;
@@ -25,8 +26,6 @@ pub mod record;
 pub mod repair;
 pub mod rtmp;
 pub mod rtp;
-mod stream_key;
 pub mod tls;
 
 pub use addr_range::{AddrRange, InvalidRange};
-pub use stream_key::{InvalidStreamKey, StreamKey};

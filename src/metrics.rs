@@ -252,12 +252,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{
+    use crate::{hub::LogLimits, repair::history::History, rtp::Ssrc};
+    use downpour_media::{
         StreamKey,
         flv::{Tag, TagKind},
-        hub::LogLimits,
-        repair::history::History,
-        rtp::Ssrc,
     };
 
     #[test]

@@ -12,14 +12,13 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::broadcast;
 
-pub use crate::flv::Headers;
+pub use downpour_media::flv::Headers;
 
 use crate::{
-    StreamKey,
-    flv::TagKind,
     repair::history::History,
     rtp::{Burst, Seq, Ssrc},
 };
+use downpour_media::{StreamKey, flv::TagKind};
 
 /// All streams that are being sent, by SSRC. Cloning shares them.
 #[derive(Clone)]
@@ -381,7 +380,8 @@ const EVENT_BACKLOG: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{flv::Tag, rtp::Packetizer};
+    use crate::rtp::Packetizer;
+    use downpour_media::flv::Tag;
 
     #[test]
     fn what_waits_to_leave_is_not_told() {

@@ -15,10 +15,11 @@ use prometheus::{
 use tokio::{runtime::Handle, task::spawn_blocking, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{
+use crate::hub::{Ended, ReadCount, ReadOutcome, Reader, Stream};
+use downpour_media::{
     StreamKey,
     flv::{FlvWriter, Tag},
-    hub::{Ended, ReadCount, ReadOutcome, Reader, Stream},
+    timeline::Timeline,
 };
 
 /// Writes one FLV file per publication, `{dir}/{app}/{name}/{UTC start}.flv`. Cloning shares it.
@@ -268,31 +269,6 @@ impl Drop for Recording {
     }
 }
 
-/// Timestamps that begin at 0 and go on when the encoder's start over.
-#[derive(Debug, Default)]
-struct Timeline {
-    base: Option<u32>,
-    newest: u32,
-}
-
-impl Timeline {
-    fn rebase(&mut self, timestamp: u32) -> u32 {
-        let base = *self.base.get_or_insert(timestamp);
-        let rebased = timestamp.wrapping_sub(base);
-        let step = rebased.wrapping_sub(self.newest) as i32;
-        if step < -MAX_INTERLEAVE_MS {
-            self.base = Some(timestamp.wrapping_sub(self.newest));
-            return self.newest;
-        }
-        if step > 0 {
-            self.newest = rebased;
-            return rebased;
-        }
-        // Audio that is a little earlier than the first key frame would be before 0.
-        if self.newest < MAX_INTERLEAVE_MS as u32 && rebased > self.newest { 0 } else { rebased }
-    }
-}
-
 /// Creates `{dir}/{name}.flv`, or `{name}-1.flv` and so on while that is taken.
 fn create_new(dir: &Path, name: &str) -> io::Result<(PathBuf, File)> {
     fs::create_dir_all(dir)?;
@@ -359,18 +335,14 @@ const BATCH_BYTES: usize = 1 << 20;
 const WRITE_BUFFER: usize = 64 * 1024;
 const RETRY: Duration = Duration::from_secs(10);
 const MAX_SAME_NAME: u32 = 1000;
-/// How far back a timestamp may lie before it counts as a new start of the encoder's clock.
-const MAX_INTERLEAVE_MS: i32 = 10_000;
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::{
-        flv::{FlvTags, TagKind},
-        hub::{Hub, LogLimits},
-    };
+    use crate::hub::{Hub, LogLimits};
+    use downpour_media::flv::{FlvTags, TagKind};
 
     #[tokio::test]
     async fn each_publication_gets_a_file_with_all_its_tags_from_0() {
@@ -464,19 +436,6 @@ mod tests {
         ] {
             assert_eq!(utc_name(UNIX_EPOCH + Duration::new(secs, 7_000_000)), name);
         }
-    }
-
-    #[test]
-    fn a_clock_that_starts_over_does_not_go_back() {
-        let mut timeline = Timeline::default();
-        let rebased: Vec<_> =
-            [500_000, 500_040, 500_020, 0, 40, 30].map(|t| timeline.rebase(t)).into();
-        assert_eq!(rebased, [0, 40, 20, 40, 80, 70]);
-        // Seven weeks on, the file's own timestamps wrap.
-        let mut timeline = Timeline { base: Some(10), newest: u32::MAX - 5 };
-        assert_eq!(timeline.rebase(9), u32::MAX);
-        assert_eq!(timeline.rebase(15), 5);
-        assert_eq!(timeline.rebase(5), 0);
     }
 
     fn node(dir: &Path) -> (Hub, Recorder, RecordMetrics) {

@@ -19,7 +19,6 @@ use common::{
 };
 use downpour::{
     edge::prober::Prober,
-    flv::Tag,
     impair::LinkSettings,
     repair::{
         client::{
@@ -29,6 +28,7 @@ use downpour::{
     },
     tls::Trust,
 };
+use downpour_media::flv::Tag;
 use prometheus::Registry;
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_util::sync::CancellationToken;

@@ -16,10 +16,8 @@ use common::{
     media,
     node::{Site, SiteSettings},
 };
-use downpour::{
-    flv::Tag,
-    impair::{Blackout, Bursts, LinkSettings},
-};
+use downpour::impair::{Blackout, Bursts, LinkSettings};
+use downpour_media::flv::Tag;
 
 const PUSH: Duration = Duration::from_secs(60);
 

@@ -15,7 +15,7 @@ use common::{
     viewer::{Memory, Viewer},
     wait_for,
 };
-use downpour::flv::{FlvReader, Tag};
+use downpour_media::flv::{FlvReader, Tag};
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);

@@ -6,14 +6,16 @@ use std::{
 };
 
 use downpour::{
-    StreamKey,
-    flv::{FlvReader, Tag, TagKind},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
     },
     hub::{Backlog, Hub, LogLimits, Publisher},
     metrics,
+};
+use downpour_media::{
+    StreamKey,
+    flv::{FlvReader, Tag, TagKind},
 };
 use prometheus::Registry;
 use tokio::{

@@ -9,11 +9,11 @@ use std::{
 
 use axum::Router;
 use downpour::{
-    flv::{FlvReader, Tag, TagKind},
     http::{HttpMetrics, HttpServer, ViewerSettings},
     hub::{Backlog, Hub, LogLimits, Publisher},
     metrics,
 };
+use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{

@@ -9,7 +9,6 @@ use std::{
 
 use downpour::{
     cli::{Failure, PullArgs, PushArgs, pull, push},
-    flv::{FlvTags, FlvWriter, Tag, TagKind},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
@@ -21,6 +20,7 @@ use downpour::{
         server::{Server, ServerSettings},
     },
 };
+use downpour_media::flv::{FlvTags, FlvWriter, Tag, TagKind};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 

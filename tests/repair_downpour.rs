@@ -13,16 +13,15 @@ use std::{
 
 use bytes::Bytes;
 use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Headers, Origin},
+    origin::Origin,
     repair::{
         Protocol,
         client::{
             ClientError, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
         },
         control::{
-            CloudMessage, ControlReader, EdgeMessage, Hello, Report, StreamInfo, StreamPattern,
-            StreamReport, encode_control,
+            CloudMessage, ControlReader, EdgeMessage, Hello, Report, StreamInfo, StreamReport,
+            encode_control,
         },
         message::{Gone, Heartbeat, Message, Nack, encode_repair},
         server::{
@@ -32,6 +31,10 @@ use downpour::{
     },
     rtp::{Seq, Ssrc},
     tls::{Fingerprint, Identity, Trust},
+};
+use downpour_media::{
+    StreamPattern,
+    flv::{Headers, Tag, TagKind},
 };
 use prometheus::Registry;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, TransportConfig};

@@ -5,11 +5,11 @@ mod repair_sim;
 use std::time::{Duration, Instant};
 
 use downpour::{
-    flv::{Tag, TagKind},
     impair::{Blackout, LinkSettings},
     repair::receiver::{Event, GRACE, Path, Receiver, Settings},
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
+use downpour_media::flv::{Tag, TagKind};
 
 use proptest::prelude::*;
 use repair_sim::{Run, link, lossy};

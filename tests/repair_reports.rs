@@ -10,16 +10,19 @@ use std::{
 
 use bytes::Bytes;
 use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Headers, Origin, OriginStream},
+    origin::{Origin, OriginStream},
     repair::{
         client::RepairEvent,
-        control::{MAX_REPORTED, Report, StreamPattern, StreamReport},
+        control::{MAX_REPORTED, Report, StreamReport},
         history::History,
         server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
     },
     rtp::Ssrc,
     tls::Identity,
+};
+use downpour_media::{
+    StreamPattern,
+    flv::{Headers, Tag, TagKind},
 };
 use prometheus::Registry;
 use repair_support::{Cloud, Edge, edge_settings, until};

@@ -8,14 +8,14 @@ use std::{
     time::Duration,
 };
 
-use downpour::{
+use downpour::rtmp::{
+    chunk::{AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE},
+    client::Publisher,
+    server::ServerSettings,
+};
+use downpour_media::{
+    amf0::Value,
     flv::{Tag, TagKind},
-    rtmp::{
-        amf0::Value,
-        chunk::{AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE},
-        client::Publisher,
-        server::ServerSettings,
-    },
 };
 use rtmp_support::*;
 

@@ -4,7 +4,8 @@ mod rtmp_support;
 
 use std::{io::Write, net::TcpStream, time::Duration};
 
-use downpour::rtmp::{amf0::Value, server::ServerSettings};
+use downpour::rtmp::server::ServerSettings;
+use downpour_media::amf0::Value;
 use rtmp_support::*;
 
 #[tokio::test(flavor = "multi_thread")]

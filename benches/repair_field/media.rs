@@ -12,10 +12,10 @@ use std::{
 };
 
 use downpour::{
-    flv::{Tag, TagKind},
     http::client::{FlvClient, FlvUrl},
     rtmp::{client::Publisher, url::RtmpUrl},
 };
+use downpour_media::flv::{Tag, TagKind};
 
 /// Bytes of media in a packet.
 pub const PACKET_LEN: usize = 1000;

@@ -1,16 +1,12 @@
 //! An encoder's connection, from the first byte on.
 
-use downpour::{
-    flv::Tag,
-    rtmp::{
-        chunk::{ACKNOWLEDGEMENT, Message},
-        handshake::PACKET_LEN,
-        publish::PublishError,
-        session::{
-            PublishIntent, Refusal, ServerEvent, ServerSession, SessionError, SessionSettings,
-        },
-    },
+use downpour::rtmp::{
+    chunk::{ACKNOWLEDGEMENT, Message},
+    handshake::PACKET_LEN,
+    publish::PublishError,
+    session::{PublishIntent, Refusal, ServerEvent, ServerSession, SessionError, SessionSettings},
 };
+use downpour_media::flv::Tag;
 
 use super::{flv::check_tag, memory, pieces, rtmp_chunks};
 

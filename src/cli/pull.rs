@@ -15,13 +15,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Failure, PullArgs, block_on, rates::Rates};
 use crate::{
-    flv::{FlvWriter, Tag},
     http::client::{FlvClient, FlvClientError, FlvUrl},
     rtmp::{
         client::{ClientError, Player},
         url::RtmpUrl,
     },
 };
+use downpour_media::flv::{FlvWriter, Tag};
 
 pub use super::rates::Totals;
 

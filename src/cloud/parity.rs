@@ -268,11 +268,8 @@ const MEASURED_OVER: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        flv::{Tag, TagKind},
-        repair::fec::Matrix,
-        rtp::Packetizer,
-    };
+    use crate::{repair::fec::Matrix, rtp::Packetizer};
+    use downpour_media::flv::{Tag, TagKind};
 
     const MEDIA: Ssrc = Ssrc(9);
 

@@ -14,17 +14,19 @@ use tokio_util::sync::CancellationToken;
 
 use super::parity::{ParityFlag, ParityMetrics, ParityOut, ParityWatch};
 use crate::{
-    StreamKey,
     fanout::{
         Fanout, FrameInterval, Pace, Train,
         routes::{Route, Snapshot, Target},
     },
-    flv::{Tag, TagKind},
     hub::{self, Hub},
-    origin::{Headers, Origin, OriginStream},
+    origin::{Origin, OriginStream},
     repair::history::History,
     rtmp::publish::{Publication, PublishError, PublishHandler, PublishRequest},
     rtp::{Burst, Packetizer, Ssrc},
+};
+use downpour_media::{
+    StreamKey,
+    flv::{Headers, Tag, TagKind},
 };
 
 /// What bounds publications, from the config.

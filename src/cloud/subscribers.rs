@@ -18,7 +18,7 @@ use crate::{
     origin::Origin,
     repair::{
         Protocol,
-        control::{CloudMessage, Nonce, PathReport, Report, StreamPattern, StreamReport},
+        control::{CloudMessage, Nonce, PathReport, Report, StreamReport},
         paths::{Outcome, PathTable},
         probe::{MAX_PATHS, ProbeMessage},
         receiver::DELAY_BOUNDS_MS,
@@ -26,6 +26,7 @@ use crate::{
     },
     rtp::Ssrc,
 };
+use downpour_media::StreamPattern;
 
 /// Turns hellos, subscriptions and probes into routes. Cloning shares it.
 #[derive(Clone)]

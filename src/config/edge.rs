@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use super::{
     Destination, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role, schema::settings,
 };
-use crate::{repair::control::StreamPattern, tls::Fingerprint};
+use crate::tls::Fingerprint;
+use downpour_media::StreamPattern;
 
 settings! {
     /// An edge node's settings: `edge.yaml`.

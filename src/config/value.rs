@@ -9,7 +9,8 @@ use std::{
 
 use serde_yaml::Value;
 
-use crate::{AddrRange, InvalidRange, repair::control::StreamPattern, tls::Fingerprint};
+use crate::{AddrRange, InvalidRange, tls::Fingerprint};
+use downpour_media::StreamPattern;
 
 /// A value that a configuration file can hold.
 pub trait Setting: Sized {

@@ -568,9 +568,7 @@ mod tests {
     use super::*;
     use crate::{
         edge::intake,
-        flv::{Tag, TagKind},
         hub::{Hub, LogLimits},
-        origin::Headers,
         repair::{
             client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
             control::StreamInfo,
@@ -579,6 +577,7 @@ mod tests {
         rtp::{Packetizer, Seq},
         tls::Trust,
     };
+    use downpour_media::flv::{Headers, Tag, TagKind};
 
     /// An ingress with two sockets, the hub that it fills, where its sockets are, and what the repair
     /// connection would send events with.

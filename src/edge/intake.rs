@@ -17,8 +17,6 @@ use super::{
     stats::{IntakeMetrics, StreamStats},
 };
 use crate::{
-    StreamKey,
-    flv::{Headers, Tag, TagKind},
     hub::{self, Hub, NextPush, Publisher},
     repair::{
         control::{StreamInfo, StreamReport},
@@ -32,6 +30,10 @@ use crate::{
         flexfec::Repair,
         packet::{Header, PAYLOAD_TYPE},
     },
+};
+use downpour_media::{
+    StreamKey,
+    flv::{Headers, Tag, TagKind},
 };
 use downpour_sys::prefetch;
 

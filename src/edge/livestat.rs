@@ -8,7 +8,8 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::TcpStream;
 
-use crate::{StreamKey, rtp::Ssrc};
+use crate::rtp::Ssrc;
+use downpour_media::StreamKey;
 
 /// One entry of `publishers` in `GET /stat/livestat`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,6 @@ use prometheus::{
 };
 
 use crate::{
-    StreamKey,
     repair::{
         control::StreamReport,
         fec,
@@ -19,6 +18,7 @@ use crate::{
     },
     rtp::Ssrc,
 };
+use downpour_media::StreamKey;
 
 /// How one stream fares now.
 #[derive(Debug, Clone)]

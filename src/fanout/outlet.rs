@@ -503,18 +503,7 @@ mod tests {
     fn where_offload_is_refused_the_packets_go_one_by_one() {
         let (mut outlet, metrics) = outlet(64);
         let (socket, addr) = receiver();
-        let off: libc::c_int = 1;
-        // SAFETY: it reads the integer that it is given.
-        let set = unsafe {
-            libc::setsockopt(
-                std::os::fd::AsRawFd::as_raw_fd(&*outlet.socket),
-                libc::SOL_SOCKET,
-                libc::SO_NO_CHECK,
-                (&raw const off).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            )
-        };
-        assert_eq!(set, 0);
+        downpour_sys::udp::disable_checksums(&outlet.socket).unwrap();
         let bytes = [7; 250];
         for round in 1..=20 {
             let mut sending = outlet.round();
@@ -563,17 +552,7 @@ mod tests {
         assert_eq!(send(&mut outlet, &[(250, 100), (250, 120)]), 100);
         assert_eq!(send(&mut outlet, &[(250, 120), (250, 100)]), 120);
         // A socket without checksums has the kernel refuse even a short message (EINVAL).
-        let off: libc::c_int = 1;
-        // SAFETY: it reads the integer that it is given.
-        unsafe {
-            downpour_sys::sockaddr::set_option(
-                &*outlet.socket,
-                libc::SOL_SOCKET,
-                libc::SO_NO_CHECK,
-                &off,
-            )
-        }
-        .unwrap();
+        downpour_sys::udp::disable_checksums(&outlet.socket).unwrap();
         assert_eq!(send(&mut outlet, &[(80, 100), (250, 120), (90, 100)]), 0);
         assert_eq!(metrics.refused_offload.get(), 1, "of the one that was to be cut");
         assert_eq!(metrics.datagrams.get(), 3 * 64 + 8 + 3 * 63 + 6 + 6 + 5);

@@ -14,14 +14,14 @@ use std::{
 use prometheus::{IntGauge, Registry, register_int_gauge_with_registry};
 
 use crate::{
-    StreamKey,
     repair::{
-        control::{Nonce, StreamPattern},
+        control::Nonce,
         fec::{Fec, Matrix, PARITY_PORT_OFFSET},
         probe::MAX_PATHS,
     },
     rtp::Ssrc,
 };
+use downpour_media::{StreamKey, StreamPattern};
 
 /// One address that a stream is sent to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,10 +10,8 @@ use super::{
     sockets::{SendSocket, Sockets},
     *,
 };
-use crate::{
-    flv::{Tag, TagKind},
-    rtp::Packetizer,
-};
+use crate::rtp::Packetizer;
+use downpour_media::flv::{Tag, TagKind};
 
 fn receiver() -> (UdpSocket, SocketAddr) {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();

@@ -278,12 +278,12 @@ mod tests {
     use super::*;
     use crate::{
         edges::StreamInfo,
-        flv::{Tag, TagKind},
         hub::LogLimits,
         origin::OriginStream,
         repair::{control::StreamReport, history::History, paths::PathState},
         rtp::Ssrc,
     };
+    use downpour_media::flv::{Tag, TagKind};
 
     #[tokio::test]
     async fn live_stat_is_wire_v0() {

@@ -23,10 +23,8 @@ use super::{
     metrics::HttpMetrics,
     viewer::{Batch, Counted, Viewer, ViewerSettings},
 };
-use crate::{
-    StreamKey,
-    hub::{Place, Reader, Stream},
-};
+use crate::hub::{Place, Reader, Stream};
+use downpour_media::StreamKey;
 
 /// All viewers of a node.
 pub(super) struct Audience {

@@ -266,10 +266,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        flv::{Tag, TagKind},
         http::{HttpMetrics, ViewerSettings, viewer::Connection},
         hub::{Backlog, Hub, LogLimits, Publisher},
     };
+    use downpour_media::flv::{Tag, TagKind};
 
     #[tokio::test]
     async fn who_came_in_ahead_is_charged_for_less_of_a_skip() {

@@ -16,7 +16,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    StreamKey,
     http::{
         audience::Audience,
         head::{self, BadHead, MAX_HEAD_LEN, Method, Request},
@@ -25,6 +24,7 @@ use crate::{
     },
     hub::Hub,
 };
+use downpour_media::StreamKey;
 
 /// One listening address of a node.
 ///

@@ -11,10 +11,8 @@ use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
-use crate::{
-    flv::{FILE_HEADER, Tag, TagKind},
-    hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard},
-};
+use crate::hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard};
+use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
 use downpour_sys::buffer::{Piece, Room};
 
 /// What a viewer may take, and how long it may take for it.

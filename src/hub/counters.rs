@@ -5,7 +5,7 @@ use std::{
     time::Instant,
 };
 
-use crate::flv::{Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind};
 
 /// What went through a stream. Bytes are those of tag bodies.
 #[derive(Debug, Default)]

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::{LogLimits, reader::Backlog};
-use crate::flv::{Headers, Tag, TagKind};
+use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_sys::prefetch;
 
 /// The newest tags of a stream, and where in them a reader can begin.

@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::Stream;
-use crate::flv::{Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind};
 
 /// How far a reader may fall behind the newest tag before it skips to the newest key frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

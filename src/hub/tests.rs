@@ -6,7 +6,7 @@ use super::{
     log::{AUDIO_ONLY_AFTER_MS, ENTRY_OVERHEAD},
     *,
 };
-use crate::flv::TagKind;
+use downpour_media::flv::TagKind;
 
 #[test]
 fn a_reader_starts_at_the_newest_gop_with_the_headers_in_effect_there() {

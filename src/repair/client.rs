@@ -27,15 +27,16 @@ pub use metrics::RepairClientMetrics;
 use self::backoff::Backoff;
 use super::{
     Protocol, close,
-    control::{MAX_PATTERNS, Report, StreamInfo, StreamPattern, Welcome},
+    control::{MAX_PATTERNS, Report, StreamInfo, Welcome},
     message::{Gone, Heartbeat, Nack},
     transport,
 };
 use crate::{
-    origin::Headers,
     rtp::{Seq, Ssrc},
     tls::{ClientTls, TlsError, Trust},
 };
+use downpour_media::StreamPattern;
+use downpour_media::flv::Headers;
 
 /// Keeps a connection to the cloud, for ever.
 pub struct RepairClient {

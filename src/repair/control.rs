@@ -5,17 +5,16 @@
 
 mod terse;
 
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{fmt, net::SocketAddr};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 
 use super::receiver::{Histogram, MAX_PATHS, PathStats, Stats};
-use crate::{
-    StreamKey,
-    flv::{Tag, TagKind},
-    origin::Headers,
-    rtp::{Seq, Ssrc},
+use crate::rtp::{Seq, Ssrc};
+use downpour_media::{
+    StreamKey, StreamPattern,
+    flv::{Headers, Tag, TagKind},
 };
 
 /// The version that this crate speaks, told in `hello` and `welcome`.
@@ -339,78 +338,6 @@ impl<'de> Deserialize<'de> for Nonce {
     }
 }
 
-/// Which streams: `app/name`, `app/*`, or `*` for all.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum StreamPattern {
-    /// All streams.
-    All,
-    /// All streams of an application.
-    App(String),
-    /// One stream.
-    Stream(StreamKey),
-}
-
-impl StreamPattern {
-    /// Whether the pattern means this stream.
-    pub fn matches(&self, key: &StreamKey) -> bool {
-        match self {
-            Self::All => true,
-            Self::App(app) => key.app() == app,
-            Self::Stream(stream) => key == stream,
-        }
-    }
-}
-
-impl FromStr for StreamPattern {
-    type Err = InvalidPattern;
-
-    fn from_str(text: &str) -> Result<Self, InvalidPattern> {
-        if text == "*" {
-            return Ok(Self::All);
-        }
-        // The rules for an application's name are those of a key that has it.
-        let app = text.strip_suffix("/*");
-        let key = match app {
-            Some(app) => StreamKey::new(app, "x"),
-            None => text.parse(),
-        };
-        match (app, key) {
-            (_, Err(_)) => Err(InvalidPattern),
-            (None, Ok(key)) if key.as_str().contains('*') => Err(InvalidPattern),
-            (None, Ok(key)) => Ok(Self::Stream(key)),
-            (Some(app), Ok(_)) if app.contains(['*', '/']) => Err(InvalidPattern),
-            (Some(_), Ok(key)) => Ok(Self::App(key.app().to_owned())),
-        }
-    }
-}
-
-impl fmt::Display for StreamPattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::All => f.write_str("*"),
-            Self::App(app) => write!(f, "{app}/*"),
-            Self::Stream(key) => key.fmt(f),
-        }
-    }
-}
-
-impl Serialize for StreamPattern {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for StreamPattern {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// A text that is no [`StreamPattern`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a stream pattern: write app/name, app/* or *")]
-pub struct InvalidPattern;
-
 /// Splits a control stream into messages, whatever pieces it comes in.
 #[derive(Debug)]
 pub struct ControlReader {
@@ -618,23 +545,6 @@ mod tests {
         assert!(matches!(hello, EdgeMessage::Hello(Hello { version: 2, token: None, .. })));
         assert!(parse(r#"{"type":"hello","version":1}"#).is_err());
         assert!(parse(r#"{"type":"subscribe","streams":["a/b/*/c"]}"#).is_err());
-    }
-
-    #[test]
-    fn patterns_mean_what_they_say() {
-        let key = |text: &str| text.parse::<StreamKey>().unwrap();
-        let pattern = |text: &str| text.parse::<StreamPattern>();
-        assert!(pattern("*").unwrap().matches(&key("live/a")));
-        assert!(pattern("live/*").unwrap().matches(&key("live/a/b")));
-        assert!(!pattern("live/*").unwrap().matches(&key("alive/a")));
-        assert!(pattern("live/a").unwrap().matches(&key("live/a")));
-        assert!(!pattern("live/a").unwrap().matches(&key("live/ab")));
-        for bad in ["", "/", "live", "**", "*/a", "li*e/*", "a/b/*", "live/..", "live/a*"] {
-            assert_eq!(pattern(bad), Err(InvalidPattern), "{bad:?}");
-        }
-        for good in ["*", "live/*", "live/a/b"] {
-            assert_eq!(pattern(good).unwrap().to_string(), good);
-        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use super::{
     Protocol,
     bucket::TokenBucket,
     close,
-    control::{CloudMessage, Nonce, Report, StreamPattern},
+    control::{CloudMessage, Nonce, Report},
     group::{GroupBudget, GroupRepair},
     transport,
 };
@@ -40,6 +40,7 @@ use crate::{
     origin::Origin,
     tls::{Identity, TlsError},
 };
+use downpour_media::StreamPattern;
 
 /// A QUIC socket on which edges ask for lost packets, in either protocol.
 pub struct RepairServer {

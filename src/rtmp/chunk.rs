@@ -5,7 +5,7 @@
 
 use bytes::{BufMut, BytesMut};
 
-use crate::flv::{Tag, TagError, TagKind};
+use downpour_media::flv::{Tag, TagError, TagKind};
 use downpour_sys::buffer::Room;
 
 /// Puts messages together from chunks, at any split of the input.

@@ -10,7 +10,7 @@ use super::{
     socket,
     url::RtmpUrl,
 };
-use crate::flv::Tag;
+use downpour_media::flv::Tag;
 
 /// A connection that publishes.
 #[derive(Debug)]

@@ -3,7 +3,6 @@
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0 (2012), and *Enhanced RTMP v2* for what
 //! `connect` says about extended codecs.
 
-pub mod amf0;
 pub mod chunk;
 pub mod client;
 pub mod handshake;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{StreamKey, flv::Tag};
+use downpour_media::{StreamKey, flv::Tag};
 
 /// Decides who may publish and takes what they send. Shared by all connections.
 pub trait PublishHandler: Send + Sync + 'static {

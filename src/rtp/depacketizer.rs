@@ -1,7 +1,7 @@
 //! RTP packets in, FLV tags out.
 
 use super::{Packet, Seq, packet::Header};
-use crate::flv::{
+use downpour_media::flv::{
     Tag,
     tag::{TagError, TagHeader},
 };
@@ -225,10 +225,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{
-        flv::TagKind,
-        rtp::{Burst, Packetizer, Seq, Ssrc},
-    };
+    use crate::rtp::{Burst, Packetizer, Seq, Ssrc};
+    use downpour_media::flv::TagKind;
 
     fn tags() -> impl Strategy<Value = Vec<Tag>> {
         let size = prop_oneof![0usize..40, 1000usize..1300, 0usize..9000];

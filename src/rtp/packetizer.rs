@@ -8,7 +8,7 @@ use super::{
     Seq, Ssrc,
     packet::{HEADER_LEN, Header, PAYLOAD_TYPE},
 };
-use crate::flv::Tag;
+use downpour_media::flv::Tag;
 use downpour_sys::buffer::{Block, Piece, Room};
 
 /// Slices one publication's tags into RTP packets.
@@ -134,7 +134,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
-    use crate::flv::TagKind;
+    use downpour_media::flv::TagKind;
 
     proptest! {
         #[test]

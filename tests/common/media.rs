@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{compare::read_flv, node::tail, wait_for};
-use downpour::flv::Tag;
+use downpour_media::flv::Tag;
 
 /// An FLV file and its tags.
 pub struct Media {

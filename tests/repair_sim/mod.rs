@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use downpour::{
-    flv::{Tag, TagKind},
     impair::{Link, LinkSettings},
     repair::{
         history::History,
@@ -15,6 +14,7 @@ use downpour::{
     },
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
+use downpour_media::flv::{Tag, TagKind};
 
 /// One run.
 #[derive(Debug, Clone)]

@@ -10,7 +10,6 @@ use std::{
 
 use bytes::Bytes;
 use downpour::{
-    flv::{Tag, TagKind},
     origin::{Origin, OriginStream},
     repair::{
         client::{
@@ -22,6 +21,7 @@ use downpour::{
     rtp::{Packetizer, Seq, Ssrc},
     tls::{ClientTls, Identity, Trust},
 };
+use downpour_media::flv::{Tag, TagKind};
 use prometheus::Registry;
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;

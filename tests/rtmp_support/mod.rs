@@ -12,16 +12,16 @@ use std::{
 };
 
 use bytes::BytesMut;
-use downpour::{
+use downpour::rtmp::{
+    chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
+    publish::{Publication, PublishError, PublishHandler, PublishRequest},
+    server::{Server, ServerMetrics, ServerSettings},
+    url::RtmpUrl,
+};
+use downpour_media::{
     StreamKey,
+    amf0::{Decoder, Value},
     flv::{Tag, TagKind},
-    rtmp::{
-        amf0::{Decoder, Value},
-        chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
-        publish::{Publication, PublishError, PublishHandler, PublishRequest},
-        server::{Server, ServerMetrics, ServerSettings},
-        url::RtmpUrl,
-    },
 };
 use downpour_sys::buffer::Room;
 use prometheus::{Encoder, Registry, TextEncoder};

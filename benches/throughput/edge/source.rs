@@ -14,11 +14,11 @@ use std::{
 };
 
 use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Headers, Origin, OriginStream},
+    origin::{Origin, OriginStream},
     repair::history::History,
     rtp::{Burst, Packetizer, Ssrc},
 };
+use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_sys::udp::{self, MulticastOut, Port};
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rand::{Rng, SeedableRng, rngs::SmallRng};

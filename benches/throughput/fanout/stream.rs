@@ -13,9 +13,9 @@ use std::{
 
 use downpour::{
     fanout::routes::Target,
-    flv::{Tag, TagKind},
     rtp::{Burst, Packetizer, Ssrc},
 };
+use downpour_media::flv::{Tag, TagKind};
 
 use super::threads::join;
 use crate::{common::cpu, table::median};

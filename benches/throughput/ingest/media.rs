@@ -4,10 +4,10 @@ use std::{io, time::Duration};
 
 use bytes::BytesMut;
 use downpour::{
-    flv::{Tag, TagKind},
     rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO},
     rtp::{Packetizer, Ssrc},
 };
+use downpour_media::flv::{Tag, TagKind};
 
 /// One group of pictures, played again and again: 25 pictures and 43 AAC frames a second, 212 kbit/s
 /// of tag bodies.

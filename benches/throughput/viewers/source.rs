@@ -11,10 +11,11 @@ use std::{
 };
 
 use downpour::{
-    origin::{Headers, Origin, OriginStream},
+    origin::{Origin, OriginStream},
     repair::history::History,
     rtp::{Packetizer, Ssrc},
 };
+use downpour_media::flv::Headers;
 use tokio_util::sync::CancellationToken;
 
 use super::media::Media;

@@ -7,6 +7,8 @@ use std::{
 
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
+use crate::sockaddr::set_option;
+
 /// How RTP leaves for multicast groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MulticastOut {
@@ -129,6 +131,17 @@ fn warn_if_small(sysctl: &str, wanted: usize, granted: usize) {
     if granted < wanted {
         tracing::warn!("{}", small_buffer(sysctl, wanted as u64, granted as u64));
     }
+}
+
+/// Sends without checksums, which makes the kernel refuse segmentation offload on this socket
+/// (`SO_NO_CHECK`): how tests produce that refusal.
+///
+/// # Errors
+/// As setsockopt(2).
+pub fn disable_checksums(socket: &UdpSocket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the kernel reads an int for this option (socket(7)).
+    unsafe { set_option(socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, &on) }
 }
 
 /// The warning for a socket buffer of `granted` bytes where `wanted` were asked for, with the line to

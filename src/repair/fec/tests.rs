@@ -7,14 +7,12 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use super::{Decoder, Encoder, Matrix, MatrixError, decoder, encoder};
-use crate::{
-    flv::{Tag, TagKind},
-    rtp::{
-        Packet, Packetizer, Seq, Ssrc,
-        flexfec::{self, OVERHEAD, Protection, Repair},
-        packet::{self, Header},
-    },
+use crate::rtp::{
+    Packet, Packetizer, Seq, Ssrc,
+    flexfec::{self, OVERHEAD, Protection, Repair},
+    packet::{self, Header},
 };
+use downpour_media::flv::{Tag, TagKind};
 
 pub(super) const MEDIA: Ssrc = Ssrc(0x1122_3344);
 const PARITY: Ssrc = Ssrc(0xaabb_ccdd);

@@ -17,12 +17,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Early, EdgeHello, EdgeSession, HANDSHAKE_TIMEOUT, Shared, repairer::Repairer};
 use crate::{
-    origin::{Headers, OriginEvent, OriginStream},
+    origin::{OriginEvent, OriginStream},
     repair::{
         close,
         control::{
             CloudMessage, EdgeMessage, Hello, MAX_EDGE_MESSAGE, MAX_PATTERNS, Nonce, StreamInfo,
-            StreamPattern, VERSION, Welcome,
+            VERSION, Welcome,
         },
         message::MessageError,
         stream::{ControlStream, StreamError, read_messages},
@@ -30,6 +30,7 @@ use crate::{
     },
     rtp::Ssrc,
 };
+use downpour_media::{StreamPattern, flv::Headers};
 
 /// Serves one connection until it ends, and closes it; an error says why.
 pub(super) async fn serve(
@@ -414,13 +415,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        flv::{Tag, TagKind},
         repair::{
             history::History,
             receiver::{Receiver, Settings},
         },
         rtp::{Packetizer, Seq},
     };
+    use downpour_media::flv::{Tag, TagKind};
 
     /// What is told of a publication to an edge that comes now.
     fn told(stream: &Arc<OriginStream>) -> (Option<Seq>, Option<Seq>) {

@@ -27,16 +27,12 @@ use super::{
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
     },
 };
-use crate::{
-    StreamKey,
-    rtmp::{
-        publish::{Publication, PublishError, PublishHandler, PublishRequest},
-        session::{
-            PublishIntent, Refusal, ServerEvent, ServerSession, SessionError, SessionSettings,
-        },
-        socket,
-    },
+use crate::rtmp::{
+    publish::{Publication, PublishError, PublishHandler, PublishRequest},
+    session::{PublishIntent, Refusal, ServerEvent, ServerSession, SessionError, SessionSettings},
+    socket,
 };
+use downpour_media::StreamKey;
 
 pub struct Connection {
     stream: TcpStream,

@@ -6,7 +6,8 @@ use prometheus::{
 };
 
 use super::connection::CLOSE_LABELS;
-use crate::{flv::TagKind, rtmp::session::SessionError};
+use crate::rtmp::session::SessionError;
+use downpour_media::flv::TagKind;
 
 /// Handles of the RTMP server's metrics; clones share them.
 #[derive(Debug, Clone)]

@@ -20,7 +20,8 @@ pub use metrics::ServerMetrics;
 
 use self::{connection::Connection, metrics::REFUSED_CONNECTIONS, shards::Shards};
 use super::publish::PublishHandler;
-use crate::{flv::Tag, limits};
+use crate::limits;
+use downpour_media::flv::Tag;
 
 /// A listening RTMP server. Each connection is a task of its own, on one of a few threads; its
 /// failure ends it alone.

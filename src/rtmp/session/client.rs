@@ -8,17 +8,17 @@ use super::{
     link::{Command, Link, WINDOW},
     media::{Aggregate, into_tag},
 };
-use crate::{
-    flv::{Tag, TagKind},
-    rtmp::{
-        amf0::{self, Value},
-        chunk::{
-            AGGREGATE, AUDIO, COMMAND_AMF0, COMMAND_AMF3, DATA_AMF0, DATA_AMF3, Message,
-            MessageHead, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE,
-        },
-        handshake::ClientHandshake,
-        url::RtmpUrl,
+use crate::rtmp::{
+    chunk::{
+        AGGREGATE, AUDIO, COMMAND_AMF0, COMMAND_AMF3, DATA_AMF0, DATA_AMF3, Message, MessageHead,
+        USER_CONTROL, VIDEO, WINDOW_ACK_SIZE,
     },
+    handshake::ClientHandshake,
+    url::RtmpUrl,
+};
+use downpour_media::{
+    amf0::{self, Value},
+    flv::{Tag, TagKind},
 };
 
 /// One connection to a server, for one stream.

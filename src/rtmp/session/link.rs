@@ -3,13 +3,11 @@
 use bytes::BytesMut;
 
 use super::SessionError;
-use crate::rtmp::{
-    amf0::{Amf0Error, Decoder, Value},
-    chunk::{
-        ACKNOWLEDGEMENT, COMMAND_AMF0, COMMAND_AMF3, CONTROL_CSID, ChunkReader, ChunkWriter,
-        Message, MessageHead, SET_PEER_BANDWIDTH, USER_CONTROL, WINDOW_ACK_SIZE,
-    },
+use crate::rtmp::chunk::{
+    ACKNOWLEDGEMENT, COMMAND_AMF0, COMMAND_AMF3, CONTROL_CSID, ChunkReader, ChunkWriter, Message,
+    MessageHead, SET_PEER_BANDWIDTH, USER_CONTROL, WINDOW_ACK_SIZE,
 };
+use downpour_media::amf0::{Amf0Error, Decoder, Value};
 
 /// Chunks in both directions, acknowledgements and pings.
 #[derive(Debug)]
@@ -176,7 +174,7 @@ const PING_RESPONSE: u8 = 7;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flv::Tag;
+    use downpour_media::flv::Tag;
 
     fn link() -> Link {
         Link::new(Tag::MAX_BODY_LEN)

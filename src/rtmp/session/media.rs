@@ -2,12 +2,10 @@
 
 use bytes::Buf;
 
-use crate::{
+use crate::rtmp::chunk::{AUDIO, DATA_AMF3, Message, VIDEO};
+use downpour_media::{
+    amf0,
     flv::{Tag, TagKind},
-    rtmp::{
-        amf0,
-        chunk::{AUDIO, DATA_AMF3, Message, VIDEO},
-    },
 };
 
 /// An aggregate message (§7.1.6) on its way out as tags.

@@ -11,7 +11,8 @@ mod target;
 pub use client::{ClientEvent, ClientSession, Purpose};
 pub use server::{PublishIntent, Refusal, ServerEvent, ServerSession, SessionSettings};
 
-use super::{amf0::Amf0Error, chunk::ChunkError, handshake::HandshakeError};
+use super::{chunk::ChunkError, handshake::HandshakeError};
+use downpour_media::amf0::Amf0Error;
 
 /// Why a session cannot go on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -9,19 +9,15 @@ use super::{
     media::{Aggregate, into_tag},
     target::Target,
 };
-use crate::{
-    StreamKey,
-    flv::Tag,
-    rtmp::{
-        amf0::Value,
-        chunk::{
-            AGGREGATE, AUDIO, COMMAND_AMF0, COMMAND_AMF3, DATA_AMF0, DATA_AMF3, SET_PEER_BANDWIDTH,
-            VIDEO, WINDOW_ACK_SIZE,
-        },
-        handshake::ServerHandshake,
-        publish::PublishError,
+use crate::rtmp::{
+    chunk::{
+        AGGREGATE, AUDIO, COMMAND_AMF0, COMMAND_AMF3, DATA_AMF0, DATA_AMF3, SET_PEER_BANDWIDTH,
+        VIDEO, WINDOW_ACK_SIZE,
     },
+    handshake::ServerHandshake,
+    publish::PublishError,
 };
+use downpour_media::{StreamKey, amf0::Value, flv::Tag};
 
 /// One encoder's connection.
 ///

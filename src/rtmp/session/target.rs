@@ -1,6 +1,6 @@
 //! What an encoder names, out of the places where encoders put it.
 
-use crate::{InvalidStreamKey, StreamKey, rtmp::amf0::Value};
+use downpour_media::{InvalidStreamKey, StreamKey, amf0::Value};
 
 /// The application of a `connect` command, and the query that came with it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

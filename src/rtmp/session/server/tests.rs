@@ -1,14 +1,12 @@
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
-use crate::{
-    flv::TagKind,
-    rtmp::{
-        chunk::MessageHead,
-        handshake::PACKET_LEN,
-        session::{ClientEvent, ClientSession, Purpose},
-    },
+use crate::rtmp::{
+    chunk::MessageHead,
+    handshake::PACKET_LEN,
+    session::{ClientEvent, ClientSession, Purpose},
 };
+use downpour_media::flv::TagKind;
 
 const SETTINGS: SessionSettings =
     SessionSettings { max_message_len: Tag::MAX_BODY_LEN, chunk_size: 4096 };

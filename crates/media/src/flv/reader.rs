@@ -14,7 +14,7 @@ use downpour_sys::buffer::Room;
 /// header's flags. The first error is final.
 ///
 /// ```
-/// use downpour::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
+/// use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
 /// let tag = Tag::new(TagKind::Audio, 40, &[0xaf, 1, 2]).unwrap();
 /// let mut reader = FlvReader::new();
 /// reader.push(&FILE_HEADER);

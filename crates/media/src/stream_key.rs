@@ -9,7 +9,7 @@ use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 /// and as a metric label. `name` may itself contain `/`.
 ///
 /// ```
-/// use downpour::StreamKey;
+/// use downpour_media::StreamKey;
 /// let key: StreamKey = "live/movie".parse().unwrap();
 /// assert_eq!((key.app(), key.name()), ("live", "movie"));
 /// assert!("live".parse::<StreamKey>().is_err());
