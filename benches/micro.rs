@@ -14,10 +14,10 @@ use downpour::{
         history::History,
         receiver::{Event, Path, Receiver, Settings},
     },
-    rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO},
     rtp::{Burst, Depacketizer, Packet, Packetizer, Seq, Ssrc, packet::Header},
 };
 use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
+use downpour_rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 criterion_group! {

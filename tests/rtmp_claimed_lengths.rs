@@ -3,7 +3,8 @@
 
 mod rtmp_support;
 
-use downpour::rtmp::{chunk::VIDEO, server::ServerSettings};
+use downpour::rtmp::server::ServerSettings;
+use downpour_rtmp::chunk::VIDEO;
 use rtmp_support::*;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,14 +8,13 @@ use std::{
     time::Duration,
 };
 
-use downpour::rtmp::{
-    chunk::{AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE},
-    client::Publisher,
-    server::ServerSettings,
-};
+use downpour::rtmp::{client::Publisher, server::ServerSettings};
 use downpour_media::{
     amf0::Value,
     flv::{Tag, TagKind},
+};
+use downpour_rtmp::chunk::{
+    AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE,
 };
 use rtmp_support::*;
 

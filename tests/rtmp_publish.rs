@@ -9,11 +9,11 @@ use std::{
 
 use bytes::BytesMut;
 use downpour::rtmp::{
-    chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO},
     client::{ClientError, Publisher},
     server::{Server, ServerSettings},
 };
 use downpour_media::flv::{Tag, TagKind};
+use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};
 use rtmp_support::*;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,11 +15,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, PushArgs, block_on, rates::Rates};
-use crate::rtmp::{
-    client::{ClientError, Publisher},
-    url::RtmpUrl,
-};
+use crate::rtmp::client::{ClientError, Publisher};
 use downpour_media::flv::{FlvTags, Headers, Tag, TagKind};
+use downpour_rtmp::url::RtmpUrl;
 
 pub use super::rates::Totals;
 

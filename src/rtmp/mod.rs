@@ -3,11 +3,7 @@
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0 (2012), and *Enhanced RTMP v2* for what
 //! `connect` says about extended codecs.
 
-pub mod chunk;
 pub mod client;
-pub mod handshake;
 pub mod publish;
 pub mod server;
-pub mod session;
 mod socket;
-pub mod url;

@@ -13,15 +13,17 @@ use std::{
 
 use bytes::BytesMut;
 use downpour::rtmp::{
-    chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
     publish::{Publication, PublishError, PublishHandler, PublishRequest},
     server::{Server, ServerMetrics, ServerSettings},
-    url::RtmpUrl,
 };
 use downpour_media::{
     StreamKey,
     amf0::{Decoder, Value},
     flv::{Tag, TagKind},
+};
+use downpour_rtmp::{
+    chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
+    url::RtmpUrl,
 };
 use downpour_sys::buffer::Room;
 use prometheus::{Encoder, Registry, TextEncoder};

@@ -29,10 +29,13 @@ use super::{
 };
 use crate::rtmp::{
     publish::{Publication, PublishError, PublishHandler, PublishRequest},
-    session::{PublishIntent, Refusal, ServerEvent, ServerSession, SessionError, SessionSettings},
     socket,
 };
 use downpour_media::StreamKey;
+use downpour_rtmp::session::{
+    PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,
+    SessionSettings,
+};
 
 pub struct Connection {
     stream: TcpStream,
@@ -277,13 +280,15 @@ impl Intake {
                 Ok(None)
             }
             Err(error) => {
-                let label = match error {
-                    PublishError::AlreadyLive(_) => REFUSED_ALREADY_LIVE,
-                    PublishError::Unauthorized(_) => REFUSED_UNAUTHORIZED,
-                    PublishError::Full(_) => REFUSED_FULL,
+                let (label, reason) = match error {
+                    PublishError::AlreadyLive(_) => (REFUSED_ALREADY_LIVE, PublishRefusal::BadName),
+                    PublishError::Unauthorized(_) => {
+                        (REFUSED_UNAUTHORIZED, PublishRefusal::Unauthorized)
+                    }
+                    PublishError::Full(_) => (REFUSED_FULL, PublishRefusal::Failed),
                 };
                 self.metrics.refused.with_label_values(&[label]).inc();
-                self.session.refuse(&error)?;
+                self.session.refuse(reason, &error.to_string())?;
                 Ok(Some(Close::Refused(error.to_string())))
             }
         }

@@ -6,8 +6,8 @@ use prometheus::{
 };
 
 use super::connection::CLOSE_LABELS;
-use crate::rtmp::session::SessionError;
 use downpour_media::flv::TagKind;
+use downpour_rtmp::session::SessionError;
 
 /// Handles of the RTMP server's metrics; clones share them.
 #[derive(Debug, Clone)]

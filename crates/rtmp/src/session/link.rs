@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 
 use super::SessionError;
-use crate::rtmp::chunk::{
+use crate::chunk::{
     ACKNOWLEDGEMENT, COMMAND_AMF0, COMMAND_AMF3, CONTROL_CSID, ChunkReader, ChunkWriter, Message,
     MessageHead, SET_PEER_BANDWIDTH, USER_CONTROL, WINDOW_ACK_SIZE,
 };

@@ -1,7 +1,7 @@
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
-use crate::rtmp::{
+use crate::{
     chunk::MessageHead,
     handshake::PACKET_LEN,
     session::{ClientEvent, ClientSession, Purpose},
@@ -16,7 +16,7 @@ struct Encoder {
     server: ServerSession,
     link: Link,
     /// What the node behind the server says to a publication.
-    verdict: Result<(), PublishError>,
+    verdict: Result<(), (PublishRefusal, &'static str)>,
 }
 
 impl Encoder {
@@ -69,7 +69,7 @@ impl Encoder {
             if matches!(event, ServerEvent::Publish(_)) {
                 match &self.verdict {
                     Ok(()) => self.server.accept()?,
-                    Err(error) => self.server.refuse(error)?,
+                    Err((reason, why)) => self.server.refuse(*reason, why)?,
                 }
             }
             events.push(event);
@@ -248,17 +248,16 @@ fn amf3_commands_are_amf0_behind_a_zero() {
 
 #[test]
 fn refusals_tell_the_encoder_why() {
-    let key = StreamKey::new("live", "x").unwrap();
-    for (error, code) in [
-        (PublishError::AlreadyLive(key), "NetStream.Publish.BadName"),
-        (PublishError::Unauthorized("bad token".into()), "NetStream.Publish.Unauthorized"),
-        (PublishError::Full("streams".into()), "NetStream.Publish.Failed"),
+    for (reason, code) in [
+        (PublishRefusal::BadName, "NetStream.Publish.BadName"),
+        (PublishRefusal::Unauthorized, "NetStream.Publish.Unauthorized"),
+        (PublishRefusal::Failed, "NetStream.Publish.Failed"),
     ] {
         let mut encoder = Encoder::connected();
-        let description = error.to_string();
-        encoder.verdict = Err(error);
+        let description = "the reason";
+        encoder.verdict = Err((reason, description));
         encoder.publish(1, "x");
-        assert_eq!(encoder.status(), ("error".into(), code.into(), description));
+        assert_eq!(encoder.status(), ("error".into(), code.into(), description.into()));
         assert_eq!(encoder.server.live_key(), None);
         encoder.message(VIDEO, 0, &[0x17, 1]);
         assert!(encoder.run().unwrap().is_empty());

@@ -9,13 +9,12 @@ use super::{
     media::{Aggregate, into_tag},
     target::Target,
 };
-use crate::rtmp::{
+use crate::{
     chunk::{
         AGGREGATE, AUDIO, COMMAND_AMF0, COMMAND_AMF3, DATA_AMF0, DATA_AMF3, SET_PEER_BANDWIDTH,
         VIDEO, WINDOW_ACK_SIZE,
     },
     handshake::ServerHandshake,
-    publish::PublishError,
 };
 use downpour_media::{StreamKey, amf0::Value, flv::Tag};
 
@@ -103,14 +102,18 @@ impl ServerSession {
     ///
     /// # Errors
     /// If the answer cannot be written.
-    pub fn refuse(&mut self, error: &PublishError) -> Result<(), SessionError> {
+    pub fn refuse(
+        &mut self,
+        reason: PublishRefusal,
+        description: &str,
+    ) -> Result<(), SessionError> {
         if let Publishing::Asked { stream_id, .. } = std::mem::take(&mut self.publishing) {
-            let code = match error {
-                PublishError::AlreadyLive(_) => PUBLISH_BAD_NAME,
-                PublishError::Unauthorized(_) => "NetStream.Publish.Unauthorized",
-                PublishError::Full(_) => PUBLISH_FAILED,
+            let code = match reason {
+                PublishRefusal::BadName => PUBLISH_BAD_NAME,
+                PublishRefusal::Unauthorized => "NetStream.Publish.Unauthorized",
+                PublishRefusal::Failed => PUBLISH_FAILED,
             };
-            self.status(stream_id, "error", code, &error.to_string())?;
+            self.status(stream_id, "error", code, description)?;
         }
         Ok(())
     }
@@ -363,6 +366,17 @@ pub struct PublishIntent {
     pub key: StreamKey,
     /// The queries of application, `tcUrl` and stream name, joined with `&`.
     pub query: String,
+}
+
+/// The status with which [`ServerSession::refuse`] answers `publish`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PublishRefusal {
+    /// `NetStream.Publish.BadName`: the name is taken.
+    BadName,
+    /// `NetStream.Publish.Unauthorized`: the encoder may not publish this name.
+    Unauthorized,
+    /// `NetStream.Publish.Failed`: the server cannot take the stream now.
+    Failed,
 }
 
 /// Why a session refuses a request by itself.

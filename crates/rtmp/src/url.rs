@@ -7,7 +7,7 @@ use std::{fmt, str::FromStr};
 /// The application may have several segments: the last one is the stream's name.
 ///
 /// ```
-/// use downpour::rtmp::url::RtmpUrl;
+/// use downpour_rtmp::url::RtmpUrl;
 /// let url: RtmpUrl = "rtmp://[::1]:1936/live/eu/movie?token=1".parse().unwrap();
 /// assert_eq!((url.host(), url.port()), ("::1", 1936));
 /// assert_eq!((url.app(), url.name(), url.query()), ("live/eu", "movie", "token=1"));

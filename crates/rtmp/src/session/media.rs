@@ -2,7 +2,7 @@
 
 use bytes::Buf;
 
-use crate::rtmp::chunk::{AUDIO, DATA_AMF3, Message, VIDEO};
+use crate::chunk::{AUDIO, DATA_AMF3, Message, VIDEO};
 use downpour_media::{
     amf0,
     flv::{Tag, TagKind},

@@ -8,7 +8,7 @@ use super::{
     link::{Command, Link, WINDOW},
     media::{Aggregate, into_tag},
 };
-use crate::rtmp::{
+use crate::{
     chunk::{
         AGGREGATE, AUDIO, COMMAND_AMF0, COMMAND_AMF3, DATA_AMF0, DATA_AMF3, Message, MessageHead,
         USER_CONTROL, VIDEO, WINDOW_ACK_SIZE,

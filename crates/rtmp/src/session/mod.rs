@@ -9,7 +9,9 @@ mod server;
 mod target;
 
 pub use client::{ClientEvent, ClientSession, Purpose};
-pub use server::{PublishIntent, Refusal, ServerEvent, ServerSession, SessionSettings};
+pub use server::{
+    PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionSettings,
+};
 
 use super::{chunk::ChunkError, handshake::HandshakeError};
 use downpour_media::amf0::Amf0Error;
