@@ -9,14 +9,12 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use downpour::{
-    repair::{
-        history::History,
-        receiver::{Event, Path, Receiver, Settings},
-    },
+use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
+use downpour_repair::{
+    history::History,
+    receiver::{Event, Path, Receiver, Settings},
     rtp::{Burst, Depacketizer, Packet, Packetizer, Seq, Ssrc, packet::Header},
 };
-use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
 use downpour_rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 

@@ -11,8 +11,8 @@ use std::{
 
 use serde::Serialize;
 
-use crate::repair::{control::StreamReport, fec::Matrix, paths::PathState};
 use downpour_media::{StreamKey, StreamPattern};
+use downpour_repair::{control::StreamReport, fec::Matrix, paths::PathState};
 
 /// All connected edges, in the order of their coming. Cloning shares them.
 #[derive(Clone, Default)]

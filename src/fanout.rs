@@ -31,7 +31,8 @@ use self::{
     sockets::Ports,
     worker::Worker,
 };
-use crate::{repair::server::GroupSender, rtp::Ssrc};
+use crate::repair::server::GroupSender;
+use downpour_repair::rtp::Ssrc;
 use downpour_sys::udp::MulticastOut;
 
 /// Where and how to send.

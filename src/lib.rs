@@ -25,7 +25,6 @@ pub mod origin;
 pub mod record;
 pub mod repair;
 pub mod rtmp;
-pub mod rtp;
 pub mod tls;
 
 pub use addr_range::{AddrRange, InvalidRange};

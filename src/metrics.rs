@@ -252,11 +252,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{hub::LogLimits, repair::history::History, rtp::Ssrc};
+    use crate::hub::LogLimits;
     use downpour_media::{
         StreamKey,
         flv::{Tag, TagKind},
     };
+    use downpour_repair::{history::History, rtp::Ssrc};
 
     #[test]
     fn a_streams_series_come_and_go_with_it() {

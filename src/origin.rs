@@ -14,11 +14,11 @@ use tokio::sync::broadcast;
 
 pub use downpour_media::flv::Headers;
 
-use crate::{
-    repair::history::History,
+use downpour_media::{StreamKey, flv::TagKind};
+use downpour_repair::{
+    history::History,
     rtp::{Burst, Seq, Ssrc},
 };
-use downpour_media::{StreamKey, flv::TagKind};
 
 /// All streams that are being sent, by SSRC. Cloning shares them.
 #[derive(Clone)]
@@ -380,8 +380,8 @@ const EVENT_BACKLOG: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rtp::Packetizer;
     use downpour_media::flv::Tag;
+    use downpour_repair::rtp::Packetizer;
 
     #[test]
     fn what_waits_to_leave_is_not_told() {

@@ -20,15 +20,13 @@ use common::{
 use downpour::{
     edge::prober::Prober,
     impair::LinkSettings,
-    repair::{
-        client::{
-            RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
-        },
-        probe::ProbeMessage,
+    repair::client::{
+        RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
     },
     tls::Trust,
 };
 use downpour_media::flv::Tag;
+use downpour_repair::probe::ProbeMessage;
 use prometheus::Registry;
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_util::sync::CancellationToken;

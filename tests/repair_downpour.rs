@@ -19,22 +19,24 @@ use downpour::{
         client::{
             ClientError, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
         },
-        control::{
-            CloudMessage, ControlReader, EdgeMessage, Hello, Report, StreamInfo, StreamReport,
-            encode_control,
-        },
-        message::{Gone, Heartbeat, Message, Nack, encode_repair},
         server::{
             EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics,
             RepairServerSettings,
         },
     },
-    rtp::{Seq, Ssrc},
     tls::{Fingerprint, Identity, Trust},
 };
 use downpour_media::{
     StreamPattern,
     flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    control::{
+        CloudMessage, ControlReader, EdgeMessage, Hello, Report, StreamInfo, StreamReport,
+        encode_control,
+    },
+    message::{Gone, Heartbeat, Message, Nack, encode_repair},
+    rtp::{Seq, Ssrc},
 };
 use prometheus::Registry;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, TransportConfig};

@@ -12,11 +12,11 @@ use downpour::{
     origin::Origin,
     repair::{
         client::{RepairClientSettings, RepairEvent},
-        message::Nack,
         server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::Identity,
 };
+use downpour_repair::message::Nack;
 use prometheus::Registry;
 use repair_support::{Cloud, Edge, Feed, edge_settings, until};
 

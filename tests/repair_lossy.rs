@@ -9,10 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    repair::{client::RepairEvent, message::Nack},
-    rtp::Seq,
-};
+use downpour::repair::client::RepairEvent;
+use downpour_repair::{message::Nack, rtp::Seq};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use repair_support::{Cloud, Edge, Feed, edge_settings};
 use tokio::{net::UdpSocket, sync::mpsc, time::sleep_until};

@@ -4,12 +4,12 @@ mod repair_sim;
 
 use std::time::{Duration, Instant};
 
-use downpour::{
-    impair::{Blackout, LinkSettings},
-    repair::receiver::{Event, GRACE, Path, Receiver, Settings},
+use downpour::impair::{Blackout, LinkSettings};
+use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::{
+    receiver::{Event, GRACE, Path, Receiver, Settings},
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
-use downpour_media::flv::{Tag, TagKind};
 
 use proptest::prelude::*;
 use repair_sim::{Run, link, lossy};

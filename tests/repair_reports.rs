@@ -13,16 +13,18 @@ use downpour::{
     origin::{Origin, OriginStream},
     repair::{
         client::RepairEvent,
-        control::{MAX_REPORTED, Report, StreamReport},
-        history::History,
         server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
     },
-    rtp::Ssrc,
     tls::Identity,
 };
 use downpour_media::{
     StreamPattern,
     flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    control::{MAX_REPORTED, Report, StreamReport},
+    history::History,
+    rtp::Ssrc,
 };
 use prometheus::Registry;
 use repair_support::{Cloud, Edge, edge_settings, until};

@@ -6,10 +6,8 @@ mod repair_sim;
 
 use std::time::Duration;
 
-use downpour::{
-    impair::{Bursts, LinkSettings},
-    repair::receiver::DELAY_BOUNDS_MS,
-};
+use downpour::impair::{Bursts, LinkSettings};
+use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 use repair_sim::{Run, lossy};
 

@@ -14,11 +14,11 @@ use downpour::{
     origin::Origin,
     repair::{
         client::{RepairClientSettings, RepairEvent},
-        control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport},
         server::RepairServerSettings,
     },
     tls::{Identity, Trust},
 };
+use downpour_repair::control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport};
 use repair_support::{Cloud, Edge, Feed, edge_settings, until};
 
 const ROUND_TRIP: Duration = Duration::from_millis(400);
@@ -80,7 +80,7 @@ async fn an_edge_is_back_within_one_round_trip() {
 
     // The resumed connection is as good as any.
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
-    edge.handle.nack(downpour::repair::message::Nack {
+    edge.handle.nack(downpour_repair::message::Nack {
         ssrc: feed.ssrc(),
         copies: 1,
         slack_ms: 2000,

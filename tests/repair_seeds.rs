@@ -8,10 +8,8 @@ use std::{
     time::Duration,
 };
 
-use downpour::{
-    impair::{Blackout, Bursts, LinkSettings},
-    repair::receiver::{GRACE, Settings},
-};
+use downpour::impair::{Blackout, Bursts, LinkSettings};
+use downpour_repair::receiver::{GRACE, Settings};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use repair_sim::{Run, lossy};

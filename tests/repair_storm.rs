@@ -10,14 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    repair::{
-        client::{RepairClientSettings, RepairEvent},
-        message::Nack,
-        server::RepairServerSettings,
-    },
-    rtp::Seq,
+use downpour::repair::{
+    client::{RepairClientSettings, RepairEvent},
+    server::RepairServerSettings,
 };
+use downpour_repair::{message::Nack, rtp::Seq};
 use repair_support::{Cloud, Edge, Feed, edge_settings, within};
 use tokio::{
     sync::watch,
@@ -143,7 +140,7 @@ async fn weather(
     let mut missing = HashSet::new();
     let mut retry = interval(Duration::from_millis(100));
     let mut out = Outcome { asked: 0, answered: 0, bytes: 0, lasted: Duration::ZERO };
-    let ssrc = downpour::rtp::Ssrc(1);
+    let ssrc = downpour_repair::rtp::Ssrc(1);
     loop {
         let storming = began.elapsed() < STORM;
         if (!storming && (greedy || missing.is_empty())) || began.elapsed() > STORM * 2 {

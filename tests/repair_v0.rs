@@ -10,11 +10,13 @@ use downpour::{
     repair::{
         Protocol,
         client::{ProtocolChoice, RepairClientSettings, RepairEvent},
-        message::Nack,
         server::RepairServerSettings,
     },
-    rtp::{Seq, Ssrc},
     tls::Identity,
+};
+use downpour_repair::{
+    message::Nack,
+    rtp::{Seq, Ssrc},
 };
 use quinn::{Connection, RecvStream, SendStream, TransportConfig};
 use repair_support::{Cloud, Edge, Feed, dial, edge_settings, quic_client, until, within};

@@ -1,6 +1,5 @@
 //! The cloud node: takes publications, sends them to the edges, and repairs what got lost.
 
-mod adaptation;
 mod parity;
 pub mod publications;
 pub mod subscribers;
@@ -32,13 +31,11 @@ use crate::{
     node::{StartError, TaskEnded, Tasks, listen, resolve},
     origin::Origin,
     record::{RecordMetrics, Recorder},
-    repair::{
-        fec::Fec,
-        server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
-    },
+    repair::server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
     rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
     tls::{Fingerprint, Identity},
 };
+use downpour_repair::fec::Fec;
 use downpour_sys::udp::MulticastOut;
 use publications::{PublicationMetrics, Publications};
 use subscribers::{ProbeMetrics, Subscribers};

@@ -15,12 +15,12 @@ use bytes::Bytes;
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 use tokio::sync::Notify;
 
-use crate::{
-    fanout::{
-        Train,
-        routes::{Snapshot, Target},
-    },
-    repair::fec::{
+use crate::fanout::{
+    Train,
+    routes::{Snapshot, Target},
+};
+use downpour_repair::{
+    fec::{
         Encoder, PARITY_PORT_OFFSET,
         encoder::{Settings, Stats},
     },
@@ -268,8 +268,8 @@ const MEASURED_OVER: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{repair::fec::Matrix, rtp::Packetizer};
     use downpour_media::flv::{Tag, TagKind};
+    use downpour_repair::{fec::Matrix, rtp::Packetizer};
 
     const MEDIA: Ssrc = Ssrc(9);
 

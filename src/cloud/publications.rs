@@ -20,13 +20,15 @@ use crate::{
     },
     hub::{self, Hub},
     origin::{Origin, OriginStream},
-    repair::history::History,
     rtmp::publish::{Publication, PublishError, PublishHandler, PublishRequest},
-    rtp::{Burst, Packetizer, Ssrc},
 };
 use downpour_media::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    history::History,
+    rtp::{Burst, Packetizer, Ssrc},
 };
 
 /// What bounds publications, from the config.
@@ -508,7 +510,8 @@ static NEXT_ID: AtomicUsize = AtomicUsize::new(0);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{hub::LogLimits, origin::OriginEvent, rtp::Seq};
+    use crate::{hub::LogLimits, origin::OriginEvent};
+    use downpour_repair::rtp::Seq;
 
     fn publications(silence: Duration, max_streams: usize) -> (Publications, Hub, Origin) {
         let settings = Settings {

@@ -11,22 +11,25 @@ use bytes::Bytes;
 use prometheus::{IntCounter, Opts, Registry, register_int_counter_vec_with_registry};
 use tokio::sync::mpsc;
 
-use super::adaptation::{Adaptation, Reporter, loss_between};
 use crate::{
     edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
-    fanout::routes::{Adapted, Choice, Routes},
+    fanout::routes::Routes,
     origin::Origin,
     repair::{
         Protocol,
-        control::{CloudMessage, Nonce, PathReport, Report, StreamReport},
-        paths::{Outcome, PathTable},
-        probe::{MAX_PATHS, ProbeMessage},
-        receiver::DELAY_BOUNDS_MS,
         server::{EdgeHandler, EdgeHello, EdgeSession},
     },
-    rtp::Ssrc,
 };
 use downpour_media::StreamPattern;
+use downpour_repair::fec::adaptation::{Adaptation, Reporter, loss_between};
+use downpour_repair::{
+    control::{CloudMessage, Nonce, PathReport, Report, StreamReport},
+    fec::adaptation::{Adapted, Choice},
+    paths::{Outcome, PathTable},
+    probe::{MAX_PATHS, ProbeMessage},
+    receiver::DELAY_BOUNDS_MS,
+    rtp::Ssrc,
+};
 
 /// Turns hellos, subscriptions and probes into routes. Cloning shares it.
 #[derive(Clone)]
@@ -375,9 +378,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{
-        origin::OriginStream,
-        repair::{control::DelayReport, history::History, paths::DEAD_AFTER, probe::Cookie},
+    use crate::origin::OriginStream;
+    use downpour_repair::{
+        control::DelayReport, history::History, paths::DEAD_AFTER, probe::Cookie,
     };
 
     const NONCE: Nonce = Nonce([3; 16]);

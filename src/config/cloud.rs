@@ -3,12 +3,8 @@
 use std::{collections::HashSet, path::PathBuf};
 
 use super::{ClientAddr, Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
-use crate::{
-    AddrRange,
-    fanout::Pacing,
-    repair::fec::{Fec, PARITY_PORT_OFFSET},
-    tls,
-};
+use crate::{AddrRange, fanout::Pacing, tls};
+use downpour_repair::fec::{Fec, PARITY_PORT_OFFSET};
 
 settings! {
     /// A cloud node's settings: `config.yaml`.

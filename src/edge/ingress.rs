@@ -22,14 +22,14 @@ use super::{
     socket::{CloudRtp, Lookups, RtpSocket},
     stats::IntakeMetrics,
 };
-use crate::{
-    repair::{
-        Protocol,
-        client::{ClientError, RepairEvent, RepairHandle},
-        control::{Nonce, Report, Welcome},
-        probe::{ProbeMessage, is_probe_message},
-        receiver::Path,
-    },
+use crate::repair::{
+    Protocol,
+    client::{ClientError, RepairEvent, RepairHandle},
+};
+use downpour_repair::{
+    control::{Nonce, Report, Welcome},
+    probe::{ProbeMessage, is_probe_message},
+    receiver::Path,
     rtp::{
         Ssrc,
         flexfec::Repair,
@@ -569,15 +569,15 @@ mod tests {
     use crate::{
         edge::intake,
         hub::{Hub, LogLimits},
-        repair::{
-            client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
-            control::StreamInfo,
-            receiver,
-        },
-        rtp::{Packetizer, Seq},
+        repair::client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
         tls::Trust,
     };
     use downpour_media::flv::{Headers, Tag, TagKind};
+    use downpour_repair::{
+        control::StreamInfo,
+        receiver,
+        rtp::{Packetizer, Seq},
+    };
 
     /// An ingress with two sockets, the hub that it fills, where its sockets are, and what the repair
     /// connection would send events with.

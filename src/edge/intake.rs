@@ -16,24 +16,22 @@ use super::{
     parity::Parity,
     stats::{IntakeMetrics, StreamStats},
 };
-use crate::{
-    hub::{self, Hub, NextPush, Publisher},
-    repair::{
-        control::{StreamInfo, StreamReport},
-        fec,
-        message::{Heartbeat, Nack},
-        receiver::{self, Event, Path, Receiver},
-    },
+use crate::hub::{self, Hub, NextPush, Publisher};
+use downpour_media::{
+    StreamKey,
+    flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    control::{StreamInfo, StreamReport},
+    fec,
+    message::{Heartbeat, Nack},
+    receiver::{self, Event, Path, Receiver},
     rtp::{
         Depacketizer, Packet, Seq, Ssrc,
         depacketizer::Damage,
         flexfec::Repair,
         packet::{Header, PAYLOAD_TYPE},
     },
-};
-use downpour_media::{
-    StreamKey,
-    flv::{Headers, Tag, TagKind},
 };
 use downpour_sys::prefetch;
 
@@ -908,9 +906,9 @@ const DAMAGE_LOG_EVERY: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        hub::{LogLimits, ReadOutcome},
-        repair::receiver::Settings as ReceiverSettings,
+    use crate::hub::{LogLimits, ReadOutcome};
+    use downpour_repair::{
+        receiver::Settings as ReceiverSettings,
         rtp::{Burst, Packetizer},
     };
 

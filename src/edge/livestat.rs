@@ -8,8 +8,8 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::TcpStream;
 
-use crate::rtp::Ssrc;
 use downpour_media::StreamKey;
+use downpour_repair::rtp::Ssrc;
 
 /// One entry of `publishers` in `GET /stat/livestat`.
 #[derive(Debug, Clone, PartialEq, Eq)]

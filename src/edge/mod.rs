@@ -31,11 +31,10 @@ use crate::{
     repair::{
         Protocol,
         client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
-        fec::PARITY_PORT_OFFSET,
-        receiver,
     },
     tls::{ClientTls, Trust},
 };
+use downpour_repair::{fec::PARITY_PORT_OFFSET, receiver};
 use downpour_sys::udp;
 use ingress::{Cloud, Connect, Ingress};
 use intake::Intake;

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::{
-    repair::fec::{
+use downpour_repair::{
+    fec::{
         Decoder,
         decoder::{Limits, Stats},
     },

@@ -7,7 +7,7 @@ use prometheus::{
     register_int_gauge_vec_with_registry,
 };
 
-use crate::repair::{
+use downpour_repair::{
     control::Nonce,
     probe::{ProbeMessage, mark},
 };
@@ -180,7 +180,7 @@ const OVERDUE_AFTER: Duration = Duration::from_secs(5);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repair::probe::Cookie;
+    use downpour_repair::probe::Cookie;
 
     const NONCE: Nonce = Nonce([5; 16]);
 

@@ -11,10 +11,8 @@ use socket2::SockRef;
 use tokio::task::JoinSet;
 
 use super::prober::{ProbeMetrics, Prober};
-use crate::{
-    config::Destination,
-    repair::{control::Nonce, probe::ProbeMessage},
-};
+use crate::config::Destination;
+use downpour_repair::{control::Nonce, probe::ProbeMessage};
 use downpour_sys::recvmmsg::Reads;
 
 /// One way by which RTP comes.

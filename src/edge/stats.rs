@@ -9,16 +9,10 @@ use prometheus::{
     register_int_counter_vec_with_registry, register_int_counter_with_registry,
 };
 
-use crate::{
-    repair::{
-        control::StreamReport,
-        fec,
-        receiver::Stats,
-        report::{FATES, ReportSeries},
-    },
-    rtp::Ssrc,
-};
+use crate::repair::report::ReportSeries;
 use downpour_media::StreamKey;
+use downpour_repair::control::FATES;
+use downpour_repair::{control::StreamReport, fec, receiver::Stats, rtp::Ssrc};
 
 /// How one stream fares now.
 #[derive(Debug, Clone)]

@@ -9,10 +9,8 @@ use prometheus::{
 };
 
 use super::Edges;
-use crate::repair::{
-    control::{DelayReport, StreamReport},
-    report::ReportSeries,
-};
+use crate::repair::report::ReportSeries;
+use downpour_repair::control::{DelayReport, StreamReport};
 
 /// Makes the series of each edge and stream when it is scraped, so that they go with the edge.
 ///

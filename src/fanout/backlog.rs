@@ -78,14 +78,12 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::{
-        fanout::{
-            job::{Job, Share},
-            queue::Amount,
-            routes::Target,
-        },
-        rtp::Ssrc,
+    use crate::fanout::{
+        job::{Job, Share},
+        queue::Amount,
+        routes::Target,
     };
+    use downpour_repair::rtp::Ssrc;
 
     fn queue() -> Queue {
         Queue::new(Amount { tasks: 1000, bytes: 64 << 20 })

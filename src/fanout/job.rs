@@ -5,7 +5,7 @@ use std::{any::Any, sync::Arc, time::Duration};
 use bytes::Bytes;
 
 use super::routes::Target;
-use crate::rtp::{Burst, Ssrc};
+use downpour_repair::rtp::{Burst, Ssrc};
 use downpour_sys::buffer::{Piece, Room};
 
 /// Packets of one length, one behind the other; the last one may be shorter.

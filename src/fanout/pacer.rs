@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{backlog::STALE, job::Job};
-use crate::rtp::Ssrc;
+use downpour_repair::rtp::Ssrc;
 use downpour_sys::buffer::Piece;
 
 /// Whether bursts are spread.

@@ -166,13 +166,11 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::{
-        fanout::{
-            job::{Job, Pace, Share},
-            routes::Target,
-        },
-        rtp::Ssrc,
+    use crate::fanout::{
+        job::{Job, Pace, Share},
+        routes::Target,
     };
+    use downpour_repair::rtp::Ssrc;
 
     fn task(lane: u32, len: usize) -> Task {
         let addr = ([127, 0, 0, 1], 9).into();

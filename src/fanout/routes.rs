@@ -13,15 +13,14 @@ use std::{
 
 use prometheus::{IntGauge, Registry, register_int_gauge_with_registry};
 
-use crate::{
-    repair::{
-        control::Nonce,
-        fec::{Fec, Matrix, PARITY_PORT_OFFSET},
-        probe::MAX_PATHS,
-    },
+use downpour_media::{StreamKey, StreamPattern};
+use downpour_repair::{
+    control::Nonce,
+    fec::adaptation::{Adapted, Choice},
+    fec::{Fec, Matrix, PARITY_PORT_OFFSET},
+    probe::MAX_PATHS,
     rtp::Ssrc,
 };
-use downpour_media::{StreamKey, StreamPattern};
 
 /// One address that a stream is sent to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,24 +58,6 @@ pub struct Snapshot {
     pub media: Arc<[Target]>,
     /// Who gets which parity of it: each matrix once, and each address with one of them.
     pub parity: Vec<(Matrix, Arc<[Target]>)>,
-}
-
-/// Whose parity is set by reports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Adapted {
-    /// An address that gets every stream.
-    Fixed(SocketAddr),
-    /// An edge, at the addresses that it proved.
-    Edge(Nonce),
-}
-
-/// What reports call for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Choice {
-    /// There are no reports any more.
-    Unknown,
-    /// This, or none.
-    Use(Option<Matrix>),
 }
 
 /// Who gets what. Cloning shares it.

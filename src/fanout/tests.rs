@@ -10,8 +10,8 @@ use super::{
     sockets::{SendSocket, Sockets},
     *,
 };
-use crate::rtp::Packetizer;
 use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::rtp::Packetizer;
 
 fn receiver() -> (UdpSocket, SocketAddr) {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();

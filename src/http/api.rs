@@ -26,8 +26,8 @@ use crate::{
     hub::Hub,
     metrics,
     origin::Origin,
-    repair::receiver::DELAY_BOUNDS_MS,
 };
+use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 /// What a cloud's API answers from.
 #[derive(Clone)]
@@ -276,14 +276,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{
-        edges::StreamInfo,
-        hub::LogLimits,
-        origin::OriginStream,
-        repair::{control::StreamReport, history::History, paths::PathState},
-        rtp::Ssrc,
-    };
+    use crate::{edges::StreamInfo, hub::LogLimits, origin::OriginStream};
     use downpour_media::flv::{Tag, TagKind};
+    use downpour_repair::{control::StreamReport, history::History, paths::PathState, rtp::Ssrc};
 
     #[tokio::test]
     async fn live_stat_is_wire_v0() {

@@ -25,18 +25,15 @@ use tokio_util::sync::CancellationToken;
 pub use metrics::RepairClientMetrics;
 
 use self::backoff::Backoff;
-use super::{
-    Protocol, close,
-    control::{MAX_PATTERNS, Report, StreamInfo, Welcome},
-    message::{Gone, Heartbeat, Nack},
-    transport,
-};
-use crate::{
-    rtp::{Seq, Ssrc},
-    tls::{ClientTls, TlsError, Trust},
-};
+use super::{Protocol, close, transport};
+use crate::tls::{ClientTls, TlsError, Trust};
 use downpour_media::StreamPattern;
 use downpour_media::flv::Headers;
+use downpour_repair::rtp::{Seq, Ssrc};
+use downpour_repair::{
+    control::{MAX_PATTERNS, Report, StreamInfo, Welcome},
+    message::{Gone, Heartbeat, Nack},
+};
 
 /// Keeps a connection to the cloud, for ever.
 pub struct RepairClient {

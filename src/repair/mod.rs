@@ -1,20 +1,9 @@
 //! Recovery of lost packets: what was sent and is still held, what is missing and when to ask, and
 //! the QUIC connection over which edges ask.
 
-mod bucket;
 pub mod client;
 pub mod congestion;
-pub mod control;
-pub mod fec;
-pub mod group;
-pub mod history;
-pub mod message;
-pub mod outbox;
-pub mod paths;
-pub mod probe;
-pub mod receiver;
 pub mod report;
-pub mod resend;
 pub mod server;
 mod stream;
 pub mod transport;

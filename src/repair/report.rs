@@ -5,7 +5,7 @@ use prometheus::{
     proto::{Bucket, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use super::{
+use downpour_repair::{
     control::{DelayReport, StreamReport},
     receiver::DELAY_BOUNDS_MS,
 };
@@ -85,26 +85,6 @@ impl ReportSeries {
     }
 }
 
-impl StreamReport {
-    /// Its counts by the names that metrics give them.
-    pub fn fates(&self) -> [(&'static str, u64); FATES] {
-        [
-            ("received", self.received),
-            ("reordered", self.reordered),
-            ("duplicate", self.duplicate),
-            ("asked", self.asked),
-            ("repaired_1", self.repaired[0]),
-            ("repaired_2", self.repaired[1]),
-            ("repaired_3", self.repaired[2]),
-            ("parity", self.parity),
-            ("lost", self.given_up),
-            ("abandoned", self.abandoned),
-            ("too_late", self.too_late),
-            ("requested", self.nacks),
-        ]
-    }
-}
-
 fn label(name: &str, value: String) -> LabelPair {
     let mut label = LabelPair::default();
     label.set_name(name.to_owned());
@@ -138,9 +118,6 @@ fn histogram(labels: &[LabelPair], delays: &DelayReport) -> Metric {
     metric.set_histogram(histogram);
     metric
 }
-
-/// Kinds of counts in [`StreamReport::fates`].
-pub const FATES: usize = 12;
 
 #[cfg(test)]
 mod tests {

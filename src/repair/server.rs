@@ -27,20 +27,18 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 pub use metrics::{ProtocolMetrics, RepairServerMetrics};
 
 use self::heartbeat::{Beats, Heartbeats, TICK};
-use super::{
-    Protocol,
-    bucket::TokenBucket,
-    close,
-    control::{CloudMessage, Nonce, Report},
-    group::{GroupBudget, GroupRepair},
-    transport,
-};
+use super::{Protocol, close, transport};
 use crate::{
     AddrRange,
     origin::Origin,
     tls::{Identity, TlsError},
 };
 use downpour_media::StreamPattern;
+use downpour_repair::{
+    bucket::TokenBucket,
+    control::{CloudMessage, Nonce, Report},
+    group::{GroupBudget, GroupRepair},
+};
 
 /// A QUIC socket on which edges ask for lost packets, in either protocol.
 pub struct RepairServer {

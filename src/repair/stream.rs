@@ -9,7 +9,7 @@ use quinn::{
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 
-use super::{
+use downpour_repair::{
     control::{ControlError, ControlReader, encode_control},
     message::{Message, MessageError},
 };

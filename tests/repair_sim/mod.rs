@@ -4,17 +4,15 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use downpour::{
-    impair::{Link, LinkSettings},
-    repair::{
-        history::History,
-        message::{Gone, Heartbeat, Message, Nack, encode_repair},
-        receiver::{Event, Path, Receiver, Settings, Stats},
-        resend::Resender,
-    },
+use downpour::impair::{Link, LinkSettings};
+use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::{
+    history::History,
+    message::{Gone, Heartbeat, Message, Nack, encode_repair},
+    receiver::{Event, Path, Receiver, Settings, Stats},
+    resend::Resender,
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
-use downpour_media::flv::{Tag, TagKind};
 
 /// One run.
 #[derive(Debug, Clone)]

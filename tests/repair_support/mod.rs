@@ -15,13 +15,15 @@ use downpour::{
         client::{
             RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
         },
-        history::History,
         server::{RepairServer, RepairServerMetrics, RepairServerSettings},
     },
-    rtp::{Packetizer, Seq, Ssrc},
     tls::{ClientTls, Identity, Trust},
 };
 use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::{
+    history::History,
+    rtp::{Packetizer, Seq, Ssrc},
+};
 use prometheus::Registry;
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;

@@ -13,12 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    origin::{Origin, OriginStream},
-    repair::history::History,
+use downpour::origin::{Origin, OriginStream};
+use downpour_media::flv::{Headers, Tag, TagKind};
+use downpour_repair::{
+    history::History,
     rtp::{Burst, Packetizer, Ssrc},
 };
-use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_sys::udp::{self, MulticastOut, Port};
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rand::{Rng, SeedableRng, rngs::SmallRng};

@@ -3,8 +3,8 @@
 use std::{io, time::Duration};
 
 use bytes::BytesMut;
-use downpour::rtp::{Packetizer, Ssrc};
 use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::rtp::{Packetizer, Ssrc};
 use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};
 
 /// One group of pictures, played again and again: 25 pictures and 43 AAC frames a second, 212 kbit/s

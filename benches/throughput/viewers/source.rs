@@ -10,12 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    origin::{Origin, OriginStream},
-    repair::history::History,
+use downpour::origin::{Origin, OriginStream};
+use downpour_media::flv::Headers;
+use downpour_repair::{
+    history::History,
     rtp::{Packetizer, Ssrc},
 };
-use downpour_media::flv::Headers;
 use tokio_util::sync::CancellationToken;
 
 use super::media::Media;

@@ -13,12 +13,14 @@ use super::{
     Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
 };
 use crate::repair::{
-    control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
-    message::{Message, MessageError, Nack},
     stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
     transport::CLIENT_UNI_STREAMS,
 };
 use downpour_media::StreamPattern;
+use downpour_repair::{
+    control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
+    message::{Message, MessageError, Nack},
+};
 
 /// A control stream on which hello has been said.
 pub(super) struct Greeted {

@@ -19,8 +19,8 @@ use tokio::{
 };
 
 use super::{Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairEvent};
-use crate::{
-    repair::message::{Gone, Message, Nack},
+use downpour_repair::{
+    message::{Gone, Message, Nack},
     rtp::{Seq, Ssrc, packet::HEADER_LEN},
 };
 

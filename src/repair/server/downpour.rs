@@ -20,17 +20,19 @@ use crate::{
     origin::{OriginEvent, OriginStream},
     repair::{
         close,
-        control::{
-            CloudMessage, EdgeMessage, Hello, MAX_EDGE_MESSAGE, MAX_PATTERNS, Nonce, StreamInfo,
-            VERSION, Welcome,
-        },
-        message::MessageError,
         stream::{ControlStream, StreamError, read_messages},
         transport::SERVER_UNI_STREAMS,
     },
-    rtp::Ssrc,
 };
 use downpour_media::{StreamPattern, flv::Headers};
+use downpour_repair::{
+    control::{
+        CloudMessage, EdgeMessage, Hello, MAX_EDGE_MESSAGE, MAX_PATTERNS, Nonce, StreamInfo,
+        VERSION, Welcome,
+    },
+    message::MessageError,
+    rtp::Ssrc,
+};
 
 /// Serves one connection until it ends, and closes it; an error says why.
 pub(super) async fn serve(
@@ -414,14 +416,12 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::{
-        repair::{
-            history::History,
-            receiver::{Receiver, Settings},
-        },
+    use downpour_media::flv::{Tag, TagKind};
+    use downpour_repair::{
+        history::History,
+        receiver::{Receiver, Settings},
         rtp::{Packetizer, Seq},
     };
-    use downpour_media::flv::{Tag, TagKind};
 
     /// What is told of a publication to an edge that comes now.
     fn told(stream: &Arc<OriginStream>) -> (Option<Seq>, Option<Seq>) {

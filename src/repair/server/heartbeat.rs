@@ -8,8 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{
-    repair::message::Heartbeat,
+use downpour_repair::{
+    message::Heartbeat,
     rtp::{Seq, Ssrc},
 };
 

@@ -22,15 +22,15 @@ use super::{
 use crate::{
     origin::OriginStream,
     repair::{
-        bucket::TokenBucket,
-        congestion::RepairControl,
-        group::{Answer, Ask},
-        message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
-        outbox::{self, Next, Outbox, Pushed, Repair},
-        resend::Resender,
-        stream::STREAM_TIMEOUT,
-        transport::SERVER_DATAGRAM_BUFFER,
+        congestion::RepairControl, stream::STREAM_TIMEOUT, transport::SERVER_DATAGRAM_BUFFER,
     },
+};
+use downpour_repair::{
+    bucket::TokenBucket,
+    group::{Answer, Ask},
+    message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
+    outbox::{self, Next, Outbox, Pushed, Repair},
+    resend::Resender,
 };
 
 /// The half of a session that runs on datagrams.

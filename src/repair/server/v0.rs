@@ -12,8 +12,9 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{BUDGET_AGE, Shared};
-use crate::{
-    repair::{bucket::TokenBucket, close},
+use crate::repair::close;
+use downpour_repair::{
+    bucket::TokenBucket,
     rtp::{Seq, Ssrc},
 };
 

@@ -4,6 +4,7 @@
 //! For paths with no way back, and for those whose round trip is longer than the time there is.
 
 pub mod adapt;
+pub mod adaptation;
 pub mod decoder;
 pub mod encoder;
 

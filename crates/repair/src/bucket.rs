@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 /// Tokens that come at a steady rate and are kept up to a burst.
 #[derive(Debug, Clone)]
-pub(super) struct TokenBucket {
+pub struct TokenBucket {
     /// Tokens a second; 0 for no limit.
     rate: u64,
     burst: f64,
@@ -14,14 +14,14 @@ pub(super) struct TokenBucket {
 
 impl TokenBucket {
     /// A full bucket. `rate` 0 is no limit; `burst` is at least 1.
-    pub(super) fn new(now: Instant, rate: u64, burst: u64) -> Self {
+    pub fn new(now: Instant, rate: u64, burst: u64) -> Self {
         let burst = burst.max(1) as f64;
         Self { rate, burst, tokens: burst, filled: now }
     }
 
     /// Changes what flows in and what fits. The bucket stays as full as it was, in proportion, so
     /// that no way of changing it back and forth makes tokens.
-    pub(super) fn set(&mut self, now: Instant, rate: u64, burst: u64) {
+    pub fn set(&mut self, now: Instant, rate: u64, burst: u64) {
         self.fill(now);
         let burst = burst.max(1) as f64;
         self.tokens *= burst / self.burst;
@@ -30,7 +30,7 @@ impl TokenBucket {
     }
 
     /// Takes `count` tokens if there are as many.
-    pub(super) fn take(&mut self, now: Instant, count: u64) -> bool {
+    pub fn take(&mut self, now: Instant, count: u64) -> bool {
         if self.rate == 0 {
             return true;
         }
@@ -45,7 +45,7 @@ impl TokenBucket {
     }
 
     /// Takes `count` tokens, on credit if need be, and tells how long to wait for them.
-    pub(super) fn charge(&mut self, now: Instant, count: u64) -> Duration {
+    pub fn charge(&mut self, now: Instant, count: u64) -> Duration {
         if self.rate == 0 {
             return Duration::ZERO;
         }
@@ -55,7 +55,7 @@ impl TokenBucket {
     }
 
     /// When [`TokenBucket::take`] will find `count` tokens, if nobody takes any before.
-    pub(super) fn ready_at(&mut self, now: Instant, count: u64) -> Instant {
+    pub fn ready_at(&mut self, now: Instant, count: u64) -> Instant {
         if self.rate == 0 {
             return now;
         }

@@ -2,24 +2,40 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
 use crate::{
-    fanout::routes::{Adapted, Choice},
-    repair::{
-        control::PathReport,
-        fec::{
-            Adapt, Matrix,
-            adapt::{self, FRESH, Report},
-        },
+    control::{Nonce, PathReport},
+    fec::{
+        Adapt, Matrix,
+        adapt::{self, FRESH, Report},
     },
     rtp::Ssrc,
 };
 
+/// Whose parity is set by reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Adapted {
+    /// An address that gets every stream.
+    Fixed(SocketAddr),
+    /// An edge, at the addresses that it proved.
+    Edge(Nonce),
+}
+
+/// What reports call for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// There are no reports any more.
+    Unknown,
+    /// This, or none.
+    Use(Option<Matrix>),
+}
+
 /// One adaptation for each receiver and stream of which there are reports.
 #[derive(Default)]
-pub(super) struct Adaptation {
+pub struct Adaptation {
     entries: HashMap<Adapted, HashMap<Ssrc, Entry>>,
     /// For streams of which nobody reports.
     blind: HashMap<Ssrc, Matrix>,
@@ -35,26 +51,26 @@ struct Entry {
 
 /// Who reports.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Reporter {
+pub struct Reporter {
     /// A number of its own.
-    pub(super) edge: u64,
+    pub edge: u64,
     /// How late a packet may come to be of use to it.
-    pub(super) latency: Duration,
+    pub latency: Duration,
 }
 
 /// One receiver's parity of one stream is another from now on.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Change {
-    pub(super) adapted: Adapted,
-    pub(super) ssrc: Ssrc,
-    pub(super) choice: Choice,
+pub struct Change {
+    pub adapted: Adapted,
+    pub ssrc: Ssrc,
+    pub choice: Choice,
     /// What it was; for logs.
-    pub(super) before: Option<Matrix>,
+    pub before: Option<Matrix>,
 }
 
 impl Adaptation {
     /// Takes what an edge saw of a stream's packets, for the parity of one receiver.
-    pub(super) fn handle_report(
+    pub fn handle_report(
         &mut self,
         now: Instant,
         adapted: Adapted,
@@ -87,7 +103,7 @@ impl Adaptation {
     }
 
     /// An edge is gone that reported for these.
-    pub(super) fn remove_edge(&mut self, edge: u64, adapted: &HashSet<Adapted>) {
+    pub fn remove_edge(&mut self, edge: u64, adapted: &HashSet<Adapted>) {
         for adapted in adapted {
             for entry in self.entries.get_mut(adapted).into_iter().flat_map(HashMap::values_mut) {
                 entry.adapt.remove(edge);
@@ -98,7 +114,7 @@ impl Adaptation {
 
     /// Decides anew, about once a second, given each live stream's packets a second. What is no
     /// stream any more, or reported by nobody, is forgotten.
-    pub(super) fn decide(&mut self, now: Instant, rates: &HashMap<Ssrc, f64>) -> Vec<Change> {
+    pub fn decide(&mut self, now: Instant, rates: &HashMap<Ssrc, f64>) -> Vec<Change> {
         let mut changes = Vec::new();
         self.entries.retain(|adapted, streams| {
             streams.retain(|ssrc, entry| {
@@ -115,7 +131,7 @@ impl Adaptation {
     }
 
     /// What each stream's parity is where nobody reports; as [`Self::decide`] otherwise.
-    pub(super) fn decide_blind(&mut self, rates: &HashMap<Ssrc, f64>) -> &HashMap<Ssrc, Matrix> {
+    pub fn decide_blind(&mut self, rates: &HashMap<Ssrc, f64>) -> &HashMap<Ssrc, Matrix> {
         self.blind.retain(|ssrc, _| rates.contains_key(ssrc));
         for (ssrc, rate) in rates.iter().filter(|(_, rate)| **rate > 0.0) {
             let held = self.blind.get(ssrc).copied();
@@ -151,7 +167,7 @@ impl Entry {
 
 /// What one of an edge's paths lost between two reports, before any repair: the best path's loss.
 /// `None` if nothing came, or the counts begin anew.
-pub(super) fn loss_between(before: &[PathReport], after: &[PathReport]) -> Option<Report> {
+pub fn loss_between(before: &[PathReport], after: &[PathReport]) -> Option<Report> {
     let reports = before.iter().zip(after).filter_map(|(before, after)| {
         let received = after.received.checked_sub(before.received).filter(|count| *count > 0)?;
         // Packets that come late are taken off the lost ones again.
@@ -198,7 +214,7 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
-    use crate::repair::{control::Nonce, fec::adapt::HOLD};
+    use crate::{control::Nonce, fec::adapt::HOLD};
 
     const SSRC: Ssrc = Ssrc(7);
     const OWN: Adapted = Adapted::Edge(Nonce([1; 16]));

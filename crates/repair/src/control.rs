@@ -233,9 +233,30 @@ pub struct PathReport {
     pub gaps: u64,
 }
 
+/// Kinds of counts in [`StreamReport::fates`].
+pub const FATES: usize = 12;
+
 impl StreamReport {
+    /// Its counts by the names that metrics give them.
+    pub fn fates(&self) -> [(&'static str, u64); FATES] {
+        [
+            ("received", self.received),
+            ("reordered", self.reordered),
+            ("duplicate", self.duplicate),
+            ("asked", self.asked),
+            ("repaired_1", self.repaired[0]),
+            ("repaired_2", self.repaired[1]),
+            ("repaired_3", self.repaired[2]),
+            ("parity", self.parity),
+            ("lost", self.given_up),
+            ("abandoned", self.abandoned),
+            ("too_late", self.too_late),
+            ("requested", self.nacks),
+        ]
+    }
+
     /// Its plain counters, by their names on the wire.
-    pub(crate) fn counters(&self) -> [(&'static str, u64); COUNTERS] {
+    pub fn counters(&self) -> [(&'static str, u64); COUNTERS] {
         [
             ("received", self.received),
             ("asked", self.asked),
@@ -250,7 +271,7 @@ impl StreamReport {
     }
 
     /// The same, in the same order, to be changed.
-    pub(crate) fn counters_mut(&mut self) -> [&mut u64; COUNTERS] {
+    pub fn counters_mut(&mut self) -> [&mut u64; COUNTERS] {
         // All fields, so that a new one is not forgotten.
         let Self {
             ssrc: _,

@@ -130,7 +130,7 @@ impl Depacketizer {
 
     /// Address of the place that the next payload will have, so far as one can tell.
     #[inline]
-    pub(crate) fn next_place(&self) -> usize {
+    pub fn next_place(&self) -> usize {
         match self.state {
             State::Inside => {
                 self.partial.as_ref().map_or(0, |partial| partial.as_ptr_range().end.addr())
@@ -141,7 +141,7 @@ impl Depacketizer {
 
     /// Address of what is written for each tag besides.
     #[inline]
-    pub(crate) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.block.count()
     }
 

@@ -7,7 +7,7 @@ use serde::{
 };
 
 use super::{DelayReport, PathReport, StreamReport};
-use crate::repair::receiver::DELAY_BOUNDS_MS;
+use crate::receiver::DELAY_BOUNDS_MS;
 
 /// Writes the streams of a report.
 pub(super) fn serialize<S: Serializer>(
@@ -93,7 +93,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::repair::control::Report;
+    use crate::control::Report;
 
     fn count() -> impl Strategy<Value = u64> {
         prop_oneof![3 => Just(0), 1 => any::<u64>()]
