@@ -15,8 +15,6 @@ pub mod edge;
 pub mod edges;
 pub mod fanout;
 pub mod http;
-pub mod hub;
-pub mod impair;
 pub mod limits;
 pub mod logging;
 pub mod metrics;

@@ -9,10 +9,8 @@ use prometheus::{
     proto::MetricFamily,
 };
 
-use crate::{
-    hub::{Hub, Stream},
-    origin::{Origin, OriginStream},
-};
+use crate::origin::{Origin, OriginStream};
+use downpour_hub::{Hub, Stream};
 
 /// A registry with the process's metrics, the build, and those of each stream that is live.
 ///
@@ -252,7 +250,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::hub::LogLimits;
+    use downpour_hub::LogLimits;
     use downpour_media::{
         StreamKey,
         flv::{Tag, TagKind},

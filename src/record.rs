@@ -15,7 +15,7 @@ use prometheus::{
 use tokio::{runtime::Handle, task::spawn_blocking, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::hub::{Ended, ReadCount, ReadOutcome, Reader, Stream};
+use downpour_hub::{Ended, ReadCount, ReadOutcome, Reader, Stream};
 use downpour_media::{
     StreamKey,
     flv::{FlvWriter, Tag},
@@ -341,7 +341,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::hub::{Hub, LogLimits};
+    use downpour_hub::{Hub, LogLimits};
     use downpour_media::flv::{FlvTags, TagKind};
 
     #[tokio::test]

@@ -19,13 +19,13 @@ use common::{
 };
 use downpour::{
     edge::prober::Prober,
-    impair::LinkSettings,
     repair::client::{
         RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
     },
     tls::Trust,
 };
 use downpour_media::flv::Tag;
+use downpour_netem::LinkSettings;
 use downpour_repair::probe::ProbeMessage;
 use prometheus::Registry;
 use tokio::{runtime::Runtime, sync::mpsc};

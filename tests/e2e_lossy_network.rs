@@ -16,8 +16,8 @@ use common::{
     media,
     node::{Site, SiteSettings},
 };
-use downpour::impair::{Blackout, Bursts, LinkSettings};
 use downpour_media::flv::Tag;
+use downpour_netem::{Blackout, Bursts, LinkSettings};
 
 const PUSH: Duration = Duration::from_secs(60);
 
@@ -152,7 +152,7 @@ fn three_streams_under_ten_percent_loss() {
 }
 
 struct Outcome {
-    rtp: downpour::impair::LinkStats,
+    rtp: downpour_netem::LinkStats,
     quic_lost: u64,
     edge: Metrics,
     cloud_served: f64,

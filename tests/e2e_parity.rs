@@ -16,7 +16,7 @@ use common::{
     node::{Site, SiteSettings},
     wait_for,
 };
-use downpour::impair::LinkSettings;
+use downpour_netem::LinkSettings;
 use downpour_sys::udp;
 
 const KEY: &str = "live/movie";

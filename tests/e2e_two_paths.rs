@@ -11,7 +11,7 @@ use common::{
     node::{Site, SiteSettings},
     wait_for,
 };
-use downpour::impair::{Blackout, LinkSettings};
+use downpour_netem::{Blackout, LinkSettings};
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);

@@ -10,9 +10,9 @@ use downpour::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
     },
-    hub::{Backlog, Hub, LogLimits, Publisher},
     metrics,
 };
+use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
 use downpour_media::{
     StreamKey,
     flv::{FlvReader, Tag, TagKind},

@@ -10,9 +10,9 @@ use std::{
 use axum::Router;
 use downpour::{
     http::{HttpMetrics, HttpServer, ViewerSettings},
-    hub::{Backlog, Hub, LogLimits, Publisher},
     metrics,
 };
+use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use rand::{Rng, SeedableRng, rngs::SmallRng};

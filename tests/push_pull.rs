@@ -13,12 +13,12 @@ use downpour::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
     },
-    hub::{self, Hub, LogLimits},
     metrics,
-    rtmp::{
-        publish::{Publication, PublishError, PublishHandler, PublishRequest},
-        server::{Server, ServerSettings},
-    },
+    rtmp::server::{Server, ServerSettings},
+};
+use downpour_hub::{
+    self, Hub, LogLimits,
+    admission::{Publication, PublishError, PublishHandler, PublishRequest},
 };
 use downpour_media::flv::{FlvTags, FlvWriter, Tag, TagKind};
 use tokio::{net::TcpListener, task::JoinHandle};

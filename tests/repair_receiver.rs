@@ -4,8 +4,8 @@ mod repair_sim;
 
 use std::time::{Duration, Instant};
 
-use downpour::impair::{Blackout, LinkSettings};
 use downpour_media::flv::{Tag, TagKind};
+use downpour_netem::{Blackout, LinkSettings};
 use downpour_repair::{
     receiver::{Event, GRACE, Path, Receiver, Settings},
     rtp::{Packet, Packetizer, Seq, Ssrc},

@@ -6,7 +6,7 @@ mod repair_sim;
 
 use std::time::Duration;
 
-use downpour::impair::{Bursts, LinkSettings};
+use downpour_netem::{Bursts, LinkSettings};
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 use repair_sim::{Run, lossy};

@@ -10,7 +10,6 @@ use std::{
 };
 
 use downpour::{
-    impair::{LinkSettings, RelaySettings, UdpRelay},
     origin::Origin,
     repair::{
         client::{RepairClientSettings, RepairEvent},
@@ -18,6 +17,7 @@ use downpour::{
     },
     tls::{Identity, Trust},
 };
+use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 use downpour_repair::control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport};
 use repair_support::{Cloud, Edge, Feed, edge_settings, until};
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use downpour::impair::{Blackout, Bursts, LinkSettings};
+use downpour_netem::{Blackout, Bursts, LinkSettings};
 use downpour_repair::receiver::{GRACE, Settings};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 

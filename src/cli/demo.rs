@@ -18,12 +18,14 @@ use super::{
 use crate::{
     cloud::Cloud,
     config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
-    edge::stats::{IntakeMetrics, StreamStats},
-    edge::{Edge, EdgeAddrs},
-    impair::{LinkSettings, RelaySettings, UdpRelay},
+    edge::{
+        Edge, EdgeAddrs,
+        stats::{IntakeMetrics, StreamStats},
+    },
     logging,
     node::StartError,
 };
+use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 
 /// Runs a cloud, edges, a bad network between them and a looping test stream until Ctrl-C.
 ///

@@ -26,7 +26,6 @@ use crate::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, CloudState},
     },
-    hub::{Hub, LogLimits},
     metrics,
     node::{StartError, TaskEnded, Tasks, listen, resolve},
     origin::Origin,
@@ -35,6 +34,7 @@ use crate::{
     rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
     tls::{Fingerprint, Identity},
 };
+use downpour_hub::{Hub, LogLimits};
 use downpour_repair::fec::Fec;
 use downpour_sys::udp::MulticastOut;
 use publications::{PublicationMetrics, Publications};

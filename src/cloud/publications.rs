@@ -18,9 +18,11 @@ use crate::{
         Fanout, FrameInterval, Pace, Train,
         routes::{Route, Snapshot, Target},
     },
-    hub::{self, Hub},
     origin::{Origin, OriginStream},
-    rtmp::publish::{Publication, PublishError, PublishHandler, PublishRequest},
+};
+use downpour_hub::{
+    self, Hub,
+    admission::{Publication, PublishError, PublishHandler, PublishRequest},
 };
 use downpour_media::{
     StreamKey,
@@ -94,7 +96,7 @@ struct Shared {
     on_start: OnStart,
 }
 
-type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send + Sync>;
+type OnStart = Box<dyn Fn(&Arc<downpour_hub::Stream>) + Send + Sync>;
 
 #[derive(Clone)]
 struct Live {
@@ -114,7 +116,7 @@ impl Publications {
         origin: Origin,
         fanout: Option<Fanout>,
         metrics: PublicationMetrics,
-        on_start: impl Fn(&Arc<hub::Stream>) + Send + Sync + 'static,
+        on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + Sync + 'static,
     ) -> Self {
         let shared = Shared {
             settings,
@@ -284,7 +286,7 @@ struct Active {
 
 /// A publication from its first audio or video tag on.
 struct Started {
-    hub: hub::Publisher,
+    hub: downpour_hub::Publisher,
     origin: Arc<OriginStream>,
     packetizer: Packetizer,
     headers: Headers,
@@ -510,7 +512,8 @@ static NEXT_ID: AtomicUsize = AtomicUsize::new(0);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{hub::LogLimits, origin::OriginEvent};
+    use crate::origin::OriginEvent;
+    use downpour_hub::LogLimits;
     use downpour_repair::rtp::Seq;
 
     fn publications(silence: Duration, max_streams: usize) -> (Publications, Hub, Origin) {

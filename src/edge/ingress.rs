@@ -568,10 +568,10 @@ mod tests {
     use super::*;
     use crate::{
         edge::intake,
-        hub::{Hub, LogLimits},
         repair::client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
         tls::Trust,
     };
+    use downpour_hub::{Hub, LogLimits};
     use downpour_media::flv::{Headers, Tag, TagKind};
     use downpour_repair::{
         control::StreamInfo,
@@ -588,7 +588,7 @@ mod tests {
         events: mpsc::UnboundedReceiver<mpsc::Sender<RepairEvent>>,
     }
 
-    fn rig(on_start: impl Fn(&Arc<crate::hub::Stream>) + Send + 'static) -> Rig {
+    fn rig(on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static) -> Rig {
         let registry = prometheus::Registry::new();
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
         let metrics = IntakeMetrics::register(&registry).unwrap();

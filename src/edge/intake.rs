@@ -16,7 +16,7 @@ use super::{
     parity::Parity,
     stats::{IntakeMetrics, StreamStats},
 };
-use crate::hub::{self, Hub, NextPush, Publisher};
+use downpour_hub::{self, Hub, NextPush, Publisher};
 use downpour_media::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
@@ -75,7 +75,7 @@ pub struct Intake {
     wakes: BTreeSet<(Instant, Ssrc)>,
 }
 
-type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send>;
+type OnStart = Box<dyn Fn(&Arc<downpour_hub::Stream>) + Send>;
 
 struct Unknown {
     since: Instant,
@@ -144,7 +144,7 @@ impl Intake {
         settings: Settings,
         hub: Hub,
         metrics: IntakeMetrics,
-        on_start: impl Fn(&Arc<hub::Stream>) + Send + 'static,
+        on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static,
     ) -> Self {
         Self {
             settings,
@@ -906,7 +906,7 @@ const DAMAGE_LOG_EVERY: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hub::{LogLimits, ReadOutcome};
+    use downpour_hub::{LogLimits, ReadOutcome};
     use downpour_repair::{
         receiver::Settings as ReceiverSettings,
         rtp::{Burst, Packetizer},

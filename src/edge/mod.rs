@@ -24,7 +24,6 @@ use crate::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, EdgeState},
     },
-    hub::{Hub, LogLimits},
     metrics,
     node::{self, StartError, TaskEnded, Tasks},
     record::{RecordMetrics, Recorder},
@@ -34,6 +33,7 @@ use crate::{
     },
     tls::{ClientTls, Trust},
 };
+use downpour_hub::{Hub, LogLimits};
 use downpour_repair::{fec::PARITY_PORT_OFFSET, receiver};
 use downpour_sys::udp;
 use ingress::{Cloud, Connect, Ingress};

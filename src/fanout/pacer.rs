@@ -299,13 +299,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{
-        fanout::{
-            job::{Pace, Share, Train},
-            routes::Target,
-        },
-        impair::{Link, LinkSettings},
+    use crate::fanout::{
+        job::{Pace, Share, Train},
+        routes::Target,
     };
+    use downpour_netem::{Link, LinkSettings};
 
     const FRAME: Duration = Duration::from_millis(40);
 

@@ -23,10 +23,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     edges::{EdgeInfo, Edges},
-    hub::Hub,
     metrics,
     origin::Origin,
 };
+use downpour_hub::Hub;
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 /// What a cloud's API answers from.
@@ -276,7 +276,8 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{edges::StreamInfo, hub::LogLimits, origin::OriginStream};
+    use crate::{edges::StreamInfo, origin::OriginStream};
+    use downpour_hub::LogLimits;
     use downpour_media::flv::{Tag, TagKind};
     use downpour_repair::{control::StreamReport, history::History, paths::PathState, rtp::Ssrc};
 

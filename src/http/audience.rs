@@ -23,7 +23,7 @@ use super::{
     metrics::HttpMetrics,
     viewer::{Batch, Counted, Viewer, ViewerSettings},
 };
-use crate::hub::{Place, Reader, Stream};
+use downpour_hub::{Place, Reader, Stream};
 use downpour_media::StreamKey;
 
 /// All viewers of a node.

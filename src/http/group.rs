@@ -8,7 +8,7 @@ use super::{
     audience::{Arrival, Audience, Desk},
     viewer::{Batch, Closed, Viewer, note_skip},
 };
-use crate::hub::{ReadOutcome, Reader};
+use downpour_hub::{ReadOutcome, Reader};
 use downpour_sys::buffer::Piece;
 
 /// A task's worth of viewers.
@@ -265,10 +265,8 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        http::{HttpMetrics, ViewerSettings, viewer::Connection},
-        hub::{Backlog, Hub, LogLimits, Publisher},
-    };
+    use crate::http::{HttpMetrics, ViewerSettings, viewer::Connection};
+    use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
     use downpour_media::flv::{Tag, TagKind};
 
     #[tokio::test]

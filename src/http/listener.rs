@@ -15,15 +15,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    http::{
-        audience::Audience,
-        head::{self, BadHead, MAX_HEAD_LEN, Method, Request},
-        metrics::HttpMetrics,
-        viewer::{self, Connection, Viewer, ViewerSettings},
-    },
-    hub::Hub,
+use crate::http::{
+    audience::Audience,
+    head::{self, BadHead, MAX_HEAD_LEN, Method, Request},
+    metrics::HttpMetrics,
+    viewer::{self, Connection, Viewer, ViewerSettings},
 };
+use downpour_hub::Hub;
 use downpour_media::StreamKey;
 
 /// One listening address of a node.

@@ -11,7 +11,7 @@ use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
-use crate::hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard};
+use downpour_hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard};
 use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
 use downpour_sys::buffer::{Piece, Room};
 

@@ -4,6 +4,5 @@
 //! `connect` says about extended codecs.
 
 pub mod client;
-pub mod publish;
 pub mod server;
 mod socket;

@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use downpour::impair::{Link, LinkSettings};
 use downpour_media::flv::{Tag, TagKind};
+use downpour_netem::{Link, LinkSettings};
 use downpour_repair::{
     history::History,
     message::{Gone, Heartbeat, Message, Nack, encode_repair},

@@ -12,10 +12,8 @@ use std::{
 };
 
 use bytes::BytesMut;
-use downpour::rtmp::{
-    publish::{Publication, PublishError, PublishHandler, PublishRequest},
-    server::{Server, ServerMetrics, ServerSettings},
-};
+use downpour::rtmp::server::{Server, ServerMetrics, ServerSettings};
+use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
 use downpour_media::{
     StreamKey,
     amf0::{Decoder, Value},

@@ -27,10 +27,8 @@ use super::{
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
     },
 };
-use crate::rtmp::{
-    publish::{Publication, PublishError, PublishHandler, PublishRequest},
-    socket,
-};
+use crate::rtmp::socket;
+use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
 use downpour_media::StreamKey;
 use downpour_rtmp::session::{
     PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,

@@ -19,8 +19,8 @@ use tracing::{error, warn};
 pub use metrics::ServerMetrics;
 
 use self::{connection::Connection, metrics::REFUSED_CONNECTIONS, shards::Shards};
-use super::publish::PublishHandler;
 use crate::limits;
+use downpour_hub::admission::PublishHandler;
 use downpour_media::flv::Tag;
 
 /// A listening RTMP server. Each connection is a task of its own, on one of a few threads; its

@@ -4,6 +4,7 @@
 //! the GOP cache, the slow-viewer policy and the memory bound in one, and the publisher waits for
 //! nobody: a reader that falls off the log's tail resumes at a key frame, and the skip is counted.
 
+pub mod admission;
 mod counters;
 mod log;
 mod reader;
