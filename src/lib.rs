@@ -7,22 +7,14 @@
 
 #![forbid(unsafe_code)]
 
-mod addr_range;
 pub mod cli;
 pub mod cloud;
 pub mod config;
 pub mod edge;
-pub mod edges;
-pub mod fanout;
 pub mod http;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
 pub mod node;
-pub mod origin;
 pub mod record;
-pub mod repair;
 pub mod rtmp;
-pub mod tls;
-
-pub use addr_range::{AddrRange, InvalidRange};

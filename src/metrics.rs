@@ -9,7 +9,7 @@ use prometheus::{
     proto::MetricFamily,
 };
 
-use crate::origin::{Origin, OriginStream};
+use downpour_distribution::downstream::outgoing::{Origin, OriginStream};
 use downpour_hub::{Hub, Stream};
 
 /// A registry with the process's metrics, the build, and those of each stream that is live.

@@ -17,12 +17,14 @@ use common::{
     node::{Site, SiteSettings},
     wait_for,
 };
-use downpour::{
-    edge::prober::Prober,
-    repair::client::{
-        RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
-    },
+use downpour_distribution::{
     tls::Trust,
+    upstream::{
+        prober::Prober,
+        repair_client::{
+            RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
+        },
+    },
 };
 use downpour_media::flv::Tag;
 use downpour_netem::LinkSettings;

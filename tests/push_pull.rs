@@ -173,12 +173,12 @@ impl PublishHandler for IntoHub {
     fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError> {
         match self.0.publish(request.key) {
             Ok(publisher) => Ok(Box::new(Live(publisher))),
-            Err(hub::AlreadyLive(key)) => Err(PublishError::AlreadyLive(key)),
+            Err(downpour_hub::AlreadyLive(key)) => Err(PublishError::AlreadyLive(key)),
         }
     }
 }
 
-struct Live(hub::Publisher);
+struct Live(downpour_hub::Publisher);
 
 impl Publication for Live {
     fn tag(&mut self, tag: Tag) {

@@ -12,19 +12,19 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::{
-    origin::Origin,
-    repair::{
-        Protocol,
-        client::{
-            ClientError, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
-        },
-        server::{
+use downpour_distribution::{
+    downstream::{
+        outgoing::Origin,
+        repair_server::{
             EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics,
             RepairServerSettings,
         },
     },
+    protocol::Protocol,
     tls::{Fingerprint, Identity, Trust},
+    upstream::repair_client::{
+        ClientError, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
+    },
 };
 use downpour_media::{
     StreamPattern,

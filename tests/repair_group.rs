@@ -8,13 +8,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::{
-    origin::Origin,
-    repair::{
-        client::{RepairClientSettings, RepairEvent},
-        server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
+use downpour_distribution::{
+    downstream::{
+        outgoing::Origin,
+        repair_server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::Identity,
+    upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
 use downpour_repair::message::Nack;
 use prometheus::Registry;

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::repair::client::RepairEvent;
+use downpour_distribution::upstream::repair_client::RepairEvent;
 use downpour_repair::{message::Nack, rtp::Seq};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use repair_support::{Cloud, Edge, Feed, edge_settings};

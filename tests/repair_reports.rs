@@ -9,13 +9,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::{
-    origin::{Origin, OriginStream},
-    repair::{
-        client::RepairEvent,
-        server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
+use downpour_distribution::{
+    downstream::{
+        outgoing::{Origin, OriginStream},
+        repair_server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
     },
     tls::Identity,
+    upstream::repair_client::RepairEvent,
 };
 use downpour_media::{
     StreamPattern,

@@ -9,13 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    origin::Origin,
-    repair::{
-        client::{RepairClientSettings, RepairEvent},
-        server::RepairServerSettings,
-    },
+use downpour_distribution::{
+    downstream::{outgoing::Origin, repair_server::RepairServerSettings},
     tls::{Identity, Trust},
+    upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
 use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 use downpour_repair::control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport};

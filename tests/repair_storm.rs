@@ -10,9 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::repair::{
-    client::{RepairClientSettings, RepairEvent},
-    server::RepairServerSettings,
+use downpour_distribution::{
+    downstream::repair_server::RepairServerSettings,
+    upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
 use downpour_repair::{message::Nack, rtp::Seq};
 use repair_support::{Cloud, Edge, Feed, edge_settings, within};

@@ -5,14 +5,11 @@ mod repair_support;
 
 use std::time::Duration;
 
-use downpour::{
-    origin::Origin,
-    repair::{
-        Protocol,
-        client::{ProtocolChoice, RepairClientSettings, RepairEvent},
-        server::RepairServerSettings,
-    },
+use downpour_distribution::{
+    downstream::{outgoing::Origin, repair_server::RepairServerSettings},
+    protocol::Protocol,
     tls::Identity,
+    upstream::repair_client::{ProtocolChoice, RepairClientSettings, RepairEvent},
 };
 use downpour_repair::{
     message::Nack,

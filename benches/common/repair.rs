@@ -5,9 +5,11 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
 };
 
-use downpour::{
-    origin::Origin,
-    repair::server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+use downpour_distribution::{
+    downstream::{
+        outgoing::Origin,
+        repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+    },
     tls::Identity,
 };
 use tokio::runtime::{Builder, Runtime};

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::origin::Origin;
+use downpour_distribution::downstream::outgoing::Origin;
 use tokio_util::sync::CancellationToken;
 
 use crate::{

@@ -13,8 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::fanout::{
-    self, Fanout, FanoutMetrics, OnDatagrams,
+use downpour_distribution::downstream::{
+    fanout::{self, Fanout, FanoutMetrics, OnDatagrams},
     routes::{Routes, Target},
 };
 use downpour_repair::rtp::{Burst, Ssrc};

@@ -18,13 +18,11 @@ use super::{
 use crate::{
     cloud::Cloud,
     config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
-    edge::{
-        Edge, EdgeAddrs,
-        stats::{IntakeMetrics, StreamStats},
-    },
+    edge::{Edge, EdgeAddrs},
     logging,
     node::StartError,
 };
+use downpour_distribution::upstream::stats::{IntakeMetrics, StreamStats};
 use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 
 /// Runs a cloud, edges, a bad network between them and a looping test stream until Ctrl-C.

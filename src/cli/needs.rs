@@ -2,10 +2,10 @@
 
 use crate::{
     config::{CloudConfig, EdgeConfig},
-    fanout,
     http::CONNECTIONS_BESIDE_VIEWERS,
     limits::Needs,
 };
+use downpour_distribution::downstream::fanout;
 
 /// A cloud's: its encoders' connections, API connections and recordings. Edges cost no descriptors;
 /// they share the sockets of RTP and QUIC.

@@ -1,8 +1,6 @@
 //! The cloud node: takes publications, sends them to the edges, and repairs what got lost.
 
-mod parity;
 pub mod publications;
-pub mod subscribers;
 
 use std::{
     collections::HashSet,
@@ -16,29 +14,32 @@ use tokio::{task::JoinSet, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{ClientAddr, CloudConfig, Destination},
-    edges::{Edges, metrics::ReportCollector},
-    fanout::{
-        self, Fanout, FanoutMetrics, OnDatagrams,
-        routes::{FixedTarget, Routes},
-    },
+    config::{ClientAddr, CloudConfig},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, CloudState},
     },
     metrics,
     node::{StartError, TaskEnded, Tasks, listen, resolve},
-    origin::Origin,
     record::{RecordMetrics, Recorder},
-    repair::server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
     rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
+};
+use downpour_distribution::downstream::subscribers::{ProbeMetrics, Subscribers};
+use downpour_distribution::{
+    address::Destination,
+    downstream::{
+        edges::{Edges, metrics::ReportCollector},
+        fanout::{self, Fanout, FanoutMetrics, OnDatagrams},
+        outgoing::Origin,
+        repair_server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
+        routes::{FixedTarget, Routes},
+    },
     tls::{Fingerprint, Identity},
 };
 use downpour_hub::{Hub, LogLimits};
 use downpour_repair::fec::Fec;
 use downpour_sys::udp::MulticastOut;
 use publications::{PublicationMetrics, Publications};
-use subscribers::{ProbeMetrics, Subscribers};
 
 /// A cloud node whose addresses are bound and that is ready to run.
 pub struct Cloud {

@@ -12,13 +12,13 @@ use std::{
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 use tokio_util::sync::CancellationToken;
 
-use super::parity::{ParityFlag, ParityMetrics, ParityOut, ParityWatch};
-use crate::{
-    fanout::{
-        Fanout, FrameInterval, Pace, Train,
-        routes::{Route, Snapshot, Target},
-    },
-    origin::{Origin, OriginStream},
+use downpour_distribution::downstream::parity::{
+    ParityFlag, ParityMetrics, ParityOut, ParityWatch,
+};
+use downpour_distribution::downstream::{
+    fanout::{Fanout, FrameInterval, Pace, Train},
+    outgoing::{Origin, OriginStream},
+    routes::{Route, Snapshot, Target},
 };
 use downpour_hub::{
     self, Hub,
@@ -512,7 +512,7 @@ static NEXT_ID: AtomicUsize = AtomicUsize::new(0);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::origin::OriginEvent;
+    use downpour_distribution::downstream::outgoing::OriginEvent;
     use downpour_hub::LogLimits;
     use downpour_repair::rtp::Seq;
 

@@ -2,8 +2,9 @@
 
 use std::{collections::HashSet, path::PathBuf};
 
-use super::{ClientAddr, Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
-use crate::{AddrRange, fanout::Pacing, tls};
+use super::{ClientAddr, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
+use downpour_distribution::address::Destination;
+use downpour_distribution::{AddrRange, downstream::fanout::Pacing, tls};
 use downpour_repair::fec::{Fec, PARITY_PORT_OFFSET};
 
 settings! {

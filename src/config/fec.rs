@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde_yaml::{Mapping, Value};
 
-use super::{Destination, Setting};
+use super::Setting;
+use downpour_distribution::address::Destination;
 use downpour_repair::fec::{Fec, Matrix};
 
 impl Setting for Fec {

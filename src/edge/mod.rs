@@ -1,14 +1,5 @@
 //! The edge node: takes RTP, repairs what got lost, and serves viewers.
 
-pub mod ingress;
-pub mod intake;
-pub mod livestat;
-mod parity;
-pub mod prober;
-mod receive;
-pub mod socket;
-pub mod stats;
-
 use std::{
     net::SocketAddr,
     path::PathBuf,
@@ -19,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{Destination, EdgeConfig, ListenAddr, RepairProtocol},
+    config::{EdgeConfig, ListenAddr, RepairProtocol},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, EdgeState},
@@ -27,20 +18,23 @@ use crate::{
     metrics,
     node::{self, StartError, TaskEnded, Tasks},
     record::{RecordMetrics, Recorder},
-    repair::{
-        Protocol,
-        client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
-    },
+};
+use downpour_distribution::upstream::ingress::{self, Cloud, Connect, Ingress};
+use downpour_distribution::upstream::intake::{self, Intake};
+use downpour_distribution::upstream::prober::ProbeMetrics;
+use downpour_distribution::upstream::socket::RtpSocket;
+use downpour_distribution::upstream::stats::IntakeMetrics;
+use downpour_distribution::{
+    address::Destination,
+    protocol::Protocol,
     tls::{ClientTls, Trust},
+    upstream::repair_client::{
+        ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings,
+    },
 };
 use downpour_hub::{Hub, LogLimits};
 use downpour_repair::{fec::PARITY_PORT_OFFSET, receiver};
 use downpour_sys::udp;
-use ingress::{Cloud, Connect, Ingress};
-use intake::Intake;
-use prober::ProbeMetrics;
-use socket::RtpSocket;
-use stats::IntakeMetrics;
 
 /// An edge node whose addresses are bound and that is ready to run.
 pub struct Edge {

@@ -21,10 +21,10 @@ use axum::{
 use prometheus::Registry;
 use serde::{Deserialize, Serialize};
 
-use crate::{
+use crate::metrics;
+use downpour_distribution::downstream::{
     edges::{EdgeInfo, Edges},
-    metrics,
-    origin::Origin,
+    outgoing::Origin,
 };
 use downpour_hub::Hub;
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
@@ -276,7 +276,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{edges::StreamInfo, origin::OriginStream};
+    use downpour_distribution::downstream::{edges::StreamInfo, outgoing::OriginStream};
     use downpour_hub::LogLimits;
     use downpour_media::flv::{Tag, TagKind};
     use downpour_repair::{control::StreamReport, history::History, paths::PathState, rtp::Ssrc};

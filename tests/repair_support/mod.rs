@@ -9,15 +9,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::{
-    origin::{Origin, OriginStream},
-    repair::{
-        client::{
-            RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
-        },
-        server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+use downpour_distribution::{
+    downstream::{
+        outgoing::{Origin, OriginStream},
+        repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::{ClientTls, Identity, Trust},
+    upstream::repair_client::{
+        RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
+    },
 };
 use downpour_media::flv::{Tag, TagKind};
 use downpour_repair::{

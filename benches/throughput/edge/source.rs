@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::origin::{Origin, OriginStream};
+use downpour_distribution::downstream::outgoing::{Origin, OriginStream};
 use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_repair::{
     history::History,

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::fanout::routes::Target;
+use downpour_distribution::downstream::routes::Target;
 use downpour_media::flv::{Tag, TagKind};
 use downpour_repair::rtp::{Burst, Packetizer, Ssrc};
 

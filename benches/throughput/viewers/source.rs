@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::origin::{Origin, OriginStream};
+use downpour_distribution::downstream::outgoing::{Origin, OriginStream};
 use downpour_media::flv::Headers;
 use downpour_repair::{
     history::History,

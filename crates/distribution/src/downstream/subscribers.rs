@@ -12,13 +12,13 @@ use prometheus::{IntCounter, Opts, Registry, register_int_counter_vec_with_regis
 use tokio::sync::mpsc;
 
 use crate::{
-    edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
-    fanout::routes::Routes,
-    origin::Origin,
-    repair::{
-        Protocol,
-        server::{EdgeHandler, EdgeHello, EdgeSession},
+    downstream::{
+        edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
+        outgoing::Origin,
+        repair_server::{EdgeHandler, EdgeHello, EdgeSession},
+        routes::Routes,
     },
+    protocol::Protocol,
 };
 use downpour_media::StreamPattern;
 use downpour_repair::fec::adaptation::{Adaptation, Reporter, loss_between};
@@ -378,7 +378,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::origin::OriginStream;
+    use crate::downstream::outgoing::OriginStream;
     use downpour_repair::{
         control::DelayReport, history::History, paths::DEAD_AFTER, probe::Cookie,
     };

@@ -15,8 +15,8 @@ use bytes::Bytes;
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 use tokio::sync::Notify;
 
-use crate::fanout::{
-    Train,
+use crate::downstream::{
+    fanout::Train,
     routes::{Snapshot, Target},
 };
 use downpour_repair::{
@@ -28,7 +28,7 @@ use downpour_repair::{
 };
 
 /// The encoders of one publication. Without any, a burst costs it one comparison.
-pub(super) struct ParityOut {
+pub struct ParityOut {
     media: Ssrc,
     encoders: Vec<Protected>,
     /// Whose matrices the encoders have.
@@ -47,7 +47,7 @@ struct Protected {
 }
 
 impl ParityOut {
-    pub(super) fn new(now: Instant, media: Ssrc, metrics: ParityMetrics) -> Self {
+    pub fn new(now: Instant, media: Ssrc, metrics: ParityMetrics) -> Self {
         Self {
             media,
             encoders: Vec::new(),
@@ -60,7 +60,7 @@ impl ParityOut {
     }
 
     /// Protects a burst, and gives `send` what is due.
-    pub(super) fn push(
+    pub fn push(
         &mut self,
         now: Instant,
         burst: &Burst,
@@ -76,7 +76,7 @@ impl ParityOut {
     }
 
     /// Gives what is due where no burst comes.
-    pub(super) fn handle_timeout(
+    pub fn handle_timeout(
         &mut self,
         now: Instant,
         snapshot: &Arc<Snapshot>,
@@ -90,7 +90,7 @@ impl ParityOut {
     }
 
     /// The publication is over: gives the parity of its tail.
-    pub(super) fn finish(&mut self, now: Instant, mut send: impl FnMut(Train, Arc<[Target]>)) {
+    pub fn finish(&mut self, now: Instant, mut send: impl FnMut(Train, Arc<[Target]>)) {
         for mut protected in self.encoders.drain(..) {
             protected.encoder.flush(now, &mut self.made);
             hand_over(&mut self.made, &protected.targets, &self.metrics, &mut send);
@@ -98,12 +98,12 @@ impl ParityOut {
     }
 
     /// Whether anybody is to get parity.
-    pub(super) fn is_active(&self) -> bool {
+    pub fn is_active(&self) -> bool {
         !self.encoders.is_empty()
     }
 
     /// Parity packets a media packet during the last second: the most that any receiver gets.
-    pub(super) fn overhead(&self) -> f64 {
+    pub fn overhead(&self) -> f64 {
         self.overhead
     }
 
@@ -169,7 +169,7 @@ impl ParityOut {
 
 /// What parity was made, of all publications.
 #[derive(Debug, Clone)]
-pub(super) struct ParityMetrics {
+pub struct ParityMetrics {
     packets: IntCounter,
     bytes: IntCounter,
 }
@@ -179,7 +179,7 @@ impl ParityMetrics {
     ///
     /// # Errors
     /// If their names are taken.
-    pub(super) fn register(registry: &Registry) -> prometheus::Result<Self> {
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         Ok(Self {
             packets: register_int_counter_with_registry!(
                 "downpour_fec_packets_total",
@@ -197,14 +197,14 @@ impl ParityMetrics {
 
 /// Knows whether any publication has encoders, so that a clock need not run when none has.
 #[derive(Default)]
-pub(super) struct ParityWatch {
+pub struct ParityWatch {
     active: AtomicUsize,
     began: Notify,
 }
 
 impl ParityWatch {
     /// Waits until a publication has encoders.
-    pub(super) async fn until_any(&self) {
+    pub async fn until_any(&self) {
         while self.active.load(Ordering::Acquire) == 0 {
             self.began.notified().await;
         }
@@ -212,22 +212,22 @@ impl ParityWatch {
 }
 
 /// Whether one publication has encoders.
-pub(super) struct ParityFlag {
+pub struct ParityFlag {
     watch: Arc<ParityWatch>,
     is_set: Arc<AtomicBool>,
 }
 
 impl ParityFlag {
-    pub(super) fn new(watch: Arc<ParityWatch>) -> Self {
+    pub fn new(watch: Arc<ParityWatch>) -> Self {
         Self { watch, is_set: Arc::default() }
     }
 
     /// The flag, to read.
-    pub(super) fn reader(&self) -> Arc<AtomicBool> {
+    pub fn reader(&self) -> Arc<AtomicBool> {
         self.is_set.clone()
     }
 
-    pub(super) fn set(&self, active: bool) {
+    pub fn set(&self, active: bool) {
         if self.is_set.load(Ordering::Relaxed) == active {
             return;
         }

@@ -9,7 +9,7 @@ use prometheus::{
 };
 
 use super::Edges;
-use crate::repair::report::ReportSeries;
+use crate::report_metrics::ReportSeries;
 use downpour_repair::control::{DelayReport, StreamReport};
 
 /// Makes the series of each edge and stream when it is scraped, so that they go with the edge.
@@ -125,7 +125,7 @@ mod tests {
     use prometheus::{Registry, TextEncoder};
 
     use super::*;
-    use crate::edges::{EdgeInfo, StreamInfo};
+    use crate::downstream::edges::{EdgeInfo, StreamInfo};
 
     fn edge(node: &str, streams: usize) -> EdgeInfo {
         let mut info = EdgeInfo::new("127.0.0.1:9".parse().unwrap(), "downpour");

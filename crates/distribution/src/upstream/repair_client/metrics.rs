@@ -7,7 +7,7 @@ use prometheus::{
 };
 
 use super::Disconnect;
-use crate::repair::Protocol;
+use crate::protocol::Protocol;
 
 /// Counters of a [`RepairClient`](super::RepairClient).
 #[derive(Debug, Clone)]

@@ -299,8 +299,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::fanout::{
-        job::{Pace, Share, Train},
+    use crate::downstream::{
+        fanout::job::{Pace, Share, Train},
         routes::Target,
     };
     use downpour_netem::{Link, LinkSettings};

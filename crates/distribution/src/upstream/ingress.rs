@@ -22,9 +22,9 @@ use super::{
     socket::{CloudRtp, Lookups, RtpSocket},
     stats::IntakeMetrics,
 };
-use crate::repair::{
-    Protocol,
-    client::{ClientError, RepairEvent, RepairHandle},
+use crate::{
+    protocol::Protocol,
+    upstream::repair_client::{ClientError, RepairEvent, RepairHandle},
 };
 use downpour_repair::{
     control::{Nonce, Report, Welcome},
@@ -567,9 +567,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        edge::intake,
-        repair::client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
         tls::Trust,
+        upstream::{
+            intake,
+            repair_client::{
+                ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings,
+            },
+        },
     };
     use downpour_hub::{Hub, LogLimits};
     use downpour_media::flv::{Headers, Tag, TagKind};

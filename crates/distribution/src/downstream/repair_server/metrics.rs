@@ -5,7 +5,7 @@ use prometheus::{
     register_int_counter_with_registry, register_int_gauge_vec_with_registry,
 };
 
-use crate::repair::Protocol;
+use crate::protocol::Protocol;
 
 /// Counters of a [`RepairServer`](super::RepairServer).
 #[derive(Debug, Clone)]

@@ -11,7 +11,7 @@ use socket2::SockRef;
 use tokio::task::JoinSet;
 
 use super::prober::{ProbeMetrics, Prober};
-use crate::config::Destination;
+use crate::address::Destination;
 use downpour_repair::{control::Nonce, probe::ProbeMessage};
 use downpour_sys::recvmmsg::Reads;
 

@@ -17,12 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Early, EdgeHello, EdgeSession, HANDSHAKE_TIMEOUT, Shared, repairer::Repairer};
 use crate::{
-    origin::{OriginEvent, OriginStream},
-    repair::{
-        close,
-        stream::{ControlStream, StreamError, read_messages},
-        transport::SERVER_UNI_STREAMS,
-    },
+    control_stream::{ControlStream, StreamError, read_messages},
+    downstream::outgoing::{OriginEvent, OriginStream},
+    protocol::close,
+    transport::SERVER_UNI_STREAMS,
 };
 use downpour_media::{StreamPattern, flv::Headers};
 use downpour_repair::{

@@ -27,11 +27,14 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 pub use metrics::{ProtocolMetrics, RepairServerMetrics};
 
 use self::heartbeat::{Beats, Heartbeats, TICK};
-use super::{Protocol, close, transport};
 use crate::{
     AddrRange,
-    origin::Origin,
+    downstream::outgoing::Origin,
     tls::{Identity, TlsError},
+};
+use crate::{
+    protocol::{Protocol, close},
+    transport,
 };
 use downpour_media::StreamPattern;
 use downpour_repair::{

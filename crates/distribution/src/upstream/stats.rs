@@ -9,7 +9,7 @@ use prometheus::{
     register_int_counter_vec_with_registry, register_int_counter_with_registry,
 };
 
-use crate::repair::report::ReportSeries;
+use crate::report_metrics::ReportSeries;
 use downpour_media::StreamKey;
 use downpour_repair::control::FATES;
 use downpour_repair::{control::StreamReport, fec, receiver::Stats, rtp::Ssrc};

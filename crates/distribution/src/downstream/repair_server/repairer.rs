@@ -20,10 +20,8 @@ use super::{
     heartbeat::{Beats, Listener},
 };
 use crate::{
-    origin::OriginStream,
-    repair::{
-        congestion::RepairControl, stream::STREAM_TIMEOUT, transport::SERVER_DATAGRAM_BUFFER,
-    },
+    congestion::RepairControl, control_stream::STREAM_TIMEOUT, downstream::outgoing::OriginStream,
+    transport::SERVER_DATAGRAM_BUFFER,
 };
 use downpour_repair::{
     bucket::TokenBucket,

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{BUDGET_AGE, Shared};
-use crate::repair::close;
+use crate::protocol::close;
 use downpour_repair::{
     bucket::TokenBucket,
     rtp::{Seq, Ssrc},

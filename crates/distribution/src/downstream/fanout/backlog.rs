@@ -78,9 +78,11 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::fanout::{
-        job::{Job, Share},
-        queue::Amount,
+    use crate::downstream::{
+        fanout::{
+            job::{Job, Share},
+            queue::Amount,
+        },
         routes::Target,
     };
     use downpour_repair::rtp::Ssrc;

@@ -25,8 +25,11 @@ use tokio_util::sync::CancellationToken;
 pub use metrics::RepairClientMetrics;
 
 use self::backoff::Backoff;
-use super::{Protocol, close, transport};
 use crate::tls::{ClientTls, TlsError, Trust};
+use crate::{
+    protocol::{Protocol, close},
+    transport,
+};
 use downpour_media::StreamPattern;
 use downpour_media::flv::Headers;
 use downpour_repair::rtp::{Seq, Ssrc};

@@ -12,8 +12,8 @@ use tokio::{
 use super::{
     Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
 };
-use crate::repair::{
-    stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
+use crate::{
+    control_stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
     transport::CLIENT_UNI_STREAMS,
 };
 use downpour_media::StreamPattern;

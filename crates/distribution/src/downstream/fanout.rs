@@ -10,7 +10,6 @@ mod outlet;
 mod pacer;
 mod port;
 mod queue;
-pub mod routes;
 mod sockets;
 mod worker;
 
@@ -27,11 +26,11 @@ use tokio_util::sync::CancellationToken;
 use self::{
     job::{Job, Share, Task, Workers},
     queue::{Amount, Queue},
-    routes::{Routes, Target},
     sockets::Ports,
     worker::Worker,
 };
-use crate::repair::server::GroupSender;
+use crate::downstream::repair_server::GroupSender;
+use crate::downstream::routes::{Routes, Target};
 use downpour_repair::rtp::Ssrc;
 use downpour_sys::udp::MulticastOut;
 

@@ -4,7 +4,7 @@ use std::{any::Any, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use super::routes::Target;
+use crate::downstream::routes::Target;
 use downpour_repair::rtp::{Burst, Ssrc};
 use downpour_sys::buffer::{Piece, Room};
 

@@ -1,12 +1,4 @@
-//! Recovery of lost packets: what was sent and is still held, what is missing and when to ask, and
-//! the QUIC connection over which edges ask.
-
-pub mod client;
-pub mod congestion;
-pub mod report;
-pub mod server;
-mod stream;
-pub mod transport;
+//! What the repair connection speaks, and the codes with which it closes.
 
 /// What the repair connection speaks, by ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,7 +16,7 @@ impl Protocol {
     }
 
     /// The same, where the handshake is still under way.
-    fn of_handshake(data: Box<dyn std::any::Any>) -> Option<Self> {
+    pub(crate) fn of_handshake(data: Box<dyn std::any::Any>) -> Option<Self> {
         let data = data.downcast::<quinn::crypto::rustls::HandshakeData>().ok()?;
         [Self::V0, Self::Downpour]
             .into_iter()

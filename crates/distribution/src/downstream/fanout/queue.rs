@@ -166,8 +166,8 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::fanout::{
-        job::{Job, Pace, Share},
+    use crate::downstream::{
+        fanout::job::{Job, Pace, Share},
         routes::Target,
     };
     use downpour_repair::rtp::Ssrc;
