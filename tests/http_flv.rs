@@ -10,7 +10,7 @@ use downpour::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
     },
-    metrics,
+    node::metrics,
 };
 use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
 use downpour_media::{

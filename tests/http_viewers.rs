@@ -10,7 +10,7 @@ use std::{
 use axum::Router;
 use downpour::{
     http::{HttpMetrics, HttpServer, ViewerSettings},
-    metrics,
+    node::metrics,
 };
 use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
 use downpour_media::flv::{FlvReader, Tag, TagKind};

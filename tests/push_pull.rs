@@ -13,8 +13,8 @@ use downpour::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
     },
-    metrics,
-    rtmp::server::{Server, ServerSettings},
+    node::metrics,
+    rtmp::listener::{Server, ServerSettings},
 };
 use downpour_hub::{
     self, Hub, LogLimits,

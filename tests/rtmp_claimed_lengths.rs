@@ -3,7 +3,7 @@
 
 mod rtmp_support;
 
-use downpour::rtmp::server::ServerSettings;
+use downpour::rtmp::listener::ServerSettings;
 use downpour_rtmp::chunk::VIDEO;
 use rtmp_support::*;
 

@@ -5,7 +5,7 @@ mod rtmp_support;
 
 use std::{net::TcpStream, time::Duration};
 
-use downpour::rtmp::{client::Publisher, server::ServerSettings};
+use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 use rtmp_support::*;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use downpour::rtmp::{client::Publisher, server::ServerSettings};
+use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 use downpour_media::{
     amf0::Value,
     flv::{Tag, TagKind},

@@ -4,7 +4,7 @@ mod rtmp_support;
 
 use std::{io::Write, net::TcpStream, time::Duration};
 
-use downpour::rtmp::server::ServerSettings;
+use downpour::rtmp::listener::ServerSettings;
 use downpour_media::amf0::Value;
 use rtmp_support::*;
 

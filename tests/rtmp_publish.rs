@@ -10,7 +10,7 @@ use std::{
 use bytes::BytesMut;
 use downpour::rtmp::{
     client::{ClientError, Publisher},
-    server::{Server, ServerSettings},
+    listener::{Server, ServerSettings},
 };
 use downpour_media::flv::{Tag, TagKind};
 use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};

@@ -7,7 +7,7 @@ use clap::Args;
 use super::{Failure, needs};
 use crate::{
     config::{self, CloudConfig, EdgeConfig, Role},
-    limits::{self, Needs, Readings},
+    node::limits::{self, Needs, Readings},
 };
 
 /// Say whether a configuration file is good, or what is wrong with it and where

@@ -19,8 +19,7 @@ use crate::{
     cloud::Cloud,
     config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
     edge::{Edge, EdgeAddrs},
-    logging,
-    node::StartError,
+    node::{StartError, logging},
 };
 use downpour_distribution::upstream::stats::{IntakeMetrics, StreamStats};
 use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};

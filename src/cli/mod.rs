@@ -22,9 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::ConfigError,
-    limits::Readings,
-    logging::LogError,
-    node::{StartError, TaskEnded},
+    node::{StartError, TaskEnded, limits::Readings, logging::LogError},
 };
 
 /// Live video from one cloud node to many edge nodes: RTMP in, RTP over UDP between with lost

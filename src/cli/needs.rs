@@ -3,7 +3,7 @@
 use crate::{
     config::{CloudConfig, EdgeConfig},
     http::CONNECTIONS_BESIDE_VIEWERS,
-    limits::Needs,
+    node::limits::Needs,
 };
 use downpour_distribution::downstream::fanout;
 

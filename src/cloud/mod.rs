@@ -19,10 +19,12 @@ use crate::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, CloudState},
     },
-    metrics,
-    node::{StartError, TaskEnded, Tasks, listen, resolve},
+    node::{StartError, TaskEnded, Tasks, listen, metrics, resolve},
     record::{RecordMetrics, Recorder},
-    rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
+    rtmp::{
+        ServerMetrics as RtmpMetrics,
+        listener::{Server as RtmpServer, ServerSettings},
+    },
 };
 use downpour_distribution::downstream::subscribers::{ProbeMetrics, Subscribers};
 use downpour_distribution::{

@@ -15,8 +15,7 @@ use crate::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, EdgeState},
     },
-    metrics,
-    node::{self, StartError, TaskEnded, Tasks},
+    node::{self, StartError, TaskEnded, Tasks, metrics},
     record::{RecordMetrics, Recorder},
 };
 use downpour_distribution::upstream::ingress::{self, Cloud, Connect, Ingress};

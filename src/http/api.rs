@@ -21,7 +21,7 @@ use axum::{
 use prometheus::Registry;
 use serde::{Deserialize, Serialize};
 
-use crate::metrics;
+use crate::node::metrics;
 use downpour_distribution::downstream::{
     edges::{EdgeInfo, Edges},
     outgoing::Origin,

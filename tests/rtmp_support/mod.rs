@@ -12,7 +12,10 @@ use std::{
 };
 
 use bytes::BytesMut;
-use downpour::rtmp::server::{Server, ServerMetrics, ServerSettings};
+use downpour::rtmp::{
+    ServerMetrics,
+    listener::{Server, ServerSettings},
+};
 use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
 use downpour_media::{
     StreamKey,

@@ -20,13 +20,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    ServerMetrics, ServerSettings,
+    ServerMetrics,
     alarm::Alarm,
     metrics::{
         REFUSED_ALREADY_LIVE, REFUSED_FULL, REFUSED_NAME, REFUSED_NOT_CONNECTED, REFUSED_PLAY,
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
     },
 };
+use crate::rtmp::listener::ServerSettings;
 use crate::rtmp::socket;
 use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
 use downpour_media::StreamKey;

@@ -1,5 +1,9 @@
 //! What both roles do the same way: bind addresses, fail with the setting's name, run tasks.
 
+pub mod limits;
+pub mod logging;
+pub mod metrics;
+
 use std::{fmt::Display, future::Future, io, net::SocketAddr};
 
 use tokio::{
@@ -8,7 +12,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::ListenAddr, limits};
+use crate::config::ListenAddr;
 
 /// Why a node cannot start: the setting at fault, and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

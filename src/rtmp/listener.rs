@@ -1,10 +1,5 @@
 //! The RTMP server: takes encoders' connections and hands their tags to the node.
 
-mod alarm;
-mod connection;
-mod metrics;
-mod shards;
-
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use prometheus::Registry;
@@ -16,10 +11,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-pub use metrics::ServerMetrics;
+pub use super::metrics::ServerMetrics;
 
-use self::{connection::Connection, metrics::REFUSED_CONNECTIONS, shards::Shards};
-use crate::limits;
+use crate::node::limits;
+use crate::{
+    net::shards::Shards,
+    rtmp::{connection::Connection, metrics::REFUSED_CONNECTIONS},
+};
 use downpour_hub::admission::PublishHandler;
 use downpour_media::flv::Tag;
 
