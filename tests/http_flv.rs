@@ -12,7 +12,7 @@ use downpour::{
     },
     node::metrics,
 };
-use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
+use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
 use downpour_media::{
     StreamKey,
     flv::{FlvReader, Tag, TagKind},
@@ -77,7 +77,7 @@ async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again
 #[tokio::test]
 async fn a_slow_viewer_skips_to_key_frames_and_holds_nobody_up() {
     let settings = ViewerSettings {
-        backlog: Backlog { max_ms: 1_000, max_bytes: u64::MAX },
+        backlog: MaxLag { max_ms: 1_000, max_bytes: u64::MAX },
         send_buffer: Some(16 * 1024),
         ..settings()
     };

@@ -12,7 +12,7 @@ use downpour::{
     http::{HttpMetrics, HttpServer, ViewerSettings},
     node::metrics,
 };
-use downpour_hub::{Backlog, Hub, LogLimits, Publisher};
+use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -39,7 +39,7 @@ async fn and_so_they_do_where_writes_are_merged() {
 /// while the source goes on.
 async fn every_speed(settings: ViewerSettings, seed: u64) {
     let settings = ViewerSettings {
-        backlog: Backlog { max_ms: 2_000, max_bytes: u64::MAX },
+        backlog: MaxLag { max_ms: 2_000, max_bytes: u64::MAX },
         send_buffer: Some(8 * 1024),
         ..settings
     };

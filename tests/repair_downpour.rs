@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use downpour_distribution::{
     downstream::{
-        outgoing::Origin,
+        outgoing::OutgoingStreams,
         repair_server::{
             EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics,
             RepairServerSettings,
@@ -565,13 +565,13 @@ async fn edges_are_admitted_and_followed() {
     let server = RepairServer::bind(
         "127.0.0.1:0".parse().unwrap(),
         &identity,
-        Origin::new(),
+        OutgoingStreams::new(),
         settings,
         metrics.clone(),
     )
     .unwrap()
     .with_handler(Arc::new(doorman.clone()));
-    let cloud = Cloud::run(server, Origin::new(), identity, metrics);
+    let cloud = Cloud::run(server, OutgoingStreams::new(), identity, metrics);
 
     let settings = edge_settings(cloud.addr);
     for token in [None, Some("Secret".to_owned())] {
@@ -687,7 +687,8 @@ async fn trust_on_first_use_refuses_a_changed_certificate() {
 
     let identity = Arc::new(Identity::generate().unwrap());
     let _cloud =
-        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
+        Cloud::restart_at(addr, identity, OutgoingStreams::new(), RepairServerSettings::default())
+            .await;
     let refusal = edge
         .wait(|event| match event {
             RepairEvent::Disconnected { reason } if reason.contains("changed") => Some(reason),
@@ -709,7 +710,8 @@ async fn an_authority_vouches_for_the_host_name() {
     let paths = ["cert.pem", "key.pem"].map(|name| dir.path().join(name));
     let identity = Arc::new(Identity::load_or_create(&paths[0], &paths[1]).unwrap());
     let addr = "127.0.0.1:0".parse().unwrap();
-    let cloud = Cloud::start_at(addr, identity, Origin::new(), RepairServerSettings::default());
+    let cloud =
+        Cloud::start_at(addr, identity, OutgoingStreams::new(), RepairServerSettings::default());
     let settings = |host: &str, ca: &Path| RepairClientSettings {
         cloud: format!("{host}:{}", cloud.addr.port()),
         trust: Trust::Ca(ca.into()),

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use downpour_distribution::{
     downstream::{
-        outgoing::Origin,
+        outgoing::OutgoingStreams,
         repair_server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::Identity,
@@ -39,7 +39,7 @@ impl GroupSender for Sent {
 fn start(sent: &Arc<Sent>) -> Cloud {
     let identity = Arc::new(Identity::generate().unwrap());
     let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
-    let origin = Origin::new();
+    let origin = OutgoingStreams::new();
     let server = RepairServer::bind(
         "127.0.0.1:0".parse().unwrap(),
         &identity,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use downpour_distribution::{
-    downstream::{outgoing::Origin, repair_server::RepairServerSettings},
+    downstream::{outgoing::OutgoingStreams, repair_server::RepairServerSettings},
     tls::{Identity, Trust},
     upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
@@ -148,7 +148,8 @@ async fn a_changed_certificate_is_refused_though_there_was_a_session() {
     edge.disconnected().await;
     let identity = Arc::new(Identity::generate().unwrap());
     let cloud =
-        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
+        Cloud::restart_at(addr, identity, OutgoingStreams::new(), RepairServerSettings::default())
+            .await;
     let refusal = edge
         .wait(|event| match event {
             RepairEvent::Disconnected { reason } if reason.contains("is pinned") => Some(reason),

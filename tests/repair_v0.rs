@@ -6,7 +6,7 @@ mod repair_support;
 use std::time::Duration;
 
 use downpour_distribution::{
-    downstream::{outgoing::Origin, repair_server::RepairServerSettings},
+    downstream::{outgoing::OutgoingStreams, repair_server::RepairServerSettings},
     protocol::Protocol,
     tls::Identity,
     upstream::repair_client::{ProtocolChoice, RepairClientSettings, RepairEvent},
@@ -358,7 +358,7 @@ struct OldCloud {
 }
 
 impl OldCloud {
-    fn start(origin: Origin) -> Self {
+    fn start(origin: OutgoingStreams) -> Self {
         let config = Identity::generate().unwrap().server_config(&[b"quic-echo-server"]).unwrap();
         let endpoint = quinn::Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
         let (seen, requests) = mpsc::unbounded_channel();
@@ -375,7 +375,7 @@ impl OldCloud {
 
 async fn serve_old(
     connection: Connection,
-    origin: Origin,
+    origin: OutgoingStreams,
     seen: mpsc::UnboundedSender<Result<(u32, u16), &'static str>>,
 ) {
     let (mut data, _data_recv) = connection.open_bi().await.unwrap();
@@ -410,7 +410,7 @@ async fn serve_old(
 
 #[tokio::test]
 async fn our_edge_is_gentle_with_an_existing_cloud() {
-    let origin = Origin::new();
+    let origin = OutgoingStreams::new();
     let mut feed = Feed::start(&origin, "live/a", 7);
     let seqs = feed.push(300);
     let mut cloud = OldCloud::start(origin);

@@ -7,7 +7,7 @@ use std::{
 
 use downpour_distribution::{
     downstream::{
-        outgoing::Origin,
+        outgoing::OutgoingStreams,
         repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::Identity,
@@ -29,7 +29,11 @@ impl Repair {
     }
 
     /// Answers for the streams of `origin` until `shutdown`; tells where.
-    pub fn serve(&self, origin: &Origin, shutdown: CancellationToken) -> io::Result<SocketAddr> {
+    pub fn serve(
+        &self,
+        origin: &OutgoingStreams,
+        shutdown: CancellationToken,
+    ) -> io::Result<SocketAddr> {
         let _inside = self.runtime.enter();
         let metrics = RepairServerMetrics::register(&prometheus::Registry::new())
             .map_err(io::Error::other)?;

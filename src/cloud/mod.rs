@@ -32,7 +32,7 @@ use downpour_distribution::{
     downstream::{
         edges::{Edges, metrics::ReportCollector},
         fanout::{self, Fanout, FanoutMetrics, OnDatagrams},
-        outgoing::Origin,
+        outgoing::OutgoingStreams,
         repair_server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
         routes::{FixedTarget, Routes},
     },
@@ -87,7 +87,7 @@ impl Cloud {
             },
             false => LogLimits { max_bytes: 0, max_age: 0 },
         });
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let registry = metrics::registry(hub.clone(), Some(origin.clone()))?;
 
         let rtmp_addr = resolve("rtmp_addr", &config.rtmp_addr)?;

@@ -18,11 +18,11 @@ use crate::{
     node::{self, StartError, TaskEnded, Tasks, metrics},
     record::{RecordMetrics, Recorder},
 };
-use downpour_distribution::upstream::ingress::{self, Cloud, Connect, Ingress};
-use downpour_distribution::upstream::intake::{self, Intake};
+use downpour_distribution::upstream::ingress::{self, Cloud, Connect, Upstream};
+use downpour_distribution::upstream::intake::{self, Streams};
 use downpour_distribution::upstream::prober::ProbeMetrics;
 use downpour_distribution::upstream::socket::RtpSocket;
-use downpour_distribution::upstream::stats::IntakeMetrics;
+use downpour_distribution::upstream::stats::ReceiveMetrics;
 use downpour_distribution::{
     address::Destination,
     protocol::Protocol,
@@ -37,11 +37,11 @@ use downpour_sys::udp;
 
 /// An edge node whose addresses are bound and that is ready to run.
 pub struct Edge {
-    ingress: Ingress,
+    ingress: Upstream,
     http: HttpServer,
     recorder: Option<Recorder>,
     addrs: EdgeAddrs,
-    metrics: IntakeMetrics,
+    metrics: ReceiveMetrics,
     grace: Duration,
 }
 
@@ -67,7 +67,7 @@ impl Edge {
             max_age: config.gop_cache_max_ms,
         });
         let registry = metrics::registry(hub.clone(), None)?;
-        let intake_metrics = IntakeMetrics::register(&registry)?;
+        let intake_metrics = ReceiveMetrics::register(&registry)?;
 
         let bind = |key, addr: &ListenAddr| {
             let addr = node::resolve(key, addr)?;
@@ -100,7 +100,7 @@ impl Edge {
         let recorder =
             config.enable_record.then(|| Recorder::new(&config.record_dir, record_metrics));
         let on_start = recorder.clone();
-        let intake = Intake::new(
+        let intake = Streams::new(
             intake::Settings {
                 receiver: receiver::Settings {
                     latency: Duration::from_millis(config.latency_ms),
@@ -136,7 +136,7 @@ impl Edge {
         };
         let probe_metrics = ProbeMetrics::register(&registry)?;
         let ingress =
-            Ingress::new(sockets, parity, settings, intake, intake_metrics.clone(), probe_metrics);
+            Upstream::new(sockets, parity, settings, intake, intake_metrics.clone(), probe_metrics);
         let http = viewers(config, listener, hub, registry)?;
         Ok(Self {
             ingress,
@@ -154,7 +154,7 @@ impl Edge {
     }
 
     /// Its counters, which go on counting when it runs.
-    pub fn metrics(&self) -> IntakeMetrics {
+    pub fn metrics(&self) -> ReceiveMetrics {
         self.metrics.clone()
     }
 

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::node::metrics;
 use downpour_distribution::downstream::{
     edges::{EdgeInfo, Edges},
-    outgoing::Origin,
+    outgoing::OutgoingStreams,
 };
 use downpour_hub::Hub;
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
@@ -35,7 +35,7 @@ pub struct CloudState {
     /// The streams that are published.
     pub hub: Hub,
     /// The streams that are sent to edges.
-    pub origin: Origin,
+    pub origin: OutgoingStreams,
     /// The edges that are connected.
     pub edges: Edges,
     /// What `/metrics` tells.
@@ -276,7 +276,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use downpour_distribution::downstream::{edges::StreamInfo, outgoing::OriginStream};
+    use downpour_distribution::downstream::{edges::StreamInfo, outgoing::OutgoingStream};
     use downpour_hub::LogLimits;
     use downpour_media::flv::{Tag, TagKind};
     use downpour_repair::{control::StreamReport, history::History, paths::PathState, rtp::Ssrc};
@@ -284,7 +284,7 @@ mod tests {
     #[tokio::test]
     async fn live_stat_is_wire_v0() {
         let hub = hub();
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let router = cloud_router(CloudState {
             hub: hub.clone(),
             origin: origin.clone(),
@@ -301,7 +301,7 @@ mod tests {
         let mut publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
         publisher.push(Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0]).unwrap());
         let history = History::new(10, Duration::from_secs(1));
-        let stream = Arc::new(OriginStream::new(
+        let stream = Arc::new(OutgoingStream::new(
             publisher.stream().key().clone(),
             Ssrc(0x89ab_cdef),
             1_700_000_000_000,
@@ -333,7 +333,7 @@ mod tests {
 
     #[tokio::test]
     async fn edges_are_listed_with_all_that_they_told() {
-        let (hub, origin, edges) = (hub(), Origin::new(), Edges::default());
+        let (hub, origin, edges) = (hub(), OutgoingStreams::new(), Edges::default());
         let router = cloud_router(CloudState {
             hub: hub.clone(),
             origin: origin.clone(),

@@ -1,7 +1,7 @@
 //! What the settings need of the machine, and what to type where it gives less.
 //!
-//! [`Needs`] come from the settings and [`Readings`] from the machine; what does not fit is a
-//! [`Finding`], which is told in the log at start and by `downpour check`.
+//! [`Requirements`] come from the settings and [`SystemLimits`] from the machine; what does not fit is a
+//! [`Advice`], which is told in the log at start and by `downpour check`.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ pub use downpour_sys::rlimit::{Descriptors, raise_descriptors};
 
 /// What a node may come to need under its settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Needs {
+pub struct Requirements {
     /// File descriptors, and the settings that they are for.
     pub descriptors: (u64, &'static str),
     /// TCP connections at one time, and the setting that says so.
@@ -26,7 +26,7 @@ pub struct Needs {
 
 /// What the machine allows; `None` where it does not say, as in a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Readings {
+pub struct SystemLimits {
     /// `RLIMIT_NOFILE` of this process.
     pub descriptors: Option<Descriptors>,
     /// `fs.nr_open`: the most that `RLIMIT_NOFILE` can be.
@@ -48,7 +48,7 @@ pub struct Readings {
     pub page: u64,
 }
 
-impl Readings {
+impl SystemLimits {
     /// Those of this machine and this process.
     pub fn take() -> Self {
         let read = |name: &str| {
@@ -73,9 +73,9 @@ impl Readings {
 
 /// One thing that the machine gives too little of: what that leads to, and what to type.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding(String);
+pub struct Advice(String);
 
-impl Finding {
+impl Advice {
     /// The kernel gives UDP sockets smaller buffers than were asked for. `sysctl` is the setting
     /// that bounds them.
     pub fn small_buffer(sysctl: &str, wanted: u64, granted: u64) -> Self {
@@ -83,7 +83,7 @@ impl Finding {
     }
 }
 
-impl fmt::Display for Finding {
+impl fmt::Display for Advice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -91,15 +91,15 @@ impl fmt::Display for Finding {
 
 /// Raises this process's limit of file descriptors to what is needed, as far as it may, and gives
 /// what is too small all the same. Binding a socket tells its buffers itself.
-pub fn prepare(needs: &Needs) -> Vec<Finding> {
+pub fn prepare(needs: &Requirements) -> Vec<Advice> {
     if let Err(error) = raise_descriptors(needs.descriptors.0) {
         tracing::warn!(%error, "the limit of file descriptors cannot be raised");
     }
-    findings(needs, &Readings::take())
+    advice(needs, &SystemLimits::take())
 }
 
 /// What is too small, but for the buffers of sockets.
-pub fn findings(needs: &Needs, readings: &Readings) -> Vec<Finding> {
+pub fn advice(needs: &Requirements, readings: &SystemLimits) -> Vec<Advice> {
     [
         too_few_descriptors(needs, readings),
         short_backlog(needs, readings),
@@ -113,7 +113,7 @@ pub fn findings(needs: &Needs, readings: &Readings) -> Vec<Finding> {
 }
 
 /// Buffers of sockets that will be smaller than the settings ask.
-pub fn small_buffers(needs: &Needs, readings: &Readings) -> Vec<Finding> {
+pub fn small_buffers(needs: &Requirements, readings: &SystemLimits) -> Vec<Advice> {
     [
         ("net.core.rmem_max", needs.receive_buffer, readings.rmem_max),
         ("net.core.wmem_max", needs.send_buffer, readings.wmem_max),
@@ -121,7 +121,7 @@ pub fn small_buffers(needs: &Needs, readings: &Readings) -> Vec<Finding> {
     .into_iter()
     .filter_map(|(sysctl, wanted, most)| {
         let (wanted, most) = (wanted?, most?);
-        (most < wanted).then(|| Finding::small_buffer(sysctl, wanted, most))
+        (most < wanted).then(|| Advice::small_buffer(sysctl, wanted, most))
     })
     .collect()
 }
@@ -136,7 +136,7 @@ pub fn backlog(connections: usize) -> u32 {
     u32::try_from(part).unwrap_or(u32::MAX)
 }
 
-fn too_few_descriptors(needs: &Needs, readings: &Readings) -> Option<Finding> {
+fn too_few_descriptors(needs: &Requirements, readings: &SystemLimits) -> Option<Advice> {
     let (needed, settings) = needs.descriptors;
     let hard = readings.descriptors?.hard;
     if needed <= hard {
@@ -147,19 +147,19 @@ fn too_few_descriptors(needs: &Needs, readings: &Readings) -> Option<Finding> {
         .nr_open
         .filter(|most| *most < needed)
         .map_or_else(String::new, |_| format!("sysctl -w fs.nr_open={needed}, then "));
-    Some(Finding(format!(
+    Some(Advice(format!(
         "{needed} file descriptors may be needed ({settings}) and this process may have {hard}: \
          connections over that will fail; run: {first}ulimit -n {needed} (systemd: \
          LimitNOFILE={needed}, supervisord: minfds={needed})"
     )))
 }
 
-fn short_backlog(needs: &Needs, readings: &Readings) -> Option<Finding> {
+fn short_backlog(needs: &Requirements, readings: &SystemLimits) -> Option<Advice> {
     let (connections, setting) = needs.connections;
     let wanted = u64::from(backlog(usize::try_from(connections).unwrap_or(usize::MAX)));
     let most = readings.somaxconn?;
     (most < wanted).then(|| {
-        Finding(format!(
+        Advice(format!(
             "{most} connections may wait to be accepted, and {wanted} of those that {setting} \
              allows may come at once: the others come a second late; run: sysctl -w \
              net.core.somaxconn={wanted}"
@@ -168,12 +168,12 @@ fn short_backlog(needs: &Needs, readings: &Readings) -> Option<Finding> {
 }
 
 /// One stream in [`FRAMES_PER_KEY_FRAME`] sends a key frame in the same frame time as another.
-fn short_input_queue(needs: &Needs, readings: &Readings) -> Option<Finding> {
+fn short_input_queue(needs: &Requirements, readings: &SystemLimits) -> Option<Advice> {
     let streams = needs.streams_in;
     let wanted = streams.saturating_mul(KEY_FRAME_PACKETS) / FRAMES_PER_KEY_FRAME;
     let most = readings.netdev_max_backlog?;
     (most < wanted).then(|| {
-        Finding(format!(
+        Advice(format!(
             "{most} packets may wait for a processor, and the key frames of {streams} streams \
              (max_streams) may bring {wanted} at once: they may be dropped; run: sysctl -w \
              net.core.netdev_max_backlog={wanted}"
@@ -181,13 +181,13 @@ fn short_input_queue(needs: &Needs, readings: &Readings) -> Option<Finding> {
     })
 }
 
-fn little_tcp_memory(needs: &Needs, readings: &Readings) -> Option<Finding> {
+fn little_tcp_memory(needs: &Requirements, readings: &SystemLimits) -> Option<Advice> {
     let (connections, setting) = needs.connections;
     let wanted = connections.saturating_mul(CONNECTION_BYTES).div_ceil(readings.page.max(1));
     let [_, pressure, _] = readings.tcp_mem?;
     (pressure < wanted).then(|| {
         let bytes = pressure.saturating_mul(readings.page) >> 20;
-        Finding(format!(
+        Advice(format!(
             "the kernel makes TCP's buffers small from {bytes} MiB on, and the connections that \
              {setting} allows may take {} MiB: viewers may stall; run: sysctl -w \
              net.ipv4.tcp_mem='{}'",
@@ -197,13 +197,13 @@ fn little_tcp_memory(needs: &Needs, readings: &Readings) -> Option<Finding> {
     })
 }
 
-fn little_udp_memory(needs: &Needs, readings: &Readings) -> Option<Finding> {
+fn little_udp_memory(needs: &Requirements, readings: &SystemLimits) -> Option<Advice> {
     // Linux doubles what is asked, for its own bookkeeping (socket(7)), and counts that.
     let bytes = needs.receive_buffer?.saturating_mul(2).saturating_mul(needs.receivers);
     let wanted = bytes.div_ceil(readings.page.max(1));
     let [.., most] = readings.udp_mem?;
     (most < wanted).then(|| {
-        Finding(format!(
+        Advice(format!(
             "all UDP sockets together may hold {} MiB, and udp_recv_buffer asks for {} MiB: bursts \
              may be dropped; run: sysctl -w net.ipv4.udp_mem='{}'",
             most.saturating_mul(readings.page) >> 20,
@@ -237,8 +237,8 @@ mod tests {
     use super::*;
 
     /// As a Debian of 4 GiB comes.
-    fn debian() -> Readings {
-        Readings {
+    fn debian() -> SystemLimits {
+        SystemLimits {
             descriptors: Some(Descriptors { soft: 1024, hard: 524_288 }),
             nr_open: Some(1_048_576),
             rmem_max: Some(212_992),
@@ -252,8 +252,8 @@ mod tests {
     }
 
     /// A cloud's by default.
-    fn cloud() -> Needs {
-        Needs {
+    fn cloud() -> Requirements {
+        Requirements {
             descriptors: (9316, "rtmp_max_connections"),
             connections: (8192, "rtmp_max_connections"),
             receive_buffer: None,
@@ -264,8 +264,8 @@ mod tests {
     }
 
     /// An edge's by default, for so many viewers.
-    fn edge(viewers: u64) -> Needs {
-        Needs {
+    fn edge(viewers: u64) -> Requirements {
+        Requirements {
             descriptors: (viewers + 1124, "max_viewers"),
             connections: (viewers, "max_viewers"),
             receive_buffer: Some(8 << 20),
@@ -275,15 +275,15 @@ mod tests {
         }
     }
 
-    fn told(needs: &Needs, readings: &Readings) -> Vec<String> {
-        findings(needs, readings).iter().map(ToString::to_string).collect()
+    fn told(needs: &Requirements, readings: &SystemLimits) -> Vec<String> {
+        advice(needs, readings).iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn the_defaults_fit_a_usual_machine_but_for_the_buffers() {
         assert_eq!(told(&cloud(), &debian()), [""; 0]);
         assert_eq!(told(&edge(10_000), &debian()), [""; 0]);
-        let lines = |needs: &Needs| {
+        let lines = |needs: &Requirements| {
             let buffers = small_buffers(needs, &debian());
             buffers.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn too_low_a_hard_limit_is_told_with_all_three_lines_to_type() {
         let readings =
-            Readings { descriptors: Some(Descriptors { soft: 1024, hard: 4096 }), ..debian() };
+            SystemLimits { descriptors: Some(Descriptors { soft: 1024, hard: 4096 }), ..debian() };
         assert_eq!(
             told(&edge(5000), &readings),
             ["6124 file descriptors may be needed (max_viewers) and this process may have 4096: \
@@ -309,13 +309,13 @@ mod tests {
         );
         // The soft limit is raised, so that it does not matter.
         let readings =
-            Readings { descriptors: Some(Descriptors { soft: 64, hard: 6124 }), ..readings };
+            SystemLimits { descriptors: Some(Descriptors { soft: 64, hard: 6124 }), ..readings };
         assert_eq!(told(&edge(5000), &readings), [""; 0]);
     }
 
     #[test]
     fn a_limit_over_the_kernels_own_is_raised_first() {
-        let needs = Needs { descriptors: (1_101_124, "max_viewers"), ..edge(10_000) };
+        let needs = Requirements { descriptors: (1_101_124, "max_viewers"), ..edge(10_000) };
         let lines = told(&needs, &debian());
         let expected = "run: sysctl -w fs.nr_open=1101124, then ulimit -n 1101124 (systemd: ";
         assert!(lines[0].contains(expected), "{lines:?}");
@@ -323,7 +323,8 @@ mod tests {
 
     #[test]
     fn queues_and_memory_are_measured_by_the_settings() {
-        let needs = Needs { receive_buffer: Some(512 << 20), streams_in: 2000, ..edge(20_000) };
+        let needs =
+            Requirements { receive_buffer: Some(512 << 20), streams_in: 2000, ..edge(20_000) };
         let lines = told(&needs, &debian());
         let ends = [
             "sysctl -w net.core.somaxconn=5000",
@@ -336,7 +337,7 @@ mod tests {
             assert!(line.ends_with(end), "{line}");
         }
         // What is typed is enough.
-        let readings = Readings {
+        let readings = SystemLimits {
             somaxconn: Some(5000),
             netdev_max_backlog: Some(1800),
             tcp_mem: Some([60_000, 80_000, 120_000]),
@@ -349,8 +350,8 @@ mod tests {
     #[test]
     fn a_machine_that_tells_nothing_is_not_judged() {
         let needs = edge(1_000_000);
-        assert_eq!(findings(&needs, &Readings::default()), []);
-        assert_eq!(small_buffers(&needs, &Readings::default()), []);
+        assert_eq!(advice(&needs, &SystemLimits::default()), []);
+        assert_eq!(small_buffers(&needs, &SystemLimits::default()), []);
     }
 
     #[test]
@@ -363,7 +364,7 @@ mod tests {
 
     #[test]
     fn this_machine_tells_its_limits() {
-        let readings = Readings::take();
+        let readings = SystemLimits::take();
         let descriptors = readings.descriptors.expect("no limit of descriptors");
         assert!(descriptors.soft <= descriptors.hard);
         assert!(readings.page.is_power_of_two());

@@ -9,14 +9,14 @@ use prometheus::{
     proto::MetricFamily,
 };
 
-use downpour_distribution::downstream::outgoing::{Origin, OriginStream};
+use downpour_distribution::downstream::outgoing::{OutgoingStream, OutgoingStreams};
 use downpour_hub::{Hub, Stream};
 
 /// A registry with the process's metrics, the build, and those of each stream that is live.
 ///
 /// # Errors
 /// None in practice: the names are distinct.
-pub fn registry(hub: Hub, origin: Option<Origin>) -> prometheus::Result<Registry> {
+pub fn registry(hub: Hub, origin: Option<OutgoingStreams>) -> prometheus::Result<Registry> {
     let registry = Registry::new();
     registry.register(Box::new(ProcessCollector::for_self()))?;
     let build = IntGauge::with_opts(
@@ -43,7 +43,7 @@ pub fn encode(registry: &Registry) -> prometheus::Result<String> {
 /// The label `stream` has as many values as streams are live.
 pub struct StreamCollector {
     hub: Hub,
-    origin: Option<Origin>,
+    origin: Option<OutgoingStreams>,
     descs: Vec<Desc>,
 }
 
@@ -52,7 +52,7 @@ impl StreamCollector {
     ///
     /// # Errors
     /// None in practice: the names are valid.
-    pub fn new(hub: Hub, origin: Option<Origin>) -> prometheus::Result<Self> {
+    pub fn new(hub: Hub, origin: Option<OutgoingStreams>) -> prometheus::Result<Self> {
         let describe = |families: &[&dyn Collector]| -> Vec<Desc> {
             families.iter().flat_map(|family| family.desc()).cloned().collect()
         };
@@ -201,7 +201,7 @@ impl OriginFamilies {
         })
     }
 
-    fn add(&self, stream: &OriginStream) {
+    fn add(&self, stream: &OutgoingStream) {
         let key = &[stream.key().as_str()];
         let (packets, bytes) = stream.pushed();
         self.packets.with_label_values(key).inc_by(packets);
@@ -260,14 +260,14 @@ mod tests {
     #[test]
     fn a_streams_series_come_and_go_with_it() {
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let registry = registry(hub.clone(), Some(origin.clone())).unwrap();
         let key: StreamKey = "live/movie".parse().unwrap();
         let mut publisher = hub.publish(key.clone()).unwrap();
         publisher.push(Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0]).unwrap());
         let viewer = publisher.stream().viewer();
         let history = History::new(100, Duration::from_secs(1));
-        let stream = std::sync::Arc::new(OriginStream::new(key, Ssrc(7), 0, history));
+        let stream = std::sync::Arc::new(OutgoingStream::new(key, Ssrc(7), 0, history));
         stream.repairs.asked.fetch_add(3, Ordering::Relaxed);
         origin.insert(stream.clone());
 

@@ -8,12 +8,12 @@ use std::{
     task::{Context, Wake, Waker},
 };
 
-/// Tells whether one of the futures that are polled with [`Alarm::waker`] has woken the task.
+/// Tells whether one of the futures that are polled with [`LazyPoll::waker`] has woken the task.
 ///
 /// A connection is woken for each message, and a kick or a timeout comes once in its life: as it is,
 /// their futures stay unpolled, and their memory untouched, until they have something to say. All of
 /// it must be polled by one and the same task.
-pub struct Alarm {
+pub struct LazyPoll {
     shared: Arc<Shared>,
     waker: Waker,
 }
@@ -23,7 +23,7 @@ struct Shared {
     task: Mutex<Option<Waker>>,
 }
 
-impl Alarm {
+impl LazyPoll {
     /// One that has been rung: futures are polled once to begin with.
     pub fn new() -> Self {
         let shared = Arc::new(Shared { rung: AtomicBool::new(true), task: Mutex::default() });
@@ -78,7 +78,7 @@ mod tests {
     #[tokio::test]
     async fn what_has_nothing_to_say_is_polled_once() {
         let token = CancellationToken::new();
-        let (alarm, mut polls) = (Alarm::new(), 0);
+        let (alarm, mut polls) = (LazyPoll::new(), 0);
         let mut cancelled = pin!(token.cancelled());
         let mut look = async |wakes: u32| {
             let mut left = wakes;

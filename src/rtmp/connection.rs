@@ -21,7 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     ServerMetrics,
-    alarm::Alarm,
+    alarm::LazyPoll,
     metrics::{
         REFUSED_ALREADY_LIVE, REFUSED_FULL, REFUSED_NAME, REFUSED_NOT_CONNECTED, REFUSED_PLAY,
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
@@ -38,7 +38,7 @@ use downpour_rtmp::session::{
 
 pub struct Connection {
     stream: TcpStream,
-    intake: Intake,
+    intake: ConnectionState,
 }
 
 impl Connection {
@@ -58,7 +58,7 @@ impl Connection {
         let now = Instant::now();
         Self {
             stream,
-            intake: Intake {
+            intake: ConnectionState {
                 session: ServerSession::new(session, rand::random()),
                 publication: None,
                 last_key: None,
@@ -111,7 +111,7 @@ impl Connection {
         // Set again only when it fires, not at each read.
         let mut due = intake.deadline();
         let mut timer = pin!(time::sleep_until(due));
-        let alarm = Alarm::new();
+        let alarm = LazyPoll::new();
         loop {
             let wake = poll_fn(|cx| {
                 let rung = alarm.take(cx);
@@ -198,7 +198,7 @@ enum Wake {
 }
 
 /// Everything about a connection but its socket.
-struct Intake {
+struct ConnectionState {
     session: ServerSession,
     publication: Option<Box<dyn Publication>>,
     /// What is or was last published, for the log.
@@ -221,7 +221,7 @@ struct Intake {
     counted: bool,
 }
 
-impl Intake {
+impl ConnectionState {
     /// Works on what came. `Some` closes the connection.
     fn take(&mut self, mut bytes: &[u8]) -> Result<Option<Close>, SessionError> {
         self.last_read = Instant::now();
@@ -333,7 +333,7 @@ impl Intake {
     }
 }
 
-impl Drop for Intake {
+impl Drop for ConnectionState {
     fn drop(&mut self) {
         self.metrics.connections.dec();
         if !self.counted {

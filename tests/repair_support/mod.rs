@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use downpour_distribution::{
     downstream::{
-        outgoing::{Origin, OriginStream},
+        outgoing::{OutgoingStream, OutgoingStreams},
         repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::{ClientTls, Identity, Trust},
@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 pub struct Cloud {
     pub addr: SocketAddr,
-    pub origin: Origin,
+    pub origin: OutgoingStreams,
     pub identity: Arc<Identity>,
     pub metrics: RepairServerMetrics,
     shutdown: CancellationToken,
@@ -44,13 +44,13 @@ impl Cloud {
 
     pub fn start_with(settings: RepairServerSettings) -> Self {
         let identity = Arc::new(Identity::generate().unwrap());
-        Self::start_at("127.0.0.1:0".parse().unwrap(), identity, Origin::new(), settings)
+        Self::start_at("127.0.0.1:0".parse().unwrap(), identity, OutgoingStreams::new(), settings)
     }
 
     pub fn start_at(
         addr: SocketAddr,
         identity: Arc<Identity>,
-        origin: Origin,
+        origin: OutgoingStreams,
         settings: RepairServerSettings,
     ) -> Self {
         let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
@@ -63,7 +63,7 @@ impl Cloud {
     pub async fn restart_at(
         addr: SocketAddr,
         identity: Arc<Identity>,
-        origin: Origin,
+        origin: OutgoingStreams,
         settings: RepairServerSettings,
     ) -> Self {
         within(async {
@@ -82,7 +82,7 @@ impl Cloud {
 
     pub fn run(
         server: RepairServer,
-        origin: Origin,
+        origin: OutgoingStreams,
         identity: Arc<Identity>,
         metrics: RepairServerMetrics,
     ) -> Self {
@@ -100,14 +100,14 @@ impl Cloud {
 
 /// A stream that is published by hand.
 pub struct Feed {
-    pub stream: Arc<OriginStream>,
+    pub stream: Arc<OutgoingStream>,
     packetizer: Packetizer,
 }
 
 impl Feed {
-    pub fn start(origin: &Origin, key: &str, ssrc: u32) -> Self {
+    pub fn start(origin: &OutgoingStreams, key: &str, ssrc: u32) -> Self {
         let history = History::new(5000, Duration::from_secs(60));
-        let stream = Arc::new(OriginStream::new(key.parse().unwrap(), Ssrc(ssrc), 1234, history));
+        let stream = Arc::new(OutgoingStream::new(key.parse().unwrap(), Ssrc(ssrc), 1234, history));
         origin.insert(stream.clone());
         Self { stream, packetizer: Packetizer::new(Ssrc(ssrc), 1120) }
     }

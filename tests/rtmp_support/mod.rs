@@ -26,7 +26,7 @@ use downpour_rtmp::{
     chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
     url::RtmpUrl,
 };
-use downpour_sys::buffer::Room;
+use downpour_sys::buffer::BufferMut;
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio_util::sync::CancellationToken;
 
@@ -221,7 +221,7 @@ pub fn read_flv(path: &Path) -> Vec<Tag> {
     let mut tags = Vec::new();
     while !rest.is_empty() {
         let len = 11 + u32::from_be_bytes([0, rest[1], rest[2], rest[3]]) as usize;
-        tags.push(Tag::from_unit(Room::from(&rest[..len])).unwrap());
+        tags.push(Tag::from_unit(BufferMut::from(&rest[..len])).unwrap());
         rest = &rest[len + 4..];
     }
     tags

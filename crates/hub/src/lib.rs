@@ -23,7 +23,7 @@ use tokio::sync::{Notify, watch};
 
 pub use counters::Counters;
 pub use log::AUDIO_JOIN_MS;
-pub use reader::{Backlog, Ended, Place, ReadCount, ReadOutcome, Reader};
+pub use reader::{Ended, MaxLag, Position, ReadCount, ReadOutcome, Reader};
 
 use counters::Rates;
 use downpour_media::{
@@ -31,7 +31,7 @@ use downpour_media::{
     flv::{Headers, Tag},
 };
 use downpour_sys::prefetch;
-use log::{Entry, Log};
+use log::{Entry, TagLog};
 
 /// All streams that are live, by key. Cloning shares them.
 ///
@@ -251,13 +251,13 @@ impl Drop for Publisher {
 /// What each tag needs is in front and together: few lines of the cache.
 #[repr(C, align(64))]
 pub struct Stream {
-    /// Mirrors `Log::next`, so that a reader with nothing to read takes no lock.
+    /// Mirrors `TagLog::next`, so that a reader with nothing to read takes no lock.
     next: AtomicU64,
     /// How many read it, so that what nobody reads need not look who is to be woken.
     readers: AtomicUsize,
     rates: Rates,
     counters: Counters,
-    log: RwLock<Log>,
+    log: RwLock<TagLog>,
     /// Changes with each tag.
     tags: watch::Sender<()>,
     /// Changes with the tags that are worth a wake of many, see [`Reader::waking_with_video`].
@@ -275,7 +275,7 @@ impl Stream {
             readers: AtomicUsize::new(0),
             rates: Rates::new(),
             counters: Counters::default(),
-            log: RwLock::new(Log::new(limits)),
+            log: RwLock::new(TagLog::new(limits)),
             tags: watch::Sender::new(()),
             frames: watch::Sender::new(()),
             ended: AtomicBool::new(false),
@@ -355,7 +355,7 @@ impl Stream {
         (log.entries.len(), log.bytes)
     }
 
-    fn append(&self, change: impl FnOnce(&mut Log)) {
+    fn append(&self, change: impl FnOnce(&mut TagLog)) {
         let frame = {
             let mut log = self.write_log();
             change(&mut log);
@@ -385,11 +385,11 @@ impl Stream {
         receiver
     }
 
-    fn read_log(&self) -> RwLockReadGuard<'_, Log> {
+    fn read_log(&self) -> RwLockReadGuard<'_, TagLog> {
         self.log.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_log(&self) -> RwLockWriteGuard<'_, Log> {
+    fn write_log(&self) -> RwLockWriteGuard<'_, TagLog> {
         self.log.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -419,7 +419,7 @@ impl Drop for ViewerGuard {
 
 /// Of a stream, what a tag needs: up to there in the log, behind the lock's two words.
 const HOT_BYTES: usize =
-    std::mem::offset_of!(Stream, log) + 2 * size_of::<usize>() + Log::HOT_BYTES;
+    std::mem::offset_of!(Stream, log) + 2 * size_of::<usize>() + TagLog::HOT_BYTES;
 
 #[cfg(test)]
 mod tests;

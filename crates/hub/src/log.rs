@@ -2,15 +2,15 @@
 
 use std::collections::VecDeque;
 
-use super::{LogLimits, reader::Backlog};
+use super::{LogLimits, reader::MaxLag};
 use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_sys::prefetch;
 
 /// The newest tags of a stream, and where in them a reader can begin.
 ///
-/// What each tag needs is in front and together, up to [`Log::HOT_BYTES`]: few lines of the cache.
+/// What each tag needs is in front and together, up to [`TagLog::HOT_BYTES`]: few lines of the cache.
 #[repr(C)]
-pub(super) struct Log {
+pub(super) struct TagLog {
     pub(super) entries: VecDeque<Entry>,
     /// Index of the oldest entry, counted from the publication's first tag.
     pub(super) first: u64,
@@ -30,13 +30,13 @@ pub(super) struct Log {
     wake: bool,
     headers_version: u64,
     /// Readers only ever go to the newest place; `None` once that has left the log.
-    pub(super) join: Option<Join>,
+    pub(super) join: Option<StartPoint>,
     pub(super) headers: Headers,
 }
 
 pub(super) struct Entry {
     pub(super) tag: Tag,
-    /// [`Log::total`] before this tag.
+    /// [`TagLog::total`] before this tag.
     offset: u64,
     /// Media time, see [`MediaClock`].
     at: u64,
@@ -46,7 +46,7 @@ pub(super) struct Entry {
 
 /// A place where a reader can begin: a key frame, or an audio tag in a stream without video.
 #[repr(C)]
-pub(super) struct Join {
+pub(super) struct StartPoint {
     pub(super) index: u64,
     at: u64,
     pub(super) key_frame: bool,
@@ -55,7 +55,7 @@ pub(super) struct Join {
     pub(super) headers_version: u64,
 }
 
-impl Log {
+impl TagLog {
     /// Of a log, what a tag needs that is no place to begin.
     pub(super) const HOT_BYTES: usize = std::mem::offset_of!(Self, join);
 
@@ -182,7 +182,7 @@ impl Log {
         let timed = |header: &Option<Tag>| {
             header.as_ref().map(|header| header.with_timestamp(tag.timestamp()))
         };
-        self.join = Some(Join {
+        self.join = Some(StartPoint {
             index: self.next(),
             at,
             key_frame: tag.kind() == TagKind::Video,
@@ -237,7 +237,7 @@ impl Log {
     }
 
     /// Whether more lies between `cursor`, which the log holds, and the newest tag.
-    pub(super) fn backlog_exceeds(&self, cursor: u64, backlog: Backlog) -> bool {
+    pub(super) fn backlog_exceeds(&self, cursor: u64, backlog: MaxLag) -> bool {
         let index = usize::try_from(cursor.saturating_sub(self.first)).unwrap_or(usize::MAX);
         self.entries.get(index).is_some_and(|entry| {
             self.total - entry.offset > backlog.max_bytes

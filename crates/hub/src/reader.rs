@@ -12,14 +12,14 @@ use downpour_media::flv::{Tag, TagKind};
 
 /// How far a reader may fall behind the newest tag before it skips to the newest key frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Backlog {
+pub struct MaxLag {
     /// Bytes between the reader and the newest tag, bookkeeping included.
     pub max_bytes: u64,
     /// Media time between the reader and the newest tag, in milliseconds.
     pub max_ms: u64,
 }
 
-impl Backlog {
+impl MaxLag {
     /// As far as the log reaches.
     pub const UNLIMITED: Self = Self { max_bytes: u64::MAX, max_ms: u64::MAX };
 }
@@ -36,7 +36,7 @@ impl Backlog {
 pub struct Reader {
     stream: Counted,
     pub(super) wake: watch::Receiver<()>,
-    backlog: Backlog,
+    backlog: MaxLag,
     /// Index in the log of the next tag to read.
     pub(super) cursor: u64,
     phase: Phase,
@@ -87,7 +87,7 @@ enum Phase {
 
 /// Where a reader is in the log. Readers of one stream at the same place will read the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct Position {
     /// Index of the next tag to read, counted from the publication's first tag.
     pub index: u64,
     /// Whether a key frame has been read, without which other frames are left out.
@@ -127,7 +127,7 @@ impl Reader {
         Self {
             wake: stream.hear(&stream.tags),
             stream,
-            backlog: Backlog::UNLIMITED,
+            backlog: MaxLag::UNLIMITED,
             cursor: 0,
             phase: Phase::Joining,
             headers_version: 0,
@@ -143,7 +143,7 @@ impl Reader {
     }
 
     /// Sets how far this reader may fall behind.
-    pub fn with_backlog(mut self, backlog: Backlog) -> Self {
+    pub fn with_max_lag(mut self, backlog: MaxLag) -> Self {
         self.backlog = backlog;
         self
     }
@@ -269,10 +269,12 @@ impl Reader {
     }
 
     /// Where this reader is; `None` while it waits for a place to begin, or to begin again.
-    pub fn place(&self) -> Option<Place> {
+    pub fn place(&self) -> Option<Position> {
         match self.phase {
             Phase::Joining | Phase::Resuming => None,
-            Phase::Reading { key_frame_seen } => Some(Place { index: self.cursor, key_frame_seen }),
+            Phase::Reading { key_frame_seen } => {
+                Some(Position { index: self.cursor, key_frame_seen })
+            }
         }
     }
 

@@ -92,8 +92,8 @@ fn a_reader_over_its_backlog_skips_to_the_newest_key_frame_and_is_counted() {
     let mut publisher = hub.publish(key()).unwrap();
     publisher.push(video_header(0, 1));
     publisher.push(key_frame(0, 0));
-    let limit = Backlog { max_ms: 100, ..Backlog::UNLIMITED };
-    let mut reader = hub.subscribe(&key()).unwrap().with_backlog(limit);
+    let limit = MaxLag { max_ms: 100, ..MaxLag::UNLIMITED };
+    let mut reader = hub.subscribe(&key()).unwrap().with_max_lag(limit);
     assert_eq!(drain(&mut reader).len(), 2);
     for i in 1..=4 {
         publisher.push(inter(i * 40, i as u8));
@@ -299,7 +299,7 @@ proptest! {
         let mut publisher = Some(hub.publish(key()).unwrap());
         let mut slow = Model::new(
             hub.subscribe(&key()).unwrap()
-                .with_backlog(Backlog { max_ms, ..Backlog::UNLIMITED }),
+                .with_max_lag(MaxLag { max_ms, ..MaxLag::UNLIMITED }),
         );
         let mut fast = Model::new(hub.subscribe(&key()).unwrap());
         let mut pushed = Vec::new();

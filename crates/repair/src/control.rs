@@ -445,7 +445,7 @@ mod headers {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use super::{Headers, MAX_HEADER_LEN, Tag, TagKind, from_hex, to_hex};
-    use downpour_sys::buffer::Room;
+    use downpour_sys::buffer::BufferMut;
 
     #[derive(Serialize, Deserialize)]
     struct Wire {
@@ -476,7 +476,7 @@ mod headers {
         let tag = |hex: Option<String>, kind: TagKind| match hex {
             None => Ok(None),
             Some(hex) => from_hex(&hex)
-                .and_then(|unit| Tag::from_unit(Room::from(&unit[..])).ok())
+                .and_then(|unit| Tag::from_unit(BufferMut::from(&unit[..])).ok())
                 .filter(|tag| tag.kind() == kind)
                 .map(Some)
                 .ok_or_else(|| serde::de::Error::custom(format!("not a {kind:?} tag in hex"))),

@@ -25,7 +25,7 @@ pub use self::{
 
 use self::{
     paths::Paths,
-    timing::{Lag, Losing, Reordering, RoundTrip, TIMER_GRAIN},
+    timing::{ControlSkew, LossEstimate, ReorderEstimate, RoundTrip, TIMER_GRAIN},
 };
 use crate::rtp::{Packet, Seq};
 
@@ -96,7 +96,7 @@ impl Request {
 #[repr(C)]
 pub struct Receiver {
     /// In front, with what else a packet in order needs: that is one line of the cache.
-    run: Run,
+    run: InOrderRun,
     settings: Settings,
     started: bool,
     joined: bool,
@@ -111,14 +111,14 @@ pub struct Receiver {
     /// Missing numbers that were asked for.
     asked_now: usize,
     /// More are missing than random loss explains: the path was cut, and has much to bring.
-    flooded: bool,
+    bulk_loss: bool,
     /// What is asked for together is asked for at whole steps of time from here.
     epoch: Option<Instant>,
     /// The number that was repaired last, and when.
     repaired_last: (u64, Option<Instant>),
-    reordering: Reordering,
-    losing: Losing,
-    lag: Lag,
+    reordering: ReorderEstimate,
+    losing: LossEstimate,
+    lag: ControlSkew,
     paths: Paths,
     /// How long after a gap parity that could close it may come.
     parity_wait: Duration,
@@ -126,7 +126,7 @@ pub struct Receiver {
     probation: Option<Seq>,
     given_up: VecDeque<(u64, u64)>,
     /// A run of live packets that all count as old.
-    rerun: Option<Rerun>,
+    rerun: Option<BackwardRun>,
     /// The newest number before the sender began anew, and when that was.
     before: Option<(Seq, Instant)>,
     stats: Stats,
@@ -136,7 +136,7 @@ pub struct Receiver {
 /// be known of them is how many they were. Everything else hears of them when it is looked at, see
 /// [`Receiver::settle`].
 #[derive(Debug)]
-struct Run {
+struct InOrderRun {
     /// Extended number of the window's front: the next to be handed on.
     next: u64,
     /// Since when nothing has heard of them.
@@ -149,7 +149,7 @@ struct Run {
 /// Live packets in a row, each numbered one more than the one before, that are behind all that was
 /// handed on.
 #[derive(Debug)]
-struct Rerun {
+struct BackwardRun {
     last: Seq,
     last_at: Instant,
     count: usize,
@@ -187,7 +187,7 @@ struct Missing {
     gone: bool,
 }
 
-impl Run {
+impl InOrderRun {
     fn count_in(&self, stats: &mut Stats) {
         stats.received += self.count;
         stats.paths[self.path].received += self.count;
@@ -200,7 +200,7 @@ impl Receiver {
     /// Begins with the first packet that comes.
     pub fn new(settings: Settings) -> Self {
         Self {
-            run: Run { next: BASE, count: 0, last_at: None, path: 0 },
+            run: InOrderRun { next: BASE, count: 0, last_at: None, path: 0 },
             settings,
             started: false,
             joined: false,
@@ -210,12 +210,12 @@ impl Receiver {
             round_trip: RoundTrip::default(),
             request: 0,
             asked_now: 0,
-            flooded: false,
+            bulk_loss: false,
             epoch: None,
             repaired_last: (0, None),
-            reordering: Reordering::default(),
-            losing: Losing::default(),
-            lag: Lag::default(),
+            reordering: ReorderEstimate::default(),
+            losing: LossEstimate::default(),
+            lag: ControlSkew::default(),
             paths: Paths::default(),
             parity_wait: Duration::ZERO,
             probation: None,
@@ -555,7 +555,7 @@ impl Receiver {
                 // The answer to a later try may be that to an earlier one (Karn's algorithm). The
                 // repeats of one try follow it so closely that they hardly blur it. And in a flood
                 // it tells how many were sent before it.
-                if let (1, Some(ago), false) = (missing.tries, asked_for, self.flooded) {
+                if let (1, Some(ago), false) = (missing.tries, asked_for, self.bulk_loss) {
                     self.round_trip.sample(now, ago);
                 }
             }
@@ -602,7 +602,7 @@ impl Receiver {
     /// Whether the sender began anew at numbers that it used not long ago: for some time nothing but
     /// old ones has come, in perfect order. A second path does not lag so far behind the first.
     fn is_rerun(&mut self, now: Instant, seq: Seq) -> bool {
-        let mut rerun = Rerun { last: seq, last_at: now, count: 1, lasted: Duration::ZERO };
+        let mut rerun = BackwardRun { last: seq, last_at: now, count: 1, lasted: Duration::ZERO };
         if let Some(before) = self.rerun.take().filter(|before| before.last.plus(1) == seq) {
             let pause = now.saturating_duration_since(before.last_at);
             rerun.count += before.count;
@@ -617,7 +617,7 @@ impl Receiver {
         let newest = self.run.next + self.window.len() as u64 - 1;
         self.before = Some((Seq(newest as u16), now));
         self.finish(now);
-        self.lag = Lag::default();
+        self.lag = ControlSkew::default();
         self.asks.clear();
         self.given_up.clear();
         self.paths.reset();

@@ -6,7 +6,7 @@
 use bytes::{BufMut, BytesMut};
 
 use downpour_media::flv::{Tag, TagError, TagKind};
-use downpour_sys::buffer::Room;
+use downpour_sys::buffer::BufferMut;
 
 /// Puts messages together from chunks, at any split of the input.
 ///
@@ -306,7 +306,7 @@ pub struct Message {
     /// Milliseconds, wrapping at 2³².
     pub timestamp: u32,
     /// The body behind the room for a tag header.
-    buffer: Room,
+    buffer: BufferMut,
 }
 
 impl Message {
@@ -550,7 +550,7 @@ struct ChunkStream {
     csid: u32,
     header: Header,
     /// The unfinished message.
-    buffer: Option<Room>,
+    buffer: Option<BufferMut>,
     /// Bytes of body that `buffer` has been given room for.
     granted: usize,
     /// The longest message so far, up to [`LARGEST_GRANT`].

@@ -15,34 +15,34 @@ use parking_lot::Mutex;
 /// short ones come out of one block of memory, which is freed with the last of them. To allocate and
 /// free each by itself costs more than to copy it.
 #[derive(Debug)]
-pub struct Block {
+pub struct BufferPool {
     memory: Arc<Memory>,
     /// Bytes of it that are given away.
     used: usize,
     most: usize,
 }
 
-/// Bytes that many share; each part of them is written once, by the one [`Room`] that has it, and
-/// only then read, by the [`Piece`]s that it becomes.
+/// Bytes that many share; each part of them is written once, by the one [`BufferMut`] that has it, and
+/// only then read, by the [`Buffer`]s that it becomes.
 struct Memory(Box<[Slot]>);
 
 #[repr(transparent)]
 struct Slot(UnsafeCell<MaybeUninit<u8>>);
 
-// SAFETY: `Room`s do not overlap, and nothing else writes; nothing reads what a `Room` still has.
+// SAFETY: `BufferMut`s do not overlap, and nothing else writes; nothing reads what a `BufferMut` still has.
 unsafe impl Sync for Slot {}
 
-impl Block {
+impl BufferPool {
     /// Blocks will have up to `most` bytes; what is over a quarter of that has memory of its own.
-    pub fn of(most: usize) -> Self {
+    pub fn new(most: usize) -> Self {
         Self { memory: Arc::new(Memory(Box::default())), used: 0, most }
     }
 
     /// Room for `len` bytes.
     #[inline]
-    pub fn room(&mut self, len: usize) -> Room {
+    pub fn room(&mut self, len: usize) -> BufferMut {
         if len > self.most / 4 {
-            return Room::with_capacity(len);
+            return BufferMut::with_capacity(len);
         }
         if self.memory.0.len() - self.used < len {
             // Not more than some pieces of that length, for there may be thousands of slow streams.
@@ -52,7 +52,7 @@ impl Block {
         }
         let start = self.used;
         self.used += len;
-        Room { memory: self.memory.clone(), start, len: 0, end: self.used }
+        BufferMut { memory: self.memory.clone(), start, len: 0, end: self.used }
     }
 
     /// Address of the next piece, most of the time.
@@ -144,8 +144,8 @@ impl Idle {
     }
 }
 
-/// Memory to write into, which then is a [`Piece`].
-pub struct Room {
+/// Memory to write into, which then is a [`Buffer`].
+pub struct BufferMut {
     memory: Arc<Memory>,
     start: usize,
     /// Bytes that are written.
@@ -153,7 +153,7 @@ pub struct Room {
     end: usize,
 }
 
-impl Room {
+impl BufferMut {
     /// Of memory of its own.
     pub fn with_capacity(len: usize) -> Self {
         Self { memory: Arc::new(Memory::new(len)), start: 0, len: 0, end: len }
@@ -206,12 +206,12 @@ impl Room {
 
     /// What is written, to be shared.
     #[inline]
-    pub fn freeze(self) -> Piece {
-        Piece { start: self.start, len: self.len, memory: self.memory }
+    pub fn freeze(self) -> Buffer {
+        Buffer { start: self.start, len: self.len, memory: self.memory }
     }
 }
 
-impl Deref for Room {
+impl Deref for BufferMut {
     type Target = [u8];
 
     #[inline]
@@ -221,7 +221,7 @@ impl Deref for Room {
     }
 }
 
-impl DerefMut for Room {
+impl DerefMut for BufferMut {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
         let written = &self.memory.0[self.start..self.start + self.len];
@@ -231,7 +231,7 @@ impl DerefMut for Room {
     }
 }
 
-impl From<&[u8]> for Room {
+impl From<&[u8]> for BufferMut {
     fn from(bytes: &[u8]) -> Self {
         let mut room = Self::with_capacity(bytes.len());
         room.put_slice(bytes);
@@ -241,13 +241,13 @@ impl From<&[u8]> for Room {
 
 /// Bytes that do not change. A clone shares them.
 #[derive(Clone)]
-pub struct Piece {
+pub struct Buffer {
     memory: Arc<Memory>,
     start: usize,
     len: usize,
 }
 
-impl Piece {
+impl Buffer {
     /// A part of it.
     ///
     /// # Panics
@@ -258,7 +258,7 @@ impl Piece {
     }
 }
 
-impl Deref for Piece {
+impl Deref for Buffer {
     type Target = [u8];
 
     #[inline]
@@ -268,7 +268,7 @@ impl Deref for Piece {
     }
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
         self
     }
@@ -280,40 +280,40 @@ impl fmt::Debug for Memory {
     }
 }
 
-impl fmt::Debug for Room {
+impl fmt::Debug for BufferMut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         (**self).fmt(f)
     }
 }
 
-impl fmt::Debug for Piece {
+impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         (**self).fmt(f)
     }
 }
 
-impl Clone for Room {
+impl Clone for BufferMut {
     /// A copy.
     fn clone(&self) -> Self {
         Self::from(&self[..])
     }
 }
 
-impl PartialEq for Room {
+impl PartialEq for BufferMut {
     fn eq(&self, other: &Self) -> bool {
         **self == **other
     }
 }
 
-impl Eq for Room {}
+impl Eq for BufferMut {}
 
-impl PartialEq for Piece {
+impl PartialEq for Buffer {
     fn eq(&self, other: &Self) -> bool {
         **self == **other
     }
 }
 
-impl Eq for Piece {}
+impl Eq for Buffer {}
 
 /// Pieces of a block, if all were as long as the first.
 const PIECES: usize = 32;
@@ -335,7 +335,7 @@ mod tests {
         fn pieces_have_their_room_and_do_not_overlap(
             lens in proptest::collection::vec(0..3000_usize, 0..50),
         ) {
-            let mut block = Block::of(8 << 10);
+            let mut block = BufferPool::new(8 << 10);
             let mut rooms: Vec<_> = lens.iter().map(|len| block.room(*len)).collect();
             for (n, (room, len)) in rooms.iter_mut().zip(&lens).enumerate() {
                 prop_assert!(room.is_empty() && room.capacity() >= *len);
@@ -344,7 +344,7 @@ mod tests {
                 prop_assert!(*len == 0 || room.as_ptr() == before, "it was moved");
             }
             drop(block);
-            let pieces: Vec<_> = rooms.into_iter().map(Room::freeze).collect();
+            let pieces: Vec<_> = rooms.into_iter().map(BufferMut::freeze).collect();
             for (n, (piece, len)) in pieces.iter().zip(&lens).enumerate() {
                 prop_assert_eq!(&piece[..], &vec![n as u8; *len][..]);
                 prop_assert_eq!(&piece.slice(len / 2..*len)[..], &piece[len / 2..]);
@@ -354,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_slow_stream_holds_little_and_a_long_piece_nothing_else() {
-        let mut block = Block::of(32 << 10);
+        let mut block = BufferPool::new(32 << 10);
         drop(block.room(100));
         assert!(block.memory.0.len() <= 2 * PIECES * 100);
         drop(block.room(6000));
@@ -367,7 +367,7 @@ mod tests {
 
     #[test]
     fn what_outgrows_its_room_moves_and_hurts_nobody() {
-        let mut block = Block::of(8 << 10);
+        let mut block = BufferPool::new(8 << 10);
         let (mut first, mut second) = (block.room(4), block.room(4));
         second.put_slice(&[2; 4]);
         first.put_slice(&[1; 3]);
@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn pieces_can_be_written_and_read_on_many_threads() {
-        let mut block = Block::of(128 << 10);
+        let mut block = BufferPool::new(128 << 10);
         std::thread::scope(|scope| {
             for n in 0..200u8 {
                 let mut room = block.room(3000);

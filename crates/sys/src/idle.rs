@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// seldom, the thread waits for it at once. It is what network cards do that moderate their
 /// interrupts.
 #[derive(Debug, Default)]
-pub struct Rest {
+pub struct IdleStrategy {
     /// When the last round ended.
     ended: Option<Instant>,
     /// Whether that round began soon after the one before.
@@ -27,7 +27,7 @@ pub enum Next {
     Wait,
 }
 
-impl Rest {
+impl IdleStrategy {
     /// There is work.
     pub fn begin_round(&mut self, now: Instant) {
         self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY);
@@ -74,7 +74,7 @@ mod tests {
     fn who_is_busy_naps_once_and_then_parks() {
         let start = Instant::now();
         let at = |us| start + Duration::from_micros(us);
-        let mut rest = Rest::default();
+        let mut rest = IdleStrategy::default();
         assert_eq!(rest.next(at(0), None), Next::Wait);
         rest.begin_round(at(0));
         rest.end_round(at(10));

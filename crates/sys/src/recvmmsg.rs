@@ -7,14 +7,14 @@ use std::{
     ptr,
 };
 
-use crate::sockaddr::{Name, set_option};
+use crate::sockaddr::{SockAddr, set_option};
 
 /// Room for the datagrams of one call, to be used again and again.
 ///
 /// The calls wait, so that a socket costs one of them for each time that it is woken: waiting in
 /// epoll(7) or poll(2) would be another.
-pub struct Reads {
-    slots: Box<[Slot; Reads::MOST]>,
+pub struct RecvBatch {
+    slots: Box<[Slot; RecvBatch::MOST]>,
     /// As many places of [`LONGEST`] as there are slots.
     bytes: Box<[u8]>,
     /// How many the last call filled.
@@ -23,14 +23,14 @@ pub struct Reads {
 
 #[derive(Default)]
 struct Slot {
-    from: Name,
+    from: SockAddr,
     control: Control,
     /// Bytes that were read, and of control messages.
     len: usize,
     control_len: usize,
 }
 
-impl Reads {
+impl RecvBatch {
     /// Reads of one call, each of which may hold many datagrams of one sender.
     pub const MOST: usize = 8;
 
@@ -67,7 +67,7 @@ impl Reads {
             iovec.iov_len = bytes.len();
             let header = &mut header.msg_hdr;
             header.msg_name = (&raw mut slot.from).cast();
-            header.msg_namelen = size_of::<Name>() as libc::socklen_t;
+            header.msg_namelen = size_of::<SockAddr>() as libc::socklen_t;
             header.msg_iov = iovec;
             header.msg_iovlen = 1;
             header.msg_control = (&raw mut slot.control).cast();
@@ -97,11 +97,15 @@ impl Reads {
     }
 
     /// What the last call read: of each sender some datagrams, one behind the other.
-    pub fn trains(&self) -> impl Iterator<Item = Train<'_>> {
+    pub fn trains(&self) -> impl Iterator<Item = GroDatagrams<'_>> {
         let reads = self.slots.iter().zip(self.bytes.chunks_exact(LONGEST)).take(self.count);
         reads.map(|(slot, bytes)| {
             let bytes = &bytes[..slot.len.min(bytes.len())];
-            Train { from: &slot.from, bytes, stride: slot.stride().unwrap_or(bytes.len().max(1)) }
+            GroDatagrams {
+                from: &slot.from,
+                bytes,
+                stride: slot.stride().unwrap_or(bytes.len().max(1)),
+            }
         })
     }
 }
@@ -117,13 +121,13 @@ impl Slot {
 }
 
 /// Datagrams of one sender.
-pub struct Train<'a> {
-    from: &'a Name,
+pub struct GroDatagrams<'a> {
+    from: &'a SockAddr,
     bytes: &'a [u8],
     stride: usize,
 }
 
-impl<'a> Train<'a> {
+impl<'a> GroDatagrams<'a> {
     /// Who sent them.
     pub fn from(&self) -> Option<SocketAddr> {
         self.from.get()
@@ -178,11 +182,11 @@ mod tests {
 
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        let joins = Reads::let_join(&receiver).is_ok();
+        let joins = RecvBatch::let_join(&receiver).is_ok();
         let to = receiver.local_addr().unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         let state = UdpSocketState::new(UdpSockRef::from(&sender)).unwrap();
-        let mut reads = Reads::new();
+        let mut reads = RecvBatch::new();
         // Twice, so that what the first call left does not show in the second.
         for round in 0..2u8 {
             let contents: Vec<u8> = (0..2050).map(|n| (n / 100) as u8 + round).collect();
@@ -226,7 +230,7 @@ mod tests {
         let (began, begins) = std::sync::mpsc::channel();
         let waits = std::thread::spawn(move || {
             began.send(()).unwrap();
-            let mut reads = Reads::new();
+            let mut reads = RecvBatch::new();
             // Both a call that waits already and one that comes later.
             (0..2).for_each(|_| reads.wait(&waiting).unwrap());
         });

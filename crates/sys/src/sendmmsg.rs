@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use crate::sockaddr::{Name, set_option};
+use crate::sockaddr::{SockAddr, set_option};
 
 /// Room for the messages of one `sendmmsg` call, to be used again and again.
 ///
@@ -233,7 +233,7 @@ pub fn give_all_to_first(any: &UdpSocket) -> io::Result<()> {
 
 #[derive(Clone, Copy)]
 struct Slot {
-    to: Name,
+    to: SockAddr,
     bytes: libc::iovec,
     control: Control,
 }

@@ -30,13 +30,13 @@ pub unsafe fn set_option<T>(
 /// An address of either family, or none.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub union Name {
+pub union SockAddr {
     family: libc::sa_family_t,
     v4: libc::sockaddr_in,
     v6: libc::sockaddr_in6,
 }
 
-impl Default for Name {
+impl Default for SockAddr {
     /// None.
     fn default() -> Self {
         // SAFETY: all zeroes are a value of each: integers.
@@ -44,7 +44,7 @@ impl Default for Name {
     }
 }
 
-impl From<SocketAddr> for Name {
+impl From<SocketAddr> for SockAddr {
     fn from(addr: SocketAddr) -> Self {
         match addr {
             SocketAddr::V4(addr) => Self {
@@ -68,7 +68,7 @@ impl From<SocketAddr> for Name {
     }
 }
 
-impl Name {
+impl SockAddr {
     /// The address, if there is one.
     pub fn get(&self) -> Option<SocketAddr> {
         // SAFETY: all three begin with the family, which says which of them it is; all zeroes, with
@@ -99,8 +99,8 @@ mod tests {
     fn addresses_of_both_families_come_back() {
         for text in ["10.1.2.3:65535", "[2001:db8::7]:1", "[fe80::1%3]:5222"] {
             let addr: SocketAddr = text.parse().unwrap();
-            assert_eq!(Name::from(addr).get(), Some(addr));
+            assert_eq!(SockAddr::from(addr).get(), Some(addr));
         }
-        assert_eq!(Name::default().get(), None);
+        assert_eq!(SockAddr::default().get(), None);
     }
 }

@@ -18,17 +18,17 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// epoll_wait(2) would be set and taken back each time, which is 5 µs each way where a hypervisor
 /// keeps the timer.
 #[derive(Debug)]
-pub struct Clock {
+pub struct Timer {
     timer: Arc<OwnedFd>,
     /// When it goes off next, which may be earlier than needed.
     set: Option<Instant>,
 }
 
-/// A task's ear for a [`Clock`].
+/// A task's ear for a [`Timer`].
 #[derive(Debug)]
-pub struct Alarm(AsyncFd<Arc<OwnedFd>>);
+pub struct TimerWaiter(AsyncFd<Arc<OwnedFd>>);
 
-impl Clock {
+impl Timer {
     /// Not set.
     ///
     /// # Errors
@@ -55,12 +55,12 @@ impl Clock {
     }
 }
 
-impl Alarm {
+impl TimerWaiter {
     /// Hears `clock`, in the runtime in which it is called.
     ///
     /// # Errors
     /// If the system cannot watch another descriptor.
-    pub fn new(clock: &Clock) -> io::Result<Self> {
+    pub fn new(clock: &Timer) -> io::Result<Self> {
         let (timer, readable) = (clock.timer.clone(), Interest::READABLE);
         // SAFETY: it is one descriptor, which stays open for as long as it is held here.
         let watched = unsafe { AsyncFd::register_with_interest(timer, readable) };
@@ -127,14 +127,14 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    async fn goes_off(alarm: &Alarm) {
+    async fn goes_off(alarm: &TimerWaiter) {
         poll_fn(|cx| alarm.poll(cx)).await.unwrap();
     }
 
     #[tokio::test]
     async fn it_goes_off_no_sooner_than_asked() {
-        let mut clock = Clock::new().unwrap();
-        let alarm = Alarm::new(&clock).unwrap();
+        let mut clock = Timer::new().unwrap();
+        let alarm = TimerWaiter::new(&clock).unwrap();
         let began = Instant::now();
         // A later time leaves it set to the earlier one, which is then for nothing; an earlier one
         // sets it anew; one that has passed makes it go off at once.
@@ -149,8 +149,8 @@ mod tests {
 
     #[tokio::test]
     async fn another_thread_sets_it_while_it_is_waited_for() {
-        let mut clock = Clock::new().unwrap();
-        let alarm = Alarm::new(&clock).unwrap();
+        let mut clock = Timer::new().unwrap();
+        let alarm = TimerWaiter::new(&clock).unwrap();
         let now = Instant::now();
         clock.set(now + LONG).unwrap();
         let setting = thread::spawn(move || {

@@ -24,7 +24,7 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    job::{Job, Share, Task, Workers},
+    job::{Job, TargetShare, Task, Workers},
     queue::{Amount, Queue},
     sockets::Ports,
     worker::Worker,
@@ -147,7 +147,7 @@ impl Fanout {
     ) {
         let (train, workers) = (train.into(), self.shared.workers);
         for (number, queue) in self.shared.queues.iter().enumerate() {
-            if let Some(share) = Share::of(targets, lane, number, workers) {
+            if let Some(share) = TargetShare::of(targets, lane, number, workers) {
                 let pace = pace.filter(|_| self.shared.paces).cloned();
                 let packets = train.packets() * share.len();
                 let job = Job { lane, train: train.clone(), share, pace };

@@ -22,40 +22,40 @@ use downpour_repair::{
 
 /// All streams that are being sent, by SSRC. Cloning shares them.
 #[derive(Clone)]
-pub struct Origin {
-    streams: Arc<RwLock<HashMap<Ssrc, Arc<OriginStream>>>>,
-    events: broadcast::Sender<OriginEvent>,
+pub struct OutgoingStreams {
+    streams: Arc<RwLock<HashMap<Ssrc, Arc<OutgoingStream>>>>,
+    events: broadcast::Sender<OutgoingEvent>,
 }
 
-/// What happened to a stream. A receiver that lags lists [`Origin::streams`] afresh.
+/// What happened to a stream. A receiver that lags lists [`OutgoingStreams::streams`] afresh.
 #[derive(Clone)]
-pub enum OriginEvent {
+pub enum OutgoingEvent {
     /// A publication began; its first packet has not been sent yet.
-    Up(Arc<OriginStream>),
+    Up(Arc<OutgoingStream>),
     /// Its codec headers or metadata changed.
-    Update(Arc<OriginStream>),
+    Update(Arc<OutgoingStream>),
     /// It ended; its packets can be asked for a little longer.
-    End(Arc<OriginStream>),
+    End(Arc<OutgoingStream>),
 }
 
-impl Origin {
+impl OutgoingStreams {
     /// A node that sends nothing yet.
     pub fn new() -> Self {
         Self { streams: Arc::default(), events: broadcast::channel(EVENT_BACKLOG).0 }
     }
 
     /// Lists a stream and announces it. It must be listed before its first packet is sent.
-    pub fn insert(&self, stream: Arc<OriginStream>) {
+    pub fn insert(&self, stream: Arc<OutgoingStream>) {
         let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
         streams.insert(stream.ssrc, stream.clone());
         drop(streams);
-        self.announce(OriginEvent::Up(stream));
+        self.announce(OutgoingEvent::Up(stream));
     }
 
-    /// Announces the end of a stream, which stays available for repair until [`Origin::remove`].
-    pub fn end(&self, stream: &Arc<OriginStream>) {
+    /// Announces the end of a stream, which stays available for repair until [`OutgoingStreams::remove`].
+    pub fn end(&self, stream: &Arc<OutgoingStream>) {
         stream.ended.store(true, Ordering::Release);
-        self.announce(OriginEvent::End(stream.clone()));
+        self.announce(OutgoingEvent::End(stream.clone()));
     }
 
     /// Forgets a stream and its packets.
@@ -63,40 +63,40 @@ impl Origin {
         self.streams.write().unwrap_or_else(PoisonError::into_inner).remove(&ssrc);
     }
 
-    /// Announces that [`OriginStream::headers`] changed.
-    pub fn updated(&self, stream: &Arc<OriginStream>) {
-        self.announce(OriginEvent::Update(stream.clone()));
+    /// Announces that [`OutgoingStream::headers`] changed.
+    pub fn updated(&self, stream: &Arc<OutgoingStream>) {
+        self.announce(OutgoingEvent::Update(stream.clone()));
     }
 
     /// The stream with this SSRC, live or ended a moment ago.
-    pub fn stream(&self, ssrc: Ssrc) -> Option<Arc<OriginStream>> {
+    pub fn stream(&self, ssrc: Ssrc) -> Option<Arc<OutgoingStream>> {
         self.streams.read().unwrap_or_else(PoisonError::into_inner).get(&ssrc).cloned()
     }
 
     /// All streams, those that ended a moment ago included.
-    pub fn streams(&self) -> Vec<Arc<OriginStream>> {
+    pub fn streams(&self) -> Vec<Arc<OutgoingStream>> {
         self.streams.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// Follows the streams' comings and goings from now on.
-    pub fn subscribe(&self) -> broadcast::Receiver<OriginEvent> {
+    pub fn subscribe(&self) -> broadcast::Receiver<OutgoingEvent> {
         self.events.subscribe()
     }
 
-    fn announce(&self, event: OriginEvent) {
+    fn announce(&self, event: OutgoingEvent) {
         // An error only says that nobody listens.
         let _ = self.events.send(event);
     }
 }
 
-impl Default for Origin {
+impl Default for OutgoingStreams {
     fn default() -> Self {
         Self::new()
     }
 }
 
 /// One publication on its way out.
-pub struct OriginStream {
+pub struct OutgoingStream {
     key: StreamKey,
     ssrc: Ssrc,
     start_unix_ms: u64,
@@ -106,7 +106,7 @@ pub struct OriginStream {
     byte_rate: AtomicU64,
     /// Parity packets a thousand media packets.
     parity_overhead: AtomicU64,
-    left: Left,
+    left: SentUpTo,
     /// Repairs asked for, served, and refused as no longer held.
     pub repairs: RepairCounts,
 }
@@ -141,7 +141,7 @@ struct State {
     header_bursts: [Option<Burst>; 2],
 }
 
-impl OriginStream {
+impl OutgoingStream {
     /// A publication that begins now. `start_unix_ms` is the wall clock at media time 0.
     pub fn new(key: StreamKey, ssrc: Ssrc, start_unix_ms: u64, history: History) -> Self {
         Self {
@@ -158,7 +158,7 @@ impl OriginStream {
             ended: AtomicBool::new(false),
             byte_rate: AtomicU64::new(0),
             parity_overhead: AtomicU64::new(0),
-            left: Left::default(),
+            left: SentUpTo::default(),
             repairs: RepairCounts::default(),
         }
     }
@@ -178,24 +178,24 @@ impl OriginStream {
         state.history.push(now, burst);
     }
 
-    /// From now on a burst has left when its [`Departure`] is dropped, not when it is pushed.
+    /// From now on a burst has left when its [`SentGuard`] is dropped, not when it is pushed.
     pub fn leaves_later(&self) {
         self.left.later.store(true, Ordering::Relaxed);
     }
 
     /// What is dropped when the burst that ends with `last` has left. Bursts leave in their order.
-    pub fn departure(this: &Arc<Self>, last: Seq) -> Departure {
-        Departure { stream: this.clone(), last }
+    pub fn departure(this: &Arc<Self>, last: Seq) -> SentGuard {
+        SentGuard { stream: this.clone(), last }
     }
 
-    /// Keeps the burst of a codec header for [`OriginStream::header_packet`], in place of the one
+    /// Keeps the burst of a codec header for [`OutgoingStream::header_packet`], in place of the one
     /// before.
     pub fn keep_header(&self, kind: TagKind, burst: Burst) {
         let slot = usize::from(kind == TagKind::Audio);
         self.lock().header_bursts[slot] = Some(burst);
     }
 
-    /// Replaces the headers that [`OriginStream::headers`] tells; the caller announces it.
+    /// Replaces the headers that [`OutgoingStream::headers`] tells; the caller announces it.
     pub fn set_headers(&self, headers: Headers) {
         self.lock().headers = headers;
     }
@@ -280,7 +280,7 @@ impl OriginStream {
         self.byte_rate.load(Ordering::Relaxed)
     }
 
-    /// Packets a second, as [`OriginStream::byte_rate`] has it; 0 during the first second.
+    /// Packets a second, as [`OutgoingStream::byte_rate`] has it; 0 during the first second.
     pub fn packet_rate(&self) -> f64 {
         let (packets, bytes) = self.pushed();
         match self.lock().rate.smoothed {
@@ -310,12 +310,12 @@ impl OriginStream {
 }
 
 /// A burst on its way out.
-pub struct Departure {
-    stream: Arc<OriginStream>,
+pub struct SentGuard {
+    stream: Arc<OutgoingStream>,
     last: Seq,
 }
 
-impl Drop for Departure {
+impl Drop for SentGuard {
     fn drop(&mut self) {
         self.stream.left.note(self.last);
     }
@@ -323,13 +323,13 @@ impl Drop for Departure {
 
 /// How far a stream's packets have left.
 #[derive(Debug, Default)]
-struct Left {
+struct SentUpTo {
     later: AtomicBool,
     /// The newest sequence number, and whether there is one.
     newest: AtomicU32,
 }
 
-impl Left {
+impl SentUpTo {
     fn note(&self, seq: Seq) {
         // Two senders may be done in either order.
         let newer = |held: u32| {
@@ -386,13 +386,13 @@ mod tests {
     #[test]
     fn what_waits_to_leave_is_not_told() {
         let history = History::new(100, Duration::from_secs(1));
-        let stream = OriginStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
+        let stream = OutgoingStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
         let stream = Arc::new(stream);
         let mut packetizer = Packetizer::new(Ssrc(1), 1120);
         let mut push = || {
             let burst = packetizer.packetize(&Tag::new(TagKind::Audio, 0, &[0xaf, 1]).unwrap());
             stream.push(Instant::now(), burst.clone(), false);
-            OriginStream::departure(&stream, burst.last_seq())
+            OutgoingStream::departure(&stream, burst.last_seq())
         };
         assert_eq!(stream.left_seq(), None);
         drop(push());

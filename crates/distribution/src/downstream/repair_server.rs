@@ -29,7 +29,7 @@ pub use metrics::{ProtocolMetrics, RepairServerMetrics};
 use self::heartbeat::{Beats, Heartbeats, TICK};
 use crate::{
     AddrRange,
-    downstream::outgoing::Origin,
+    downstream::outgoing::OutgoingStreams,
     tls::{Identity, TlsError},
 };
 use crate::{
@@ -152,7 +152,7 @@ impl RepairServer {
     pub fn bind(
         addr: SocketAddr,
         identity: &Identity,
-        origin: Origin,
+        origin: OutgoingStreams,
         settings: RepairServerSettings,
         metrics: RepairServerMetrics,
     ) -> Result<Self, BindError> {
@@ -278,7 +278,7 @@ pub enum BindError {
 
 /// What all connections share.
 struct Shared {
-    origin: Origin,
+    origin: OutgoingStreams,
     settings: RepairServerSettings,
     metrics: RepairServerMetrics,
     handler: Option<Arc<dyn EdgeHandler>>,

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use crate::{
     downstream::{
         edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
-        outgoing::Origin,
+        outgoing::OutgoingStreams,
         repair_server::{EdgeHandler, EdgeHello, EdgeSession},
         routes::Routes,
     },
@@ -39,7 +39,7 @@ pub struct Subscribers {
 
 struct Shared {
     routes: Routes,
-    origin: Origin,
+    origin: OutgoingStreams,
     edges: Edges,
     metrics: ProbeMetrics,
     state: Mutex<State>,
@@ -64,7 +64,12 @@ struct Edge {
 impl Subscribers {
     /// Nobody has said hello yet. Who does is listed in `edges`, with reports of the streams of
     /// `origin`.
-    pub fn new(routes: Routes, origin: Origin, edges: Edges, metrics: ProbeMetrics) -> Self {
+    pub fn new(
+        routes: Routes,
+        origin: OutgoingStreams,
+        edges: Edges,
+        metrics: ProbeMetrics,
+    ) -> Self {
         let table = PathTable::new(Instant::now(), rand::random());
         let state = Mutex::new(State { count: 0, table, edges: HashMap::new() });
         let adaptation = Mutex::default();
@@ -378,7 +383,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::downstream::outgoing::OriginStream;
+    use crate::downstream::outgoing::OutgoingStream;
     use downpour_repair::{
         control::DelayReport, history::History, paths::DEAD_AFTER, probe::Cookie,
     };
@@ -387,7 +392,7 @@ mod tests {
 
     struct World {
         routes: Routes,
-        origin: Origin,
+        origin: OutgoingStreams,
         edges: Edges,
         subscribers: Subscribers,
         messages: mpsc::Receiver<CloudMessage>,
@@ -401,7 +406,7 @@ mod tests {
             let routes = Routes::new(&registry).unwrap();
             let metrics = ProbeMetrics::register(&registry).unwrap();
             let (outbox, messages) = mpsc::channel(1);
-            let (origin, edges) = (Origin::new(), Edges::default());
+            let (origin, edges) = (OutgoingStreams::new(), Edges::default());
             let subscribers =
                 Subscribers::new(routes.clone(), origin.clone(), edges.clone(), metrics);
             Self { routes, origin, edges, subscribers, messages, outbox, now: Instant::now() }
@@ -481,7 +486,7 @@ mod tests {
     fn who_is_connected_is_listed_with_what_it_tells() {
         let mut world = World::new();
         let history = History::new(10, Duration::from_secs(1));
-        let stream = OriginStream::new("live/a".parse().unwrap(), Ssrc(7), 0, history);
+        let stream = OutgoingStream::new("live/a".parse().unwrap(), Ssrc(7), 0, history);
         world.origin.insert(Arc::new(stream));
         let old = world.subscribers.v0_connected(address(8));
         let mut session = world.hello(2).unwrap();
@@ -515,7 +520,7 @@ mod tests {
         session.subscribed(&["live/*".parse().unwrap(), "tv/*".parse().unwrap()]);
         let stream = |key: String, ssrc| {
             let history = History::new(10, Duration::from_secs(1));
-            let stream = OriginStream::new(key.parse().unwrap(), Ssrc(ssrc), 0, history);
+            let stream = OutgoingStream::new(key.parse().unwrap(), Ssrc(ssrc), 0, history);
             let stream = Arc::new(stream);
             world.origin.insert(stream.clone());
             stream

@@ -16,11 +16,11 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    intake::Intake,
+    intake::Streams,
     livestat::{self, LiveStream, LivestatError},
     prober::ProbeMetrics,
     socket::{CloudRtp, Lookups, RtpSocket},
-    stats::IntakeMetrics,
+    stats::ReceiveMetrics,
 };
 use crate::{
     protocol::Protocol,
@@ -36,7 +36,7 @@ use downpour_repair::{
         packet::{HEADER_LEN, PAYLOAD_TYPE},
     },
 };
-use downpour_sys::recvmmsg::{Reads, Train};
+use downpour_sys::recvmmsg::{GroDatagrams, RecvBatch};
 
 /// Where the cloud is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +84,7 @@ pub type Connect = Box<
 >;
 
 /// Receives until it is told to stop.
-pub struct Ingress {
+pub struct Upstream {
     /// Of RTP, and behind them of parity.
     sockets: Vec<RtpSocket>,
     /// How many of them take RTP.
@@ -92,8 +92,8 @@ pub struct Ingress {
     /// How many of those were not given up.
     rtp_left: usize,
     settings: Settings,
-    intake: Intake,
-    metrics: IntakeMetrics,
+    intake: Streams,
+    metrics: ReceiveMetrics,
     probe_metrics: ProbeMetrics,
     /// The cloud's RTP port is being found.
     found: Lookups,
@@ -142,14 +142,14 @@ impl Drop for Connection {
     }
 }
 
-impl Ingress {
+impl Upstream {
     /// Receives RTP on one socket or on two, and nothing but parity on up to two others.
     pub fn new(
         rtp: Vec<RtpSocket>,
         parity: Vec<RtpSocket>,
         settings: Settings,
-        intake: Intake,
-        metrics: IntakeMetrics,
+        intake: Streams,
+        metrics: ReceiveMetrics,
         probe_metrics: ProbeMetrics,
     ) -> Self {
         Self {
@@ -194,12 +194,12 @@ impl Ingress {
     }
 
     /// Says that this was read: what is needed of memory to take it is fetched.
-    pub(super) fn expect(&self, reads: &Reads) {
+    pub(super) fn expect(&self, reads: &RecvBatch) {
         self.intake.expect(reads.trains().filter_map(|train| train.datagrams().next()));
     }
 
     /// Takes what was read from socket `i`.
-    pub(super) fn handle_reads(&mut self, now: Instant, i: usize, reads: &Reads) {
+    pub(super) fn handle_reads(&mut self, now: Instant, i: usize, reads: &RecvBatch) {
         if let Some(socket) = self.sockets.get_mut(i) {
             socket.heard(now);
         }
@@ -208,7 +208,7 @@ impl Ingress {
                 self.handle_datagram(now, i, &train, datagram);
             }
         }
-        if self.intake.met_stranger() {
+        if self.intake.saw_unknown_ssrc() {
             // Only so many of its packets are held until its name is known.
             self.look_up(now);
         }
@@ -235,7 +235,7 @@ impl Ingress {
         }
     }
 
-    /// When to call [`Ingress::handle_timeout`].
+    /// When to call [`Upstream::handle_timeout`].
     pub(super) fn poll_timeout(&self) -> Instant {
         let probe = self.sockets.iter().filter_map(RtpSocket::poll_timeout).min();
         [self.intake.poll_timeout(), probe].into_iter().flatten().fold(self.next_tick, Instant::min)
@@ -246,7 +246,7 @@ impl Ingress {
         self.intake.poll_timeout()
     }
 
-    /// Whether [`Ingress::handle_inputs`] is to be called, though nothing has woken for it.
+    /// Whether [`Upstream::handle_inputs`] is to be called, though nothing has woken for it.
     pub(super) fn has_begun(&self) -> bool {
         self.begun
     }
@@ -274,7 +274,13 @@ impl Ingress {
         self.begun = true;
     }
 
-    fn handle_datagram(&mut self, now: Instant, i: usize, train: &Train<'_>, datagram: &[u8]) {
+    fn handle_datagram(
+        &mut self,
+        now: Instant,
+        i: usize,
+        train: &GroDatagrams<'_>,
+        datagram: &[u8],
+    ) {
         let is_rtp = is_rtp(datagram);
         if i >= self.rtp_sockets || (!is_rtp && Repair::is_one(datagram)) {
             if !self.throws_away() {
@@ -300,7 +306,7 @@ impl Ingress {
     }
 
     /// Takes a datagram that is a probe message or an announcement; whether it was.
-    fn handle_other(&mut self, i: usize, train: &Train<'_>, datagram: &[u8]) -> bool {
+    fn handle_other(&mut self, i: usize, train: &GroDatagrams<'_>, datagram: &[u8]) -> bool {
         if is_probe_message(datagram) {
             if let (Some(from), Some(socket), Ok((message, _))) =
                 (train.from(), self.sockets.get(i), ProbeMessage::parse(datagram))
@@ -586,7 +592,7 @@ mod tests {
     /// An ingress with two sockets, the hub that it fills, where its sockets are, and what the repair
     /// connection would send events with.
     struct Rig {
-        ingress: Ingress,
+        ingress: Upstream,
         hub: Hub,
         rtp: [SocketAddr; 2],
         events: mpsc::UnboundedReceiver<mpsc::Sender<RepairEvent>>,
@@ -595,13 +601,13 @@ mod tests {
     fn rig(on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static) -> Rig {
         let registry = prometheus::Registry::new();
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
-        let metrics = IntakeMetrics::register(&registry).unwrap();
+        let metrics = ReceiveMetrics::register(&registry).unwrap();
         let settings = intake::Settings {
             receiver: receiver::Settings::default(),
             silence: Duration::from_secs(10),
             max_streams: 1000,
         };
-        let intake = Intake::new(settings, hub.clone(), metrics.clone(), on_start);
+        let intake = Streams::new(settings, hub.clone(), metrics.clone(), on_start);
         let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
         let rtp = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
         // Where nobody answers: what the cloud says, the test says.
@@ -638,7 +644,7 @@ mod tests {
         let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
         let probe_metrics = ProbeMetrics::register(&registry).unwrap();
         let sockets = sockets.map(RtpSocket::new).into();
-        let ingress = Ingress::new(sockets, Vec::new(), settings, intake, metrics, probe_metrics);
+        let ingress = Upstream::new(sockets, Vec::new(), settings, intake, metrics, probe_metrics);
         Rig { ingress, hub, rtp, events }
     }
 

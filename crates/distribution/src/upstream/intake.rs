@@ -14,7 +14,7 @@ use bytes::Bytes;
 use super::{
     livestat::LiveStream,
     parity::Parity,
-    stats::{IntakeMetrics, StreamStats},
+    stats::{ReceiveMetrics, StreamStats},
 };
 use downpour_hub::{self, Hub, NextPush, Publisher};
 use downpour_media::{
@@ -47,16 +47,16 @@ pub struct Settings {
 }
 
 /// All streams that this edge receives.
-pub struct Intake {
+pub struct Streams {
     settings: Settings,
     hub: Hub,
-    metrics: IntakeMetrics,
-    streams: HashMap<Ssrc, Indexed, SsrcHash>,
+    metrics: ReceiveMetrics,
+    streams: HashMap<Ssrc, StreamSlot, SsrcHash>,
     by_key: HashMap<StreamKey, Ssrc>,
     /// Packets of publications that nobody has named yet.
     unknown: HashMap<Ssrc, Unknown>,
     /// One came to them.
-    met_stranger: bool,
+    saw_unknown_ssrc: bool,
     /// The path's round trip and how it varies, once it is known.
     round_trip: Option<(Duration, Duration)>,
     /// Publications that ended a moment ago: their stragglers are not the start of something.
@@ -71,7 +71,7 @@ pub struct Intake {
     told: bool,
     /// Whether parity has come of any stream.
     has_parity: bool,
-    /// When each stream that waits for something is to be looked at: [`Incoming::wake`].
+    /// When each stream that waits for something is to be looked at: [`ReceivedStream::wake`].
     wakes: BTreeSet<(Instant, Ssrc)>,
 }
 
@@ -83,15 +83,15 @@ struct Unknown {
 }
 
 /// A stream as it is found by its SSRC.
-struct Indexed {
-    stream: Box<Incoming>,
-    ahead: Ahead,
+struct StreamSlot {
+    stream: Box<ReceivedStream>,
+    ahead: PrefetchHints,
 }
 
 /// What of memory a stream's next packet will need, so far as one can tell. It is beside the
 /// stream's address, so that all of it can be fetched at once.
 #[derive(Debug, Clone, Copy)]
-struct Ahead {
+struct PrefetchHints {
     push: NextPush,
     /// Address of the place that its payload will have.
     payload: usize,
@@ -102,19 +102,19 @@ struct Ahead {
 /// What each packet needs is in front and together: few lines of the cache, which with hundreds of
 /// streams are cold each time.
 #[repr(C, align(64))]
-struct Incoming {
+struct ReceivedStream {
     publisher: Publisher,
     last_packet: Instant,
     /// The cloud said that the stream is over: the last number it sent, and how long to wait.
     ending: Option<(Option<Seq>, Instant)>,
-    header_hunt: Option<Box<HeaderHunt>>,
+    header_hunt: Option<Box<HeaderRecovery>>,
     /// Once parity has come.
     parity: Option<Box<Parity>>,
     depacketizer: Depacketizer,
     receiver: Receiver,
     ssrc: Ssrc,
     key: StreamKey,
-    /// Its place in [`Intake::wakes`], if it has one.
+    /// Its place in [`Streams::wakes`], if it has one.
     wake: Option<Instant>,
     /// A new connection to the cloud has not named it yet.
     unconfirmed_since: Option<Instant>,
@@ -127,7 +127,7 @@ struct Incoming {
 /// What a v0 cloud does not tell to one who joins late: the codec headers. They were the first
 /// packets of the publication, so those are asked for, should they still be held. Media waits a
 /// moment for the answer, because a header is of no use behind the frames that need it.
-struct HeaderHunt {
+struct HeaderRecovery {
     depacketizer: Depacketizer,
     next: Seq,
     until: Instant,
@@ -137,13 +137,13 @@ struct HeaderHunt {
     waiting_bytes: usize,
 }
 
-impl Intake {
+impl Streams {
     /// Receives nothing yet; tags will go to `hub`, and `on_start` hears of each stream that comes
     /// up.
     pub fn new(
         settings: Settings,
         hub: Hub,
-        metrics: IntakeMetrics,
+        metrics: ReceiveMetrics,
         on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static,
     ) -> Self {
         Self {
@@ -153,7 +153,7 @@ impl Intake {
             streams: HashMap::default(),
             by_key: HashMap::new(),
             unknown: HashMap::new(),
-            met_stranger: false,
+            saw_unknown_ssrc: false,
             round_trip: None,
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
@@ -172,7 +172,7 @@ impl Intake {
         for datagram in datagrams {
             let Some(ssrc) = datagram.get(8..).and_then(<[u8]>::first_chunk) else { continue };
             let ssrc = Ssrc(u32::from_be_bytes(*ssrc));
-            if let Some(Indexed { stream, ahead }) = self.streams.get(&ssrc) {
+            if let Some(StreamSlot { stream, ahead }) = self.streams.get(&ssrc) {
                 prefetch((&raw const **stream).addr(), HOT_BYTES);
                 prefetch(ahead.count, size_of::<usize>());
                 ahead.push.expect();
@@ -193,7 +193,7 @@ impl Intake {
     /// what nearly all of them are: straight into its tag, without a place of its own in memory.
     fn handle_next(&mut self, now: Instant, datagram: &[u8], path: u8) -> bool {
         let Ok((header, payload)) = Header::parse(datagram) else { return false };
-        let (Some(Indexed { stream, ahead }), Some(payload)) =
+        let (Some(StreamSlot { stream, ahead }), Some(payload)) =
             (self.streams.get_mut(&header.ssrc), datagram.get(payload))
         else {
             return false;
@@ -224,7 +224,7 @@ impl Intake {
             }
         };
         let ssrc = packet.header.ssrc;
-        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else {
+        let Some(StreamSlot { stream, .. }) = self.streams.get_mut(&ssrc) else {
             self.hold_unknown(now, packet, path);
             return;
         };
@@ -254,7 +254,7 @@ impl Intake {
         };
         self.metrics.parity_received.inc();
         let ssrc = repair.media;
-        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else {
+        let Some(StreamSlot { stream, .. }) = self.streams.get_mut(&ssrc) else {
             // Of a stream that is not wanted, or not named yet: it comes with the next block.
             self.metrics.parity_unknown.inc();
             return;
@@ -272,7 +272,7 @@ impl Intake {
     pub fn stream_up(&mut self, now: Instant, up: StreamInfo) {
         // Nothing sent yet: it begins at the beginning.
         let first = up.gop_start.or(up.newest.is_none().then_some(Seq::FIRST));
-        self.bring_up(now, up, first);
+        self.start_stream(now, up, first);
     }
 
     /// The cloud's API named a publication that is under way, and told nothing else of it.
@@ -282,11 +282,11 @@ impl Intake {
         let first = held.map(|(packet, _)| packet.header.seq).filter(|seq| *seq == Seq::FIRST);
         let headers = Headers::default();
         let up = StreamInfo { key, ssrc, start_unix_ms, headers, gop_start: None, newest: None };
-        self.bring_up(now, up, first);
+        self.start_stream(now, up, first);
     }
 
     /// `first` is where to begin, if that is known; else it is wherever one comes in.
-    fn bring_up(&mut self, now: Instant, up: StreamInfo, first: Option<Seq>) {
+    fn start_stream(&mut self, now: Instant, up: StreamInfo, first: Option<Seq>) {
         if let Some(stream) = self.streams.get_mut(&up.ssrc) {
             stream.unconfirmed_since = None;
             self.stream_update(up.ssrc, up.headers);
@@ -337,7 +337,7 @@ impl Intake {
         }
         (self.on_start)(publisher.stream());
         tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
-        let mut stream = Box::new(Incoming {
+        let mut stream = Box::new(ReceivedStream {
             key: up.key.clone(),
             ssrc: up.ssrc,
             receiver,
@@ -364,7 +364,7 @@ impl Intake {
             stream.receiver.handle_heartbeat(now, newest);
         }
         self.by_key.insert(up.key, up.ssrc);
-        self.streams.insert(up.ssrc, Indexed { ahead: stream.ahead(), stream });
+        self.streams.insert(up.ssrc, StreamSlot { ahead: stream.ahead(), stream });
         self.report_turns.push_front(up.ssrc);
         self.pump(now, up.ssrc);
     }
@@ -379,7 +379,7 @@ impl Intake {
     /// The cloud says that a stream is over; what is still missing of it is waited for.
     pub fn stream_end(&mut self, now: Instant, ssrc: Ssrc, last: Option<Seq>) {
         self.unknown.remove(&ssrc);
-        let Some(Indexed { stream, .. }) = self.streams.get_mut(&ssrc) else {
+        let Some(StreamSlot { stream, .. }) = self.streams.get_mut(&ssrc) else {
             self.ended.push_back((now, ssrc));
             return;
         };
@@ -395,7 +395,7 @@ impl Intake {
     /// Ends every stream that has been silent for `age` and is not among `listed`, which the cloud's
     /// API told just now.
     pub fn retain_streams(&mut self, now: Instant, listed: &[Ssrc], age: Duration) {
-        let over = |s: &Indexed| {
+        let over = |s: &StreamSlot| {
             !listed.contains(&s.ssrc) && now.saturating_duration_since(s.last_packet) >= age
         };
         let over: Vec<_> = self.streams.values().filter(|s| over(s)).map(|s| s.ssrc).collect();
@@ -478,7 +478,7 @@ impl Intake {
     pub fn tick(&mut self, now: Instant) {
         self.forget_ended(now);
         let silence = self.settings.silence;
-        let over = |stream: &&Indexed| match (self.told, stream.unconfirmed_since) {
+        let over = |stream: &&StreamSlot| match (self.told, stream.unconfirmed_since) {
             (true, None) => false,
             (true, Some(since)) => now.saturating_duration_since(since) > CONFIRM_WITHIN,
             (false, _) => now.saturating_duration_since(stream.last_packet) > silence,
@@ -498,7 +498,7 @@ impl Intake {
             }
             keep
         });
-        for Indexed { stream, .. } in self.streams.values_mut() {
+        for StreamSlot { stream, .. } in self.streams.values_mut() {
             stream.count(&self.metrics);
             if let Some(parity) = &mut stream.parity {
                 let wait = parity.wait(now, stream.receiver.stats().delays.total());
@@ -513,14 +513,14 @@ impl Intake {
         self.nacks.pop_front()
     }
 
-    /// When to call [`Intake::handle_timeout`].
+    /// When to call [`Streams::handle_timeout`].
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.wakes.first().map(|(at, _)| *at)
     }
 
     /// Whether a stream has been silent for `age`, so that it may be over without our being told.
     pub fn any_silent(&self, now: Instant, age: Duration) -> bool {
-        let silent = |s: &Indexed| now.saturating_duration_since(s.last_packet) >= age;
+        let silent = |s: &StreamSlot| now.saturating_duration_since(s.last_packet) >= age;
         self.streams.values().any(silent)
     }
 
@@ -533,8 +533,8 @@ impl Intake {
     }
 
     /// Whether there is a publication without a name that there was not at the last call.
-    pub fn met_stranger(&mut self) -> bool {
-        std::mem::take(&mut self.met_stranger)
+    pub fn saw_unknown_ssrc(&mut self) -> bool {
+        std::mem::take(&mut self.saw_unknown_ssrc)
     }
 
     /// How streams fare, for the cloud: all of them, or the next `most` of them, in turn.
@@ -558,7 +558,7 @@ impl Intake {
             return;
         }
         let unknown = self.unknown.entry(ssrc).or_insert_with(|| {
-            self.met_stranger = true;
+            self.saw_unknown_ssrc = true;
             Unknown { since: now, packets: Vec::new() }
         });
         // The first ones are kept: they may hold the headers, and the later can be asked for.
@@ -571,7 +571,7 @@ impl Intake {
 
     /// Moves what a stream's receiver has ready to where it belongs.
     fn pump(&mut self, now: Instant, ssrc: Ssrc) {
-        let Some(Indexed { stream, ahead }) = self.streams.get_mut(&ssrc) else { return };
+        let Some(StreamSlot { stream, ahead }) = self.streams.get_mut(&ssrc) else { return };
         while let Some(request) = stream.receiver.poll_request(now) {
             let slack_ms = request.slack_ms(now);
             self.nacks.push_back(Nack {
@@ -641,23 +641,23 @@ impl Intake {
     }
 }
 
-impl std::ops::Deref for Indexed {
-    type Target = Incoming;
+impl std::ops::Deref for StreamSlot {
+    type Target = ReceivedStream;
 
-    fn deref(&self) -> &Incoming {
+    fn deref(&self) -> &ReceivedStream {
         &self.stream
     }
 }
 
-impl std::ops::DerefMut for Indexed {
-    fn deref_mut(&mut self) -> &mut Incoming {
+impl std::ops::DerefMut for StreamSlot {
+    fn deref_mut(&mut self) -> &mut ReceivedStream {
         &mut self.stream
     }
 }
 
-impl Incoming {
-    fn ahead(&self) -> Ahead {
-        Ahead {
+impl ReceivedStream {
+    fn ahead(&self) -> PrefetchHints {
+        PrefetchHints {
             push: self.publisher.next_push(),
             payload: self.depacketizer.next_place(),
             count: self.depacketizer.count(),
@@ -665,7 +665,7 @@ impl Incoming {
     }
 
     fn begin_header_hunt(&mut self, now: Instant) -> Nack {
-        self.header_hunt = Some(Box::new(HeaderHunt {
+        self.header_hunt = Some(Box::new(HeaderRecovery {
             depacketizer: Depacketizer::new(),
             next: Seq::FIRST,
             until: now + MEDIA_WAITS,
@@ -707,7 +707,7 @@ impl Incoming {
     }
 
     /// Puts what the receiver gives into tags, and those into the hub.
-    fn hand_on(&mut self, now: Instant, metrics: &IntakeMetrics) {
+    fn hand_on(&mut self, now: Instant, metrics: &ReceiveMetrics) {
         while let Some(event) = self.receiver.poll_event() {
             match event {
                 Event::Packet(packet) => {
@@ -730,7 +730,7 @@ impl Incoming {
         self.look_for_damage(now, metrics);
     }
 
-    fn look_for_damage(&mut self, now: Instant, metrics: &IntakeMetrics) {
+    fn look_for_damage(&mut self, now: Instant, metrics: &ReceiveMetrics) {
         if let Some(damage) = self.depacketizer.take_damage() {
             self.note_damage(now, damage, metrics);
         }
@@ -766,7 +766,7 @@ impl Incoming {
     }
 
     fn push(&mut self, now: Instant, tag: Tag) {
-        let Some(hunt @ HeaderHunt { waiting: Some(_), .. }) = self.header_hunt.as_deref_mut()
+        let Some(hunt @ HeaderRecovery { waiting: Some(_), .. }) = self.header_hunt.as_deref_mut()
         else {
             self.publisher.push_at(now, tag);
             return;
@@ -780,7 +780,7 @@ impl Incoming {
         }
     }
 
-    fn note_damage(&mut self, now: Instant, damage: Damage, metrics: &IntakeMetrics) {
+    fn note_damage(&mut self, now: Instant, damage: Damage, metrics: &ReceiveMetrics) {
         metrics.discarded.inc_by(damage.discarded);
         metrics.malformed.inc_by(damage.malformed);
         self.damage.packets += damage.packets;
@@ -805,7 +805,7 @@ impl Incoming {
     }
 
     /// Adds what happened since the last time to the node's counters.
-    fn count(&mut self, metrics: &IntakeMetrics) {
+    fn count(&mut self, metrics: &ReceiveMetrics) {
         let stats = self.receiver.stats();
         metrics.add(&self.counted, &stats);
         self.counted = stats;
@@ -833,7 +833,7 @@ impl Incoming {
 /// Heartbeats whose streams are fetched at once.
 const EXPECTED_BEATS: usize = 8;
 /// Of a stream, what a packet needs: the front, with that of the receiver.
-const HOT_BYTES: usize = std::mem::offset_of!(Incoming, receiver) + 64;
+const HOT_BYTES: usize = std::mem::offset_of!(ReceivedStream, receiver) + 64;
 
 /// Hashes SSRCs, one look-up a packet, in two multiplications. Senders choose SSRCs; they do not know
 /// the factors, and so not which ones collide.
@@ -912,15 +912,15 @@ mod tests {
         rtp::{Burst, Packetizer},
     };
 
-    fn intake() -> (Intake, Hub) {
+    fn intake() -> (Streams, Hub) {
         let hub = Hub::new(LogLimits { max_bytes: 1 << 22, max_age: 60_000 });
-        let metrics = IntakeMetrics::register(&prometheus::Registry::new()).unwrap();
+        let metrics = ReceiveMetrics::register(&prometheus::Registry::new()).unwrap();
         let settings = Settings {
             receiver: ReceiverSettings::default(),
             silence: Duration::from_secs(10),
             max_streams: 3,
         };
-        (Intake::new(settings, hub.clone(), metrics, |_| ()), hub)
+        (Streams::new(settings, hub.clone(), metrics, |_| ()), hub)
     }
 
     fn up(key: &str, ssrc: u32, gop_start: Option<Seq>, newest: Option<Seq>) -> StreamInfo {
@@ -953,7 +953,7 @@ mod tests {
         (tags, bursts)
     }
 
-    fn feed(intake: &mut Intake, now: Instant, burst: &Burst, path: Path) {
+    fn feed(intake: &mut Streams, now: Instant, burst: &Burst, path: Path) {
         for i in 0..burst.count() {
             intake.handle_packet(now, burst.packet(i).unwrap(), path);
         }
@@ -971,11 +971,11 @@ mod tests {
         let (mut intake, hub) = intake();
         let now = Instant::now();
         let (tags, bursts) = bursts(7, 4);
-        assert!(!intake.met_stranger());
+        assert!(!intake.saw_unknown_ssrc());
         feed(&mut intake, now, &bursts[0], Path::Live(0));
-        assert!(intake.met_stranger() && !intake.met_stranger());
+        assert!(intake.saw_unknown_ssrc() && !intake.saw_unknown_ssrc());
         bursts[1..3].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
-        assert!(hub.is_empty() && !intake.met_stranger(), "once for each");
+        assert!(hub.is_empty() && !intake.saw_unknown_ssrc(), "once for each");
         assert_eq!(intake.unnamed(now, Duration::ZERO).collect::<Vec<_>>(), [Ssrc(7)]);
         intake.stream_named(now, named("live/a", 7));
         bursts[3..].iter().for_each(|burst| feed(&mut intake, now, burst, Path::Live(0)));
@@ -1198,7 +1198,7 @@ mod tests {
         for ssrc in 7..10 {
             intake.stream_up(now, up(&format!("live/{ssrc}"), ssrc, None, None));
         }
-        let told = |intake: &mut Intake| {
+        let told = |intake: &mut Streams| {
             let mut told: Vec<_> = intake.reports(2).iter().map(|report| report.ssrc).collect();
             told.extend(intake.reports(1).iter().map(|report| report.ssrc));
             told.sort_unstable();

@@ -4,7 +4,7 @@
 //! a thread, which waits in the call that reads, so that nothing has to be asked first whether there
 //! is something. One more thread has a runtime of its own, in which are the repair connection and what
 //! is due at some time: to hand each answer from thread to thread would cost more than to take it, and
-//! viewers do not hold it up. All work on one [`Ingress`] behind a lock, which is nearly always free.
+//! viewers do not hold it up. All work on one [`Upstream`] behind a lock, which is nearly always free.
 
 use std::{
     future::poll_fn,
@@ -28,14 +28,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::ingress::Ingress;
+use super::ingress::Upstream;
 use downpour_sys::{
-    recvmmsg::Reads,
-    timer::{Alarm, Clock},
+    recvmmsg::RecvBatch,
+    timer::{Timer, TimerWaiter},
     udp::end_waits,
 };
 
-impl Ingress {
+impl Upstream {
     /// Receives on threads of its own until `shutdown`; then every stream ends. So it does when this
     /// is dropped.
     ///
@@ -64,10 +64,10 @@ impl Ingress {
 }
 
 /// What one of the threads does.
-type Run = Box<dyn FnOnce(Arc<Shared>, &CancellationToken) + Send>;
+type InOrderRun = Box<dyn FnOnce(Arc<Shared>, &CancellationToken) + Send>;
 
 fn start(
-    mut ingress: Ingress,
+    mut ingress: Upstream,
     stop: &CancellationToken,
     running: &mpsc::Sender<()>,
 ) -> io::Result<Vec<thread::JoinHandle<()>>> {
@@ -76,13 +76,13 @@ fn start(
         let _inside = runtime.handle.enter();
         ingress.begin();
     }
-    let clock = Clock::new()?;
+    let clock = Timer::new()?;
     let sockets: Vec<_> = ingress.sockets().cloned().collect();
     let over = Over { is_it: Arc::default(), sockets: sockets.clone() };
     let ended = over.is_it.clone();
     let shared = Arc::new(Shared { work: Mutex::new(Work { ingress, clock, control: None }) });
     let handle = runtime.handle.clone();
-    let spawn = |name, run: Run| {
+    let spawn = |name, run: InOrderRun| {
         let (handle, running) = (handle.clone(), running.clone());
         let (stop, shared) = (stop.clone(), shared.clone());
         thread::Builder::new().name(name).spawn(move || {
@@ -117,7 +117,7 @@ fn start(
 /// streams, and closes the repair connection.
 async fn control(shared: Arc<Shared>, stop: &CancellationToken, over: Over) {
     let failed = async {
-        let alarm = Alarm::new(&shared.work.lock().clock)?;
+        let alarm = TimerWaiter::new(&shared.work.lock().clock)?;
         poll_fn(|cx| shared.poll_control(cx, &alarm)).await
     };
     let failed = {
@@ -149,16 +149,16 @@ struct Shared {
 }
 
 struct Work {
-    ingress: Ingress,
+    ingress: Upstream,
     /// Goes off when something is due.
-    clock: Clock,
+    clock: Timer,
     /// Wakes who does what is due.
     control: Option<Waker>,
 }
 
 impl Shared {
     /// Does what is due and takes what has come; ready only if that cannot go on.
-    fn poll_control(&self, cx: &mut Context<'_>, alarm: &Alarm) -> Poll<io::Result<()>> {
+    fn poll_control(&self, cx: &mut Context<'_>, alarm: &TimerWaiter) -> Poll<io::Result<()>> {
         let went_off = match alarm.poll(cx) {
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
             went_off => went_off.is_ready(),
@@ -186,7 +186,7 @@ impl Shared {
 
     /// Reads socket `i` until all is `over`, or it is broken; `false` if it was the last of RTP.
     fn receive_until(&self, over: &AtomicBool, i: usize, socket: &UdpSocket) -> bool {
-        let mut reads = Reads::new();
+        let mut reads = RecvBatch::new();
         let mut failing = None;
         loop {
             let read = reads.wait(socket);

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use super::prober::{ProbeMetrics, Prober};
 use crate::address::Destination;
 use downpour_repair::{control::Nonce, probe::ProbeMessage};
-use downpour_sys::recvmmsg::Reads;
+use downpour_sys::recvmmsg::RecvBatch;
 
 /// One way by which RTP comes.
 pub struct RtpSocket {
@@ -33,7 +33,7 @@ impl RtpSocket {
     /// Takes a bound socket, one that waits.
     pub fn new(socket: UdpSocket) -> Self {
         // Without, it costs more.
-        if let Err(error) = Reads::let_join(&socket) {
+        if let Err(error) = RecvBatch::let_join(&socket) {
             tracing::info!("the kernel gives RTP packet by packet, at more cost: {error}");
         }
         Self { socket: Arc::new(socket), probing: None }

@@ -29,7 +29,7 @@ pub struct StreamStats {
 
 /// Counters of the intake, and the streams' own numbers for the next scrape.
 #[derive(Clone)]
-pub struct IntakeMetrics {
+pub struct ReceiveMetrics {
     /// Datagrams that are no RTP of wire v0, and packets that hold no tag.
     pub malformed: IntCounter,
     /// Packets that came whole and were of no use, because others of their tag were lost.
@@ -56,7 +56,7 @@ pub struct IntakeMetrics {
     streams: Arc<Mutex<Vec<StreamStats>>>,
 }
 
-impl IntakeMetrics {
+impl ReceiveMetrics {
     /// Makes the handles and registers them.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter =

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use bytes::{Buf, BytesMut};
 
 use crate::flv::{Tag, TagError, tag::TagHeader};
-use downpour_sys::buffer::Room;
+use downpour_sys::buffer::BufferMut;
 
 /// Takes the bytes of one FLV file as they come and gives its tags.
 ///
@@ -106,7 +106,7 @@ impl FlvReader {
                     let unit_len = Tag::HEADER_LEN + TagHeader::parse(&self.buffer)?.body_len;
                     let Some(bytes) = self.buffer.get(..unit_len) else { return Ok(None) };
                     // A buffer of its own: a small tag must not keep a large buffer alive.
-                    let mut unit = Room::with_capacity(unit_len + Tag::TRAILER_LEN);
+                    let mut unit = BufferMut::with_capacity(unit_len + Tag::TRAILER_LEN);
                     unit.put_slice(bytes);
                     self.buffer.advance(unit_len);
                     self.state = State::Skip(Tag::TRAILER_LEN);

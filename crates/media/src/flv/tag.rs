@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use downpour_sys::buffer::{Piece, Room};
+use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// What a tag carries (FLV 10.1 §E.4.1, `TagType`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,7 +35,7 @@ impl TagKind {
 /// and recordings write all three, and every clone shares the same memory.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tag {
-    framed: Piece,
+    framed: Buffer,
     kind: TagKind,
     timestamp: u32,
 }
@@ -60,8 +60,8 @@ impl Tag {
 
     /// An empty buffer with the header's room in front and the trailer's reserved behind, so that
     /// a body of `body_len` bytes can be assembled in place and framed with [`Tag::from_buffer`].
-    pub fn buffer_for(body_len: usize) -> Room {
-        let mut buffer = Room::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
+    pub fn buffer_for(body_len: usize) -> BufferMut {
+        let mut buffer = BufferMut::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
         buffer.put_slice(&[0; Self::HEADER_LEN]);
         buffer
     }
@@ -71,7 +71,11 @@ impl Tag {
     ///
     /// # Errors
     /// [`TagError::TooLong`] over [`Tag::MAX_BODY_LEN`], [`TagError::Truncated`] without the room.
-    pub fn from_buffer(kind: TagKind, timestamp: u32, mut buffer: Room) -> Result<Self, TagError> {
+    pub fn from_buffer(
+        kind: TagKind,
+        timestamp: u32,
+        mut buffer: BufferMut,
+    ) -> Result<Self, TagError> {
         let body_len = buffer.len().checked_sub(Self::HEADER_LEN).ok_or(TagError::Truncated)?;
         if body_len > Self::MAX_BODY_LEN {
             return Err(TagError::TooLong(body_len));
@@ -86,7 +90,7 @@ impl Tag {
     ///
     /// # Errors
     /// If the type is none of 8, 9 and 18, or the length in the header is not the body's.
-    pub fn from_unit(mut unit: Room) -> Result<Self, TagError> {
+    pub fn from_unit(mut unit: BufferMut) -> Result<Self, TagError> {
         let head = TagHeader::parse(&unit)?;
         if unit.len() != Self::HEADER_LEN + head.body_len {
             return Err(TagError::Truncated);
@@ -102,7 +106,7 @@ impl Tag {
         if timestamp == self.timestamp {
             return self.clone();
         }
-        let mut framed = Room::from(&self.framed[..]);
+        let mut framed = BufferMut::from(&self.framed[..]);
         framed[..Self::HEADER_LEN].copy_from_slice(&self.header_at(timestamp));
         Self { framed: framed.freeze(), kind: self.kind, timestamp }
     }
@@ -111,7 +115,7 @@ impl Tag {
     /// blocks of it.
     pub fn detached(&self) -> Self {
         let Self { kind, timestamp, .. } = *self;
-        Self { framed: Room::from(&self.framed[..]).freeze(), kind, timestamp }
+        Self { framed: BufferMut::from(&self.framed[..]).freeze(), kind, timestamp }
     }
 
     /// The tag header as it would be at another time.
@@ -140,7 +144,7 @@ impl Tag {
     }
 
     /// Header, body and `PreviousTagSize`: what stands in an FLV file.
-    pub fn framed(&self) -> &Piece {
+    pub fn framed(&self) -> &Buffer {
         &self.framed
     }
 
@@ -306,7 +310,7 @@ mod tests {
             [9, 0, 0, 5, 2, 3, 4, 1, 0, 0, 0, 0x17, 1, 0, 0, 0, 0, 0, 0, 16]
         );
         assert!(tag.is_key_frame());
-        assert_eq!(Tag::from_unit(Room::from(tag.unit())).unwrap(), tag);
+        assert_eq!(Tag::from_unit(BufferMut::from(tag.unit())).unwrap(), tag);
         assert_eq!(tag.with_timestamp(7).timestamp(), 7);
     }
 
@@ -341,8 +345,8 @@ mod tests {
 
     #[test]
     fn lengths_that_lie_are_refused() {
-        assert_eq!(Tag::from_unit(Room::from(&[9u8, 0, 0, 5][..])), Err(TagError::Truncated));
-        let mut unit = Room::from(Tag::new(TagKind::Audio, 1, &[1, 2]).unwrap().unit());
+        assert_eq!(Tag::from_unit(BufferMut::from(&[9u8, 0, 0, 5][..])), Err(TagError::Truncated));
+        let mut unit = BufferMut::from(Tag::new(TagKind::Audio, 1, &[1, 2]).unwrap().unit());
         unit[3] = 3;
         assert_eq!(Tag::from_unit(unit), Err(TagError::Truncated));
     }

@@ -133,7 +133,7 @@ impl Receiver {
     fn effort(&self, missing: &Missing, left: Duration) -> (u8, u8) {
         match (self.round_trip.tries_within(left), missing.tries) {
             // Copies of so many packets would take the place of others that are in time.
-            _ if self.flooded => (1, 1),
+            _ if self.bulk_loss => (1, 1),
             (0 | 1, 0) => (2, 2),
             (0 | 1, _) => (3, 2),
             (2, 1..) | (_, 3..) => (2, 1),
@@ -146,7 +146,7 @@ impl Receiver {
     /// this number yet: then it is not overdue, however long ago it was asked for.
     fn is_on_its_way(&self, now: Instant, number: u64, missing: &Missing) -> bool {
         missing.tries > 0
-            && self.flooded
+            && self.bulk_loss
             && number > self.repaired_last.0
             && self
                 .repaired_last
@@ -173,7 +173,7 @@ impl Receiver {
             if missing.tries == 0 {
                 self.stats.asked += 1;
                 self.asked_now += 1;
-                self.flooded |= self.asked_now > FLOOD;
+                self.bulk_loss |= self.asked_now > FLOOD;
             }
             missing.tries = missing.tries.saturating_add(1);
             missing.asked_at = Some(now);
@@ -222,7 +222,7 @@ impl Receiver {
 
     pub(super) fn answered(&mut self, was_asked: bool) {
         self.asked_now -= usize::from(was_asked);
-        self.flooded &= self.asked_now > EBB;
+        self.bulk_loss &= self.asked_now > EBB;
     }
 }
 

@@ -73,14 +73,14 @@ impl Default for RoundTrip {
 
 /// Learns how long a number that is missing should be waited for before it counts as lost.
 #[derive(Debug, Default)]
-pub(super) struct Reordering {
+pub(super) struct ReorderEstimate {
     /// Share of gaps that closed by themselves, 0..=1, over the last hundred or so.
     share: f32,
     /// How late the late ones come: follows the longest, slowly forgets it.
     lateness: Duration,
 }
 
-impl Reordering {
+impl ReorderEstimate {
     pub(super) fn came_late(&mut self, by: Duration) {
         self.share += (1.0 - self.share) / 64.0;
         self.lateness = match by > self.lateness {
@@ -107,14 +107,14 @@ impl Reordering {
 /// Learns how much later packets come than the word that they were sent, where the two go different
 /// ways: a satellite's, and the ground's.
 #[derive(Debug, Default)]
-pub(super) struct Lag {
+pub(super) struct ControlSkew {
     /// The newest number that was told and had not come, and when.
     told: Option<(u64, Instant)>,
     sample: Duration,
     lag: Duration,
 }
 
-impl Lag {
+impl ControlSkew {
     /// Everything up to `newest` was sent, and has not come.
     pub(super) fn told(&mut self, now: Instant, newest: u64) {
         self.told.get_or_insert((newest, now));
@@ -151,12 +151,12 @@ impl Lag {
 
 /// Learns how much does not come by itself.
 #[derive(Debug, Default)]
-pub(super) struct Losing {
+pub(super) struct LossEstimate {
     /// Share of packets, 0..=1, over the last few hundred.
     share: f32,
 }
 
-impl Losing {
+impl LossEstimate {
     /// A packet came, and as many before it did not.
     pub(super) fn came_after(&mut self, missing: u64) {
         for _ in 0..missing.min(LOSING_OVER) {

@@ -6,7 +6,7 @@ use downpour_media::flv::{
     tag::{TagError, TagHeader},
 };
 use downpour_sys::{
-    buffer::{Block, Room},
+    buffer::{BufferMut, BufferPool},
     prefetch,
 };
 
@@ -16,9 +16,9 @@ use downpour_sys::{
 #[derive(Debug)]
 pub struct Depacketizer {
     state: State,
-    partial: Option<Room>,
+    partial: Option<BufferMut>,
     /// Memory of short tags.
-    block: Block,
+    block: BufferPool,
     /// Packets that `partial` is made of.
     held: u64,
     /// Bytes of header and body that `partial` will have.
@@ -57,7 +57,7 @@ impl Depacketizer {
         Self {
             state: State::Boundary,
             partial: None,
-            block: Block::of(BLOCK_LEN),
+            block: BufferPool::new(BLOCK_LEN),
             held: 0,
             expected: 0,
             last_seq: Seq::default(),
@@ -171,7 +171,7 @@ impl Depacketizer {
     }
 
     /// Reads the tag header at the start of a packet; `None` if there is none.
-    fn begin(&mut self, payload: &[u8], marker: bool) -> Option<Room> {
+    fn begin(&mut self, payload: &[u8], marker: bool) -> Option<BufferMut> {
         let header = TagHeader::parse(payload).ok()?;
         self.expected = Tag::HEADER_LEN + header.body_len;
         // All of it at once where it is a few packets, so that it need not move as it grows. A header
@@ -180,7 +180,7 @@ impl Depacketizer {
         Some(match self.expected <= few {
             true => self.block.room(self.expected + Tag::TRAILER_LEN),
             // It will grow, and move: what it had of a block would be lost.
-            false => Room::with_capacity(few + Tag::TRAILER_LEN),
+            false => BufferMut::with_capacity(few + Tag::TRAILER_LEN),
         })
     }
 

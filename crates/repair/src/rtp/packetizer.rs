@@ -9,7 +9,7 @@ use super::{
     packet::{HEADER_LEN, Header, PAYLOAD_TYPE},
 };
 use downpour_media::flv::Tag;
-use downpour_sys::buffer::{Block, Piece, Room};
+use downpour_sys::buffer::{Buffer, BufferMut, BufferPool};
 
 /// Slices one publication's tags into RTP packets.
 ///
@@ -22,7 +22,7 @@ pub struct Packetizer {
     next_seq: Seq,
     payload_max: usize,
     /// Memory of short bursts.
-    block: Block,
+    block: BufferPool,
 }
 
 impl Packetizer {
@@ -37,7 +37,7 @@ impl Packetizer {
     /// [`Self::PAYLOAD_LEAST`]`..=`[`Self::PAYLOAD_LIMIT`].
     pub fn new(ssrc: Ssrc, payload_max: usize) -> Self {
         let payload_max = payload_max.clamp(Self::PAYLOAD_LEAST, Self::PAYLOAD_LIMIT);
-        Self { ssrc, next_seq: Seq::FIRST, payload_max, block: Block::of(BLOCK_LEN) }
+        Self { ssrc, next_seq: Seq::FIRST, payload_max, block: BufferPool::new(BLOCK_LEN) }
     }
 
     /// Packs one tag. A copy of its bytes is the only one that the whole cloud makes.
@@ -75,7 +75,7 @@ impl Packetizer {
 /// Short bursts share blocks of memory, each of which is held as long as one of its bursts is.
 #[derive(Debug, Clone)]
 pub struct Burst {
-    bytes: Piece,
+    bytes: Buffer,
     /// Small, for there are hundreds of bursts in the history of each stream.
     stride: u16,
     first_seq: Seq,
@@ -83,7 +83,7 @@ pub struct Burst {
 
 impl Burst {
     /// All packets, laid end to end.
-    pub fn bytes(&self) -> &Piece {
+    pub fn bytes(&self) -> &Buffer {
         &self.bytes
     }
 
@@ -114,7 +114,7 @@ impl Burst {
 
     /// The same packets in memory of their own, for who keeps them longer than the history does.
     pub fn detached(&self) -> Self {
-        Self { bytes: Room::from(&self.bytes[..]).freeze(), ..*self }
+        Self { bytes: BufferMut::from(&self.bytes[..]).freeze(), ..*self }
     }
 
     fn range(&self, index: usize) -> Range<usize> {

@@ -5,7 +5,7 @@ use rand::{SeedableRng, rngs::SmallRng};
 
 use super::{
     SessionError,
-    link::{Command, Link, WINDOW},
+    channel::{ChunkChannel, Command, WINDOW},
     media::{Aggregate, into_tag},
 };
 use crate::{
@@ -28,7 +28,7 @@ use downpour_media::{
 pub struct ClientSession {
     /// Until it is done.
     handshake: Option<Box<(ClientHandshake, SmallRng)>>,
-    link: Link,
+    channel: ChunkChannel,
     url: RtmpUrl,
     purpose: Purpose,
     stage: Stage,
@@ -41,12 +41,12 @@ pub struct ClientSession {
 impl ClientSession {
     /// Greets the server. `seed` is the randomness of the handshake, which keeps no secret.
     pub fn new(url: RtmpUrl, purpose: Purpose, seed: u64) -> Self {
-        let mut link = Link::new(Tag::MAX_BODY_LEN);
+        let mut channel = ChunkChannel::new(Tag::MAX_BODY_LEN);
         let mut rng = SmallRng::seed_from_u64(seed);
-        let handshake = ClientHandshake::start(&mut rng, &mut link.output);
+        let handshake = ClientHandshake::start(&mut rng, &mut channel.output);
         Self {
             handshake: Some(Box::new((handshake, rng))),
-            link,
+            channel,
             url,
             purpose,
             stage: Stage::Connecting,
@@ -64,8 +64,8 @@ impl ClientSession {
         if let Some(handshake) = &mut self.handshake {
             let before = input.len();
             let (handshake, rng) = &mut **handshake;
-            let done = handshake.receive(input, rng, &mut self.link.output)?;
-            self.link.count(before - input.len());
+            let done = handshake.receive(input, rng, &mut self.channel.output)?;
+            self.channel.count(before - input.len());
             if !done {
                 return Ok(None);
             }
@@ -79,7 +79,7 @@ impl ClientSession {
                     None => self.aggregate = None,
                 }
             }
-            let Some(message) = self.link.read(input)? else { return Ok(None) };
+            let Some(message) = self.channel.read(input)? else { return Ok(None) };
             let event = match message.kind {
                 COMMAND_AMF0 | COMMAND_AMF3 => self.command(&Command::parse(&message)?)?,
                 USER_CONTROL if message.body().starts_with(&STREAM_EOF) => self.end(),
@@ -110,10 +110,10 @@ impl ClientSession {
             Value::from("@setDataFrame").encode(&mut self.script)?;
             self.script.extend_from_slice(tag.body());
             if self.script.len() <= Tag::MAX_BODY_LEN {
-                return self.link.media(csid, head, &self.script);
+                return self.channel.media(csid, head, &self.script);
             }
         }
-        self.link.media(csid, head, tag.body())
+        self.channel.media(csid, head, tag.body())
     }
 
     /// Ends the publication or the playback. The caller sends the output and closes.
@@ -127,20 +127,20 @@ impl ClientSession {
         self.stage = Stage::Ended;
         if self.purpose == Purpose::Publish {
             let name = self.url.stream_name().as_str().into();
-            self.link.command(0, "FCUnpublish", 6.0, &[Value::Null, name])?;
+            self.channel.command(0, "FCUnpublish", 6.0, &[Value::Null, name])?;
         }
         let id = f64::from(self.stream_id).into();
-        self.link.command(0, "deleteStream", 7.0, &[Value::Null, id])
+        self.channel.command(0, "deleteStream", 7.0, &[Value::Null, id])
     }
 
     /// What is to be sent to the server; empty if there is nothing.
     pub fn take_output(&mut self) -> BytesMut {
-        self.link.output.split()
+        self.channel.output.split()
     }
 
     fn connect(&mut self) -> Result<(), SessionError> {
-        self.link.control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
-        self.link.set_chunk_size(CHUNK_SIZE)?;
+        self.channel.control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
+        self.channel.set_chunk_size(CHUNK_SIZE)?;
         let codecs = FOUR_CCS.into_iter().map(Value::from).collect();
         let object = Value::object([
             ("app", self.url.app().into()),
@@ -155,7 +155,7 @@ impl ClientSession {
             ("objectEncoding", 0.0.into()),
             ("fourCcList", Value::StrictArray(codecs)),
         ]);
-        self.link.command(0, "connect", CONNECT, &[object])
+        self.channel.command(0, "connect", CONNECT, &[object])
     }
 
     fn command(&mut self, command: &Command) -> Result<Option<ClientEvent>, SessionError> {
@@ -166,10 +166,10 @@ impl ClientSession {
                 if self.purpose == Purpose::Publish {
                     let name = Value::from(self.url.stream_name().as_str());
                     let arguments = [Value::Null, name];
-                    self.link.command(0, "releaseStream", 2.0, &arguments)?;
-                    self.link.command(0, "FCPublish", 3.0, &arguments)?;
+                    self.channel.command(0, "releaseStream", 2.0, &arguments)?;
+                    self.channel.command(0, "FCPublish", 3.0, &arguments)?;
                 }
-                self.link.command(0, "createStream", CREATE_STREAM, &[Value::Null])?;
+                self.channel.command(0, "createStream", CREATE_STREAM, &[Value::Null])?;
             }
             "_result" if command.transaction == CREATE_STREAM && self.stage == Stage::Creating => {
                 self.stage = Stage::Starting;
@@ -210,16 +210,16 @@ impl ClientSession {
         match self.purpose {
             Purpose::Publish => {
                 let arguments = [Value::Null, name, "live".into()];
-                self.link.command(self.stream_id, "publish", START, &arguments)
+                self.channel.command(self.stream_id, "publish", START, &arguments)
             }
             Purpose::Play => {
                 let mut buffer_length = SET_BUFFER_LENGTH.to_vec();
                 buffer_length.extend(self.stream_id.to_be_bytes());
                 buffer_length.extend(BUFFER_LENGTH_MS.to_be_bytes());
-                self.link.control(USER_CONTROL, &buffer_length)?;
+                self.channel.control(USER_CONTROL, &buffer_length)?;
                 // §7.2.2.1: −2, a live stream or else a recorded one.
                 let arguments = [Value::Null, name, (-2.0).into()];
-                self.link.command(self.stream_id, "play", START, &arguments)
+                self.channel.command(self.stream_id, "play", START, &arguments)
             }
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0 §5.4, §6 and §7.
 
+mod channel;
 mod client;
-mod link;
 mod media;
 mod server;
 mod target;

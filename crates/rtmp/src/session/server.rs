@@ -5,9 +5,9 @@ use rand::{SeedableRng, rngs::SmallRng};
 
 use super::{
     SessionError,
-    link::{Command, Link, WINDOW},
+    channel::{ChunkChannel, Command, WINDOW},
     media::{Aggregate, into_tag},
-    target::Target,
+    target::ConnectTarget,
 };
 use crate::{
     chunk::{
@@ -28,10 +28,10 @@ use downpour_media::{StreamKey, amf0::Value, flv::Tag};
 pub struct ServerSession {
     /// Until it is done.
     handshake: Option<Box<(ServerHandshake, SmallRng)>>,
-    link: Link,
+    channel: ChunkChannel,
     chunk_size: u32,
     /// What `connect` named.
-    target: Option<Target>,
+    target: Option<ConnectTarget>,
     /// Message streams that were created and not deleted.
     streams: Vec<u32>,
     next_stream: u32,
@@ -50,7 +50,7 @@ impl ServerSession {
     pub fn new(settings: SessionSettings, seed: u64) -> Self {
         Self {
             handshake: Some(Box::new((ServerHandshake::new(), SmallRng::seed_from_u64(seed)))),
-            link: Link::new(settings.max_message_len),
+            channel: ChunkChannel::new(settings.max_message_len),
             chunk_size: settings.chunk_size,
             target: None,
             streams: Vec::new(),
@@ -90,7 +90,7 @@ impl ServerSession {
             let description = format!("{key} is now published");
             let info = status_info("status", PUBLISH_START, &description);
             // FMLE waits for this one, everybody else for the other.
-            self.link.command(0, "onFCPublish", 0.0, &[Value::Null, info])?;
+            self.channel.command(0, "onFCPublish", 0.0, &[Value::Null, info])?;
             self.status(stream_id, "status", PUBLISH_START, &description)?;
             self.bytes_without_publication = 0;
             self.publishing = Publishing::Live { stream_id, key };
@@ -133,7 +133,7 @@ impl ServerSession {
     /// What is to be sent to the encoder; empty if there is nothing.
     pub fn take_output(&mut self) -> BytesMut {
         // Gives the memory away too: thousands of idle connections keep none.
-        std::mem::take(&mut self.link.output)
+        std::mem::take(&mut self.channel.output)
     }
 
     /// Messages since the last call that became neither an answer nor a tag: unknown, empty, cut
@@ -154,8 +154,8 @@ impl ServerSession {
         if let Some(handshake) = &mut self.handshake {
             let before = input.len();
             let (handshake, rng) = &mut **handshake;
-            let done = handshake.receive(input, rng, &mut self.link.output)?;
-            self.link.count(before - input.len());
+            let done = handshake.receive(input, rng, &mut self.channel.output)?;
+            self.channel.count(before - input.len());
             if !done {
                 return Ok(None);
             }
@@ -171,7 +171,7 @@ impl ServerSession {
                     }
                 }
             }
-            let Some(message) = self.link.read(input)? else { return Ok(None) };
+            let Some(message) = self.channel.read(input)? else { return Ok(None) };
             match message.kind {
                 COMMAND_AMF0 | COMMAND_AMF3 => {
                     let command = Command::parse(&message)?;
@@ -217,7 +217,7 @@ impl ServerSession {
             }
             "FCUnpublish" => {
                 let info = status_info("status", UNPUBLISH_SUCCESS, "unpublished");
-                self.link.command(0, "onFCUnpublish", 0.0, &[Value::Null, info])?;
+                self.channel.command(0, "onFCUnpublish", 0.0, &[Value::Null, info])?;
                 self.result(transaction, Value::Null, Value::Undefined)?;
                 return self.unpublish(None);
             }
@@ -233,11 +233,11 @@ impl ServerSession {
     }
 
     fn connect(&mut self, transaction: f64, object: &Value) -> Result<(), SessionError> {
-        self.target = Some(Target::new(object));
-        self.link.control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
+        self.target = Some(ConnectTarget::new(object));
+        self.channel.control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
         let [a, b, c, d] = WINDOW.to_be_bytes();
-        self.link.control(SET_PEER_BANDWIDTH, &[a, b, c, d, LIMIT_DYNAMIC])?;
-        self.link.set_chunk_size(self.chunk_size)?;
+        self.channel.control(SET_PEER_BANDWIDTH, &[a, b, c, d, LIMIT_DYNAMIC])?;
+        self.channel.set_chunk_size(self.chunk_size)?;
 
         let mut properties = vec![
             ("fmsVer".to_owned(), FMS_VERSION.into()),
@@ -262,7 +262,7 @@ impl ServerSession {
     fn create_stream(&mut self, transaction: f64) -> Result<(), SessionError> {
         if self.streams.len() >= MAX_STREAMS {
             let info = status_info("error", "NetConnection.Call.Failed", "too many streams");
-            return self.link.command(0, "_error", transaction, &[Value::Null, info]);
+            return self.channel.command(0, "_error", transaction, &[Value::Null, info]);
         }
         let id = self.next_stream;
         self.next_stream = self.next_stream.wrapping_add(1).max(1);
@@ -322,7 +322,7 @@ impl ServerSession {
     }
 
     fn result(&mut self, id: f64, object: Value, info: Value) -> Result<(), SessionError> {
-        self.link.command(0, "_result", id, &[object, info])
+        self.channel.command(0, "_result", id, &[object, info])
     }
 
     fn status(
@@ -333,7 +333,7 @@ impl ServerSession {
         description: &str,
     ) -> Result<(), SessionError> {
         let info = status_info(level, code, description);
-        self.link.command(stream_id, "onStatus", 0.0, &[Value::Null, info])
+        self.channel.command(stream_id, "onStatus", 0.0, &[Value::Null, info])
     }
 }
 

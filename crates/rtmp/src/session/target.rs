@@ -4,12 +4,12 @@ use downpour_media::{InvalidStreamKey, StreamKey, amf0::Value};
 
 /// The application of a `connect` command, and the query that came with it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Target {
+pub struct ConnectTarget {
     app: String,
     query: String,
 }
 
-impl Target {
+impl ConnectTarget {
     /// Reads a `connect` command's object. The query may stand behind `app` or in `tcUrl`, the
     /// latter may be quoted or spelled `tcurl`, and either may hold a second `?`.
     pub fn new(object: &Value) -> Self {
@@ -84,7 +84,7 @@ mod tests {
 
     fn stream(app: &str, url: &str, name: &str) -> Result<(String, String), InvalidTarget> {
         let object = Value::object([("app", app.into()), ("tcUrl", url.into())]);
-        let (key, query) = Target::new(&object).stream(name)?;
+        let (key, query) = ConnectTarget::new(&object).stream(name)?;
         Ok((key.to_string(), query))
     }
 
@@ -105,7 +105,7 @@ mod tests {
         }
         assert_eq!(stream("live", "rtmp://h/live?a=1?b=2", "x?c=3").unwrap().1, "a=1&b=2&c=3");
         let object = Value::object([("tcurl", "rtmp://h/a/b".into())]);
-        assert_eq!(Target::new(&object).stream("c").unwrap().0.to_string(), "a/b/c");
+        assert_eq!(ConnectTarget::new(&object).stream("c").unwrap().0.to_string(), "a/b/c");
     }
 
     #[test]
@@ -116,6 +116,6 @@ mod tests {
         assert!(stream("", "", "x").is_err());
         assert!(stream("live", "", "../x").is_err());
         assert!(stream("live", "", &format!("x?{}", "k".repeat(MAX_QUERY_LEN + 1))).is_err());
-        assert!(Target::new(&Value::Null).stream("x").is_err());
+        assert!(ConnectTarget::new(&Value::Null).stream("x").is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    job::{Task, Weight},
+    job::{QueueCost, Task},
     queue::Queue,
 };
 
@@ -16,16 +16,16 @@ use super::{
 /// What cannot be sent for long is not sent at all: edges have asked for it by then, or no longer
 /// wait, and it would only hold up what they do wait for.
 #[derive(Default)]
-pub(super) struct Backlog {
+pub(super) struct WorkBatch {
     tasks: VecDeque<Task>,
     /// When it was taken; each task was queued before.
     taken: Option<Instant>,
 }
 
-impl Backlog {
+impl WorkBatch {
     /// Takes what waits, once all from before is over, and tells the queue what is `done`. Says
     /// whether more can come, and what time it is.
-    pub(super) fn refill(&mut self, queue: &Queue, done: &mut Vec<Weight>) -> (bool, Instant) {
+    pub(super) fn refill(&mut self, queue: &Queue, done: &mut Vec<QueueCost>) -> (bool, Instant) {
         let refilled = self.tasks.is_empty();
         let open = queue.take(&mut self.tasks, done);
         let now = Instant::now();
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
     use crate::downstream::{
         fanout::{
-            job::{Job, Share},
+            job::{Job, TargetShare},
             queue::Amount,
         },
         routes::Target,
@@ -93,14 +93,14 @@ mod tests {
 
     fn push(queue: &Queue, len: usize, targets: u16) {
         let target = |n| Target { addr: ([10, 0, 0, 1], n).into() };
-        let share = Share::of(&(0..targets).map(target).collect(), Ssrc(0), 0, 1).unwrap();
+        let share = TargetShare::of(&(0..targets).map(target).collect(), Ssrc(0), 0, 1).unwrap();
         let train = Bytes::from(vec![0; len]).into();
         assert!(queue.push(Task::Send(Job { lane: Ssrc(0), train, share, pace: None })));
     }
 
     #[test]
     fn room_in_the_queue_is_given_back_step_by_step() {
-        let (queue, mut backlog, mut done) = (queue(), Backlog::default(), Vec::new());
+        let (queue, mut backlog, mut done) = (queue(), WorkBatch::default(), Vec::new());
         for (len, targets) in [(1 << 20, 3), (1 << 20, 1), (10, 1), (1 << 20, 1000), (10, 1)] {
             push(&queue, len, targets);
         }
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_sent_for_long_is_stale_and_what_has_just_been_taken_is_not() {
-        let (queue, mut backlog, mut done) = (queue(), Backlog::default(), Vec::new());
+        let (queue, mut backlog, mut done) = (queue(), WorkBatch::default(), Vec::new());
         assert!(!backlog.is_stale(Instant::now()));
         push(&queue, 10, 1);
         let (_, taken) = backlog.refill(&queue, &mut done);

@@ -6,19 +6,19 @@ use bytes::Bytes;
 
 use crate::downstream::routes::Target;
 use downpour_repair::rtp::{Burst, Ssrc};
-use downpour_sys::buffer::{Piece, Room};
+use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// Packets of one length, one behind the other; the last one may be shorter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Train {
-    bytes: Piece,
+    bytes: Buffer,
     stride: usize,
 }
 
 impl Train {
     /// Puts packets together, in their order, into as few trains as their lengths allow.
     pub fn collect(packets: impl IntoIterator<Item = Bytes>) -> Vec<Self> {
-        let mut trains: Vec<(Room, usize)> = Vec::new();
+        let mut trains: Vec<(BufferMut, usize)> = Vec::new();
         for packet in packets.into_iter().filter(|packet| !packet.is_empty()) {
             match trains.last_mut() {
                 // Behind a shorter one, none can follow.
@@ -27,7 +27,7 @@ impl Train {
                 {
                     bytes.put_slice(&packet);
                 }
-                _ => trains.push((Room::from(&packet[..]), packet.len())),
+                _ => trains.push((BufferMut::from(&packet[..]), packet.len())),
             }
         }
         trains.into_iter().map(|(bytes, stride)| Self { bytes: bytes.freeze(), stride }).collect()
@@ -39,7 +39,7 @@ impl Train {
     }
 
     /// All packets, laid end to end.
-    pub fn bytes(&self) -> &Piece {
+    pub fn bytes(&self) -> &Buffer {
         &self.bytes
     }
 
@@ -49,7 +49,7 @@ impl Train {
     }
 
     /// At most `count` packets from the one at `first` on, sharing the train's memory.
-    pub(super) fn slice(&self, first: usize, count: usize) -> Piece {
+    pub(super) fn slice(&self, first: usize, count: usize) -> Buffer {
         let end = self.bytes.len();
         let [first, last] = [first, first + count].map(|packet| (packet * self.stride).min(end));
         self.bytes.slice(first..last)
@@ -65,7 +65,7 @@ impl From<&Burst> for Train {
 impl From<Bytes> for Train {
     /// One packet.
     fn from(packet: Bytes) -> Self {
-        Self { stride: packet.len().max(1), bytes: Room::from(&packet[..]).freeze() }
+        Self { stride: packet.len().max(1), bytes: BufferMut::from(&packet[..]).freeze() }
     }
 }
 
@@ -91,12 +91,12 @@ pub(super) enum Task {
 
 impl Task {
     /// What it takes of a queue's bounds.
-    pub(super) fn weight(&self) -> Weight {
+    pub(super) fn weight(&self) -> QueueCost {
         match self {
             Self::Send(job) => job.weight(),
-            Self::Finish(lane) => Weight { lane: *lane, bytes: 0 },
+            Self::Finish(lane) => QueueCost { lane: *lane, bytes: 0 },
             #[cfg(test)]
-            Self::Panic => Weight { lane: Ssrc(0), bytes: 0 },
+            Self::Panic => QueueCost { lane: Ssrc(0), bytes: 0 },
         }
     }
 
@@ -119,7 +119,7 @@ impl Task {
 
 /// One task's part of what is in a queue: its lane's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Weight {
+pub(super) struct QueueCost {
     pub(super) lane: Ssrc,
     /// That it holds.
     pub(super) bytes: usize,
@@ -130,14 +130,14 @@ pub(super) struct Job {
     /// Its stream: what is in one lane keeps its order.
     pub(super) lane: Ssrc,
     pub(super) train: Train,
-    pub(super) share: Share,
+    pub(super) share: TargetShare,
     /// `None` leaves at once.
     pub(super) pace: Option<Pace>,
 }
 
 impl Job {
-    pub(super) fn weight(&self) -> Weight {
-        Weight { lane: self.lane, bytes: self.train.bytes.len() }
+    pub(super) fn weight(&self) -> QueueCost {
+        QueueCost { lane: self.lane, bytes: self.train.bytes.len() }
     }
 }
 
@@ -165,13 +165,13 @@ impl From<usize> for Workers {
 /// stream has its worker and so its order as long as it keeps its place in the list, which the
 /// routes see to.
 #[derive(Debug, Clone)]
-pub(super) struct Share {
+pub(super) struct TargetShare {
     targets: Arc<[Target]>,
     first: usize,
     workers: usize,
 }
 
-impl Share {
+impl TargetShare {
     /// The share of one of `workers`; `None` if it has none.
     pub(super) fn of(
         targets: &Arc<[Target]>,
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_slice_is_some_packets_and_the_last_may_be_shorter() {
-        let train = Train { bytes: Room::from(&b"aabbccd"[..]).freeze(), stride: 2 };
+        let train = Train { bytes: BufferMut::from(&b"aabbccd"[..]).freeze(), stride: 2 };
         assert_eq!(train.packets(), 4);
         assert_eq!(&train.slice(1, 2)[..], b"bbcc");
         assert_eq!(&train.slice(2, 8)[..], b"ccd");
@@ -234,7 +234,7 @@ mod tests {
         fn each_target_is_in_one_share(count in 0..600_usize, lane: u32, workers in 1..17_usize) {
             let targets = targets(count);
             let shares: Vec<_> =
-                (0..workers).filter_map(|w| Share::of(&targets, Ssrc(lane), w, workers)).collect();
+                (0..workers).filter_map(|w| TargetShare::of(&targets, Ssrc(lane), w, workers)).collect();
             let mut all = Vec::new();
             for share in &shares {
                 let own: Vec<_> = share.chunks().flatten().copied().collect();

@@ -19,7 +19,7 @@ use super::{FanoutMetrics, metrics::Refusal};
 use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_for_room};
 
 /// What an outlet needs of a socket. None of it waits but for what says so.
-pub(super) trait Way {
+pub(super) trait SendSocket {
     /// As [`Messages::send`].
     fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize>;
 
@@ -37,17 +37,17 @@ pub(super) trait Way {
 }
 
 /// One socket as one worker sends from it; other workers may send from the same.
-pub(super) struct Outlet<W = UdpSocket> {
+pub(super) struct UdpSender<W = UdpSocket> {
     socket: Arc<W>,
     /// Calls of all workers in which the kernel took something from the socket.
     progress: Arc<AtomicU64>,
-    offload: Offload,
+    offload: GsoState,
     batch: Batch,
-    told: Told,
+    told: LogLimit,
     metrics: FanoutMetrics,
 }
 
-impl<W: Way> Outlet<W> {
+impl<W: SendSocket> UdpSender<W> {
     /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none.
     /// `is_own` says that nobody else sends from the socket. `progress` counts for all that do.
     pub(super) fn new(
@@ -58,11 +58,11 @@ impl<W: Way> Outlet<W> {
         metrics: FanoutMetrics,
     ) -> Self {
         let offload =
-            Offload { segments: segments.max(1), by_socket: is_own, ..Offload::default() };
+            GsoState { segments: segments.max(1), by_socket: is_own, ..GsoState::default() };
         if offload.segments > 1 {
             metrics.offload.inc();
         }
-        let (batch, told) = (Batch::new(), Told::default());
+        let (batch, told) = (Batch::new(), LogLimit::default());
         Self { socket, progress, offload, batch, told, metrics }
     }
 
@@ -88,15 +88,15 @@ pub(super) struct Round<'o, 'a, W = UdpSocket> {
     progress: &'o AtomicU64,
     /// Up to where progress has renewed the patience.
     seen_progress: u64,
-    offload: &'o mut Offload,
+    offload: &'o mut GsoState,
     messages: Messages<'o, 'a>,
-    told: &'o mut Told,
+    told: &'o mut LogLimit,
     metrics: &'o FanoutMetrics,
     /// How much longer it may wait for room while the kernel takes nothing.
     patience: Duration,
 }
 
-impl<'a, W: Way> Round<'_, 'a, W> {
+impl<'a, W: SendSocket> Round<'_, 'a, W> {
     /// The most bytes of a train of packets of `stride` bytes that go in one message.
     pub(super) fn piece(&self, stride: usize) -> usize {
         self.offload.segments.min(MAX_MESSAGE / stride.max(1)).max(1) * stride.max(1)
@@ -275,7 +275,7 @@ impl<'a, W: Way> Round<'_, 'a, W> {
     }
 }
 
-impl Way for UdpSocket {
+impl SendSocket for UdpSocket {
     #[inline]
     fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize> {
         messages.send(self, first)
@@ -302,12 +302,12 @@ impl Way for UdpSocket {
 
 /// When failures were logged last.
 #[derive(Debug, Default)]
-struct Told {
+struct LogLimit {
     targets: HashMap<(SocketAddr, Refusal), Instant>,
     congestion: Option<Instant>,
 }
 
-impl Told {
+impl LogLimit {
     fn of_target(&mut self, now: Instant, to: SocketAddr, refusal: Refusal, error: &io::Error) {
         // Targets that were taken off the list are forgotten with the rest.
         if self.targets.len() > MAX_TOLD {
@@ -336,7 +336,7 @@ fn is_due(now: Instant, told: Instant) -> bool {
 
 /// What is known of segmentation offload (UDP GSO).
 #[derive(Default)]
-struct Offload {
+struct GsoState {
     /// Datagrams that a message may have; 1 once it is known that the kernel cuts none.
     segments: usize,
     /// Targets on whose way it is refused: a tunnel, an interface with a small MTU.
@@ -352,7 +352,7 @@ struct Offload {
     told: Option<Instant>,
 }
 
-impl Offload {
+impl GsoState {
     fn cuts(&self, to: SocketAddr) -> bool {
         self.segments > 1 && (self.whole.is_empty() || !self.whole.contains(&to))
     }
@@ -444,10 +444,10 @@ mod tests {
 
     use super::*;
 
-    fn outlet(segments: usize) -> (Outlet, FanoutMetrics) {
+    fn outlet(segments: usize) -> (UdpSender, FanoutMetrics) {
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
         let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap());
-        (Outlet::new(socket, segments, true, Arc::default(), metrics.clone()), metrics)
+        (UdpSender::new(socket, segments, true, Arc::default(), metrics.clone()), metrics)
     }
 
     fn receiver() -> (UdpSocket, SocketAddr) {
@@ -530,7 +530,7 @@ mod tests {
         let (mut outlet, metrics) = outlet(64);
         let (socket, addr) = receiver();
         let (bytes, mut buffer) = ([7; 300], [0; 400]);
-        let mut send = |outlet: &mut Outlet, lengths: &[(usize, usize)]| {
+        let mut send = |outlet: &mut UdpSender, lengths: &[(usize, usize)]| {
             let mut round = outlet.round();
             lengths.iter().for_each(|(len, stride)| round.send(addr, &bytes[..*len], *stride));
             round.flush();
@@ -565,7 +565,7 @@ mod tests {
     fn a_socket_that_others_send_from_is_left_alone() {
         let (_, metrics) = outlet(64);
         let fake = Arc::<Fake>::default();
-        let mut outlet = Outlet::new(fake.clone(), 64, false, Arc::default(), metrics);
+        let mut outlet = UdpSender::new(fake.clone(), 64, false, Arc::default(), metrics);
         for _ in 0..2 * WANTED {
             let mut round = outlet.round();
             round.send(([127, 0, 0, 1], 9).into(), &[7; 250], 100);
@@ -592,11 +592,11 @@ mod tests {
     }
 
     impl Fake {
-        fn outlet(answers: impl IntoIterator<Item = Answer>) -> (Outlet<Self>, FanoutMetrics) {
+        fn outlet(answers: impl IntoIterator<Item = Answer>) -> (UdpSender<Self>, FanoutMetrics) {
             let answers = Mutex::new(answers.into_iter().collect());
             let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
             let fake = Arc::new(Self { answers, ..Self::default() });
-            (Outlet::new(fake, 64, true, Arc::default(), metrics.clone()), metrics)
+            (UdpSender::new(fake, 64, true, Arc::default(), metrics.clone()), metrics)
         }
 
         /// Without an answer, it takes all.
@@ -665,7 +665,7 @@ mod tests {
         let progress = Arc::<AtomicU64>::default();
         let answers = Mutex::new(VecDeque::from([Answer::Fail(libc::EAGAIN); 3 * WAITS]));
         let fake = Fake { answers, other: Some(Arc::clone(&progress)), ..Fake::default() };
-        let mut outlet = Outlet::new(Arc::new(fake), 64, true, progress, metrics.clone());
+        let mut outlet = UdpSender::new(Arc::new(fake), 64, true, progress, metrics.clone());
         let mut round = outlet.round();
         round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
         round.flush();

@@ -8,7 +8,7 @@ use std::{
 
 use super::{backlog::STALE, job::Job};
 use downpour_repair::rtp::Ssrc;
-use downpour_sys::buffer::Piece;
+use downpour_sys::buffer::Buffer;
 
 /// Whether bursts are spread.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -66,7 +66,7 @@ pub(super) struct Pacer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Group {
     pub(super) to: SocketAddr,
-    pub(super) bytes: Piece,
+    pub(super) bytes: Buffer,
     pub(super) stride: usize,
 }
 
@@ -300,7 +300,7 @@ mod tests {
 
     use super::*;
     use crate::downstream::{
-        fanout::job::{Pace, Share, Train},
+        fanout::job::{Pace, TargetShare, Train},
         routes::Target,
     };
     use downpour_netem::{Link, LinkSettings};
@@ -319,7 +319,7 @@ mod tests {
     }
 
     fn paced(lane: u32, train: Train, to: &Arc<[Target]>, rate: u64) -> Job {
-        let share = Share::of(to, Ssrc(lane), 0, 1).unwrap();
+        let share = TargetShare::of(to, Ssrc(lane), 0, 1).unwrap();
         let pace = Some(Pace { rate, interval: FRAME, held: None });
         Job { lane: Ssrc(lane), train, share, pace }
     }

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use super::job::{Task, Weight};
+use super::job::{QueueCost, Task};
 
 /// A bounded queue of one worker, which takes all that is there at once.
 ///
@@ -27,11 +27,11 @@ pub(super) struct Amount {
 }
 
 impl Amount {
-    fn with(self, weight: Weight) -> Self {
+    fn with(self, weight: QueueCost) -> Self {
         Self { tasks: self.tasks + 1, bytes: self.bytes + weight.bytes }
     }
 
-    fn without(self, weight: Weight) -> Self {
+    fn without(self, weight: QueueCost) -> Self {
         let (tasks, bytes) = (self.tasks, self.bytes);
         Self { tasks: tasks.saturating_sub(1), bytes: bytes.saturating_sub(weight.bytes) }
     }
@@ -53,7 +53,7 @@ struct State {
 }
 
 impl State {
-    fn lane(&mut self, weight: Weight) -> &mut Amount {
+    fn lane(&mut self, weight: QueueCost) -> &mut Amount {
         &mut self.lanes[(weight.lane.0.wrapping_mul(SPREAD) >> 16) as usize % LANES]
     }
 }
@@ -96,7 +96,7 @@ impl Queue {
 
     /// Takes account of what is `done`, which is empty then, and swaps all that waits for `tasks`
     /// if those are none. Says whether more can come.
-    pub(super) fn take(&self, tasks: &mut VecDeque<Task>, done: &mut Vec<Weight>) -> bool {
+    pub(super) fn take(&self, tasks: &mut VecDeque<Task>, done: &mut Vec<QueueCost>) -> bool {
         let mut state = self.lock();
         for weight in done.drain(..) {
             state.held = state.held.without(weight);
@@ -167,14 +167,14 @@ mod tests {
 
     use super::*;
     use crate::downstream::{
-        fanout::job::{Job, Pace, Share},
+        fanout::job::{Job, Pace, TargetShare},
         routes::Target,
     };
     use downpour_repair::rtp::Ssrc;
 
     fn task(lane: u32, len: usize) -> Task {
         let addr = ([127, 0, 0, 1], 9).into();
-        let share = Share::of(&Arc::from([Target { addr }]), Ssrc(lane), 0, 1);
+        let share = TargetShare::of(&Arc::from([Target { addr }]), Ssrc(lane), 0, 1);
         let train = Bytes::from(vec![0; len]).into();
         Task::Send(Job { lane: Ssrc(lane), train, share: share.unwrap(), pace: None })
     }

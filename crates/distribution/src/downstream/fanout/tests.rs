@@ -222,7 +222,7 @@ fn what_one_family_cannot_cut_is_cut_for_the_other() {
         let targets: Arc<[Target]> =
             ["127.0.0.1", "::1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), 9).into()).into();
         let train = Train::collect(vec![Bytes::from(vec![7; 100]); 30]).remove(0);
-        let share = Share::of(&targets, Ssrc(1), 0, 1).unwrap();
+        let share = TargetShare::of(&targets, Ssrc(1), 0, 1).unwrap();
         queue.push(Task::Send(Job { lane: Ssrc(1), train, share, pace: None }));
         queue.close();
         Worker::new(queue, sockets, Pacing::Off, &metrics).run();

@@ -4,22 +4,22 @@ use std::{net::SocketAddr, sync::Arc, thread, time::Instant};
 
 use super::{
     FanoutMetrics,
-    backlog::Backlog,
-    job::{Task, Weight},
+    backlog::WorkBatch,
+    job::{QueueCost, Task},
     metrics::Refusal,
-    outlet::{Outlet, Round},
+    outlet::{Round, UdpSender},
     pacer::{Due, Group, Pacer, Pacing},
     queue::Queue,
     sockets::{SendSocket, Sockets},
 };
-use downpour_sys::idle::{self, Next, Rest};
+use downpour_sys::idle::{self, IdleStrategy, Next};
 
 /// One thread of the fan-out.
 pub(super) struct Worker {
     queue: Arc<Queue>,
-    v4: Outlet,
+    v4: UdpSender,
     /// `None` on a machine without IPv6.
-    v6: Option<Outlet>,
+    v6: Option<UdpSender>,
     /// Whether it was told that there is none and somebody needs it.
     told_of_v6: bool,
     pacer: Option<Pacer>,
@@ -35,7 +35,7 @@ impl Worker {
         metrics: &FanoutMetrics,
     ) -> Self {
         let outlet = |SendSocket { socket, segments, is_own, progress }| {
-            Outlet::new(socket, segments, is_own, progress, metrics.clone())
+            UdpSender::new(socket, segments, is_own, progress, metrics.clone())
         };
         Self {
             queue,
@@ -55,8 +55,8 @@ impl Worker {
     pub(super) fn run(mut self) {
         idle::sleep_exactly();
         let _end = AbandonOnEnd(self.queue.clone());
-        let (mut backlog, mut done) = (Backlog::default(), Vec::new());
-        let mut rest = Rest::default();
+        let (mut backlog, mut done) = (WorkBatch::default(), Vec::new());
+        let mut rest = IdleStrategy::default();
         loop {
             let (open, now) = backlog.refill(&self.queue, &mut done);
             if !open && let Some(pacer) = &mut self.pacer {
@@ -89,7 +89,7 @@ impl Worker {
     }
 
     /// Gives up what is left of a backlog.
-    fn skip(&mut self, backlog: &mut Backlog, done: &mut Vec<Weight>) {
+    fn skip(&mut self, backlog: &mut WorkBatch, done: &mut Vec<QueueCost>) {
         for task in backlog.drain_all() {
             self.metrics.skipped.inc_by(task.packets_to_send());
             done.push(task.weight());
@@ -118,7 +118,7 @@ impl Worker {
 
     /// Gives the pacer what came, and sends what it says is due, or as much of that as it says at a
     /// time.
-    fn pace(&mut self, now: Instant, backlog: &mut Backlog, done: &mut Vec<Weight>) {
+    fn pace(&mut self, now: Instant, backlog: &mut WorkBatch, done: &mut Vec<QueueCost>) {
         let Some(pacer) = &mut self.pacer else { return };
         for task in backlog.drain_all() {
             let weight = task.weight();
@@ -164,12 +164,12 @@ struct Out<'o, 'a> {
 
 impl<'o, 'a> Out<'o, 'a> {
     fn new(
-        v4: &'o mut Outlet,
-        v6: &'o mut Option<Outlet>,
+        v4: &'o mut UdpSender,
+        v6: &'o mut Option<UdpSender>,
         told_of_v6: &'o mut bool,
         metrics: &'o FanoutMetrics,
     ) -> Self {
-        Self { v4: v4.round(), v6: v6.as_mut().map(Outlet::round), told_of_v6, metrics }
+        Self { v4: v4.round(), v6: v6.as_mut().map(UdpSender::round), told_of_v6, metrics }
     }
 
     /// The longer one: where packets are not cut, a round sends each for itself, however many there

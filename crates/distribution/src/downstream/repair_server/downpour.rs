@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Early, EdgeHello, EdgeSession, HANDSHAKE_TIMEOUT, Shared, repairer::Repairer};
 use crate::{
     control_stream::{ControlStream, StreamError, read_messages},
-    downstream::outgoing::{OriginEvent, OriginStream},
+    downstream::outgoing::{OutgoingEvent, OutgoingStream},
     protocol::close,
     transport::SERVER_UNI_STREAMS,
 };
@@ -196,7 +196,7 @@ pub(super) struct Subscription {
 }
 
 struct Told {
-    stream: Arc<OriginStream>,
+    stream: Arc<OutgoingStream>,
     headers: Headers,
 }
 
@@ -211,12 +211,12 @@ impl Subscription {
         self.told.contains_key(&ssrc)
     }
 
-    pub(super) fn wants(&self, stream: &OriginStream) -> bool {
+    pub(super) fn wants(&self, stream: &OutgoingStream) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(stream.key()))
     }
 
     /// What is to be told about a stream, given what was.
-    pub(super) fn news(&mut self, stream: &Arc<OriginStream>) -> Option<CloudMessage> {
+    pub(super) fn news(&mut self, stream: &Arc<OutgoingStream>) -> Option<CloudMessage> {
         let ssrc = stream.ssrc();
         let wanted = self.wants(stream);
         match self.told.get_mut(&ssrc) {
@@ -269,7 +269,7 @@ struct ControlSession<'a> {
 impl ControlSession<'_> {
     async fn run(
         &mut self,
-        mut events: broadcast::Receiver<OriginEvent>,
+        mut events: broadcast::Receiver<OutgoingEvent>,
         mut messages: mpsc::Receiver<CloudMessage>,
         shutdown: &CancellationToken,
     ) -> Result<(), EdgeError> {
@@ -280,8 +280,8 @@ impl ControlSession<'_> {
                     Some(message) => self.handle(message).await?,
                 },
                 event = events.recv() => match event {
-                    Ok(OriginEvent::Up(stream) | OriginEvent::Update(stream)
-                        | OriginEvent::End(stream)) => self.tell(&stream).await?,
+                    Ok(OutgoingEvent::Up(stream) | OutgoingEvent::Update(stream)
+                        | OutgoingEvent::End(stream)) => self.tell(&stream).await?,
                     Err(_) => self.tell_all().await?,
                 },
                 Some(message) = messages.recv() => self.control.send(&message).await?,
@@ -341,7 +341,7 @@ impl ControlSession<'_> {
         }
     }
 
-    async fn tell(&mut self, stream: &Arc<OriginStream>) -> Result<(), EdgeError> {
+    async fn tell(&mut self, stream: &Arc<OutgoingStream>) -> Result<(), EdgeError> {
         let news = lock(self.subscription).news(stream);
         match news {
             Some(message) => Ok(self.control.send(&message).await?),
@@ -422,7 +422,7 @@ mod tests {
     };
 
     /// What is told of a publication to an edge that comes now.
-    fn told(stream: &Arc<OriginStream>) -> (Option<Seq>, Option<Seq>) {
+    fn told(stream: &Arc<OutgoingStream>) -> (Option<Seq>, Option<Seq>) {
         let mut subscription = Subscription::default();
         subscription.patterns.push(StreamPattern::All);
         match subscription.news(stream) {
@@ -435,7 +435,7 @@ mod tests {
     fn who_comes_while_a_key_frame_leaves_begins_with_it_and_asks_when_it_has_left() {
         let now = Instant::now();
         let history = History::new(100, Duration::from_secs(10));
-        let stream = OriginStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
+        let stream = OutgoingStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
         let stream = Arc::new(stream);
         stream.leaves_later();
         let mut packetizer = Packetizer::new(Ssrc(1), 1120);
@@ -445,7 +445,7 @@ mod tests {
             (
                 burst.first_seq(),
                 burst.last_seq(),
-                OriginStream::departure(&stream, burst.last_seq()),
+                OutgoingStream::departure(&stream, burst.last_seq()),
             )
         };
         assert_eq!(told(&stream), (None, None));

@@ -20,8 +20,8 @@ use super::{
     heartbeat::{Beats, Listener},
 };
 use crate::{
-    congestion::RepairControl, control_stream::STREAM_TIMEOUT, downstream::outgoing::OriginStream,
-    transport::SERVER_DATAGRAM_BUFFER,
+    congestion::RepairControl, control_stream::STREAM_TIMEOUT,
+    downstream::outgoing::OutgoingStream, transport::SERVER_DATAGRAM_BUFFER,
 };
 use downpour_repair::{
     bucket::TokenBucket,
@@ -55,7 +55,7 @@ pub(super) struct Repairer<'a> {
 /// A packet to be sent again.
 #[derive(Clone)]
 struct Outgoing {
-    stream: Arc<OriginStream>,
+    stream: Arc<OutgoingStream>,
     packet: Bytes,
     /// Where to, if not to the edge alone.
     group: Option<SocketAddr>,

@@ -14,7 +14,7 @@ const SETTINGS: SessionSettings =
 /// An encoder that sends whatever a test wants, behind a finished handshake.
 struct Encoder {
     server: ServerSession,
-    link: Link,
+    channel: ChunkChannel,
     /// What the node behind the server says to a publication.
     verdict: Result<(), (PublishRefusal, &'static str)>,
 }
@@ -26,7 +26,7 @@ impl Encoder {
         hello[0] = 3;
         assert!(server.receive(&mut &hello[..]).unwrap().is_none());
         assert_eq!(server.take_output().len(), 1 + 2 * PACKET_LEN);
-        Self { server, link: Link::new(Tag::MAX_BODY_LEN), verdict: Ok(()) }
+        Self { server, channel: ChunkChannel::new(Tag::MAX_BODY_LEN), verdict: Ok(()) }
     }
 
     /// One that has connected to `live` and drained the answers.
@@ -48,11 +48,11 @@ impl Encoder {
     }
 
     fn command(&mut self, stream_id: u32, name: &str, id: f64, arguments: &[Value]) {
-        self.link.command(stream_id, name, id, arguments).unwrap();
+        self.channel.command(stream_id, name, id, arguments).unwrap();
     }
 
     fn message(&mut self, kind: u8, timestamp: u32, body: &[u8]) {
-        self.link.media(4, MessageHead { kind, stream_id: 1, timestamp }, body).unwrap();
+        self.channel.media(4, MessageHead { kind, stream_id: 1, timestamp }, body).unwrap();
     }
 
     fn publish(&mut self, stream_id: u32, name: &str) -> Vec<ServerEvent> {
@@ -62,7 +62,7 @@ impl Encoder {
 
     /// Delivers what was written.
     fn run(&mut self) -> Result<Vec<ServerEvent>, SessionError> {
-        let output = self.link.output.split();
+        let output = self.channel.output.split();
         let mut input = &output[..];
         let mut events = Vec::new();
         while let Some(event) = self.server.receive(&mut input)? {
@@ -82,7 +82,7 @@ impl Encoder {
     fn answers(&mut self) -> Vec<(u32, Command)> {
         let output = self.server.take_output();
         let mut input = &output[..];
-        std::iter::from_fn(|| self.link.read(&mut input).unwrap())
+        std::iter::from_fn(|| self.channel.read(&mut input).unwrap())
             .map(|message| (message.stream_id, Command::parse(&message).unwrap()))
             .collect()
     }
@@ -481,27 +481,27 @@ proptest! {
         damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
         split in 1usize..300,
     ) {
-        let mut link = Link::new(Tag::MAX_BODY_LEN);
-        link.command(0, "connect", 1.0, &[Value::object([("app", "live".into())])]).unwrap();
-        link.set_chunk_size(200).unwrap();
-        link.command(0, "createStream", 2.0, &[Value::Null]).unwrap();
-        link.command(1, "publish", 3.0, &[Value::Null, "x".into()]).unwrap();
+        let mut channel = ChunkChannel::new(Tag::MAX_BODY_LEN);
+        channel.command(0, "connect", 1.0, &[Value::object([("app", "live".into())])]).unwrap();
+        channel.set_chunk_size(200).unwrap();
+        channel.command(0, "createStream", 2.0, &[Value::Null]).unwrap();
+        channel.command(1, "publish", 3.0, &[Value::Null, "x".into()]).unwrap();
         let body = Tag::new(TagKind::Audio, 7, &[1; 99]).unwrap();
         for kind in [VIDEO, AUDIO, DATA_AMF0, DATA_AMF3, AGGREGATE, WINDOW_ACK_SIZE, 1, 2, 3, 4, 6]
         {
             let head = MessageHead { kind, stream_id: 1, timestamp: kind.into() };
             let body = if kind < 7 { &body.framed()[..6] } else { &body.framed()[..] };
-            link.media(4, head, body).unwrap();
+            channel.media(4, head, body).unwrap();
         }
         for (at, byte) in damage {
-            let at = at.index(link.output.len());
-            link.output[at] = byte;
+            let at = at.index(channel.output.len());
+            channel.output[at] = byte;
         }
         let mut server = ServerSession::new(SETTINGS, 1);
         let mut hello = vec![0; 1 + 2 * PACKET_LEN];
         hello[0] = 3;
         server.receive(&mut &hello[..]).unwrap();
-        for mut piece in link.output.chunks(split) {
+        for mut piece in channel.output.chunks(split) {
             loop {
                 match server.receive(&mut piece) {
                     Ok(Some(ServerEvent::Publish(_))) => server.accept().unwrap(),

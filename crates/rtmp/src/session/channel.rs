@@ -11,7 +11,7 @@ use downpour_media::amf0::{Amf0Error, Decoder, Value};
 
 /// Chunks in both directions, acknowledgements and pings.
 #[derive(Debug)]
-pub struct Link {
+pub struct ChunkChannel {
     reader: ChunkReader,
     writer: ChunkWriter,
     /// Bytes for the peer.
@@ -24,7 +24,7 @@ pub struct Link {
     window: u32,
 }
 
-impl Link {
+impl ChunkChannel {
     pub fn new(max_message_len: usize) -> Self {
         Self {
             reader: ChunkReader::new(max_message_len),
@@ -36,7 +36,7 @@ impl Link {
         }
     }
 
-    /// Counts bytes that did not go through [`Link::read`]: the handshake's.
+    /// Counts bytes that did not go through [`ChunkChannel::read`]: the handshake's.
     pub fn count(&mut self, bytes: usize) {
         self.received = self.received.wrapping_add(bytes as u32);
     }
@@ -176,13 +176,13 @@ mod tests {
     use super::*;
     use downpour_media::flv::Tag;
 
-    fn link() -> Link {
-        Link::new(Tag::MAX_BODY_LEN)
+    fn channel() -> ChunkChannel {
+        ChunkChannel::new(Tag::MAX_BODY_LEN)
     }
 
-    /// What `link` has written, as messages.
-    fn written(link: &mut Link) -> Vec<(u8, Vec<u8>)> {
-        let output = link.output.split();
+    /// What `channel` has written, as messages.
+    fn written(channel: &mut ChunkChannel) -> Vec<(u8, Vec<u8>)> {
+        let output = channel.output.split();
         let mut reader = ChunkReader::new(Tag::MAX_BODY_LEN);
         let mut rest = &output[..];
         std::iter::from_fn(|| reader.read(&mut rest).unwrap())
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn pings_are_answered() {
-        let (mut peer, mut ours) = (link(), link());
+        let (mut peer, mut ours) = (channel(), channel());
         peer.control(USER_CONTROL, &[0, PING_REQUEST, 1, 2, 3, 4]).unwrap();
         assert!(ours.read(&mut &peer.output[..]).unwrap().is_none());
         assert_eq!(written(&mut ours), [(USER_CONTROL, vec![0, PING_RESPONSE, 1, 2, 3, 4])]);
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn every_half_window_is_acknowledged_and_the_count_wraps() {
-        let (mut peer, mut ours) = (link(), link());
+        let (mut peer, mut ours) = (channel(), channel());
         peer.control(WINDOW_ACK_SIZE, &1000u32.to_be_bytes()).unwrap();
         assert!(ours.read(&mut &peer.output.split()[..]).unwrap().is_none());
         assert_eq!(written(&mut ours), []);
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_window_of_0_changes_nothing_and_one_of_1_is_obeyed() {
-        let (mut peer, mut ours) = (link(), link());
+        let (mut peer, mut ours) = (channel(), channel());
         peer.control(WINDOW_ACK_SIZE, &[0; 4]).unwrap();
         assert!(ours.read(&mut &peer.output.split()[..]).unwrap().is_none());
         assert_eq!((ours.window, written(&mut ours)), (WINDOW, vec![]));
@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn control_messages_cut_short_are_ignored() {
-        let (mut peer, mut ours) = (link(), link());
+        let (mut peer, mut ours) = (channel(), channel());
         for kind in [WINDOW_ACK_SIZE, SET_PEER_BANDWIDTH, ACKNOWLEDGEMENT] {
             peer.control(kind, &[1]).unwrap();
         }
