@@ -279,7 +279,9 @@ mod tests {
     use downpour_distribution::downstream::{edges::StreamInfo, outgoing::OutgoingStream};
     use downpour_hub::LogLimits;
     use downpour_media::flv::{Tag, TagKind};
-    use downpour_repair::{control::StreamReport, history::History, paths::PathState, rtp::Ssrc};
+    use downpour_repair::{
+        control::StreamReport, history::History, path_validation::PathState, rtp::Ssrc,
+    };
 
     #[tokio::test]
     async fn live_stat_is_wire_v0() {

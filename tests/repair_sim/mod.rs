@@ -10,7 +10,7 @@ use downpour_repair::{
     history::History,
     message::{Gone, Heartbeat, Message, Nack, encode_repair},
     receiver::{Event, Path, Receiver, Settings, Stats},
-    resend::Resender,
+    retransmit::Resender,
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 

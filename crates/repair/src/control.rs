@@ -3,7 +3,7 @@
 //! Fields and message types that this version does not know are ignored, so that either end may be
 //! newer than the other.
 
-mod terse;
+mod compact;
 
 use std::{fmt, net::SocketAddr};
 
@@ -156,7 +156,7 @@ pub struct Report {
     #[serde(default)]
     pub round_trip_us: u64,
     /// One entry a stream; of some or of all streams.
-    #[serde(default, serialize_with = "terse::serialize")]
+    #[serde(default, serialize_with = "compact::serialize")]
     pub streams: Vec<StreamReport>,
 }
 
@@ -215,7 +215,7 @@ pub struct StreamReport {
 pub struct DelayReport {
     /// How many within each of [`DELAY_BOUNDS_MS`](super::receiver::DELAY_BOUNDS_MS) and over the
     /// one before, then how many over the last.
-    #[serde(deserialize_with = "terse::counts")]
+    #[serde(deserialize_with = "compact::counts")]
     pub counts: Vec<u64>,
     /// All delays together, in microseconds.
     pub sum_us: u64,

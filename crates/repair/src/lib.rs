@@ -4,12 +4,12 @@
 pub mod bucket;
 pub mod control;
 pub mod fec;
-pub mod group;
 pub mod history;
 pub mod message;
-pub mod outbox;
-pub mod paths;
+pub mod multicast_repair;
+pub mod path_validation;
 pub mod probe;
 pub mod receiver;
-pub mod resend;
+pub mod repair_queue;
+pub mod retransmit;
 pub mod rtp;

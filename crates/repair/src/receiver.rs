@@ -8,7 +8,7 @@
 //! counts, and only what both lost is asked for.
 
 mod asking;
-mod paths;
+mod dual_path;
 mod stats;
 mod timing;
 
@@ -18,15 +18,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use self::{
-    paths::MAX_PATHS,
-    stats::{DELAY_BOUNDS_MS, Histogram, PathStats, Stats},
-};
+pub use self::stats::{DELAY_BOUNDS_MS, Histogram, PathStats, Stats};
+pub use crate::receiver::dual_path::MAX_PATHS;
 
-use self::{
-    paths::Paths,
-    timing::{ControlSkew, LossEstimate, ReorderEstimate, RoundTrip, TIMER_GRAIN},
-};
+use self::timing::{ControlSkew, LossEstimate, ReorderEstimate, RoundTrip, TIMER_GRAIN};
+use crate::receiver::dual_path::Paths;
 use crate::rtp::{Packet, Seq};
 
 /// How long to wait and how much to hold.

@@ -12,7 +12,7 @@ use std::{
 use serde::Serialize;
 
 use downpour_media::{StreamKey, StreamPattern};
-use downpour_repair::{control::StreamReport, fec::Matrix, paths::PathState};
+use downpour_repair::{control::StreamReport, fec::Matrix, path_validation::PathState};
 
 /// All connected edges, in the order of their coming. Cloning shares them.
 #[derive(Clone, Default)]

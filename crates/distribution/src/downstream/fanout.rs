@@ -3,20 +3,20 @@
 //! A burst is work for one or more workers, each with a bounded queue and a socket; all send from the
 //! same UDP port, because that is where edges behind a NAT let packets in.
 
-mod backlog;
 mod job;
 mod metrics;
-mod outlet;
 mod pacer;
-mod port;
+mod probe_listener;
 mod queue;
 mod sockets;
+mod udp_sender;
+mod work_batch;
 mod worker;
 
 pub use job::{Pace, Train};
 pub use metrics::FanoutMetrics;
 pub use pacer::{FrameInterval, PaceFactor, Pacing};
-pub use port::OnDatagrams;
+pub use probe_listener::OnDatagrams;
 
 use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
@@ -128,7 +128,7 @@ impl Fanout {
         }
         for reader in ports.readers {
             let alive = Arc::downgrade(&shared);
-            port::spawn(reader, on_datagrams, &shared.metrics, alive)?;
+            probe_listener::spawn(reader, on_datagrams, &shared.metrics, alive)?;
         }
         Ok(Self { shared })
     }

@@ -40,7 +40,7 @@ use downpour_media::StreamPattern;
 use downpour_repair::{
     bucket::TokenBucket,
     control::{CloudMessage, Nonce, Report},
-    group::{GroupBudget, GroupRepair},
+    multicast_repair::{GroupBudget, GroupRepair},
 };
 
 /// A QUIC socket on which edges ask for lost packets, in either protocol.

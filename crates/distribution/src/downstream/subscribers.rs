@@ -25,7 +25,7 @@ use downpour_repair::fec::adaptation::{Adaptation, Reporter, loss_between};
 use downpour_repair::{
     control::{CloudMessage, Nonce, PathReport, Report, StreamReport},
     fec::adaptation::{Adapted, Choice},
-    paths::{Outcome, PathTable},
+    path_validation::{Outcome, PathTable},
     probe::{MAX_PATHS, ProbeMessage},
     receiver::DELAY_BOUNDS_MS,
     rtp::Ssrc,
@@ -385,7 +385,7 @@ mod tests {
     use super::*;
     use crate::downstream::outgoing::OutgoingStream;
     use downpour_repair::{
-        control::DelayReport, history::History, paths::DEAD_AFTER, probe::Cookie,
+        control::DelayReport, history::History, path_validation::DEAD_AFTER, probe::Cookie,
     };
 
     const NONCE: Nonce = Nonce([3; 16]);

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Missing, Receiver, Request, Slot, timing::TIMER_GRAIN};
-use crate::{resend::SPACING, rtp::Seq};
+use crate::{retransmit::SPACING, rtp::Seq};
 
 impl Receiver {
     /// Numbers that are due to be asked for at `now`; call until it gives `None`.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::paths::MAX_PATHS;
+use crate::receiver::dual_path::MAX_PATHS;
 
 /// Counts since the start, in packets unless it says otherwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -6,7 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{backlog::STALE, job::Job};
+use super::job::Job;
+use crate::downstream::fanout::work_batch::STALE;
 use downpour_repair::rtp::Ssrc;
 use downpour_sys::buffer::Buffer;
 

@@ -4,13 +4,15 @@ use std::{net::SocketAddr, sync::Arc, thread, time::Instant};
 
 use super::{
     FanoutMetrics,
-    backlog::WorkBatch,
     job::{QueueCost, Task},
     metrics::Refusal,
-    outlet::{Round, UdpSender},
     pacer::{Due, Group, Pacer, Pacing},
     queue::Queue,
     sockets::{SendSocket, Sockets},
+};
+use crate::downstream::fanout::{
+    udp_sender::{Round, UdpSender},
+    work_batch::WorkBatch,
 };
 use downpour_sys::idle::{self, IdleStrategy, Next};
 

@@ -25,10 +25,10 @@ use crate::{
 };
 use downpour_repair::{
     bucket::TokenBucket,
-    group::{Answer, Ask},
     message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
-    outbox::{self, Next, Outbox, Pushed, Repair},
-    resend::Resender,
+    multicast_repair::{Answer, Ask},
+    repair_queue::{self, Next, Outbox, Pushed, Repair},
+    retransmit::Resender,
 };
 
 /// The half of a session that runs on datagrams.
@@ -143,7 +143,7 @@ impl<'a> Repairer<'a> {
         let round_trip = self.connection.rtt();
         self.resender.set_round_trip(round_trip);
         let slack = Duration::from_millis(nack.slack_ms.into());
-        let deadline = outbox::deadline(now, slack, round_trip);
+        let deadline = repair_queue::deadline(now, slack, round_trip);
         let mut gone = Vec::new();
         let (mut fresh, mut queued) = (0, 0);
         for seq in nack.seqs {
