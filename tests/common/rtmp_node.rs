@@ -1,0 +1,335 @@
+//! A node that keeps what it is sent, and an encoder that says whatever a test wants.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::{
+    collections::HashMap,
+    io::{self, ErrorKind, Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+    path::Path,
+    process::{Command, Output, Stdio},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use downpour::rtmp::{
+    ServerMetrics,
+    listener::{Server, ServerSettings},
+};
+use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
+use downpour_media::{
+    StreamKey,
+    amf0::{Decoder, Value},
+    flv::{Tag, TagKind},
+};
+use downpour_rtmp::{
+    chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
+    url::RtmpUrl,
+};
+use downpour_sys::buffer::BufferMut;
+use prometheus::{Encoder, Registry, TextEncoder};
+use tokio_util::sync::CancellationToken;
+
+/// How long anything may take that a test waits for.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A server with a [`Node`] behind it, stopped when dropped.
+pub struct Running {
+    pub addr: SocketAddr,
+    pub node: Arc<Node>,
+    pub shutdown: CancellationToken,
+    pub task: Option<tokio::task::JoinHandle<()>>,
+    registry: Registry,
+}
+
+impl Running {
+    pub fn start(settings: ServerSettings) -> Self {
+        let registry = Registry::new();
+        let server = Server::bind("127.0.0.1:0".parse().unwrap(), settings)
+            .unwrap()
+            .with_metrics(ServerMetrics::register(&registry).unwrap());
+        let addr = server.local_addr().unwrap();
+        let (node, shutdown) = (Arc::new(Node::default()), CancellationToken::new());
+        let task = tokio::spawn(server.run(Arc::new(Handler(node.clone())), shutdown.clone()));
+        Self { addr, node, shutdown, task: Some(task), registry }
+    }
+
+    pub fn url(&self, path: &str) -> RtmpUrl {
+        format!("rtmp://{}/{path}", self.addr).parse().unwrap()
+    }
+
+    /// The value of the metric that is printed as `name`, labels included.
+    pub fn metric(&self, name: &str) -> f64 {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+            .unwrap_or_else(|| panic!("no metric {name} in\n{text}"))
+    }
+
+    /// Waits until a metric has a value.
+    pub async fn metric_reaches(&self, name: &str, value: f64) {
+        wait_for(name, || self.metric(name) == value).await;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// Takes one publisher a key and keeps what it sends.
+#[derive(Default)]
+pub struct Node {
+    streams: Mutex<HashMap<String, Vec<Recorded>>>,
+}
+
+/// One publication.
+pub struct Recorded {
+    pub tags: Vec<Tag>,
+    pub query: String,
+    pub kick: CancellationToken,
+    pub ended: bool,
+}
+
+impl Node {
+    /// All publications of a key so far.
+    pub fn recorded<T>(&self, key: &str, f: impl FnOnce(&[Recorded]) -> T) -> T {
+        f(self.lock().get(key).map_or(&[][..], Vec::as_slice))
+    }
+
+    /// Waits until `count` publications of `key` have ended, and returns the tags of the last.
+    pub async fn ended(&self, key: &str, count: usize) -> Vec<Tag> {
+        let done = |recorded: &[Recorded]| recorded.iter().filter(|r| r.ended).count() >= count;
+        wait_for("the publication's end", || self.recorded(key, done)).await;
+        self.recorded(key, |recorded| recorded[count - 1].tags.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Vec<Recorded>>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the server calls.
+struct Handler(Arc<Node>);
+
+/// A publication's place in the node.
+struct Recording(Arc<Node>, StreamKey, usize);
+
+impl PublishHandler for Handler {
+    fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError> {
+        if request.query.contains("denied") {
+            return Err(PublishError::Unauthorized("not you".into()));
+        }
+        assert!(!request.key.name().starts_with("panic"), "a test asks for it");
+        let mut streams = self.0.lock();
+        let recorded = streams.entry(request.key.to_string()).or_default();
+        if recorded.last().is_some_and(|last| !last.ended) {
+            return Err(PublishError::AlreadyLive(request.key));
+        }
+        let index = recorded.len();
+        recorded.push(Recorded {
+            tags: Vec::new(),
+            query: request.query,
+            kick: request.kick,
+            ended: false,
+        });
+        drop(streams);
+        Ok(Box::new(Recording(self.0.clone(), request.key, index)))
+    }
+}
+
+impl Recording {
+    fn with(&self, f: impl FnOnce(&mut Recorded)) {
+        let mut streams = self.0.lock();
+        if let Some(recorded) =
+            streams.get_mut(&self.1.to_string()).and_then(|all| all.get_mut(self.2))
+        {
+            f(recorded);
+        }
+    }
+}
+
+impl Publication for Recording {
+    fn tag(&mut self, tag: Tag) {
+        self.with(|recorded| recorded.tags.push(tag));
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        self.with(|recorded| recorded.ended = true);
+    }
+}
+
+/// Polls until `done`, and fails the test if that takes too long.
+pub async fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Runs ffmpeg off the runtime's threads.
+pub async fn ffmpeg(arguments: &[&str]) -> Output {
+    let mut command = ffmpeg_command(arguments);
+    tokio::task::spawn_blocking(move || command.output().expect("ffmpeg runs")).await.unwrap()
+}
+
+pub fn ffmpeg_command(arguments: &[&str]) -> Command {
+    let mut command = Command::new("ffmpeg");
+    command.args(["-hide_banner", "-nostdin", "-y"]).args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// Two seconds of H.264 and AAC as an FLV file.
+pub async fn make_flv(path: &Path) {
+    let output = ffmpeg(&[
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc=size=320x180:rate=25",
+        "-f",
+        "lavfi",
+        "-i",
+        "sine=frequency=440:sample_rate=44100",
+        "-t",
+        "2",
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-g",
+        "25",
+        "-c:a",
+        "aac",
+        "-f",
+        "flv",
+        path.to_str().unwrap(),
+    ])
+    .await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The tags of an FLV file.
+pub fn read_flv(path: &Path) -> Vec<Tag> {
+    let file = std::fs::read(path).unwrap();
+    let mut rest = &file[13..];
+    let mut tags = Vec::new();
+    while !rest.is_empty() {
+        let len = 11 + u32::from_be_bytes([0, rest[1], rest[2], rest[3]]) as usize;
+        tags.push(Tag::from_unit(BufferMut::from(&rest[..len])).unwrap());
+        rest = &rest[len + 4..];
+    }
+    tags
+}
+
+/// Without script tags.
+pub fn media(tags: &[Tag]) -> Vec<&Tag> {
+    tags.iter().filter(|tag| tag.kind() != TagKind::Script).collect()
+}
+
+/// A client that writes its own chunks.
+pub struct RawEncoder {
+    pub stream: TcpStream,
+    pub writer: ChunkWriter,
+    pub out: BytesMut,
+}
+
+impl RawEncoder {
+    /// Connected, and through with the handshake.
+    pub fn connect(addr: SocketAddr) -> Self {
+        let mut stream = TcpStream::connect(addr).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.write_all(&SIMPLE_HANDSHAKE).unwrap();
+        stream.read_exact(&mut [0; 1 + 2 * 1536]).unwrap();
+        Self { stream, writer: ChunkWriter::new(), out: BytesMut::new() }
+    }
+
+    /// Publishing, with all answers read.
+    pub fn publish(addr: SocketAddr, app: &str, name: &str) -> Self {
+        let mut encoder = Self::connect(addr);
+        encoder.command(0, "connect", 1.0, &[Value::object([("app", app.into())])]);
+        encoder.command(0, "createStream", 2.0, &[Value::Null]);
+        encoder.command(1, "publish", 3.0, &[Value::Null, name.into(), "live".into()]);
+        encoder.send().unwrap();
+        let mut codes = encoder.statuses();
+        assert_eq!(codes.next().as_deref(), Some("NetStream.Publish.Start"));
+        drop(codes);
+        encoder
+    }
+
+    pub fn command(&mut self, stream_id: u32, name: &str, id: f64, arguments: &[Value]) {
+        let mut body = BytesMut::new();
+        Value::from(name).encode(&mut body).unwrap();
+        Value::from(id).encode(&mut body).unwrap();
+        for argument in arguments {
+            argument.encode(&mut body).unwrap();
+        }
+        let head = MessageHead { kind: COMMAND_AMF0, stream_id, timestamp: 0 };
+        self.writer.write(3, head, &body, &mut self.out).unwrap();
+    }
+
+    pub fn message(&mut self, kind: u8, timestamp: u32, body: &[u8]) {
+        let head = MessageHead { kind, stream_id: 1, timestamp };
+        self.writer.write(4, head, body, &mut self.out).unwrap();
+    }
+
+    /// Sends what has been written.
+    pub fn send(&mut self) -> io::Result<()> {
+        self.stream.write_all(&self.out.split())
+    }
+
+    /// The codes of the `onStatus` messages that come until the server closes.
+    pub fn statuses(&mut self) -> impl Iterator<Item = String> {
+        let mut reader = ChunkReader::new(Tag::MAX_BODY_LEN);
+        let mut buffer = BytesMut::new();
+        let stream = &mut self.stream;
+        std::iter::from_fn(move || {
+            loop {
+                let mut rest = &buffer[..];
+                let message = reader.read(&mut rest).unwrap();
+                let used = buffer.len() - rest.len();
+                drop(buffer.split_to(used));
+                let Some(message) = message else {
+                    let mut bytes = [0; 4096];
+                    let len = stream.read(&mut bytes).ok().filter(|len| *len > 0)?;
+                    buffer.extend_from_slice(&bytes[..len]);
+                    continue;
+                };
+                let values: Vec<Value> =
+                    Decoder::new(message.body()).map_while(Result::ok).collect();
+                if values.first().and_then(Value::as_str) == Some("onStatus") {
+                    return Some(values[3].property("code")?.as_str()?.to_owned());
+                }
+            }
+        })
+    }
+
+    /// Whether the server closes, within [`PATIENCE`].
+    pub fn is_closed(&mut self) -> bool {
+        let mut bytes = [0; 4096];
+        loop {
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return error.kind() == ErrorKind::ConnectionReset,
+            }
+        }
+    }
+
+    pub fn hang_up(self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// C0, C1 without digest, C2.
+pub const SIMPLE_HANDSHAKE: [u8; 1 + 2 * 1536] = {
+    let mut bytes = [0; 1 + 2 * 1536];
+    bytes[0] = 3;
+    bytes
+};

@@ -1,0 +1,31 @@
+//! A process that ran out of file descriptors accepts again once some are free.
+
+use std::{net::TcpStream, time::Duration};
+
+use crate::common::{process, rtmp_node::*};
+use downpour::rtmp::{client::Publisher, listener::ServerSettings};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_out_of_descriptors_passes() {
+    if !process::alone(module_path!(), "running_out_of_descriptors_passes", Some(120)) {
+        return;
+    }
+    let server = Running::start(ServerSettings::default());
+    // Clients first, in one go, until there is no descriptor for the server's end.
+    let addr = server.addr;
+    let clients = tokio::task::spawn_blocking(move || {
+        std::iter::from_fn(|| TcpStream::connect(addr).ok()).collect::<Vec<_>>()
+    });
+    let clients = clients.await.unwrap();
+    let name = "downpour_rtmp_accept_errors_total";
+    wait_for("a failure to accept", || server.metric(name) >= 2.0).await;
+    // The pauses grow from 10 ms, so half a second has room for six more; a loop that spins makes
+    // thousands.
+    let errors = server.metric(name);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(server.metric(name) <= errors + 7.0, "{} in half a second", server.metric(name));
+
+    drop(clients);
+    server.metric_reaches("downpour_rtmp_connections", 0.0).await;
+    Publisher::connect(&server.url("live/x"), PATIENCE).await.unwrap();
+}
