@@ -20,6 +20,7 @@ pub mod impair;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
+pub mod net;
 pub mod node;
 pub mod origin;
 mod os;

@@ -271,6 +271,7 @@ mod tests {
         flv::{Tag, TagKind},
         http::{HttpMetrics, ViewerSettings, viewer::Connection},
         hub::{Backlog, Hub, LogLimits, Publisher},
+        net::Slot,
     };
 
     #[tokio::test]
@@ -361,10 +362,9 @@ mod tests {
             socket2::SockRef::from(&socket).set_send_buffer_size(1 << 20).unwrap();
             self.clients.push(client.unwrap());
             let (stream, metrics) = (self.publisher.stream(), &self.audience.metrics);
-            let places = Arc::new(Semaphore::new(2));
-            let permit = || places.clone().try_acquire_owned().unwrap();
-            let connection = Connection::new(peer, permit(), metrics);
-            let viewer = Viewer::new(socket, connection, stream, permit(), metrics);
+            let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+            let connection = Connection::new(peer, Slot::alone(), metrics);
+            let viewer = Viewer::new(socket, connection, stream, permit, metrics);
             let mut reader = stream.subscribe().with_backlog(self.audience.settings.backlog);
             while let ReadOutcome::Read(_) = reader.try_read_each(usize::MAX, |_, _| {}) {}
             Arrival { viewer, reader }
