@@ -79,20 +79,18 @@ impl Shared {
         slot: &Slot,
         idle: Idle,
     ) -> Result<Head, NoHead> {
-        // Pipelined behind the last one.
-        if let Some(head) = head::parse(bytes).map_err(NoHead::Bad)? {
-            return Ok(head);
-        }
         if idle == Idle::KeptAlive && bytes.is_empty() {
-            // An idle connection holds no buffer.
-            *bytes = BytesMut::new();
             tokio::select! {
-                readable = timeout(KEEP_ALIVE, socket.readable()) => {
-                    readable.map_err(|_| NoHead::Idle)?.map_err(NoHead::Io)?;
+                read = timeout(KEEP_ALIVE, read_more(socket, bytes)) => {
+                    read.map_err(|_| NoHead::Idle)?.map_err(NoHead::Io)?;
                 }
                 () = slot.displaced() => return Err(NoHead::Idle),
                 () = self.closing.cancelled() => return Err(NoHead::Idle),
             }
+        }
+        // It may be complete already, when requests are pipelined.
+        if let Some(head) = head::parse(bytes).map_err(NoHead::Bad)? {
+            return Ok(head);
         }
         tokio::select! {
             head = timeout(self.settings.head_timeout, read_head(socket, bytes)) => {
@@ -284,16 +282,8 @@ enum NoHead {
 /// what follows.
 async fn read_head(socket: &TcpStream, bytes: &mut BytesMut) -> Result<Head, NoHead> {
     loop {
-        socket.readable().await.map_err(NoHead::Io)?;
         let before = bytes.len();
-        let room = MAX_HEAD_LEN.saturating_sub(before);
-        bytes.reserve(room.min(READ_LEN));
-        match socket.try_read_buf(&mut (&mut *bytes).limit(room)) {
-            Ok(0) => return Err(NoHead::Io(io::ErrorKind::UnexpectedEof.into())),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(NoHead::Io(error)),
-        }
+        read_more(socket, bytes).await.map_err(NoHead::Io)?;
         // Only a line's end can finish a head: a peer that sends byte by byte is parsed by lines.
         let news = bytes.get(before..).unwrap_or_default();
         if before > 0 && bytes.len() < MAX_HEAD_LEN && !news.contains(&b'\n') {
@@ -301,6 +291,25 @@ async fn read_head(socket: &TcpStream, bytes: &mut BytesMut) -> Result<Head, NoH
         }
         if let Some(head) = head::parse(bytes).map_err(NoHead::Bad)? {
             return Ok(head);
+        }
+    }
+}
+
+/// Waits for bytes and adds them to `bytes`, up to [`MAX_HEAD_LEN`]. A connection that waits with
+/// `bytes` empty holds no buffer. Dropping the future loses nothing.
+async fn read_more(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<()> {
+    loop {
+        if bytes.is_empty() {
+            *bytes = BytesMut::new();
+        }
+        socket.readable().await?;
+        let room = MAX_HEAD_LEN.saturating_sub(bytes.len());
+        bytes.reserve(room.min(READ_LEN));
+        match socket.try_read_buf(&mut (&mut *bytes).limit(room)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
 }

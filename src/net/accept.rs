@@ -209,3 +209,104 @@ fn is_the_clients(error: &io::Error) -> bool {
 
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncReadExt, sync::mpsc, time::timeout};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    struct Running {
+        addr: SocketAddr,
+        counters: AcceptCounters,
+        accepted: mpsc::UnboundedReceiver<Accepted>,
+        shutdown: CancellationToken,
+        task: tokio::task::JoinHandle<()>,
+    }
+
+    impl Running {
+        fn start(total: usize) -> Self {
+            let counter = || IntCounter::new("a", "b").unwrap();
+            let counters = AcceptCounters {
+                accepted: counter(),
+                errors: counter(),
+                refused_total: counter(),
+                refused_address: counter(),
+                displaced: counter(),
+            };
+            let settings = AcceptSettings {
+                protocol: "test",
+                limits: SlotLimits::new(total, None),
+                keepalive: Duration::from_secs(7),
+            };
+            let listener = bind(([127, 0, 0, 1], 0).into(), total).unwrap();
+            let accept = AcceptLoop::new(listener, settings, counters.clone());
+            let addr = accept.local_addr().unwrap();
+            let (sender, accepted) = mpsc::unbounded_channel();
+            let shutdown = CancellationToken::new();
+            let task = tokio::spawn(accept.run(shutdown.clone(), move |connection| {
+                sender.send(connection).unwrap();
+            }));
+            Self { addr, counters, accepted, shutdown, task }
+        }
+
+        async fn connect(&self) -> TcpStream {
+            TcpStream::connect(self.addr).await.unwrap()
+        }
+
+        async fn accepted(&mut self) -> Accepted {
+            timeout(SOON, self.accepted.recv()).await.unwrap().unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn sockets_are_accepted_with_their_options() {
+        let mut running = Running::start(2);
+        let client = running.connect().await;
+        let Accepted { stream, peer, .. } = running.accepted().await;
+        assert_eq!(peer, client.local_addr().unwrap());
+        assert!(stream.nodelay().unwrap());
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(7));
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_slot_is_closed_and_counted() {
+        let mut running = Running::start(1);
+        let _first = running.connect().await;
+        let first = running.accepted().await;
+        assert!(first.slot.set_busy());
+        let mut second = running.connect().await;
+        assert_eq!(timeout(SOON, second.read(&mut [0; 1])).await.unwrap().unwrap(), 0);
+        assert_eq!(running.counters.refused_total.get(), 1);
+        drop(first);
+        let _third = running.connect().await;
+        running.accepted().await;
+        assert_eq!(running.counters.accepted.get(), 3);
+        assert_eq!(running.counters.displaced.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_displaced_by_a_new_one() {
+        let mut running = Running::start(1);
+        let _first = running.connect().await;
+        let first = running.accepted().await;
+        let _second = running.connect().await;
+        running.accepted().await;
+        timeout(SOON, first.slot.displaced()).await.unwrap();
+        assert!(first.slot.is_displaced());
+        assert_eq!(running.counters.displaced.get(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_frees_the_address() {
+        let running = Running::start(1);
+        running.shutdown.cancel();
+        timeout(SOON, running.task).await.unwrap().unwrap();
+        assert!(TcpStream::connect(running.addr).await.is_err());
+        bind(running.addr, 1).unwrap();
+    }
+}

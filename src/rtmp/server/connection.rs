@@ -442,3 +442,29 @@ const CLOSED_ABORTED: &str = "aborted";
 /// For the last words, and for the encoder to close after them.
 const GOODBYE: Duration = Duration::from_secs(1);
 const GOODBYE_BYTES: usize = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn junk_connections_make_one_log_line_per_reason() {
+        let log = CloseLog::default();
+        let lines = (0..300).filter(|i| {
+            let close = match i % 3 {
+                0 => Close::Refused("already live".into()),
+                1 => Close::Eof,
+                _ => Close::WriteTimeout,
+            };
+            log.due(&close, false).is_some()
+        });
+        assert_eq!(lines.count(), 2);
+    }
+
+    #[test]
+    fn the_end_of_each_publication_is_logged() {
+        let log = CloseLog::default();
+        let lines = (0..300).filter(|_| log.due(&Close::Eof, true).is_some());
+        assert_eq!(lines.count(), 300);
+    }
+}
