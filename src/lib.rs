@@ -12,7 +12,7 @@ pub mod cloud;
 pub mod config;
 pub mod edge;
 pub mod http;
-mod net;
+pub mod net;
 pub mod node;
 pub mod record;
 pub mod rtmp;

@@ -265,7 +265,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::http::{HttpMetrics, ViewerSettings, viewer::Connection};
+    use crate::{
+        http::{HttpMetrics, ViewerSettings, viewer::Connection},
+        net::Slot,
+    };
     use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
     use downpour_media::flv::{Tag, TagKind};
 
@@ -357,10 +360,9 @@ mod tests {
             socket2::SockRef::from(&socket).set_send_buffer_size(1 << 20).unwrap();
             self.clients.push(client.unwrap());
             let (stream, metrics) = (self.publisher.stream(), &self.audience.metrics);
-            let places = Arc::new(Semaphore::new(2));
-            let permit = || places.clone().try_acquire_owned().unwrap();
-            let connection = Connection::new(peer, permit(), metrics);
-            let viewer = Viewer::new(socket, connection, stream, permit(), metrics);
+            let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+            let connection = Connection::new(peer, Slot::alone(), metrics);
+            let viewer = Viewer::new(socket, connection, stream, permit, metrics);
             let mut reader = stream.subscribe().with_max_lag(self.audience.settings.backlog);
             while let ReadOutcome::Read(_) = reader.try_read_each(usize::MAX, |_, _| {}) {}
             CaughtUp { viewer, reader }

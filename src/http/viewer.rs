@@ -11,6 +11,7 @@ use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
+use crate::net::Slot;
 use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard};
 use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
 use downpour_sys::buffer::{Buffer, BufferMut};
@@ -20,6 +21,9 @@ use downpour_sys::buffer::{Buffer, BufferMut};
 pub struct ViewerSettings {
     /// How many viewers there may be at a time; one more is answered with 503.
     pub max_viewers: usize,
+    /// How many connections that are no viewer's one client address may have, at least 1; `None` is
+    /// half of all connections. Loopback addresses have no such limit.
+    pub max_connections_per_address: Option<usize>,
     /// How long a viewer waits for a stream that is not live before it is answered with 404.
     pub stream_wait: Duration,
     /// How far a viewer may fall behind before it skips to the newest key frame.
@@ -41,6 +45,7 @@ impl Default for ViewerSettings {
     fn default() -> Self {
         Self {
             max_viewers: 10_000,
+            max_connections_per_address: None,
             stream_wait: Duration::from_secs(2),
             backlog: MaxLag { max_bytes: u64::MAX, max_ms: 5_000 },
             write_timeout: Duration::from_secs(30),
@@ -51,21 +56,17 @@ impl Default for ViewerSettings {
     }
 }
 
-/// A connection that is counted, and takes one of the places for connections, until it is dropped.
+/// The client's address and the slot of a connection, which is counted until this is dropped.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
+    pub(super) slot: Slot,
     _counted: Counted,
-    _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
-    pub(super) fn new(
-        peer: SocketAddr,
-        permit: OwnedSemaphorePermit,
-        metrics: &HttpMetrics,
-    ) -> Self {
-        Self { peer, _counted: Counted::new(&metrics.connections), _permit: permit }
+    pub(super) fn new(peer: SocketAddr, slot: Slot, metrics: &HttpMetrics) -> Self {
+        Self { peer, slot, _counted: Counted::new(&metrics.connections) }
     }
 }
 

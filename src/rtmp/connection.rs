@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{SockRef, TcpKeepalive};
+use parking_lot::Mutex;
 use tokio::{
     io::AsyncWriteExt,
     net::TcpStream,
@@ -28,7 +28,10 @@ use super::{
     },
 };
 use crate::rtmp::listener::ServerSettings;
-use crate::rtmp::socket;
+use crate::{
+    net::{KeyedLogLimit, Slot},
+    rtmp::socket,
+};
 use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
 use downpour_media::StreamKey;
 use downpour_rtmp::session::{
@@ -42,12 +45,15 @@ pub struct Connection {
 }
 
 impl Connection {
+    #[expect(clippy::too_many_arguments, reason = "one caller, and each is another's")]
     pub fn new(
         stream: TcpStream,
         peer: SocketAddr,
+        slot: Slot,
         settings: ServerSettings,
         handler: Arc<dyn PublishHandler>,
         metrics: ServerMetrics,
+        log: Arc<CloseLog>,
         shutdown: CancellationToken,
     ) -> Self {
         metrics.connections.inc();
@@ -63,8 +69,10 @@ impl Connection {
                 publication: None,
                 last_key: None,
                 peer,
+                slot,
                 settings,
                 handler,
+                log,
                 kick: shutdown.child_token(),
                 shutdown,
                 opened: now,
@@ -80,10 +88,7 @@ impl Connection {
     /// Serves until either side has had enough.
     pub async fn run(mut self) {
         debug!(peer = %self.intake.peer, "RTMP connection open");
-        let close = match self.prepare() {
-            Ok(()) => self.serve().await,
-            Err(error) => Close::Io(error),
-        };
+        let close = self.serve().await;
         // The stream is over for its viewers now, however long the goodbye takes.
         self.intake.publication = None;
         self.intake.count_close(&close);
@@ -99,15 +104,15 @@ impl Connection {
         }
     }
 
-    fn prepare(&self) -> io::Result<()> {
-        self.stream.set_nodelay(true)?;
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
-        SockRef::from(&self.stream).set_tcp_keepalive(&keepalive)
-    }
-
     async fn serve(&mut self) -> Close {
         let Self { stream, intake } = self;
-        let mut cancelled = pin!(intake.kick.clone().cancelled_owned());
+        let (kicked, displaced) = (intake.kick.clone(), intake.slot.displaced());
+        let mut cancelled = pin!(async move {
+            tokio::select! {
+                () = kicked.cancelled() => {}
+                () = displaced => {}
+            }
+        });
         // Set again only when it fires, not at each read.
         let mut due = intake.deadline();
         let mut timer = pin!(time::sleep_until(due));
@@ -204,8 +209,11 @@ struct ConnectionState {
     /// What is or was last published, for the log.
     last_key: Option<StreamKey>,
     peer: SocketAddr,
+    /// Pinned in a publication.
+    slot: Slot,
     settings: ServerSettings,
     handler: Arc<dyn PublishHandler>,
+    log: Arc<CloseLog>,
     /// Cancelled by the node's handler, or with `shutdown`.
     kick: CancellationToken,
     /// The server's end.
@@ -244,6 +252,7 @@ impl ConnectionState {
                 Some(ServerEvent::Unpublish) => {
                     self.publication = None;
                     self.waiting_since = self.last_read;
+                    self.slot.unpin(self.last_read.into_std(), self.peer.ip());
                     let stream = self.last_key.as_ref().map(tracing::field::display);
                     info!(peer = %self.peer, stream, "RTMP publication ended");
                 }
@@ -269,6 +278,9 @@ impl ConnectionState {
     fn publish(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
         let PublishIntent { key, query } = intent;
         self.last_key = Some(key.clone());
+        if !self.slot.pin() {
+            return Ok(Some(Close::Displaced));
+        }
         let request =
             PublishRequest { key: key.clone(), query, peer: self.peer, kick: self.kick.clone() };
         match self.handler.publish(request) {
@@ -305,9 +317,13 @@ impl ConnectionState {
         if self.publication.is_some() { Close::IdleTimeout } else { Close::PublishTimeout }
     }
 
-    /// Tells the server's end from a kick.
+    /// Why `kick` or the slot has ended the connection.
     fn cancelled(&self) -> Close {
-        if self.shutdown.is_cancelled() { Close::Shutdown } else { Close::Kicked }
+        match () {
+            () if self.shutdown.is_cancelled() => Close::Shutdown,
+            () if self.slot.is_displaced() => Close::Displaced,
+            () => Close::Kicked,
+        }
     }
 
     fn count_close(&mut self, close: &Close) {
@@ -320,15 +336,14 @@ impl ConnectionState {
         let stream = self.last_key.as_ref().map(tracing::field::display);
         let seconds = self.opened.elapsed().as_secs_f64();
         let bytes = self.received;
-        match close {
-            Close::Protocol(error) if !matches!(error, SessionError::Handshake(_)) => {
-                warn!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
-            }
-            // Port scans and health checks.
-            Close::Eof | Close::Io(_) | Close::PublishTimeout if self.last_key.is_none() => {
-                debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
-            }
-            _ => info!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed"),
+        let Some(missed) = self.log.due(close, self.last_key.is_some()) else {
+            debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
+            return;
+        };
+        if matches!(close, Close::Protocol(_)) {
+            warn!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
+        } else {
+            info!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
         }
     }
 }
@@ -340,6 +355,31 @@ impl Drop for ConnectionState {
             // A panic in the handler, or a runtime that stops.
             self.metrics.closed.with_label_values(&[CLOSED_ABORTED]).inc();
         }
+    }
+}
+
+/// Keeps connections that publish nothing from flooding the log: one line per reason and 10 s.
+#[derive(Debug)]
+pub struct CloseLog(Mutex<KeyedLogLimit<&'static str>>);
+
+impl CloseLog {
+    /// As [`LogLimit::due`](crate::net::LogLimit::due). `published` is whether the connection asked
+    /// to publish a stream.
+    fn due(&self, close: &Close, published: bool) -> Option<u64> {
+        match close {
+            Close::Refused(_) | Close::Protocol(_) => {}
+            // Port scans and health checks.
+            Close::Eof | Close::Io(_) | Close::PublishTimeout if !published => return None,
+            _ if published => return Some(0),
+            _ => {}
+        }
+        self.0.lock().due(std::time::Instant::now(), close.label())
+    }
+}
+
+impl Default for CloseLog {
+    fn default() -> Self {
+        Self(Mutex::new(KeyedLogLimit::new(CLOSE_LABELS.len())))
     }
 }
 
@@ -364,6 +404,8 @@ enum Close {
     Kicked,
     #[error("the node is shutting down")]
     Shutdown,
+    #[error("another connection needed its slot")]
+    Displaced,
 }
 
 impl Close {
@@ -378,12 +420,13 @@ impl Close {
             Self::WriteTimeout => "write_timeout",
             Self::Kicked => "kicked",
             Self::Shutdown => "shutdown",
+            Self::Displaced => "displaced",
         }
     }
 }
 
 /// All reasons that are counted.
-pub const CLOSE_LABELS: [&str; 10] = [
+pub const CLOSE_LABELS: [&str; 11] = [
     "eof",
     "io",
     "refused",
@@ -393,11 +436,37 @@ pub const CLOSE_LABELS: [&str; 10] = [
     "write_timeout",
     "kicked",
     "shutdown",
+    "displaced",
     CLOSED_ABORTED,
 ];
 
 const CLOSED_ABORTED: &str = "aborted";
-const KEEPALIVE: Duration = Duration::from_secs(15);
 /// For the last words, and for the encoder to close after them.
 const GOODBYE: Duration = Duration::from_secs(1);
 const GOODBYE_BYTES: usize = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn junk_connections_make_one_log_line_per_reason() {
+        let log = CloseLog::default();
+        let lines = (0..300).filter(|i| {
+            let close = match i % 3 {
+                0 => Close::Refused("already live".into()),
+                1 => Close::Eof,
+                _ => Close::WriteTimeout,
+            };
+            log.due(&close, false).is_some()
+        });
+        assert_eq!(lines.count(), 2);
+    }
+
+    #[test]
+    fn the_end_of_each_publication_is_logged() {
+        let log = CloseLog::default();
+        let lines = (0..300).filter(|_| log.due(&Close::Eof, true).is_some());
+        assert_eq!(lines.count(), 300);
+    }
+}

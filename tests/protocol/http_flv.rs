@@ -302,7 +302,8 @@ impl Node {
 
     /// The whole answer to a request, until the server closes.
     async fn ask(&self, request: &str) -> String {
-        let mut socket = self.connect(request).await;
+        let request = request.replacen(" HTTP/1.1\r\n", " HTTP/1.1\r\nConnection: close\r\n", 1);
+        let mut socket = self.connect(&request).await;
         let mut answer = Vec::new();
         timeout(DEADLINE, socket.read_to_end(&mut answer)).await.expect("an answer").unwrap();
         String::from_utf8(answer).unwrap()
