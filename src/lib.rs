@@ -8,9 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
-pub mod cloud;
 pub mod config;
-pub mod edge;
 pub mod http;
 pub mod net;
 pub mod node;

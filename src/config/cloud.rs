@@ -28,6 +28,15 @@ settings! {
                 Destination::ip([127, 0, 0, 1], 5224).into(),
             ];
         }
+        "HTTP" {
+            /// Whether viewers are served on api_addr: /{app}/{name}.flv.
+            http_flv: bool = true;
+            /// Viewers at one time.
+            max_viewers: usize = 10_000, in 1..=1_000_000;
+            /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
+            /// once.
+            merge_write_ms: u64 = 0, in 0..=2000;
+        }
         "RTP" {
             /// RTP packets of a stream that are held for repair, 1 to 32768.
             rtp_cache_size: usize = 5000, in 1..=32768;

@@ -10,14 +10,10 @@
 //! Under pressure the accept loop displaces connections that are reading a head or linger: they
 //! close at once.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Buf, BufMut, BytesMut};
-use tokio::{
-    io::AsyncWriteExt,
-    net::TcpStream,
-    time::{Instant, timeout},
-};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use super::{
     head::{self, BadHead, BodyLen, Head, MAX_HEAD_LEN, Method, Request},
@@ -26,7 +22,10 @@ use super::{
     viewer::{self, Connection, Viewer},
 };
 use crate::net::{Idle, Slot};
-use downpour_hub::Hub;
+use downpour_hub::{
+    Admission, Hub,
+    admission::{self, Refusal},
+};
 use downpour_media::StreamKey;
 
 /// Serves a connection until it closes or has become a viewer's.
@@ -47,13 +46,17 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
         if !connection.slot.set_busy() {
             return;
         }
-        let outcome = match (&head.request, &shared.hub) {
-            (Request::Flv { method: Method::Get, key }, Some(hub)) => {
-                return shared.watch(socket, connection, key, hub).await;
+        let outcome = match (&head.request, &shared.admission) {
+            (Request::Flv { method: Method::Get, key, query }, Some(admission)) => {
+                let request = play_request(peer, key, query);
+                // A viewer keeps neither the head nor what the client sends behind it.
+                drop((bytes, head));
+                return shared.watch(socket, connection, request, admission).await;
             }
-            (Request::Flv { method, key }, Some(hub)) => {
+            (Request::Flv { method, key, .. }, Some(admission)) => {
                 bytes.advance(head.len);
-                shared.answer(&socket, *method, key, hub, shared.may_keep_alive(&head)).await
+                let keep_alive = shared.may_keep_alive(&head);
+                shared.answer(&socket, *method, key, admission.hub(), keep_alive).await
             }
             // Boxed, so that a viewer's task has not the size of hyper's.
             _ => Box::pin(shared.route(&mut socket, &mut bytes, &head, &connection)).await,
@@ -65,6 +68,19 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
         if outcome == Outcome::Closing {
             return linger(socket, &connection.slot).await;
         }
+    }
+}
+
+/// What a viewer asks admission for.
+pub(super) fn play_request(peer: SocketAddr, key: &StreamKey, query: &str) -> admission::Request {
+    admission::Request {
+        action: admission::Action::Play,
+        key: key.clone(),
+        protocol: "http-flv",
+        peer,
+        query: query.to_owned(),
+        encrypted: false,
+        revoked: None,
     }
 }
 
@@ -132,44 +148,62 @@ impl Shared {
         self: &Arc<Self>,
         socket: TcpStream,
         mut connection: Connection,
-        key: &StreamKey,
-        hub: &Hub,
+        request: admission::Request,
+        admission: &Admission,
     ) {
-        let peer = connection.peer;
-        let Ok(permit) = self.viewers.clone().try_acquire_owned() else {
-            self.metrics.refused.viewers_full.inc();
-            if let Some(missed) = self.viewers_full.lock().due(std::time::Instant::now()) {
-                let limit = self.settings.max_viewers;
-                tracing::warn!(%peer, stream = %key, limit, missed, "viewer refused: too many");
-            }
-            let status = "503 Service Unavailable\r\nRetry-After: 5";
-            self.refuse(&socket, status, "This node has no room for more viewers.", true, false)
-                .await;
-            connection.slot.set_idle(std::time::Instant::now(), Idle::KeptAlive);
-            return linger(socket, &connection.slot).await;
-        };
-        if !connection.slot.pin_for_good() {
+        let (peer, key) = (connection.peer, request.key.clone());
+        if !connection.slot.pin() {
             return;
         }
-        let deadline = Instant::now() + self.settings.stream_wait;
-        let stream = tokio::select! {
-            stream = hub.wait_for(key, deadline) => stream,
+        let admitted = tokio::select! {
+            admitted = admission.play(request) => admitted,
             _ = viewer::client_closed(&socket) => return,
         };
-        match stream {
-            Some(stream) => {
-                // From here on it is a small task's, and this one is done.
-                let viewer = Viewer::new(socket, connection, &stream, permit, &self.metrics);
+        match admitted {
+            Ok(playback) => {
+                // It is pinned; this frees memory.
+                let _ = connection.slot.pin_for_good();
+                // From here on the connection is a small task's, and this one is done.
+                let stream = playback.stream().clone();
+                let viewer = Viewer::new(socket, connection, playback, &self.metrics);
                 self.audience.join(viewer, &stream);
             }
-            None => {
-                drop(permit);
-                self.metrics.refused.not_live.inc();
-                tracing::debug!(%peer, stream = %key, "viewer refused: the stream is not live");
-                self.refuse(&socket, "404 Not Found", &not_live(key), true, false).await;
+            Err(refusal) => {
+                connection.slot.unpin(std::time::Instant::now(), peer.ip());
+                self.refuse_viewer(&socket, peer, &key, &refusal).await;
                 linger(socket, &connection.slot).await;
             }
         }
+    }
+
+    async fn refuse_viewer(
+        &self,
+        socket: &TcpStream,
+        peer: SocketAddr,
+        key: &StreamKey,
+        refusal: &Refusal,
+    ) {
+        let refused = &self.metrics.refused;
+        let (status, counter) = match refusal {
+            Refusal::Full(_) => {
+                ("503 Service Unavailable\r\nRetry-After: 5", &refused.viewers_full)
+            }
+            Refusal::Unauthorized(_) => ("403 Forbidden", &refused.unauthorized),
+            Refusal::NotLive(_) | Refusal::AlreadyLive(_) => ("404 Not Found", &refused.not_live),
+        };
+        counter.inc();
+        let reason = refusal.to_string();
+        match refusal {
+            Refusal::NotLive(_) | Refusal::AlreadyLive(_) => {
+                tracing::debug!(%peer, stream = %key, reason, "viewer refused");
+            }
+            Refusal::Full(_) | Refusal::Unauthorized(_) => {
+                if let Some(missed) = self.viewers_refused.lock().due(std::time::Instant::now()) {
+                    tracing::warn!(%peer, stream = %key, reason, missed, "viewer refused");
+                }
+            }
+        }
+        self.refuse(socket, status, &reason, true, false).await;
     }
 
     /// Answers a request for a stream that is not to watch it.

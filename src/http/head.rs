@@ -19,7 +19,7 @@ pub(super) struct Head {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Request {
     /// `/{app}/{name}.flv`
-    Flv { method: Method, key: StreamKey },
+    Flv { method: Method, key: StreamKey, query: String },
     /// Something else.
     Other,
 }
@@ -73,7 +73,9 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
                 Some("OPTIONS") => Method::Options,
                 _ => Method::Other,
             };
-            Request::Flv { method, key }
+            let query = request.path.and_then(|path| path.split_once('?'));
+            let query = query.map_or_else(String::new, |(_, query)| query.to_owned());
+            Request::Flv { method, key, query }
         }
         None => Request::Other,
     };
@@ -166,7 +168,7 @@ mod tests {
         let head = b"HEAD /live/movie.flv HTTP/1.1\r\nHost: x\r\n\r\n";
         let key: StreamKey = "live/movie".parse().unwrap();
         let expected = Head {
-            request: Request::Flv { method: Method::Head, key },
+            request: Request::Flv { method: Method::Head, key, query: String::new() },
             len: head.len(),
             body: BodyLen::Known(0),
             keep_alive: true,

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
 use parking_lot::Mutex;
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
     },
     net::{AcceptLoop, AcceptSettings, Accepted, LogLimit, SlotLimits},
 };
-use downpour_hub::Hub;
+use downpour_hub::Admission;
 
 /// One listening address of a node.
 ///
@@ -30,24 +30,23 @@ pub struct HttpServer {
 
 /// What the connections of a server share.
 pub(super) struct Shared {
-    pub(super) hub: Option<Hub>,
+    /// `None` serves no viewers.
+    pub(super) admission: Option<Admission>,
     pub(super) router: Router,
     pub(super) settings: ViewerSettings,
     pub(super) metrics: HttpMetrics,
     pub(super) audience: Arc<Viewers>,
-    /// Places for viewers.
-    pub(super) viewers: Arc<Semaphore>,
     /// Limit of the log line about viewers that are refused.
-    pub(super) viewers_full: Mutex<LogLimit>,
+    pub(super) viewers_refused: Mutex<LogLimit>,
     /// Cancelled once no more connections are accepted.
     pub(super) closing: CancellationToken,
 }
 
 impl HttpServer {
-    /// A server that will accept on `listener`. Without a `hub`, everything goes to `router`.
+    /// A server that will accept on `listener`. Without `admission`, every request goes to `router`.
     pub fn new(
         listener: TcpListener,
-        hub: Option<Hub>,
+        admission: Option<Admission>,
         router: Router,
         settings: ViewerSettings,
         metrics: HttpMetrics,
@@ -59,11 +58,10 @@ impl HttpServer {
             keepalive: KEEPALIVE,
         };
         let accept = AcceptLoop::new(listener, accept, metrics.accept_counters());
-        let viewers = Arc::new(Semaphore::new(settings.max_viewers.min(Semaphore::MAX_PERMITS)));
         let audience = Arc::new(Viewers::new(settings.clone(), metrics.clone()));
-        let (viewers_full, closing) = (Mutex::default(), CancellationToken::new());
+        let (viewers_refused, closing) = (Mutex::default(), CancellationToken::new());
         let shared =
-            Shared { hub, router, settings, metrics, audience, viewers, viewers_full, closing };
+            Shared { admission, router, settings, metrics, audience, viewers_refused, closing };
         Self { accept, shared: Arc::new(shared) }
     }
 

@@ -39,6 +39,7 @@ pub(super) struct ClosedCounters {
     ended: IntCounter,
     client: IntCounter,
     timeout: IntCounter,
+    revoked: IntCounter,
     error: IntCounter,
     pub(super) cut: IntCounter,
 }
@@ -47,6 +48,7 @@ pub(super) struct ClosedCounters {
 pub(super) struct RefusedCounters {
     pub(super) not_live: IntCounter,
     pub(super) viewers_full: IntCounter,
+    pub(super) unauthorized: IntCounter,
     pub(super) connections_full: IntCounter,
     pub(super) address_full: IntCounter,
     pub(super) bad_request: IntCounter,
@@ -99,12 +101,14 @@ impl HttpMetrics {
                 ended: closed.with_label_values(&["ended"]),
                 client: closed.with_label_values(&["client"]),
                 timeout: closed.with_label_values(&["timeout"]),
+                revoked: closed.with_label_values(&["revoked"]),
                 error: closed.with_label_values(&["error"]),
                 cut: closed.with_label_values(&["cut"]),
             },
             refused: RefusedCounters {
                 not_live: refused.with_label_values(&["not_live"]),
                 viewers_full: refused.with_label_values(&["viewers_full"]),
+                unauthorized: refused.with_label_values(&["unauthorized"]),
                 connections_full: refused.with_label_values(&["connections_full"]),
                 address_full: refused.with_label_values(&["address_full"]),
                 bad_request: refused.with_label_values(&["bad_request"]),
@@ -130,6 +134,7 @@ impl ClosedCounters {
             Closed::Ended => &self.ended,
             Closed::Client => &self.client,
             Closed::Timeout => &self.timeout,
+            Closed::Revoked => &self.revoked,
             Closed::Error(_) => &self.error,
         }
         .inc();

@@ -1,8 +1,13 @@
 //! What both roles do the same way: bind addresses, fail with the setting's name, run tasks.
 
+pub mod assemble;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
+pub mod settings;
+pub mod upstream;
+
+pub use assemble::{DownstreamAddrs, Node, NodeAddrs, NodeSettings};
 
 use std::{fmt::Display, future::Future, io, net::SocketAddr};
 

@@ -32,7 +32,10 @@ use crate::{
     net::{KeyedLogLimit, Slot},
     rtmp::socket,
 };
-use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
+use downpour_hub::{
+    Admission,
+    admission::{self, Publication},
+};
 use downpour_media::StreamKey;
 use downpour_rtmp::session::{
     PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,
@@ -51,7 +54,7 @@ impl Connection {
         peer: SocketAddr,
         slot: Slot,
         settings: ServerSettings,
-        handler: Arc<dyn PublishHandler>,
+        admission: Admission,
         metrics: ServerMetrics,
         log: Arc<CloseLog>,
         shutdown: CancellationToken,
@@ -66,12 +69,13 @@ impl Connection {
             stream,
             intake: ConnectionState {
                 session: ServerSession::new(session, rand::random()),
+                unread: Vec::new(),
                 publication: None,
                 last_key: None,
                 peer,
                 slot,
                 settings,
-                handler,
+                admission,
                 log,
                 kick: shutdown.child_token(),
                 shutdown,
@@ -139,8 +143,23 @@ impl Connection {
             });
             match wake.await {
                 Wake::Cancelled => return intake.cancelled(),
-                Wake::Read(Ok(Some(Ok(None)))) => {}
-                Wake::Read(Ok(Some(Ok(Some(close))))) => return close,
+                Wake::Read(Ok(Some(Ok(Step::Continue)))) => {}
+                Wake::Read(Ok(Some(Ok(Step::Close(close))))) => return close,
+                Wake::Read(Ok(Some(Ok(Step::Admit(intent))))) => {
+                    // Outside of the read: a decision may take its time.
+                    let admitted = tokio::select! {
+                        biased;
+                        () = &mut cancelled => return intake.cancelled(),
+                        admitted = intake.admit(intent) => admitted,
+                    };
+                    match admitted {
+                        Ok(None) => {}
+                        Ok(Some(close)) => return close,
+                        Err(error) => return Close::Protocol(error),
+                    }
+                    // It was polled without the alarm's waker.
+                    alarm.ring();
+                }
                 Wake::Read(Ok(Some(Err(error)))) => return Close::Protocol(error),
                 Wake::Read(Ok(None)) => return Close::Eof,
                 Wake::Read(Err(error)) => return Close::Io(error),
@@ -198,21 +217,33 @@ impl Connection {
 /// Why a connection's task runs.
 enum Wake {
     Cancelled,
-    Read(io::Result<Option<Result<Option<Close>, SessionError>>>),
+    Read(io::Result<Option<Result<Step, SessionError>>>),
     Timer,
+}
+
+/// What follows from bytes that came.
+enum Step {
+    /// To read on.
+    Continue,
+    /// The connection is over.
+    Close(Close),
+    /// The encoder wants to publish; the bytes behind its request wait.
+    Admit(PublishIntent),
 }
 
 /// Everything about a connection but its socket.
 struct ConnectionState {
     session: ServerSession,
-    publication: Option<Box<dyn Publication>>,
+    /// Bytes behind a `publish` that is being decided on.
+    unread: Vec<u8>,
+    publication: Option<Publication>,
     /// What is or was last published, for the log.
     last_key: Option<StreamKey>,
     peer: SocketAddr,
     /// Pinned in a publication.
     slot: Slot,
     settings: ServerSettings,
-    handler: Arc<dyn PublishHandler>,
+    admission: Admission,
     log: Arc<CloseLog>,
     /// Cancelled by the node's handler, or with `shutdown`.
     kick: CancellationToken,
@@ -230,32 +261,29 @@ struct ConnectionState {
 }
 
 impl ConnectionState {
-    /// Works on what came. `Some` closes the connection.
-    fn take(&mut self, mut bytes: &[u8]) -> Result<Option<Close>, SessionError> {
+    /// Works on bytes that came.
+    fn take(&mut self, bytes: &[u8]) -> Result<Step, SessionError> {
         self.last_read = Instant::now();
         self.received += bytes.len() as u64;
         self.metrics.received_bytes.inc_by(bytes.len() as u64);
-        let close = loop {
+        self.work_on(bytes)
+    }
+
+    fn work_on(&mut self, mut bytes: &[u8]) -> Result<Step, SessionError> {
+        let step = loop {
             match self.session.receive(&mut bytes)? {
-                None => break None,
+                None => break Step::Continue,
                 Some(ServerEvent::Tag(tag)) => {
                     self.metrics.tags(tag.kind()).inc();
                     if let Some(publication) = &mut self.publication {
-                        publication.tag(tag);
+                        publication.push(tag);
                     }
                 }
                 Some(ServerEvent::Publish(intent)) => {
-                    if let Some(close) = self.publish(intent)? {
-                        break Some(close);
-                    }
+                    self.unread = bytes.to_vec();
+                    break Step::Admit(intent);
                 }
-                Some(ServerEvent::Unpublish) => {
-                    self.publication = None;
-                    self.waiting_since = self.last_read;
-                    self.slot.unpin(self.last_read.into_std(), self.peer.ip());
-                    let stream = self.last_key.as_ref().map(tracing::field::display);
-                    info!(peer = %self.peer, stream, "RTMP publication ended");
-                }
+                Some(ServerEvent::Unpublish) => self.unpublish(),
                 Some(ServerEvent::Refused(refusal)) => {
                     let label = match refusal {
                         Refusal::Play => REFUSED_PLAY,
@@ -264,7 +292,7 @@ impl ConnectionState {
                         Refusal::TooMany => REFUSED_TOO_MANY,
                     };
                     self.metrics.refused.with_label_values(&[label]).inc();
-                    break Some(Close::Refused(refusal.to_string()));
+                    break Step::Close(Close::Refused(refusal.to_string()));
                 }
             }
         };
@@ -272,35 +300,75 @@ impl ConnectionState {
             0 => {}
             ignored => self.metrics.ignored_messages.inc_by(ignored),
         }
-        Ok(close)
+        Ok(step)
     }
 
-    fn publish(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
+    fn unpublish(&mut self) {
+        self.publication = None;
+        self.waiting_since = self.last_read;
+        self.slot.unpin(self.last_read.into_std(), self.peer.ip());
+        let stream = self.last_key.as_ref().map(tracing::field::display);
+        info!(peer = %self.peer, stream, "RTMP publication ended");
+    }
+
+    /// Decides about a `publish`, and works on the bytes behind it. `Some` closes the connection.
+    ///
+    /// Nothing is read meanwhile, so an encoder that sends on fills its own socket, not memory here.
+    async fn admit(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
+        let mut intent = intent;
+        loop {
+            if let Some(close) = self.publish(intent).await? {
+                return Ok(Some(close));
+            }
+            let bytes = std::mem::take(&mut self.unread);
+            match self.work_on(&bytes)? {
+                Step::Continue => return Ok(None),
+                Step::Close(close) => return Ok(Some(close)),
+                Step::Admit(next) => intent = next,
+            }
+        }
+    }
+
+    async fn publish(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
         let PublishIntent { key, query } = intent;
         self.last_key = Some(key.clone());
         if !self.slot.pin() {
             return Ok(Some(Close::Displaced));
         }
-        let request =
-            PublishRequest { key: key.clone(), query, peer: self.peer, kick: self.kick.clone() };
-        match self.handler.publish(request) {
-            Ok(publication) => {
+        let request = admission::Request {
+            action: admission::Action::Publish,
+            key: key.clone(),
+            protocol: "rtmp",
+            peer: self.peer,
+            query,
+            encrypted: false,
+            revoked: Some(self.kick.clone()),
+        };
+        let decision = self.admission.publish(request);
+        match time::timeout(self.settings.publish_timeout, decision).await {
+            Err(_) => Ok(Some(Close::PublishTimeout)),
+            Ok(Ok(publication)) => {
                 self.publication = Some(publication);
+                self.last_read = Instant::now();
                 self.session.accept()?;
                 info!(peer = %self.peer, stream = %key, "RTMP publication began");
                 Ok(None)
             }
-            Err(error) => {
-                let (label, reason) = match error {
-                    PublishError::AlreadyLive(_) => (REFUSED_ALREADY_LIVE, PublishRefusal::BadName),
-                    PublishError::Unauthorized(_) => {
+            Ok(Err(refusal)) => {
+                let (label, reason) = match refusal {
+                    admission::Refusal::AlreadyLive(_) => {
+                        (REFUSED_ALREADY_LIVE, PublishRefusal::BadName)
+                    }
+                    admission::Refusal::Unauthorized(_) => {
                         (REFUSED_UNAUTHORIZED, PublishRefusal::Unauthorized)
                     }
-                    PublishError::Full(_) => (REFUSED_FULL, PublishRefusal::Failed),
+                    admission::Refusal::Full(_) | admission::Refusal::NotLive(_) => {
+                        (REFUSED_FULL, PublishRefusal::Failed)
+                    }
                 };
                 self.metrics.refused.with_label_values(&[label]).inc();
-                self.session.refuse(reason, &error.to_string())?;
-                Ok(Some(Close::Refused(error.to_string())))
+                self.session.refuse(reason, &refusal.to_string())?;
+                Ok(Some(Close::Refused(refusal.to_string())))
             }
         }
     }

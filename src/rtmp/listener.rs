@@ -14,7 +14,7 @@ use crate::{
     net::shards::Shards,
     rtmp::connection::{CloseLog, Connection},
 };
-use downpour_hub::admission::PublishHandler;
+use downpour_hub::Admission;
 use downpour_media::flv::Tag;
 
 /// A listening RTMP server. Each connection is a task on one of a few threads; a failure ends that
@@ -54,7 +54,7 @@ impl Server {
     /// Serves until `shutdown` is cancelled, then notifies the encoders, closes all connections, and
     /// returns when they are gone: within about two seconds. Returns early if one of its threads
     /// fails.
-    pub async fn run(self, handler: Arc<dyn PublishHandler>, shutdown: CancellationToken) {
+    pub async fn run(self, admission: Admission, shutdown: CancellationToken) {
         let Self { listener, shards, settings, metrics } = self;
         // Ends the connections of the other threads where one has failed.
         let shutdown = shutdown.child_token();
@@ -71,13 +71,13 @@ impl Server {
                 metrics.accept_errors.inc();
                 return;
             };
-            let (handler, metrics, log) = (handler.clone(), metrics.clone(), log.clone());
+            let (admission, metrics, log) = (admission.clone(), metrics.clone(), log.clone());
             let shutdown = shutdown.clone();
             shards.run(Box::pin(async move {
                 match TcpStream::from_std(stream) {
                     Ok(stream) => {
                         let connection = Connection::new(
-                            stream, peer, slot, settings, handler, metrics, log, shutdown,
+                            stream, peer, slot, settings, admission, metrics, log, shutdown,
                         );
                         connection.run().await;
                     }

@@ -7,7 +7,7 @@ use axum::{
     routing::{get, post},
 };
 use downpour::http::{HttpMetrics, HttpServer, ViewerSettings};
-use downpour_hub::{Hub, LogLimits, Publisher};
+use downpour_hub::{Admission, Hub, LogLimits, Publisher, admission};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use tokio::{
@@ -175,6 +175,12 @@ async fn eleven_hundred_idle_connections_of_one_client_do_not_refuse_healthz() {
     assert!(node.metrics.displaced.get() >= 3 * (1101 - 1024), "{}", node.metrics.displaced.get());
 }
 
+/// Admits everybody who plays, at once or never.
+fn admission(hub: &Hub, max_players: usize, stream_wait: Duration) -> Admission {
+    let settings = admission::Settings { max_players, stream_wait, ..Default::default() };
+    Admission::new(hub.clone(), settings)
+}
+
 struct Node {
     address: SocketAddr,
     hub: Hub,
@@ -186,14 +192,14 @@ struct Node {
 impl Node {
     async fn start(settings: ViewerSettings) -> Self {
         let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
+        let admission = admission(&hub, settings.max_viewers, Duration::ZERO);
         let metrics = HttpMetrics::register(&Registry::new()).unwrap();
         let router = Router::new()
             .route("/healthz", get(async || "well"))
             .route("/large", get(async || large()))
             .route("/echo", post(async |body: String| body));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server =
-            HttpServer::new(listener, Some(hub.clone()), router, settings, metrics.clone());
+        let server = HttpServer::new(listener, Some(admission), router, settings, metrics.clone());
         let address = server.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let server = tokio::spawn(server.run(shutdown.clone(), GRACE));
@@ -296,7 +302,7 @@ fn raise_descriptors() {
 }
 
 fn settings() -> ViewerSettings {
-    ViewerSettings { stream_wait: Duration::ZERO, ..ViewerSettings::default() }
+    ViewerSettings::default()
 }
 
 const DEADLINE: Duration = Duration::from_secs(30);

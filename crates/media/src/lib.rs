@@ -4,9 +4,11 @@
 
 pub mod amf0;
 pub mod flv;
+mod publication_id;
 mod stream_key;
 mod stream_pattern;
 pub mod timeline;
 
+pub use publication_id::{InvalidPublicationId, PublicationId};
 pub use stream_key::{InvalidStreamKey, StreamKey};
 pub use stream_pattern::{InvalidPattern, StreamPattern};

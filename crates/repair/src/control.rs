@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwn
 use super::receiver::{Histogram, MAX_PATHS, PathStats, Stats};
 use crate::rtp::{Seq, Ssrc};
 use downpour_media::{
-    StreamKey, StreamPattern,
+    PublicationId, StreamKey, StreamPattern,
     flv::{Headers, Tag, TagKind},
 };
 
@@ -134,8 +134,11 @@ pub struct Welcome {
 pub struct StreamInfo {
     /// The stream's name.
     pub key: StreamKey,
-    /// The publication.
+    /// The publication on this hop.
     pub ssrc: Ssrc,
+    /// The identity of the publication on every hop; `None` from nodes that do not know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publication: Option<PublicationId>,
     /// Unix time of media time 0, in milliseconds.
     pub start_unix_ms: u64,
     /// What a decoder needs first.
@@ -523,6 +526,7 @@ mod tests {
         StreamInfo {
             key: "live/movie".parse().unwrap(),
             ssrc: Ssrc(0xdead_beef),
+            publication: Some(PublicationId(0xab)),
             start_unix_ms: 1_700_000_000_000,
             headers: Headers {
                 video: Some(Tag::new(TagKind::Video, 0, &[0x17, 0, 1, 2]).unwrap()),
@@ -541,6 +545,7 @@ mod tests {
             json,
             serde_json::json!({
                 "type": "stream_up", "key": "live/movie", "ssrc": 0xdead_beef_u32,
+                "publication": "00000000000000ab",
                 "start_unix_ms": 1_700_000_000_000_u64,
                 "headers": {
                     "video": "090000040000000000000017000102",

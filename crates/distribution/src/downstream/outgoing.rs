@@ -14,7 +14,7 @@ use tokio::sync::broadcast;
 
 pub use downpour_media::flv::Headers;
 
-use downpour_media::{StreamKey, flv::TagKind};
+use downpour_media::{PublicationId, StreamKey, flv::TagKind};
 use downpour_repair::{
     history::History,
     rtp::{Burst, Seq, Ssrc},
@@ -98,6 +98,7 @@ impl Default for OutgoingStreams {
 /// One publication on its way out.
 pub struct OutgoingStream {
     key: StreamKey,
+    id: PublicationId,
     ssrc: Ssrc,
     start_unix_ms: u64,
     state: Mutex<State>,
@@ -146,6 +147,7 @@ impl OutgoingStream {
     pub fn new(key: StreamKey, ssrc: Ssrc, start_unix_ms: u64, history: History) -> Self {
         Self {
             key,
+            id: PublicationId(rand::random()),
             ssrc,
             start_unix_ms,
             state: Mutex::new(State {
@@ -161,6 +163,11 @@ impl OutgoingStream {
             left: SentUpTo::default(),
             repairs: RepairCounts::default(),
         }
+    }
+
+    /// The same, with the identity that the publication has elsewhere instead of a random one.
+    pub fn with_id(self, id: PublicationId) -> Self {
+        Self { id, ..self }
     }
 
     /// Puts a burst into the history. `starts_gop` says that its tag is a key frame, or of a
@@ -203,6 +210,11 @@ impl OutgoingStream {
     /// The stream's name.
     pub fn key(&self) -> &StreamKey {
         &self.key
+    }
+
+    /// The identity of the publication, the same at each node that it passes.
+    pub fn id(&self) -> PublicationId {
+        self.id
     }
 
     /// The publication's SSRC.

@@ -571,6 +571,8 @@ mod tests {
 
     use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 
+    use downpour_hub::{Sink, Tap};
+
     use super::*;
     use crate::{
         tls::Trust,
@@ -598,7 +600,16 @@ mod tests {
         events: mpsc::UnboundedReceiver<mpsc::Sender<RepairEvent>>,
     }
 
-    fn rig(on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static) -> Rig {
+    /// A sink that calls a function for each stream.
+    struct OnStreamUp<F>(F);
+
+    impl<F: Fn() -> Option<Box<dyn Tap>> + Send + Sync> Sink for OnStreamUp<F> {
+        fn stream_up(&self, _: &Arc<downpour_hub::Stream>) -> Option<Box<dyn Tap>> {
+            (self.0)()
+        }
+    }
+
+    fn rig(sink: impl Fn() -> Option<Box<dyn Tap>> + Send + Sync + 'static) -> Rig {
         let registry = prometheus::Registry::new();
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
         let metrics = ReceiveMetrics::register(&registry).unwrap();
@@ -607,7 +618,8 @@ mod tests {
             silence: Duration::from_secs(10),
             max_streams: 1000,
         };
-        let intake = Streams::new(settings, hub.clone(), metrics.clone(), on_start);
+        hub.add_sink(Arc::new(OnStreamUp(sink)));
+        let intake = Streams::new(settings, hub.clone(), metrics.clone());
         let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
         let rtp = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
         // Where nobody answers: what the cloud says, the test says.
@@ -652,6 +664,7 @@ mod tests {
         RepairEvent::StreamUp(StreamInfo {
             key: format!("live/{number}").parse().unwrap(),
             ssrc: Ssrc(number),
+            publication: None,
             start_unix_ms: 0,
             headers: Headers::default(),
             gop_start: None,
@@ -669,7 +682,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_event_is_taken_promptly_while_nothing_comes_and_shutdown_ends_the_streams() {
-        let Rig { ingress, hub, mut events, .. } = rig(|_| ());
+        let Rig { ingress, hub, mut events, .. } = rig(|| None);
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(ingress.run(shutdown.clone()));
         let events = events.recv().await.unwrap();
@@ -692,7 +705,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
-        let Rig { ingress, hub, rtp, mut events } = rig(|_| ());
+        let Rig { ingress, hub, rtp, mut events } = rig(|| None);
         let metrics = ingress.metrics.clone();
         let _running = tokio::spawn(ingress.run(CancellationToken::new()));
         let events = events.recv().await.unwrap();
@@ -725,7 +738,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
-        let Rig { ingress, hub, rtp, mut events } = rig(|_| ());
+        let Rig { ingress, hub, rtp, mut events } = rig(|| None);
         let _running = tokio::spawn(ingress.run(CancellationToken::new()));
         let events = events.recv().await.unwrap();
         events.send(up(7)).await.unwrap();
@@ -768,7 +781,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_on_the_thread_is_one_of_the_task() {
-        let Rig { ingress, mut events, hub, .. } = rig(|_| panic!("on purpose"));
+        let Rig { ingress, mut events, hub, .. } = rig(|| panic!("on purpose"));
         let running = tokio::spawn(ingress.run(CancellationToken::new()));
         events.recv().await.unwrap().send(up(7)).await.unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), running).await.unwrap();
@@ -779,14 +792,18 @@ mod tests {
     #[tokio::test]
     async fn the_thread_ends_with_the_task() {
         struct Counted(Arc<AtomicUsize>);
+        impl Tap for Counted {
+            fn push(&mut self, _: Instant, _: &Tag) {}
+        }
         impl Drop for Counted {
             fn drop(&mut self) {
                 self.0.fetch_sub(1, Ordering::SeqCst);
             }
         }
         let alive = Arc::new(AtomicUsize::new(1));
-        let counted = Counted(alive.clone());
-        let Rig { ingress, mut events, hub, .. } = rig(move |_| _ = &counted);
+        let counted = alive.clone();
+        let Rig { ingress, mut events, hub, .. } =
+            rig(move || Some(Box::new(Counted(counted.clone())) as Box<dyn Tap>));
         let running = tokio::spawn(ingress.run(CancellationToken::new()));
         events.recv().await.unwrap().send(up(7)).await.unwrap();
         wait_until("the stream is up", || hub.len() == 1).await;

@@ -5,7 +5,6 @@
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     hash::{BuildHasher, Hasher},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,7 +15,7 @@ use super::{
     parity::Parity,
     stats::{ReceiveMetrics, StreamStats},
 };
-use downpour_hub::{self, Hub, NextPush, Publisher};
+use downpour_hub::{self, Hub, NextPush, PublicationInfo, Publisher};
 use downpour_media::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
@@ -65,7 +64,6 @@ pub struct Streams {
     /// Every stream once; those at the front are reported next.
     report_turns: VecDeque<Ssrc>,
     /// Called with each stream as it comes up: the recorder's way in.
-    on_start: OnStart,
     refusal_logged: Option<Instant>,
     /// Whether the cloud tells which streams there are and when they end.
     told: bool,
@@ -74,8 +72,6 @@ pub struct Streams {
     /// When each stream that waits for something is to be looked at: [`ReceivedStream::wake`].
     wakes: BTreeSet<(Instant, Ssrc)>,
 }
-
-type OnStart = Box<dyn Fn(&Arc<downpour_hub::Stream>) + Send>;
 
 struct Unknown {
     since: Instant,
@@ -138,14 +134,8 @@ struct HeaderRecovery {
 }
 
 impl Streams {
-    /// Receives nothing yet; tags will go to `hub`, and `on_start` hears of each stream that comes
-    /// up.
-    pub fn new(
-        settings: Settings,
-        hub: Hub,
-        metrics: ReceiveMetrics,
-        on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static,
-    ) -> Self {
+    /// Receives nothing yet; tags will go to `hub`.
+    pub fn new(settings: Settings, hub: Hub, metrics: ReceiveMetrics) -> Self {
         Self {
             settings,
             hub,
@@ -158,7 +148,6 @@ impl Streams {
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
             report_turns: VecDeque::new(),
-            on_start: Box::new(on_start),
             refusal_logged: None,
             told: false,
             has_parity: false,
@@ -281,7 +270,15 @@ impl Streams {
         let held = self.unknown.get(&ssrc).and_then(|unknown| unknown.packets.first());
         let first = held.map(|(packet, _)| packet.header.seq).filter(|seq| *seq == Seq::FIRST);
         let headers = Headers::default();
-        let up = StreamInfo { key, ssrc, start_unix_ms, headers, gop_start: None, newest: None };
+        let up = StreamInfo {
+            key,
+            ssrc,
+            publication: None,
+            start_unix_ms,
+            headers,
+            gop_start: None,
+            newest: None,
+        };
         self.start_stream(now, up, first);
     }
 
@@ -308,16 +305,19 @@ impl Streams {
             }
             return;
         }
-        let mut publisher = match self.hub.publish_at(up.key.clone(), up.start_unix_ms) {
+        let mut info = PublicationInfo::starting_at(up.start_unix_ms);
+        if let Some(id) = up.publication {
+            info.id = id;
+        }
+        info.headers = up.headers;
+        let knows_headers = info.headers != Headers::default();
+        let publisher = match self.hub.publish_with(up.key.clone(), info) {
             Ok(publisher) => publisher,
             Err(error) => {
                 tracing::error!("cannot receive: {error}");
                 return;
             }
         };
-        let Headers { metadata, video, audio } = up.headers;
-        let knows_headers = metadata.is_some() || video.is_some() || audio.is_some();
-        publisher.set_headers(metadata, video, audio);
         let held = self.unknown.remove(&up.ssrc).map(|unknown| unknown.packets).unwrap_or_default();
         // A group of pictures that is longer than the window cannot be fetched whole.
         let window = self.settings.receiver.window;
@@ -335,7 +335,6 @@ impl Streams {
         if let Some((round_trip, variation)) = self.round_trip {
             receiver.set_round_trip(now, round_trip, variation);
         }
-        (self.on_start)(publisher.stream());
         tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
         let mut stream = Box::new(ReceivedStream {
             key: up.key.clone(),
@@ -372,7 +371,7 @@ impl Streams {
     /// The cloud told new headers of a stream.
     pub fn stream_update(&mut self, ssrc: Ssrc, headers: Headers) {
         if let Some(stream) = self.streams.get_mut(&ssrc) {
-            stream.publisher.set_headers(headers.metadata, headers.video, headers.audio);
+            stream.publisher.set_headers(headers);
         }
     }
 
@@ -698,7 +697,7 @@ impl ReceivedStream {
         if let Some(tag) = tag.filter(Tag::is_sequence_header) {
             let of_kind = |kind| (tag.kind() == kind).then(|| tag.clone());
             let (video, audio) = (of_kind(TagKind::Video), of_kind(TagKind::Audio));
-            self.publisher.set_headers(None, video, audio);
+            self.publisher.set_headers(Headers { metadata: None, video, audio });
         }
         if done {
             self.end_wait();
@@ -920,13 +919,14 @@ mod tests {
             silence: Duration::from_secs(10),
             max_streams: 3,
         };
-        (Streams::new(settings, hub.clone(), metrics, |_| ()), hub)
+        (Streams::new(settings, hub.clone(), metrics), hub)
     }
 
     fn up(key: &str, ssrc: u32, gop_start: Option<Seq>, newest: Option<Seq>) -> StreamInfo {
         StreamInfo {
             key: key.parse().unwrap(),
             ssrc: Ssrc(ssrc),
+            publication: None,
             start_unix_ms: 0,
             headers: Headers::default(),
             gop_start,

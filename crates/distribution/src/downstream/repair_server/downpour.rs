@@ -245,6 +245,7 @@ impl Subscription {
                 Some(CloudMessage::StreamUp(StreamInfo {
                     key: stream.key().clone(),
                     ssrc,
+                    publication: Some(stream.id()),
                     start_unix_ms: stream.start_unix_ms(),
                     headers,
                     gop_start,
