@@ -111,6 +111,12 @@ impl RecvBatch {
     }
 }
 
+impl Default for RecvBatch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Slot {
     /// The length in bytes of each coalesced datagram but the last; `None` if the kernel coalesced
     /// none.

@@ -60,6 +60,12 @@ impl Batch {
     }
 }
 
+impl Default for Batch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Drop for Batch {
     fn drop(&mut self) {
         // SAFETY: both come from `leak` with the same number of items, and are not used again.
@@ -147,6 +153,11 @@ impl<'a> Messages<'_, 'a> {
     /// Messages in the batch.
     pub fn len(&self) -> usize {
         self.batch.len
+    }
+
+    /// `true` if there is no message in the batch.
+    pub fn is_empty(&self) -> bool {
+        self.batch.len == 0
     }
 
     /// `true` if the batch takes no further message.
@@ -290,7 +301,7 @@ mod tests {
         assert_eq!(lengths, [10, 10, 5, 7]);
         assert_eq!(messages.send(&sender, 2).unwrap(), 0);
         messages.clear();
-        assert_eq!(messages.len(), 0);
+        assert!(messages.is_empty());
         assert_eq!(messages.send(&sender, 0).unwrap(), 0);
         while messages.push(whole) {}
         assert!(messages.is_full());
