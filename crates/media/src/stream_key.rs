@@ -4,9 +4,9 @@ use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 /// A stream's name, `app/name`: the target of an encoder's publish and a viewer's play.
 ///
-/// Safe as a path below a directory and as a metric label: both halves are non-empty, the key has at
-/// most [`StreamKey::MAX_LEN`] bytes and no control characters, white space, `\`, `?`, `#`, or empty,
-/// `.` or `..` segments. `name` may contain `/`. Clones share the text.
+/// Safe as a path below a directory and as a metric label: both halves are non-empty, the key has
+/// at most [`StreamKey::MAX_LEN`] bytes and no control characters, white space, `\`, `?`, `#`, or
+/// empty, `.` or `..` segments. `name` may contain `/`. Clones share the text.
 ///
 /// ```
 /// use downpour_media::StreamKey;

@@ -1,10 +1,10 @@
 //! Continuous timestamps for a recording or a relay.
 
-/// Maps an encoder's timestamps to a timeline that starts at 0 and stays continuous when the encoder
-/// restarts its clock.
+/// Maps an encoder's timestamps to a timeline that starts at 0 and stays continuous when the
+/// encoder restarts its clock.
 ///
-/// A timestamp more than 10 s behind the newest is a clock restart: it continues at the newest. Smaller
-/// steps back are interleaving of audio and video and are kept.
+/// A timestamp more than 10 s behind the newest is a clock restart: it continues at the newest.
+/// Smaller steps back are interleaving of audio and video and are kept.
 #[derive(Debug, Default)]
 pub struct Timeline {
     /// The encoder's timestamp at 0 of this timeline; `None` before the first.

@@ -32,8 +32,8 @@ impl ServerHandshake {
         Self { received: Vec::new(), answered: false }
     }
 
-    /// Consumes `input` and appends the bytes to send to `out`. Returns `true` once the handshake is
-    /// done; bytes after C2 stay in `input`.
+    /// Consumes `input` and appends the bytes to send to `out`. Returns `true` once the handshake
+    /// is done; bytes after C2 stay in `input`.
     ///
     /// # Errors
     /// [`HandshakeError::Version`] if C0 is not version 3, plain RTMP.
@@ -90,8 +90,8 @@ impl ClientHandshake {
         Self { received: Vec::new(), answered: false }
     }
 
-    /// Consumes `input` and appends the bytes to send to `out`. Returns `true` once the handshake is
-    /// done; bytes after S2 stay in `input`.
+    /// Consumes `input` and appends the bytes to send to `out`. Returns `true` once the handshake
+    /// is done; bytes after S2 stay in `input`.
     ///
     /// # Errors
     /// [`HandshakeError::Version`] if S0 is not version 3.
@@ -127,8 +127,8 @@ pub enum HandshakeError {
 /// Length of each of C1, S1, C2 and S2 in bytes.
 pub const PACKET_LEN: usize = 1536;
 
-/// Collects C0 and C1 (or S0 and S1) and returns C1 (S1) once it is complete. Checks the version byte
-/// at once, so that a peer with another protocol does not hold a connection.
+/// Collects C0 and C1 (or S0 and S1) and returns C1 (S1) once it is complete. Checks the version
+/// byte at once, so that a peer with another protocol does not hold a connection.
 fn greeting<'a>(
     received: &'a mut Vec<u8>,
     input: &mut &[u8],
@@ -157,8 +157,8 @@ fn random_packet(rng: &mut impl RngCore) -> [u8; PACKET_LEN] {
     packet
 }
 
-/// Returns the digest of a packet signed with `key`, in either layout. A packet with version 0 has no
-/// digest.
+/// Returns the digest of a packet signed with `key`, in either layout. A packet with version 0 has
+/// no digest.
 fn find_digest(packet: &[u8; PACKET_LEN], key: Key) -> Option<[u8; DIGEST_LEN]> {
     if packet[4..8] == [0; 4] {
         return None;
@@ -187,8 +187,8 @@ fn digest(packet: &[u8; PACKET_LEN], at: usize, key: &hmac::Key) -> [u8; DIGEST_
     bytes_of(context.sign())
 }
 
-/// Turns a random packet into C2 or S2: the last 32 bytes become an HMAC over the others, under a key
-/// derived from the peer's digest.
+/// Turns a random packet into C2 or S2: the last 32 bytes become an HMAC over the others, under a
+/// key derived from the peer's digest.
 fn keyed_answer(
     mut packet: [u8; PACKET_LEN],
     key: &[u8],
@@ -251,7 +251,8 @@ mod tests {
         SmallRng::seed_from_u64(7)
     }
 
-    /// Feeds `client` to a server in pieces of `step` bytes. Returns the output and the last result.
+    /// Feeds `client` to a server in pieces of `step` bytes. Returns the output and the last
+    /// result.
     fn serve(client: &[u8], step: usize) -> (BytesMut, bool) {
         let (mut server, mut out) = (ServerHandshake::new(), BytesMut::new());
         let mut done = false;

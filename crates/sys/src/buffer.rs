@@ -61,7 +61,8 @@ impl BufferPool {
         BufferMut { block: self.block.clone(), start, len: 0, end: self.used }
     }
 
-    /// Address of the next buffer, as a prefetch hint: wrong when the next buffer needs a new block.
+    /// Address of the next buffer, as a prefetch hint: wrong when the next buffer needs a new
+    /// block.
     #[inline]
     pub fn next_address(&self) -> usize {
         self.block.0.as_ptr().addr() + self.used

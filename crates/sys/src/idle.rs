@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 /// handles everything that arrived meanwhile. Under a low rate it blocks, for the lowest latency.
 /// Network cards moderate interrupts the same way.
 ///
-/// - **Quiet**: the last round began more than 600 µs after the end of the round before. The thread blocks.
+/// - **Quiet**: the last round began more than 600 µs after the end of the round before. The thread
+///   blocks.
 /// - **Busy**: it began sooner. The thread naps once; if the nap brings no work, it blocks.
 /// - In either state, a deadline within one nap means a nap, so that work due at nearly the same
 ///   time is done in one round.

@@ -76,8 +76,8 @@ impl RecvBatch {
         }
         // By number: glibc's wrapper is a cancellation point (pthreads(7)), which adds locked
         // instructions around the call.
-        // SAFETY: each of the first `prepared` headers points to a name and a control message in its
-        // own slot and to its own iovec, with their lengths, and the iovec to its own part of
+        // SAFETY: each of the first `prepared` headers points to a name and a control message in
+        // its own slot and to its own iovec, with their lengths, and the iovec to its own part of
         // `bytes`. All of them outlive the call, and nothing else refers to them during it.
         let count = unsafe {
             libc::syscall(

@@ -26,8 +26,8 @@ impl Descriptors {
     }
 }
 
-/// Raises this process's soft limit on file descriptors to `wanted`, or to the hard limit if that is
-/// lower. Never lowers it. Returns the resulting limits.
+/// Raises this process's soft limit on file descriptors to `wanted`, or to the hard limit if that
+/// is lower. Never lowers it. Returns the resulting limits.
 ///
 /// # Errors
 /// Those of getrlimit(2) and setrlimit(2).

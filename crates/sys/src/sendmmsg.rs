@@ -132,8 +132,8 @@ impl<'a> Messages<'_, 'a> {
         self.batch.default_segment
     }
 
-    /// Declares that the socket's own segment is now `segment` bytes ([`set_segment`]), or none if 0.
-    /// Messages already in the batch keep their segments.
+    /// Declares that the socket's own segment is now `segment` bytes ([`set_segment`]), or none if
+    /// 0. Messages already in the batch keep their segments.
     pub fn set_default_segment(&mut self, segment: u16) {
         self.batch.default_segment = segment;
         for index in 0..self.batch.len {
@@ -190,9 +190,9 @@ impl<'a> Messages<'_, 'a> {
         if count == 0 {
             return Ok(0);
         }
-        // SAFETY: each header points to a name, an iovec and a control message in its own slot, with
-        // their lengths, and the iovec to bytes that live for 'a. The kernel writes to the headers
-        // only.
+        // SAFETY: each header points to a name, an iovec and a control message in its own slot,
+        // with their lengths, and the iovec to bytes that live for 'a. The kernel writes to the
+        // headers only.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -232,12 +232,13 @@ pub fn set_segment(socket: &UdpSocket, segment: u16) -> io::Result<()> {
 pub fn wait_writable(socket: &UdpSocket, timeout: Duration) {
     let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: the call writes to the one pollfd. Its result is ignored: the next send reports errors.
+    // SAFETY: the call writes to the one pollfd. Its result is ignored: the next send reports
+    // errors.
     unsafe { libc::poll(&raw mut poll, 1, timeout) };
 }
 
-/// Delivers all datagrams for a shared port (SO_REUSEPORT) to the socket that was bound to it first.
-/// `any` is any socket of the group.
+/// Delivers all datagrams for a shared port (SO_REUSEPORT) to the socket that was bound to it
+/// first. `any` is any socket of the group.
 ///
 /// # Errors
 /// If the kernel does not support it, or a sandbox forbids it.

@@ -71,8 +71,8 @@ impl From<SocketAddr> for SockAddr {
 impl SockAddr {
     /// Returns the address, if there is one.
     pub(crate) fn get(&self) -> Option<SocketAddr> {
-        // SAFETY: all variants begin with the family, which selects the variant to read. All zeroes,
-        // the initial value, are valid for each.
+        // SAFETY: all variants begin with the family, which selects the variant to read. All
+        // zeroes, the initial value, are valid for each.
         unsafe {
             match i32::from(self.family) {
                 libc::AF_INET => {

@@ -77,8 +77,8 @@ pub fn sender(
     Ok(socket.into())
 }
 
-/// Binds a socket to receive RTP on, with a receive buffer of `buffer` bytes if the kernel allows it.
-/// Logs a warning if it does not.
+/// Binds a socket to receive RTP on, with a receive buffer of `buffer` bytes if the kernel allows
+/// it. Logs a warning if it does not.
 ///
 /// If `addr` is a multicast group, joins it on `interface`; other sockets of this machine may then
 /// share the port.
@@ -148,8 +148,8 @@ pub fn disable_checksums(socket: &UdpSocket) -> io::Result<()> {
     unsafe { set_option(socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, &on) }
 }
 
-/// The warning for a socket buffer of `granted` bytes where `wanted` were requested, with the command
-/// that fixes it. `sysctl` is the kernel setting that limits the size.
+/// The warning for a socket buffer of `granted` bytes where `wanted` were requested, with the
+/// command that fixes it. `sysctl` is the kernel setting that limits the size.
 pub fn small_buffer_warning(sysctl: &str, wanted: u64, granted: u64) -> String {
     format!(
         "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \

@@ -31,8 +31,8 @@ impl TagKind {
 /// One audio, video or script tag, stored with its FLV framing.
 ///
 /// The bytes are laid out as in an FLV file: an 11-byte tag header, the body, and the 4-byte
-/// `PreviousTagSize`. RTP carries the first two parts, FLV outputs write all three. Clones share the
-/// memory.
+/// `PreviousTagSize`. RTP carries the first two parts, FLV outputs write all three. Clones share
+/// the memory.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tag {
     framed: Buffer,
@@ -113,8 +113,8 @@ impl Tag {
         Self { framed: framed.freeze(), kind: self.kind, timestamp }
     }
 
-    /// Returns a copy in a separate allocation, for tags that are kept long: short tags share memory
-    /// blocks, and one of them would keep the whole block alive.
+    /// Returns a copy in a separate allocation, for tags that are kept long: short tags share
+    /// memory blocks, and one of them would keep the whole block alive.
     pub fn detached(&self) -> Self {
         let Self { kind, timestamp, .. } = *self;
         Self { framed: BufferMut::from(&self.framed[..]).freeze(), kind, timestamp }
@@ -187,7 +187,8 @@ impl Tag {
         }
     }
 
-    /// Returns `true` for metadata and sequence headers, the contents of [`Headers`](super::Headers).
+    /// Returns `true` for metadata and sequence headers, the contents of
+    /// [`Headers`](super::Headers).
     pub fn is_header(&self) -> bool {
         self.is_metadata() || self.is_sequence_header()
     }
@@ -220,8 +221,8 @@ impl TagHeader {
     /// Parses the first [`Tag::HEADER_LEN`] bytes of `input`, ignoring the stream id.
     ///
     /// # Errors
-    /// [`TagError::Truncated`] if `input` is shorter, [`TagError::UnknownType`] if the type is not 8,
-    /// 9 or 18.
+    /// [`TagError::Truncated`] if `input` is shorter, [`TagError::UnknownType`] if the type is not
+    /// 8, 9 or 18.
     pub fn parse(input: &[u8]) -> Result<Self, TagError> {
         let Some(&[kind, s0, s1, s2, t0, t1, t2, t3, ..]) = input.first_chunk::<11>() else {
             return Err(TagError::Truncated);

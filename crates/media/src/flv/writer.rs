@@ -6,8 +6,8 @@ use crate::flv::Tag;
 
 /// The file header (FLV 10.1 §E.2) and `PreviousTagSize0`, which precede the first tag.
 ///
-/// Both the audio and the video flag are set: the tracks of a live stream are unknown when its header
-/// is sent, and players rely on the tags.
+/// Both the audio and the video flag are set: the tracks of a live stream are unknown when its
+/// header is sent, and players rely on the tags.
 pub const FILE_HEADER: [u8; 13] = [b'F', b'L', b'V', 1, 0b101, 0, 0, 0, 9, 0, 0, 0, 0];
 
 /// Writes one FLV file.

@@ -35,7 +35,8 @@ impl Message {
     /// Converts the message into a tag without copying the body.
     ///
     /// # Errors
-    /// [`TagError::TooLong`] for a body over [`Tag::MAX_BODY_LEN`], which no chunk stream can carry.
+    /// [`TagError::TooLong`] for a body over [`Tag::MAX_BODY_LEN`], which no chunk stream can
+    /// carry.
     pub fn into_tag(self, kind: TagKind) -> Result<Tag, TagError> {
         Tag::from_buffer(kind, self.timestamp, self.buffer)
     }

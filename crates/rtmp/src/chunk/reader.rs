@@ -137,8 +137,8 @@ impl ChunkReader {
         Ok(header.map(|(header, rest)| (Parsed { csid, index, header }, rest)))
     }
 
-    /// Prepares the buffer of a message that begins. Returns the index of the chunk's stream and the
-    /// length of its payload in bytes.
+    /// Prepares the buffer of a message that begins. Returns the index of the chunk's stream and
+    /// the length of its payload in bytes.
     fn begin_chunk(&mut self, parsed: Parsed) -> Result<(usize, usize), ChunkError> {
         let index = match parsed.index {
             Some(index) => index,

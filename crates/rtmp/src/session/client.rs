@@ -23,8 +23,8 @@ use downpour_media::{
 
 /// A client's connection that publishes or plays one stream.
 ///
-/// After [`ClientSession::new`] and after every other call, send [`ClientSession::take_output`] to the
-/// server.
+/// After [`ClientSession::new`] and after every other call, send [`ClientSession::take_output`] to
+/// the server.
 ///
 /// # States
 /// - **handshake** → **connecting**: the handshake is done; sends `connect`.

@@ -76,8 +76,8 @@ pub(super) fn into_tag(mut message: Message) -> Option<Tag> {
     message.into_tag(kind).ok()
 }
 
-/// Returns the length of the prefix to remove from a data message, or `None` if the whole message is
-/// addressed to the server.
+/// Returns the length of the prefix to remove from a data message, or `None` if the whole message
+/// is addressed to the server.
 fn script_prefix(body: &[u8]) -> Option<usize> {
     match amf0::leading_string(body) {
         Some((b"@setDataFrame", rest)) => Some(body.len() - rest.len()),

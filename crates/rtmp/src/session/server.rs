@@ -155,8 +155,8 @@ impl ServerSession {
         std::mem::take(&mut self.channel.output)
     }
 
-    /// Returns the number of messages ignored since the last call: unknown, empty or truncated ones,
-    /// and media outside a publication.
+    /// Returns the number of messages ignored since the last call: unknown, empty or truncated
+    /// ones, and media outside a publication.
     pub fn take_ignored(&mut self) -> u64 {
         std::mem::take(&mut self.ignored)
     }
@@ -431,8 +431,8 @@ enum Publishing {
 }
 
 /// The server's capabilities for the codecs that a client lists (Enhanced RTMP v2, "Enhancing
-/// NetConnection connect Command"). Media passes through untouched, so every codec can be forwarded;
-/// extensions that need the server's help are not offered.
+/// NetConnection connect Command"). Media passes through untouched, so every codec can be
+/// forwarded; extensions that need the server's help are not offered.
 fn extended_capabilities(object: &Value) -> Vec<(String, Value)> {
     let mut ours = Vec::new();
     if let Some(Value::StrictArray(codecs)) = object.property("fourCcList") {

@@ -10,8 +10,8 @@ pub(super) struct ConnectTarget {
 }
 
 impl ConnectTarget {
-    /// Parses the command object of `connect`. The query may follow `app` or be part of `tcUrl`; the
-    /// latter may be quoted or spelled `tcurl`; either may contain a second `?`.
+    /// Parses the command object of `connect`. The query may follow `app` or be part of `tcUrl`;
+    /// the latter may be quoted or spelled `tcurl`; either may contain a second `?`.
     pub(super) fn new(object: &Value) -> Self {
         let text = |name| object.property(name).and_then(Value::as_str).map(unquote);
         let (app, app_query) = split_query(text("app").unwrap_or_default());
