@@ -35,17 +35,20 @@ pub enum Next {
 
 impl IdleStrategy {
     /// Records that a round of work begins.
+    #[inline]
     pub fn begin_round(&mut self, now: Instant) {
         self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY_GAP);
         self.napped = false;
     }
 
     /// Records that the round is finished.
+    #[inline]
     pub fn end_round(&mut self, now: Instant) {
         self.ended = Some(now);
     }
 
     /// Returns how to idle until `deadline`, the earliest time at which work is due.
+    #[inline]
     pub fn next(&mut self, now: Instant, deadline: Option<Instant>) -> Next {
         let left = deadline.map(|at| at.saturating_duration_since(now));
         if left.is_some_and(|left| left <= NAP) {

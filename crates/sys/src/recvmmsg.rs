@@ -98,6 +98,7 @@ impl RecvBatch {
     }
 
     /// The datagrams that the last call read, grouped as the kernel coalesced them.
+    #[inline]
     pub fn iter(&self) -> impl Iterator<Item = GroDatagrams<'_>> {
         let filled = self.slots.iter().zip(self.bytes.chunks_exact(BUFFER_LEN)).take(self.count);
         filled.map(|(slot, bytes)| {
@@ -138,11 +139,13 @@ pub struct GroDatagrams<'a> {
 
 impl<'a> GroDatagrams<'a> {
     /// The sender's address.
+    #[inline]
     pub fn from(&self) -> Option<SocketAddr> {
         self.from.get()
     }
 
     /// The datagrams in order of arrival.
+    #[inline]
     pub fn datagrams(&self) -> impl Iterator<Item = &'a [u8]> {
         self.bytes.chunks(self.segment)
     }

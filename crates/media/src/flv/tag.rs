@@ -18,6 +18,7 @@ pub enum TagKind {
 
 impl TagKind {
     /// Returns the kind for a `TagType` byte, if there is one. The filter bit (0x20) must be clear.
+    #[inline]
     pub fn from_type(value: u8) -> Option<Self> {
         match value {
             8 => Some(Self::Audio),
@@ -60,6 +61,7 @@ impl Tag {
 
     /// Returns a buffer that begins with [`Tag::HEADER_LEN`] placeholder bytes and has capacity for
     /// a body of `body_len` bytes and the trailer. Append the body, then call [`Tag::from_buffer`].
+    #[inline]
     pub fn buffer_for(body_len: usize) -> BufferMut {
         let mut buffer = BufferMut::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
         buffer.put_slice(&[0; Self::HEADER_LEN]);
@@ -121,37 +123,44 @@ impl Tag {
     }
 
     /// Returns the tag header with another timestamp, in milliseconds.
+    #[inline]
     pub fn header_at(&self, timestamp: u32) -> [u8; Self::HEADER_LEN] {
         header(self.kind, timestamp, self.body().len() as u32)
     }
 
     /// Returns the type of the tag.
+    #[inline]
     pub fn kind(&self) -> TagKind {
         self.kind
     }
 
     /// Returns the decoding time in milliseconds, which wraps at 2³².
+    #[inline]
     pub fn timestamp(&self) -> u32 {
         self.timestamp
     }
 
     /// Returns the body.
+    #[inline]
     pub fn body(&self) -> &[u8] {
         &self.framed[Self::HEADER_LEN..self.framed.len() - Self::TRAILER_LEN]
     }
 
     /// Returns header and body, the payload of RTP.
+    #[inline]
     pub fn unit(&self) -> &[u8] {
         &self.framed[..self.framed.len() - Self::TRAILER_LEN]
     }
 
     /// Returns header, body and `PreviousTagSize`, as in an FLV file.
+    #[inline]
     pub fn framed(&self) -> &Buffer {
         &self.framed
     }
 
     /// Returns `true` for a video frame at which decoding can start. Sequence headers and ends of
     /// sequence are not, although they carry the key frame flag.
+    #[inline]
     pub fn is_key_frame(&self) -> bool {
         let body = self.body();
         let (TagKind::Video, Some(&first)) = (self.kind, body.first()) else { return false };
@@ -168,6 +177,7 @@ impl Tag {
 
     /// Returns `true` for a decoder configuration: `AVCDecoderConfigurationRecord`,
     /// `AudioSpecificConfig`, or an Enhanced RTMP `SequenceStart`.
+    #[inline]
     pub fn is_sequence_header(&self) -> bool {
         let body = self.body();
         let Some(&first) = body.first() else { return false };
@@ -189,11 +199,13 @@ impl Tag {
 
     /// Returns `true` for metadata and sequence headers, the contents of
     /// [`Headers`](super::Headers).
+    #[inline]
     pub fn is_header(&self) -> bool {
         self.is_metadata() || self.is_sequence_header()
     }
 
     /// Returns `true` for `onMetaData`; `false` for captions, cue points and other script data.
+    #[inline]
     pub fn is_metadata(&self) -> bool {
         // An AMF0 string: marker, length, bytes.
         self.kind == TagKind::Script && self.body().starts_with(b"\x02\x00\x0aonMetaData")
@@ -223,6 +235,7 @@ impl TagHeader {
     /// # Errors
     /// [`TagError::Truncated`] if `input` is shorter, [`TagError::UnknownType`] if the type is not
     /// 8, 9 or 18.
+    #[inline]
     pub fn parse(input: &[u8]) -> Result<Self, TagError> {
         let Some(&[kind, s0, s1, s2, t0, t1, t2, t3, ..]) = input.first_chunk::<11>() else {
             return Err(TagError::Truncated);

@@ -23,6 +23,7 @@ impl Message {
     }
 
     /// Returns the payload.
+    #[inline]
     pub fn body(&self) -> &[u8] {
         self.buffer.get(Tag::HEADER_LEN..).unwrap_or_default()
     }
