@@ -1,6 +1,5 @@
-//! What a live stream is made of: keys, tags, codec headers, FLV, AMF0 and timelines.
-//!
-//! Nothing here knows sockets, clocks or tasks: bytes in, values out.
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs, unreachable_pub)]
 
 pub mod amf0;
 pub mod flv;

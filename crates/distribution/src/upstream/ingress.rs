@@ -195,7 +195,7 @@ impl Upstream {
 
     /// Says that this was read: what is needed of memory to take it is fetched.
     pub(super) fn expect(&self, reads: &RecvBatch) {
-        self.intake.expect(reads.trains().filter_map(|train| train.datagrams().next()));
+        self.intake.expect(reads.iter().filter_map(|train| train.datagrams().next()));
     }
 
     /// Takes what was read from socket `i`.
@@ -203,7 +203,7 @@ impl Upstream {
         if let Some(socket) = self.sockets.get_mut(i) {
             socket.heard(now);
         }
-        for train in reads.trains() {
+        for train in reads.iter() {
             for datagram in train.datagrams() {
                 self.handle_datagram(now, i, &train, datagram);
             }

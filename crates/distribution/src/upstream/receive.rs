@@ -32,7 +32,7 @@ use super::ingress::Upstream;
 use downpour_sys::{
     recvmmsg::RecvBatch,
     timer::{Timer, TimerWaiter},
-    udp::end_waits,
+    udp::shutdown_receive,
 };
 
 impl Upstream {
@@ -166,7 +166,7 @@ impl Shared {
         let mut work = self.work.lock();
         let Work { ingress, clock, control } = &mut *work;
         if went_off {
-            clock.went_off();
+            clock.mark_expired();
         }
         if control.as_ref().is_none_or(|control| !control.will_wake(cx.waker())) {
             *control = Some(cx.waker().clone());
@@ -189,7 +189,7 @@ impl Shared {
         let mut reads = RecvBatch::new();
         let mut failing = None;
         loop {
-            let read = reads.wait(socket);
+            let read = reads.receive(socket);
             if over.load(Ordering::SeqCst) {
                 return true;
             }
@@ -267,7 +267,7 @@ struct Over {
 impl Drop for Over {
     fn drop(&mut self) {
         self.is_it.store(true, Ordering::SeqCst);
-        self.sockets.iter().for_each(|socket| end_waits(socket));
+        self.sockets.iter().for_each(|socket| shutdown_receive(socket));
     }
 }
 

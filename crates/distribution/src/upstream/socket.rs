@@ -33,7 +33,7 @@ impl RtpSocket {
     /// Takes a bound socket, one that waits.
     pub fn new(socket: UdpSocket) -> Self {
         // Without, it costs more.
-        if let Err(error) = RecvBatch::let_join(&socket) {
+        if let Err(error) = RecvBatch::enable_gro(&socket) {
             tracing::info!("the kernel gives RTP packet by packet, at more cost: {error}");
         }
         Self { socket: Arc::new(socket), probing: None }

@@ -135,14 +135,14 @@ impl Depacketizer {
             State::Inside => {
                 self.partial.as_ref().map_or(0, |partial| partial.as_ptr_range().end.addr())
             }
-            State::Boundary | State::Lost => self.block.next_place(),
+            State::Boundary | State::Lost => self.block.next_address(),
         }
     }
 
     /// Address of what is written for each tag besides.
     #[inline]
     pub fn count(&self) -> usize {
-        self.block.count()
+        self.block.refcount_address()
     }
 
     /// Says that the next `packets` packets will never come; 0 says that what comes next is no
@@ -178,7 +178,7 @@ impl Depacketizer {
         // that lies about its length reserves no more than that.
         let few = if marker { payload.len() } else { RESERVED * payload.len() };
         Some(match self.expected <= few {
-            true => self.block.room(self.expected + Tag::TRAILER_LEN),
+            true => self.block.take(self.expected + Tag::TRAILER_LEN),
             // It will grow, and move: what it had of a block would be lost.
             false => BufferMut::with_capacity(few + Tag::TRAILER_LEN),
         })

@@ -16,7 +16,7 @@ use quinn_udp::{UdpSockRef, UdpSocketState};
 use socket2::SockRef;
 
 use super::Settings;
-use downpour_sys::sendmmsg::give_all_to_first;
+use downpour_sys::sendmmsg::deliver_to_first;
 use downpour_sys::udp::{self, Port};
 
 /// What one worker sends from.
@@ -93,7 +93,7 @@ impl Family {
             SockRef::from(&reader).set_reuse_port(true)?;
             let open = |_| prepare(udp::sender(addr, Port::Shared, share, multicast)?);
             let senders = (0..workers).map(open).collect::<io::Result<_>>()?;
-            give_all_to_first(&reader)?;
+            deliver_to_first(&reader)?;
             Ok(senders)
         };
         match own() {

@@ -16,7 +16,7 @@ use std::{
 use socket2::SockRef;
 
 use super::{FanoutMetrics, metrics::Refusal};
-use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_for_room};
+use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_writable};
 
 /// What an outlet needs of a socket. None of it waits but for what says so.
 pub(super) trait SendSocket {
@@ -292,7 +292,7 @@ impl SendSocket for UdpSocket {
     }
 
     fn wait_for_room(&self, timeout: Duration) {
-        wait_for_room(self, timeout);
+        wait_writable(self, timeout);
     }
 
     fn pause(&self, time: Duration) {

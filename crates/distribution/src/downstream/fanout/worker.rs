@@ -55,7 +55,7 @@ impl Worker {
 
     /// Sends what comes through the queue until that is closed and empty.
     pub(super) fn run(mut self) {
-        idle::sleep_exactly();
+        idle::minimize_timer_slack();
         let _end = AbandonOnEnd(self.queue.clone());
         let (mut backlog, mut done) = (WorkBatch::default(), Vec::new());
         let mut rest = IdleStrategy::default();
