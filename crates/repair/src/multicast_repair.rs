@@ -15,7 +15,7 @@ use crate::rtp::{Seq, Ssrc};
 
 /// The requests of all groups in the last moments.
 #[derive(Debug, Default)]
-pub struct GroupRepair {
+pub struct MulticastRepair {
     asked: HashMap<Key, Asked>,
     /// The keys of `asked`, each once, about the oldest first.
     order: VecDeque<(Instant, Key)>,
@@ -25,7 +25,7 @@ pub struct GroupRepair {
 
 /// One edge's request for one packet.
 #[derive(Debug, Clone, Copy)]
-pub struct Ask {
+pub struct GroupRequest {
     /// The group that the edge listens to.
     pub group: SocketAddr,
     /// The edge: any number that no other has.
@@ -42,7 +42,7 @@ pub struct Ask {
     pub len: usize,
 }
 
-/// How to answer an [`Ask`].
+/// How to answer an [`GroupRequest`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     /// To the edge alone, as if there were no group.
@@ -67,7 +67,7 @@ pub struct GroupBudget {
     pub burst: u64,
 }
 
-impl GroupRepair {
+impl MulticastRepair {
     /// Nothing has been asked for.
     pub fn new() -> Self {
         Self::default()
@@ -75,7 +75,12 @@ impl GroupRepair {
 
     /// Takes a request that came at `now` and is no repetition of one from the same edge that was
     /// just answered.
-    pub fn ask(&mut self, now: Instant, ask: Ask, budget: GroupBudget) -> Answer {
+    pub fn handle_request(
+        &mut self,
+        now: Instant,
+        ask: GroupRequest,
+        budget: GroupBudget,
+    ) -> Answer {
         self.expire(now);
         let key = (ask.group, ask.ssrc, ask.seq);
         let full = self.asked.len() >= MAX_ASKED;
@@ -236,8 +241,8 @@ mod tests {
     const NO_LIMIT: GroupBudget = GroupBudget { rate: 0, burst: 0 };
     const AT_ONCE: Answer = Answer::Group { at_once: true, further: 0 };
 
-    fn ask(edge: u64) -> Ask {
-        Ask {
+    fn ask(edge: u64) -> GroupRequest {
+        GroupRequest {
             group: "239.0.0.1:5222".parse().unwrap(),
             edge,
             round_trip: Duration::from_millis(50),
@@ -252,40 +257,42 @@ mod tests {
     fn the_third_edge_of_a_moment_brings_it_to_the_group() {
         let now = Instant::now();
         let at = |ms| now + Duration::from_millis(ms);
-        let mut groups = GroupRepair::new();
-        let mut answer = |ms, ask| groups.ask(at(ms), ask, NO_LIMIT);
+        let mut groups = MulticastRepair::new();
+        let mut answer = |ms, ask| groups.handle_request(at(ms), ask, NO_LIMIT);
         assert_eq!(answer(0, ask(1)), Answer::Unicast);
         assert_eq!(answer(1, ask(2)), Answer::Unicast);
         // The same edge again, another stream, another group: none of them is a third.
         assert_eq!(answer(2, ask(2)), Answer::Unicast);
-        assert_eq!(answer(2, Ask { ssrc: Ssrc(2), ..ask(3) }), Answer::Unicast);
+        assert_eq!(answer(2, GroupRequest { ssrc: Ssrc(2), ..ask(3) }), Answer::Unicast);
         let other = "239.0.0.2:5222".parse().unwrap();
-        assert_eq!(answer(2, Ask { group: other, ..ask(3) }), Answer::Unicast);
+        assert_eq!(answer(2, GroupRequest { group: other, ..ask(3) }), Answer::Unicast);
         assert_eq!(answer(3, ask(3)), AT_ONCE);
         for edge in 4..100 {
             assert_eq!(answer(30, ask(edge)), Answer::Covered);
         }
         // After its own round trip an edge asks because it did not get that either.
         assert_eq!(answer(53, ask(5)), Answer::Unicast);
-        let far = Ask { round_trip: Duration::from_millis(200), ..ask(200) };
+        let far = GroupRequest { round_trip: Duration::from_millis(200), ..ask(200) };
         assert_eq!(answer(180, far), Answer::Covered);
     }
 
     #[test]
     fn apart_they_are_answered_apart() {
         let now = Instant::now();
-        let mut groups = GroupRepair::new();
+        let mut groups = MulticastRepair::new();
         for i in 0..20 {
             let at = now + Duration::from_millis(i * 11);
-            assert_eq!(groups.ask(at, ask(i), NO_LIMIT), Answer::Unicast, "{i}");
+            assert_eq!(groups.handle_request(at, ask(i), NO_LIMIT), Answer::Unicast, "{i}");
         }
     }
 
     #[test]
     fn the_group_gets_the_most_copies_that_one_of_them_wants() {
         let now = Instant::now();
-        let mut groups = GroupRepair::new();
-        let mut answer = |edge, copies| groups.ask(now, Ask { copies, ..ask(edge) }, NO_LIMIT);
+        let mut groups = MulticastRepair::new();
+        let mut answer = |edge, copies| {
+            groups.handle_request(now, GroupRequest { copies, ..ask(edge) }, NO_LIMIT)
+        };
         answer(1, 2);
         answer(2, 1);
         assert_eq!(answer(3, 1), Answer::Group { at_once: true, further: 1 });
@@ -297,11 +304,11 @@ mod tests {
     #[test]
     fn a_group_that_is_none_of_ours_is_left_alone_for_a_while() {
         let now = Instant::now();
-        let mut groups = GroupRepair::new();
+        let mut groups = MulticastRepair::new();
         let mut third = |at| {
-            groups.ask(at, ask(1), NO_LIMIT);
-            groups.ask(at, ask(2), NO_LIMIT);
-            let answer = groups.ask(at, ask(3), NO_LIMIT);
+            groups.handle_request(at, ask(1), NO_LIMIT);
+            groups.handle_request(at, ask(2), NO_LIMIT);
+            let answer = groups.handle_request(at, ask(3), NO_LIMIT);
             if answer == AT_ONCE {
                 groups.refused(at, ask(3).group);
             }
@@ -315,14 +322,14 @@ mod tests {
     #[test]
     fn a_groups_budget_holds() {
         let now = Instant::now();
-        let mut groups = GroupRepair::new();
+        let mut groups = MulticastRepair::new();
         let budget = GroupBudget { rate: 10_000, burst: 5_000 };
         let mut sent = 0;
         for ms in 0..1000 {
             for edge in 0..4 {
-                let ask = Ask { seq: Seq(ms), ..ask(edge) };
+                let ask = GroupRequest { seq: Seq(ms), ..ask(edge) };
                 let at = now + Duration::from_millis(ms.into());
-                sent += usize::from(groups.ask(at, ask, budget) == AT_ONCE);
+                sent += usize::from(groups.handle_request(at, ask, budget) == AT_ONCE);
             }
         }
         assert!((14..=15).contains(&sent), "{sent}");
@@ -345,7 +352,7 @@ mod tests {
                 asks.push((at, edge, seq));
             }
         }
-        let mut groups = GroupRepair::new();
+        let mut groups = MulticastRepair::new();
         let (mut unicast, mut multicast, mut covered) = (0, 0, 0);
         let mut held = HashSet::new();
         // Retries are put in as they arise.
@@ -357,8 +364,8 @@ mod tests {
                 continue;
             }
             let round_trip = Duration::from_millis(round_trips[edge]);
-            let ask = Ask { seq: Seq(seq), round_trip, ..ask(edge as u64) };
-            match groups.ask(at, ask, NO_LIMIT) {
+            let ask = GroupRequest { seq: Seq(seq), round_trip, ..ask(edge as u64) };
+            match groups.handle_request(at, ask, NO_LIMIT) {
                 Answer::Unicast => {
                     unicast += 1;
                     held.insert((edge, seq));
@@ -392,16 +399,20 @@ mod tests {
     #[test]
     fn memory_is_bounded_whatever_is_asked() {
         let now = Instant::now();
-        let mut groups = GroupRepair::new();
+        let mut groups = MulticastRepair::new();
         for i in 0..200_000u32 {
             let group = SocketAddr::from(([239, 1, (i >> 8) as u8, i as u8], 5));
             for edge in 0..3 {
-                groups.ask(now, Ask { group, ssrc: Ssrc(i), ..ask(edge) }, NO_LIMIT);
+                groups.handle_request(
+                    now,
+                    GroupRequest { group, ssrc: Ssrc(i), ..ask(edge) },
+                    NO_LIMIT,
+                );
             }
         }
         assert!(groups.asked.len() <= MAX_ASKED && groups.order.len() <= MAX_ASKED);
         assert!(groups.groups.len() <= MAX_GROUPS);
-        groups.ask(now + MAX_GUARD, ask(0), NO_LIMIT);
+        groups.handle_request(now + MAX_GUARD, ask(0), NO_LIMIT);
         assert_eq!((groups.asked.len(), groups.order.len()), (1, 1));
     }
 }

@@ -12,14 +12,14 @@ use ring::hmac;
 
 use super::{
     control::Nonce,
-    probe::{Cookie, MAX_PATHS, ProbeMessage, mark},
+    probe::{Cookie, MAX_PATHS, ProbeMessage, nonce_prefix},
 };
 
 /// The paths of all edges that are connected.
 ///
 /// A cookie is made from a secret, the edge, the path, the address and the time, so nothing is kept
 /// for an address that has not proven itself, and probes with forged sources displace nobody.
-pub struct PathTable {
+pub struct PathValidator {
     secret: hmac::Key,
     /// Cookies' lifetimes are counted from here.
     start: Instant,
@@ -54,7 +54,7 @@ pub enum Outcome {
     /// A proof with a cookie that is forged, too old, or was sent to another address.
     BadCookie,
     /// A challenge, which only the cloud sends.
-    WrongWay,
+    WrongDirection,
 }
 
 /// How a path stands.
@@ -75,7 +75,7 @@ struct Path {
     challenged: Option<Instant>,
 }
 
-impl PathTable {
+impl PathValidator {
     /// No edge yet. The cookies' secret is to be random and nobody else's.
     pub fn new(now: Instant, secret: [u8; 32]) -> Self {
         Self {
@@ -107,7 +107,7 @@ impl PathTable {
         let (path, nonce, cookie) = match message {
             ProbeMessage::Probe { path, nonce } => (path, nonce, None),
             ProbeMessage::Proof { path, nonce, cookie } => (path, nonce, Some(cookie)),
-            ProbeMessage::Challenge { .. } => return Outcome::WrongWay,
+            ProbeMessage::Challenge { .. } => return Outcome::WrongDirection,
         };
         let age = now.saturating_duration_since(self.start).as_secs() / COOKIE_LIFE.as_secs();
         let of_age = |age| make_cookie(&self.secret, &nonce, path, from, age);
@@ -137,7 +137,7 @@ impl PathTable {
                 held.challenged = Some(now);
                 Outcome::Challenge(ProbeMessage::Challenge {
                     path,
-                    mark: mark(&nonce),
+                    nonce_prefix: nonce_prefix(&nonce),
                     cookie: of_age(age),
                 })
             }
@@ -204,8 +204,8 @@ mod tests {
 
     const EDGE: Nonce = Nonce([7; 16]);
 
-    fn table(now: Instant, paths: u8) -> PathTable {
-        let mut table = PathTable::new(now, [1; 32]);
+    fn table(now: Instant, paths: u8) -> PathValidator {
+        let mut table = PathValidator::new(now, [1; 32]);
         table.insert(now, EDGE, paths);
         table
     }
@@ -224,10 +224,19 @@ mod tests {
 
     /// What the cloud wants back from an address.
     #[track_caller]
-    fn challenge(table: &mut PathTable, now: Instant, from: SocketAddr, path: u8) -> ProbeMessage {
+    fn challenge(
+        table: &mut PathValidator,
+        now: Instant,
+        from: SocketAddr,
+        path: u8,
+    ) -> ProbeMessage {
         match table.handle_message(now, from, probe(path)) {
-            Outcome::Challenge(ProbeMessage::Challenge { path: told, mark: part, cookie }) => {
-                assert_eq!((told, part), (path, mark(&EDGE)));
+            Outcome::Challenge(ProbeMessage::Challenge {
+                path: named,
+                nonce_prefix: prefix,
+                cookie,
+            }) => {
+                assert_eq!((named, prefix), (path, nonce_prefix(&EDGE)));
                 ProbeMessage::Proof { path, nonce: EDGE, cookie }
             }
             other => panic!("{other:?}"),
@@ -235,13 +244,13 @@ mod tests {
     }
 
     #[track_caller]
-    fn prove(table: &mut PathTable, now: Instant, from: SocketAddr, path: u8) {
+    fn prove(table: &mut PathValidator, now: Instant, from: SocketAddr, path: u8) {
         let proof = challenge(table, now, from, path);
         let proven = Outcome::Proven { nonce: EDGE, path, address: from };
         assert_eq!(table.handle_message(now, from, proof), proven);
     }
 
-    fn states(table: &PathTable) -> Vec<PathState> {
+    fn states(table: &PathValidator) -> Vec<PathState> {
         table.states(&EDGE).collect()
     }
 
@@ -350,8 +359,12 @@ mod tests {
         }
         let mut table = table(now, 200);
         assert_eq!(states(&table).len(), 2);
-        let cookie = ProbeMessage::Challenge { path: 0, mark: mark(&EDGE), cookie: Cookie(1) };
-        assert_eq!(table.handle_message(now, address(1), cookie), Outcome::WrongWay);
+        let cookie = ProbeMessage::Challenge {
+            path: 0,
+            nonce_prefix: nonce_prefix(&EDGE),
+            cookie: Cookie(1),
+        };
+        assert_eq!(table.handle_message(now, address(1), cookie), Outcome::WrongDirection);
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub enum ProbeMessage {
         /// The probe's.
         path: u8,
         /// The first half of the probe's nonce: the edge knows by it that the cloud answers.
-        mark: [u8; MARK_LEN],
+        nonce_prefix: [u8; NONCE_PREFIX_LEN],
         /// To be sent back.
         cookie: Cookie,
     },
@@ -78,10 +78,14 @@ impl ProbeMessage {
                 Ok((Self::Probe { path, nonce: Nonce(nonce) }, rest))
             }
             TYPE_CHALLENGE => {
-                let (mark, rest) = take(rest)?;
+                let (nonce_prefix, rest) = take(rest)?;
                 let (cookie, rest) = take(rest)?;
                 Ok((
-                    Self::Challenge { path, mark, cookie: Cookie(u64::from_be_bytes(cookie)) },
+                    Self::Challenge {
+                        path,
+                        nonce_prefix,
+                        cookie: Cookie(u64::from_be_bytes(cookie)),
+                    },
                     rest,
                 ))
             }
@@ -104,9 +108,9 @@ impl ProbeMessage {
                 datagram.put_slice(&[TYPE_PROBE, *path]);
                 datagram.put_slice(&nonce.0);
             }
-            Self::Challenge { path, mark, cookie } => {
+            Self::Challenge { path, nonce_prefix, cookie } => {
                 datagram.put_slice(&[TYPE_CHALLENGE, *path]);
-                datagram.put_slice(mark);
+                datagram.put_slice(nonce_prefix);
                 datagram.put_u64(cookie.0);
             }
             Self::Proof { path, nonce, cookie } => {
@@ -120,7 +124,7 @@ impl ProbeMessage {
 }
 
 /// The part of a nonce that a challenge repeats.
-pub fn mark(nonce: &Nonce) -> [u8; MARK_LEN] {
+pub fn nonce_prefix(nonce: &Nonce) -> [u8; NONCE_PREFIX_LEN] {
     let [a, b, c, d, e, f, g, h, ..] = nonce.0;
     [a, b, c, d, e, f, g, h]
 }
@@ -150,7 +154,7 @@ pub enum ProbeError {
 /// Addresses that one edge may prove.
 pub const MAX_PATHS: u8 = 2;
 /// Bytes of a nonce that a challenge repeats.
-pub const MARK_LEN: usize = 8;
+pub const NONCE_PREFIX_LEN: usize = 8;
 const MAGIC: [u8; 2] = *b"DP";
 const TYPE_PROBE: u8 = 1;
 const TYPE_CHALLENGE: u8 = 2;
@@ -178,7 +182,7 @@ mod tests {
             "44500100000102030405060708090a0b0c0d0e0f"
         );
         assert_eq!(
-            hex(ProbeMessage::Challenge { path: 1, mark: mark(&nonce), cookie }),
+            hex(ProbeMessage::Challenge { path: 1, nonce_prefix: nonce_prefix(&nonce), cookie }),
             "445002010001020304050607a0a1a2a3a4a5a6a7"
         );
         assert_eq!(
@@ -203,7 +207,9 @@ mod tests {
                 let (nonce, cookie) = (Nonce(nonce), Cookie(cookie));
                 match kind {
                     0 => ProbeMessage::Probe { path, nonce },
-                    1 => ProbeMessage::Challenge { path, mark: mark(&nonce), cookie },
+                    1 => {
+                        ProbeMessage::Challenge { path, nonce_prefix: nonce_prefix(&nonce), cookie }
+                    }
                     _ => ProbeMessage::Proof { path, nonce, cookie },
                 }
             },
@@ -243,7 +249,7 @@ mod tests {
             let nonce = Nonce(nonce);
             let probe = ProbeMessage::Probe { path, nonce }.encode();
             let challenge =
-                ProbeMessage::Challenge { path, mark: mark(&nonce), cookie: Cookie(cookie) };
+                ProbeMessage::Challenge { path, nonce_prefix: nonce_prefix(&nonce), cookie: Cookie(cookie) };
             prop_assert!(challenge.encode().len() <= probe.len());
         }
     }

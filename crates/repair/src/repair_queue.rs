@@ -15,7 +15,7 @@ use crate::rtp::{Seq, Ssrc};
 /// send than may be sent: then what is still of use goes before what has more time, and what comes
 /// too late to be of use goes not at all. `T` is what a packet is to the caller.
 #[derive(Debug)]
-pub struct Outbox<T> {
+pub struct RepairQueue<T> {
     budget: TokenBucket,
     /// By deadline, then in the order in which they came.
     queue: BTreeMap<(Instant, u64), Repair<T>>,
@@ -40,7 +40,7 @@ pub struct Repair<T> {
     pub packet: T,
 }
 
-/// What [`Outbox::push`] did.
+/// What [`RepairQueue::push`] did.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Pushed<T> {
     /// It waits its turn.
@@ -64,7 +64,7 @@ pub enum Next<T> {
     Idle,
 }
 
-impl<T> Outbox<T> {
+impl<T> RepairQueue<T> {
     /// `rate` bytes a second, 0 for no limit, and `burst` at once.
     pub fn new(now: Instant, rate: u64, burst: u64) -> Self {
         Self {
@@ -80,7 +80,7 @@ impl<T> Outbox<T> {
         self.budget.set(now, rate, burst);
     }
 
-    /// Adds a repair; [`Outbox::poll`] gives it back when it may leave.
+    /// Adds a repair; [`RepairQueue::poll`] gives it back when it may leave.
     pub fn push(&mut self, mut repair: Repair<T>) -> Pushed<T> {
         let key = (repair.ssrc, repair.seq);
         let queued = self.places.remove(&key).and_then(|place| self.queue.remove(&place));
@@ -150,7 +150,7 @@ mod tests {
         Repair { ssrc: Ssrc(1), seq: Seq(seq), deadline, len: LEN, further: 0, packet: seq }
     }
 
-    fn drain(outbox: &mut Outbox<u16>, now: Instant) -> (Vec<u16>, Vec<u16>, Option<Instant>) {
+    fn drain(outbox: &mut RepairQueue<u16>, now: Instant) -> (Vec<u16>, Vec<u16>, Option<Instant>) {
         let (mut sent, mut late) = (Vec::new(), Vec::new());
         loop {
             match outbox.poll(now) {
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn with_budget_everything_leaves_at_once_and_in_the_order_of_the_request() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(now, 0, 0);
+        let mut outbox = RepairQueue::new(now, 0, 0);
         // Of no time left at all there is still one attempt.
         let deadline = deadline(now, Duration::from_millis(30), Duration::from_millis(100));
         assert_eq!(deadline, now);
@@ -179,7 +179,7 @@ mod tests {
     fn without_budget_the_urgent_go_first_and_the_late_not_at_all() {
         let now = Instant::now();
         let at = |ms| now + Duration::from_millis(ms);
-        let mut outbox = Outbox::new(now, 10_000, LEN as u64);
+        let mut outbox = RepairQueue::new(now, 10_000, LEN as u64);
         for (seq, deadline) in [(1, 350), (2, 90), (3, 150), (4, 1000), (5, 0)] {
             outbox.push(repair(seq, at(deadline)));
         }
@@ -196,7 +196,7 @@ mod tests {
     fn what_waits_is_not_queued_twice() {
         let now = Instant::now();
         let later = now + Duration::from_secs(1);
-        let mut outbox = Outbox::new(now, 1, 1);
+        let mut outbox = RepairQueue::new(now, 1, 1);
         outbox.push(repair(0, now));
         drain(&mut outbox, now);
         outbox.push(repair(7, later + Duration::from_secs(1)));
@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn a_full_outbox_drops_what_has_the_most_time() {
         let now = Instant::now();
-        let mut outbox = Outbox::new(now, 1, 1);
+        let mut outbox = RepairQueue::new(now, 1, 1);
         for seq in 0..MAX_QUEUED as u16 {
             outbox.push(repair(seq, now + Duration::from_secs(9)));
         }
@@ -230,9 +230,9 @@ mod tests {
         ) {
             let start = Instant::now();
             let mut now = start;
-            let mut outbox = Outbox::new(start, rate, burst);
+            let mut outbox = RepairQueue::new(start, rate, burst);
             let (mut bytes, mut ended) = (0, 0);
-            let mut take = |outbox: &mut Outbox<()>, now: Instant| loop {
+            let mut take = |outbox: &mut RepairQueue<()>, now: Instant| loop {
                 match outbox.poll(now) {
                     Next::Send(repair) => {
                         assert!(repair.deadline >= now);

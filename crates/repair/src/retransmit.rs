@@ -13,7 +13,7 @@ use crate::rtp::{Seq, Ssrc};
 /// been sent is not sent again before a new try can mean anything. `T` is what a packet is to the
 /// caller.
 #[derive(Debug)]
-pub struct Resender<T> {
+pub struct Retransmitter<T> {
     /// Half the round trip, within bounds: shorter than any try is from the next.
     guard: Duration,
     answered: HashMap<(Ssrc, Seq), Instant>,
@@ -32,7 +32,7 @@ struct Copy<T> {
     left: u8,
 }
 
-impl<T: Clone> Resender<T> {
+impl<T: Clone> Retransmitter<T> {
     /// Nothing has been answered yet.
     pub fn new() -> Self {
         Self {
@@ -84,7 +84,13 @@ impl<T: Clone> Resender<T> {
 
     /// Plans `further` copies of a packet that is being sent, all of them within so long. False if
     /// too many wait already.
-    pub fn copy(&mut self, now: Instant, packet: T, further: u8, within: Duration) -> bool {
+    pub fn schedule_copies(
+        &mut self,
+        now: Instant,
+        packet: T,
+        further: u8,
+        within: Duration,
+    ) -> bool {
         if further == 0 {
             return true;
         }
@@ -119,7 +125,7 @@ impl<T: Clone> Resender<T> {
     }
 }
 
-impl<T: Clone> Default for Resender<T> {
+impl<T: Clone> Default for Retransmitter<T> {
     fn default() -> Self {
         Self::new()
     }
@@ -143,7 +149,7 @@ mod tests {
     #[test]
     fn a_repeated_request_is_answered_once_and_a_new_try_again() {
         let now = Instant::now();
-        let mut resender = Resender::<u32>::new();
+        let mut resender = Retransmitter::<u32>::new();
         resender.set_round_trip(Duration::from_millis(100));
         let at = |ms| now + Duration::from_millis(ms);
         assert!(resender.is_new(at(0), Ssrc(1), Seq(7)));
@@ -163,10 +169,10 @@ mod tests {
     #[test]
     fn memory_is_bounded_whatever_is_asked() {
         let now = Instant::now();
-        let mut resender = Resender::new();
+        let mut resender = Retransmitter::new();
         for i in 0..100_000u32 {
             resender.is_new(now, Ssrc(i), Seq(i as u16));
-            resender.copy(now, i, 2, Duration::MAX);
+            resender.schedule_copies(now, i, 2, Duration::MAX);
         }
         assert!(resender.answered.len() <= MAX_ANSWERED + 2);
         assert_eq!(resender.copies.len(), MAX_COPIES);
@@ -176,9 +182,9 @@ mod tests {
     fn copies_come_spaced_and_in_time() {
         let now = Instant::now();
         let at = |ms| now + Duration::from_millis(ms);
-        let mut resender = Resender::new();
+        let mut resender = Retransmitter::new();
         for (packet, further, within) in [('a', 2, 100), ('b', 1, 1), ('c', 0, 100), ('d', 2, 4)] {
-            assert!(resender.copy(now, packet, further, Duration::from_millis(within)));
+            assert!(resender.schedule_copies(now, packet, further, Duration::from_millis(within)));
         }
         let mut come = |ms| std::iter::from_fn(|| resender.poll_copy(at(ms))).collect::<String>();
         assert_eq!([0, 1, 2, 3, 4].map(&mut come), ["", "b", "ad", "", "ad"]);

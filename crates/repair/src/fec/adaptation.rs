@@ -9,15 +9,15 @@ use std::{
 use crate::{
     control::{Nonce, PathReport},
     fec::{
-        Adapt, Matrix,
-        adapt::{self, FRESH, Report},
+        Matrix, MatrixSelector,
+        matrix_selector::{self, FRESH, Report},
     },
     rtp::Ssrc,
 };
 
 /// Whose parity is set by reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Adapted {
+pub enum ParityTarget {
     /// An address that gets every stream.
     Fixed(SocketAddr),
     /// An edge, at the addresses that it proved.
@@ -36,13 +36,13 @@ pub enum Choice {
 /// One adaptation for each receiver and stream of which there are reports.
 #[derive(Default)]
 pub struct Adaptation {
-    entries: HashMap<Adapted, HashMap<Ssrc, Entry>>,
+    entries: HashMap<ParityTarget, HashMap<Ssrc, Entry>>,
     /// For streams of which nobody reports.
     blind: HashMap<Ssrc, Matrix>,
 }
 
 struct Entry {
-    adapt: Adapt,
+    adapt: MatrixSelector,
     /// How late a packet may come at each edge, and when it reported last.
     latencies: HashMap<u64, (Duration, Instant)>,
     /// What was last given out.
@@ -61,7 +61,7 @@ pub struct Reporter {
 /// One receiver's parity of one stream is another from now on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Change {
-    pub adapted: Adapted,
+    pub adapted: ParityTarget,
     pub ssrc: Ssrc,
     pub choice: Choice,
     /// What it was; for logs.
@@ -73,14 +73,14 @@ impl Adaptation {
     pub fn handle_report(
         &mut self,
         now: Instant,
-        adapted: Adapted,
+        adapted: ParityTarget,
         ssrc: Ssrc,
         reporter: Reporter,
         report: Report,
     ) {
         let blind = match adapted {
-            Adapted::Fixed(_) => self.blind.get(&ssrc).copied(),
-            Adapted::Edge(_) => None,
+            ParityTarget::Fixed(_) => self.blind.get(&ssrc).copied(),
+            ParityTarget::Edge(_) => None,
         };
         let streams = self.entries.entry(adapted).or_default();
         if blind.is_none() && report.loss <= 0.0 && !streams.contains_key(&ssrc) {
@@ -91,19 +91,19 @@ impl Adaptation {
             return;
         }
         let entry = streams.entry(ssrc).or_insert_with(|| Entry {
-            adapt: Adapt::new(adapt::Settings { blind, ..Default::default() }),
+            adapt: MatrixSelector::new(matrix_selector::Settings { blind, ..Default::default() }),
             latencies: HashMap::new(),
             given: None,
         });
         entry.adapt.handle_report(now, reporter.edge, report);
-        if entry.latencies.len() < adapt::EDGE_LIMIT {
+        if entry.latencies.len() < matrix_selector::EDGE_LIMIT {
             let latency = reporter.latency.clamp(LATENCIES.0, LATENCIES.1);
             entry.latencies.insert(reporter.edge, (latency, now));
         }
     }
 
     /// An edge is gone that reported for these.
-    pub fn remove_edge(&mut self, edge: u64, adapted: &HashSet<Adapted>) {
+    pub fn remove_edge(&mut self, edge: u64, adapted: &HashSet<ParityTarget>) {
         for adapted in adapted {
             for entry in self.entries.get_mut(adapted).into_iter().flat_map(HashMap::values_mut) {
                 entry.adapt.remove(edge);
@@ -214,10 +214,10 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
-    use crate::{control::Nonce, fec::adapt::HOLD};
+    use crate::{control::Nonce, fec::matrix_selector::HOLD};
 
     const SSRC: Ssrc = Ssrc(7);
-    const OWN: Adapted = Adapted::Edge(Nonce([1; 16]));
+    const OWN: ParityTarget = ParityTarget::Edge(Nonce([1; 16]));
 
     struct World {
         adaptation: Adaptation,
@@ -232,7 +232,7 @@ mod tests {
         }
 
         /// Seconds with one report each; the changes.
-        fn run(&mut self, seconds: u64, adapted: Adapted, loss: f64) -> Vec<Choice> {
+        fn run(&mut self, seconds: u64, adapted: ParityTarget, loss: f64) -> Vec<Choice> {
             let report = Report { loss, burst: Some(1.0) };
             let reporter = Reporter { edge: 1, latency: Duration::from_millis(500) };
             let mut changes = Vec::new();
@@ -251,8 +251,8 @@ mod tests {
         }
     }
 
-    fn group() -> Adapted {
-        Adapted::Fixed(SocketAddr::from(([239, 0, 0, 1], 5222)))
+    fn group() -> ParityTarget {
+        ParityTarget::Fixed(SocketAddr::from(([239, 0, 0, 1], 5222)))
     }
 
     #[test]

@@ -3,14 +3,14 @@
 //!
 //! For paths with no way back, and for those whose round trip is longer than the time there is.
 
-pub mod adapt;
 pub mod adaptation;
 pub mod decoder;
 pub mod encoder;
+pub mod matrix_selector;
 
-pub use adapt::Adapt;
 pub use decoder::Decoder;
 pub use encoder::Encoder;
+pub use matrix_selector::MatrixSelector;
 
 use std::fmt;
 

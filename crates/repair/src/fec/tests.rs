@@ -63,7 +63,7 @@ fn received<'a>(sent: impl IntoIterator<Item = &'a Bytes>, packets: &[Bytes]) ->
     let mut there = vec![false; packets.len()];
     let mut out = Vec::new();
     for datagram in sent {
-        if Repair::is_one(datagram) {
+        if Repair::is_repair_packet(datagram) {
             decoder.handle_parity(repair(datagram), &mut out);
         } else {
             out.push(datagram.clone());
@@ -81,7 +81,7 @@ fn received<'a>(sent: impl IntoIterator<Item = &'a Bytes>, packets: &[Bytes]) ->
 }
 
 fn is_parity(datagram: &&Bytes) -> bool {
-    Repair::is_one(datagram)
+    Repair::is_repair_packet(datagram)
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn what_waits_is_counted_right_while_packets_are_made_anew() {
                 if rng.random_bool(0.3) {
                     continue;
                 }
-                match Repair::is_one(&datagram) {
+                match Repair::is_repair_packet(&datagram) {
                     true => decoder.handle_parity(repair(&datagram), &mut out),
                     false => decoder.handle_media(datagram, &mut out),
                 }
@@ -325,7 +325,7 @@ fn one_forged_packet_does_not_shut_out_the_rest() {
     let (mut decoder, mut out) = (decoder(), Vec::new());
     decoder.handle_media(media(20_000, 20), &mut out);
     for datagram in sent.iter().filter(|datagram| **datagram != packets[302]) {
-        match Repair::is_one(datagram) {
+        match Repair::is_repair_packet(datagram) {
             true => decoder.handle_parity(repair(datagram), &mut out),
             false => decoder.handle_media(datagram.clone(), &mut out),
         }

@@ -110,7 +110,7 @@ pub struct Repair {
 
 impl Repair {
     /// Whether a datagram is RTP of the repair packets' payload type.
-    pub fn is_one(datagram: &[u8]) -> bool {
+    pub fn is_repair_packet(datagram: &[u8]) -> bool {
         matches!(datagram, [b0, b1, ..] if b0 >> 6 == 2 && b1 & 0x7f == PAYLOAD_TYPE)
     }
 
@@ -336,7 +336,7 @@ mod tests {
             }
             let bytes = Bytes::from(bytes);
             if let Ok(repair) = Repair::parse(bytes.clone()) {
-                prop_assert!(Repair::is_one(&bytes));
+                prop_assert!(Repair::is_repair_packet(&bytes));
                 prop_assert!(repair.body.len() + OVERHEAD <= bytes.len());
                 prop_assert_eq!(Repair::parse(repair.encode()), Ok(repair.clone()));
                 if bytes[0] == 0x81 {

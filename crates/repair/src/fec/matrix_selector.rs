@@ -47,7 +47,7 @@ pub struct Report {
 /// More parity is chosen at the next decision, less when it would have been enough for half as much
 /// loss again for [`HOLD`]; never two changes within [`PACE`].
 #[derive(Debug)]
-pub struct Adapt {
+pub struct MatrixSelector {
     settings: Settings,
     edges: HashMap<u64, Edge>,
     chosen: Option<Matrix>,
@@ -69,7 +69,7 @@ pub const FRESH: Duration = Duration::from_secs(10);
 /// Edges whose reports are held.
 pub const EDGE_LIMIT: usize = 10_000;
 
-impl Adapt {
+impl MatrixSelector {
     /// Begins with [`Settings::blind`].
     pub fn new(settings: Settings) -> Self {
         Self {
@@ -273,7 +273,7 @@ mod tests {
 
     /// Each edge reports every second for so many; the changes, with their seconds.
     fn run(
-        adapt: &mut Adapt,
+        adapt: &mut MatrixSelector,
         start: Instant,
         seconds: std::ops::Range<u64>,
         reports: &[Report],
@@ -298,7 +298,7 @@ mod tests {
     #[test]
     fn without_reports_it_stays_blind_and_with_clean_ones_it_ends() {
         let start = Instant::now();
-        let mut adapt = Adapt::new(Settings::default());
+        let mut adapt = MatrixSelector::new(Settings::default());
         assert_eq!(run(&mut adapt, start, 0..30, &[]), []);
         assert_eq!(adapt.chosen(), matrix(10, 10));
         assert_eq!(run(&mut adapt, start, 30..60, &[singles(0.0)]), [(45, None)]);
@@ -309,7 +309,7 @@ mod tests {
     #[test]
     fn more_comes_soon_and_less_late() {
         let start = Instant::now();
-        let mut adapt = Adapt::new(Settings { blind: None, ..Settings::default() });
+        let mut adapt = MatrixSelector::new(Settings { blind: None, ..Settings::default() });
         let up = run(&mut adapt, start, 0..20, &[singles(0.002)]);
         assert_eq!(up, [(0, matrix(10, 1))]);
         let up = run(&mut adapt, start, 20..40, &[singles(0.045)]);
@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn a_loss_that_wavers_changes_little() {
         let start = Instant::now();
-        let mut adapt = Adapt::new(Settings { blind: None, ..Settings::default() });
+        let mut adapt = MatrixSelector::new(Settings { blind: None, ..Settings::default() });
         let mut changes = 0;
         for second in 0..300 {
             let loss = if second % 2 == 0 { 0.0 } else { 0.02 };
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn one_bad_edge_of_many_does_not_set_it() {
         let start = Instant::now();
-        let mut adapt = Adapt::new(Settings { blind: None, ..Settings::default() });
+        let mut adapt = MatrixSelector::new(Settings { blind: None, ..Settings::default() });
         let mut edges = vec![singles(0.002); 40];
         edges[7] = singles(0.3);
         run(&mut adapt, start, 0..20, &edges);
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn bursts_delay_and_overhead_are_heeded() {
         let choose = |settings, report| {
-            let mut adapt = Adapt::new(Settings { blind: None, ..settings });
+            let mut adapt = MatrixSelector::new(Settings { blind: None, ..settings });
             run(&mut adapt, Instant::now(), 0..20, &[report]);
             adapt.chosen()
         };
@@ -372,7 +372,7 @@ mod tests {
     fn parity_that_has_come_to_take_too_long_is_given_up() {
         let start = Instant::now();
         let settings = Settings { blind: None, delay_max: 400, ..Settings::default() };
-        let mut adapt = Adapt::new(settings);
+        let mut adapt = MatrixSelector::new(settings);
         let reports = [singles(0.02)];
         assert_eq!(run(&mut adapt, start, 0..20, &reports), [(0, matrix(20, 10))]);
         adapt.set_delay_max(390);
@@ -387,7 +387,7 @@ mod tests {
 
     #[test]
     fn edges_are_bounded() {
-        let (now, mut adapt) = (Instant::now(), Adapt::new(Settings::default()));
+        let (now, mut adapt) = (Instant::now(), MatrixSelector::new(Settings::default()));
         for edge in 0..EDGE_LIMIT as u64 + 5 {
             adapt.handle_report(now, edge, singles(0.5));
         }
