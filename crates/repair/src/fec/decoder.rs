@@ -130,7 +130,7 @@ impl Decoder {
         let base = self.extend(base);
         // Too far ahead is hostile, or else too much was lost for it to be of use.
         let reach = self.limits.packets as u64 / 2;
-        if base < self.oldest || base + protection.reach() as u64 >= self.end() + reach {
+        if base < self.oldest || base + protection.span() as u64 >= self.end() + reach {
             self.stats.unrecoverable += 1;
             return;
         }
@@ -294,7 +294,7 @@ impl Decoder {
         bytes.extend_from_slice(&parity.body);
         let mut word = parity.word;
         for packet in parity.numbers().filter_map(|number| self.held(number)) {
-            word ^= flexfec::word(packet)?;
+            word ^= flexfec::header_word(packet)?;
             let body = &packet[HEADER_LEN..];
             // As long as the longest: else it is not these packets' parity.
             if body.len() > parity.body.len() {
@@ -302,7 +302,7 @@ impl Decoder {
             }
             flexfec::xor(&mut bytes[HEADER_LEN..], body);
         }
-        let (header, len) = flexfec::header_of(word, Seq(number as u16), self.media);
+        let (header, len) = flexfec::header_from_word(word, Seq(number as u16), self.media);
         let end = HEADER_LEN + len;
         // What is behind it was padding everywhere.
         if bytes.get(end..)?.iter().any(|&byte| byte != 0) {
@@ -335,7 +335,7 @@ impl Waiting {
 
     fn covers(&self, number: u64) -> bool {
         number.checked_sub(self.base).is_some_and(|ahead| {
-            ahead <= self.protection.reach() as u64
+            ahead <= self.protection.span() as u64
                 && ahead.is_multiple_of(self.protection.stride() as u64)
         })
     }

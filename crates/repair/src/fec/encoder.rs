@@ -113,7 +113,8 @@ impl Encoder {
 
     /// Protects the next packet: header and payload, as it is sent.
     pub fn push(&mut self, now: Instant, packet: &[u8], out: &mut Vec<Bytes>) {
-        let (Some(word), true) = (flexfec::word(packet), packet.len() <= PACKET_LIMIT) else {
+        let (Some(word), true) = (flexfec::header_word(packet), packet.len() <= PACKET_LIMIT)
+        else {
             self.stats.malformed += 1;
             return;
         };

@@ -127,7 +127,7 @@ fn a_parity_packet_is_what_the_format_says() {
     assert_eq!(repair.header.seq, Seq(65530));
     assert_eq!((repair.media, repair.base), (MEDIA, Seq::FIRST));
     assert_eq!(repair.protection, Protection::Row { count: 2, columns_follow: false });
-    let word = |packet| flexfec::word(packet).unwrap();
+    let word = |packet| flexfec::header_word(packet).unwrap();
     assert_eq!(repair.word, word(&packets[0]) ^ word(&packets[1]));
     assert_eq!(repair.body.len(), 5);
     assert_eq!(sent[2].len(), OVERHEAD + 5);
