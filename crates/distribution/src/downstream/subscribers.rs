@@ -240,7 +240,7 @@ impl Shared {
         let mut adaptation = self.adaptation();
         let changes = adaptation.decide(now, &rates);
         if self.routes.adapts_fixed() {
-            self.routes.set_blind(adaptation.decide_blind(&rates).clone());
+            self.routes.set_blind(adaptation.decide_without_reports(&rates).clone());
         }
         drop(adaptation);
         for change in &changes {
@@ -249,7 +249,7 @@ impl Shared {
                 continue;
             }
             let Some(stream) = self.origin.stream(change.ssrc) else { continue };
-            let to = match change.adapted {
+            let to = match change.target {
                 ParityTarget::Fixed(addr) => addr.to_string(),
                 ParityTarget::Edge(nonce) => {
                     self.lock().edges.get(&nonce).map(|edge| edge.node.clone()).unwrap_or_default()
@@ -259,7 +259,7 @@ impl Shared {
                 [change.before, after].map(|m| m.map_or("off".into(), |m| m.to_string()));
             tracing::info!(stream = %stream.key(), to, before, after, "parity is adapted");
         }
-        let choices: Vec<_> = changes.iter().map(|c| (c.adapted, c.ssrc, c.choice)).collect();
+        let choices: Vec<_> = changes.iter().map(|c| (c.target, c.ssrc, c.choice)).collect();
         self.routes.set_choices(&choices);
     }
 

@@ -1,4 +1,4 @@
-//! How much parity the reports of edges call for: `fec: auto`.
+//! Selects the parity matrix of one stream from edges' loss reports: `fec: auto`.
 
 use std::{
     collections::HashMap,
@@ -7,19 +7,19 @@ use std::{
 
 use super::Matrix;
 
-/// What an adaptation may choose from, and how quickly.
+/// Constraints on the selection.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
-    /// The most parity packets a media packet.
+    /// The most parity packets per media packet.
     pub overhead_max: f64,
-    /// The most packets that may be sent between a packet and the last parity that may bring it
-    /// back ([`Matrix::delay`]): the time there is, times the stream's packets a second.
+    /// The most packets between a packet and its last parity ([`Matrix::delay`]): the latency budget
+    /// times the stream's packets per second.
     pub delay_max: usize,
-    /// The share of edges for which there is enough parity, above 0 and up to 1. The others are
-    /// left to ask for repairs: one bad path must not set what all pay for.
+    /// The share of edges for which the parity must suffice, above 0 and up to 1. The others depend on
+    /// repairs: one bad path must not determine the overhead of all.
     pub share: f64,
-    /// What is used while no edge reports: at first, and where there is no way back.
-    pub blind: Option<Matrix>,
+    /// The matrix used while no edge reports.
+    pub without_reports: Option<Matrix>,
 }
 
 impl Default for Settings {
@@ -28,61 +28,67 @@ impl Default for Settings {
             overhead_max: 0.5,
             delay_max: usize::MAX,
             share: 0.95,
-            blind: Matrix::new(10, 10).ok(),
+            without_reports: Matrix::new(10, 10).ok(),
         }
     }
 }
 
-/// What an edge saw on its path, before any repair, since its last report.
+/// Loss on an edge's path before any repair, since its last report.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Report {
-    /// Lost packets by sent ones, 0..=1.
+    /// Lost packets divided by sent packets, 0..=1.
     pub loss: f64,
-    /// Mean number of packets lost in a row, if known; unknown is taken for up to 4.
+    /// Mean number of consecutive lost packets; `None` is treated as 4.
     pub burst: Option<f64>,
 }
 
-/// Chooses the least parity that leaves less than [`TARGET`] lost, for most edges that report.
+/// Selects the matrix of least overhead that leaves a loss below [`TARGET`] for most reporting edges.
 ///
-/// More parity is chosen at the next decision, less when it would have been enough for half as much
-/// loss again for [`HOLD`]; never two changes within [`PACE`].
+/// States and transitions at each [`Self::decide`]:
+///
+/// - *without reports*: uses [`Settings::without_reports`].
+/// - *raise*: when more overhead is needed, or the matrix became too slow, changes at once.
+/// - *lower*: changes after less overhead would have sufficed, with a margin of half the loss, for
+///   [`HOLD`] without interruption (hysteresis).
+///
+/// Invariant: two changes are at least [`PACE`] apart.
 #[derive(Debug)]
 pub struct MatrixSelector {
     settings: Settings,
     edges: HashMap<u64, Edge>,
-    chosen: Option<Matrix>,
-    changed: Option<Instant>,
-    /// Since when less would have done.
-    less_since: Option<Instant>,
-    /// Reports left out because of [`EDGE_LIMIT`], or that are no numbers.
+    current: Option<Matrix>,
+    changed_at: Option<Instant>,
+    /// Since when less overhead would have sufficed.
+    lower_since: Option<Instant>,
+    /// Reports ignored because of [`EDGE_LIMIT`], or because they are not finite.
     ignored: u64,
 }
 
-/// The share of packets that may be lost for good: 0.1 %.
+/// Target share of packets lost after recovery: 0.1 %.
 pub const TARGET: f64 = 0.001;
-/// How long less parity must have been enough before it is chosen.
+/// How long less overhead must have sufficed before it is selected.
 pub const HOLD: Duration = Duration::from_secs(15);
-/// The least time between two changes.
+/// Shortest interval between two changes.
 pub const PACE: Duration = Duration::from_secs(3);
-/// A report counts for so long.
+/// How long a report counts.
 pub const FRESH: Duration = Duration::from_secs(10);
-/// Edges whose reports are held.
+/// The most edges whose reports are held.
 pub const EDGE_LIMIT: usize = 10_000;
 
 impl MatrixSelector {
-    /// Begins with [`Settings::blind`].
+    /// Creates a selector that starts with [`Settings::without_reports`].
     pub fn new(settings: Settings) -> Self {
         Self {
             settings,
             edges: HashMap::new(),
-            chosen: settings.blind,
-            changed: None,
-            less_since: None,
+            current: settings.without_reports,
+            changed_at: None,
+            lower_since: None,
             ignored: 0,
         }
     }
 
-    /// Takes a report of the edge that the caller calls `edge`.
+    /// Handles a report of the edge with the identifier `edge`.
     pub fn handle_report(&mut self, now: Instant, edge: u64, report: Report) {
         let is_new = !self.edges.contains_key(&edge);
         let burst = report.burst.unwrap_or(BURSTS[1]);
@@ -92,7 +98,7 @@ impl MatrixSelector {
         }
         let (loss, burst) = (report.loss.clamp(0.0, 1.0), burst.max(1.0));
         let edge = self.edges.entry(edge).or_insert(Edge { loss, burst, seen: now });
-        // Reports of a second are noisy: quick to believe in loss, slow to believe it is over.
+        // EWMA of noisy one-second reports: fast attack (gain 1/2), slow decay (gain 0.15).
         edge.loss += (loss - edge.loss) * if loss > edge.loss { 0.5 } else { 0.15 };
         if loss > 0.0 {
             edge.burst += (burst.min(100.0) - edge.burst) * 0.3;
@@ -100,81 +106,82 @@ impl MatrixSelector {
         edge.seen = now;
     }
 
-    /// Sets [`Settings::delay_max`] anew, as the stream's rate changes.
+    /// Updates [`Settings::delay_max`] when the stream's rate changes.
     pub fn set_delay_max(&mut self, packets: usize) {
         self.settings.delay_max = packets;
     }
 
-    /// Forgets an edge.
+    /// Removes an edge.
     pub fn remove(&mut self, edge: u64) {
         self.edges.remove(&edge);
     }
 
-    /// Decides anew, about once a second; true if [`Self::chosen`] is another now.
+    /// Updates the selection; call about once per second. Returns `true` if [`Self::selected`] changed.
     pub fn decide(&mut self, now: Instant) -> bool {
         self.edges.retain(|_, edge| now.saturating_duration_since(edge.seen) <= FRESH);
-        let (enough, roomy) = if self.edges.is_empty() {
-            (self.settings.blind, self.settings.blind)
+        let (needed, with_margin) = if self.edges.is_empty() {
+            (self.settings.without_reports, self.settings.without_reports)
         } else {
-            (self.needed(1.0), self.needed(MARGIN))
+            (self.matrix_for(1.0), self.matrix_for(MARGIN))
         };
-        let paced = self.changed.is_none_or(|at| now.saturating_duration_since(at) >= PACE);
-        let current = overhead(self.chosen);
-        let too_slow = self.chosen.is_some_and(|matrix| !self.is_in_time(matrix));
-        let next = if overhead(enough) > current || too_slow && enough != self.chosen {
-            self.less_since = None;
-            enough
-        } else if overhead(roomy) < current {
-            let since = *self.less_since.get_or_insert(now);
+        let may_change = self.changed_at.is_none_or(|at| now.saturating_duration_since(at) >= PACE);
+        let current_overhead = overhead(self.current);
+        let too_slow = self.current.is_some_and(|matrix| !self.is_in_time(matrix));
+        let next = if overhead(needed) > current_overhead || too_slow && needed != self.current {
+            self.lower_since = None;
+            needed
+        } else if overhead(with_margin) < current_overhead {
+            let since = *self.lower_since.get_or_insert(now);
             if now.saturating_duration_since(since) < HOLD {
                 return false;
             }
-            roomy
+            with_margin
         } else {
-            self.less_since = None;
+            self.lower_since = None;
             return false;
         };
-        if !paced {
+        if !may_change {
             return false;
         }
-        (self.chosen, self.changed, self.less_since) = (next, Some(now), None);
+        (self.current, self.changed_at, self.lower_since) = (next, Some(now), None);
         true
     }
 
-    /// What to use; none is no parity.
-    pub fn chosen(&self) -> Option<Matrix> {
-        self.chosen
+    /// Returns the selected matrix; `None` is no parity.
+    pub fn selected(&self) -> Option<Matrix> {
+        self.current
     }
 
-    /// Edges whose reports count.
+    /// Returns the number of edges whose reports count.
     pub fn edges(&self) -> usize {
         self.edges.len()
     }
 
-    /// Reports that were left out.
+    /// Returns the number of ignored reports.
     pub fn ignored(&self) -> u64 {
         self.ignored
     }
 
-    /// The least that is enough for the share of edges, were each one's loss `margin` times what
-    /// it is.
-    fn needed(&self, margin: f64) -> Option<Matrix> {
+    /// Returns the least matrix that suffices for the configured share of edges if each edge's loss is
+    /// `margin` times its current value.
+    fn matrix_for(&self, margin: f64) -> Option<Matrix> {
         let mut needed: Vec<_> =
-            self.edges.values().map(|edge| self.least(edge.loss * margin, edge.burst)).collect();
+            self.edges.values().map(|edge| self.cheapest(edge.loss * margin, edge.burst)).collect();
         needed.sort_by(|a, b| overhead(*a).total_cmp(&overhead(*b)));
         let rank = (needed.len() as f64 * self.settings.share).ceil() as usize;
         needed.get(rank.clamp(1, needed.len().max(1)) - 1).copied().flatten()
     }
 
-    /// What is chosen may take a little longer: a rate that wavers about a limit changes nothing.
+    /// `true` if the matrix meets the delay limit. The current one may exceed it by a quarter
+    /// (hysteresis for a varying rate).
     fn is_in_time(&self, matrix: Matrix) -> bool {
         let limit = self.settings.delay_max;
-        let slack = if self.chosen == Some(matrix) { limit / 4 } else { 0 };
+        let slack = if self.current == Some(matrix) { limit / 4 } else { 0 };
         matrix.delay() <= limit.saturating_add(slack)
     }
 
-    /// The least parity for a path, or the most useful where none is enough.
-    fn least(&self, loss: f64, burst: f64) -> Option<Matrix> {
+    /// Returns the matrix of least overhead that suffices for a path, or the strongest one if none does.
+    fn cheapest(&self, loss: f64, burst: f64) -> Option<Matrix> {
         if loss <= TARGET {
             return None;
         }
@@ -185,9 +192,9 @@ impl MatrixSelector {
                     && self.is_in_time(rung.matrix)
             })
         };
-        let enough = allowed().find(|rung| rung.limits[class] >= loss);
-        let best = || allowed().max_by(|a, b| a.limits[class].total_cmp(&b.limits[class]));
-        enough.or_else(best).map(|rung| rung.matrix)
+        let sufficient = allowed().find(|rung| rung.limits[class] >= loss);
+        let strongest = || allowed().max_by(|a, b| a.limits[class].total_cmp(&b.limits[class]));
+        sufficient.or_else(strongest).map(|rung| rung.matrix)
     }
 }
 
@@ -198,11 +205,11 @@ struct Edge {
     seen: Instant,
 }
 
-/// A choice, and up to which loss it leaves less than [`TARGET`].
+/// A matrix, and the loss up to which it meets [`TARGET`].
 #[derive(Debug)]
 struct Rung {
     matrix: Matrix,
-    /// For each of [`BURSTS`].
+    /// Loss limit for each of [`BURSTS`].
     limits: [f64; BURSTS.len()],
 }
 
@@ -213,16 +220,16 @@ fn overhead(matrix: Option<Matrix>) -> f64 {
 const fn rung(columns: u8, rows: u8, limits: [f64; BURSTS.len()]) -> Rung {
     match Matrix::new(columns, rows) {
         Ok(matrix) => Rung { matrix, limits },
-        Err(_) => panic!("checked when it is compiled"),
+        Err(_) => panic!("invalid matrix in the ladder"),
     }
 }
 
-/// Mean lengths of bursts (Gilbert's model) up to which each of a rung's limits holds. Below the
-/// first, losses are as good as independent; longer bursts than the last are treated as it.
+/// Mean burst lengths (Gilbert model) up to which each limit of a rung holds. Up to the first, losses
+/// count as independent; bursts longer than the last use its limit.
 const BURSTS: [f64; 3] = [1.2, 4.0, 8.0];
 
-/// By overhead. The limits are by simulation with the real encoder and decoder, and a test holds
-/// them to it. What is left, in 10⁻³, of independent loss (%), and of 1 and 2 % in bursts:
+/// The matrices by overhead. A test checks the limits by simulation with the real encoder and decoder.
+/// Residual loss in units of 10⁻³, for independent loss and for bursts of mean length 4 and 8:
 ///
 /// | L×D | overhead | 1 % | 2 % | 5 % | 10 % | of 4: 1 % | 2 % | of 8: 1 % | 2 % |
 /// |---|---|---|---|---|---|---|---|---|---|
@@ -243,7 +250,7 @@ const LADDER: [Rung; 9] = [
     rung(4, 4, [0.055, 0.002, 0.0008]),
     rung(32, 2, [0.052, 0.02, 0.013]),
 ];
-/// How much more loss there may be than now where less parity is to be enough.
+/// Factor on the current loss that less overhead must still cover.
 const MARGIN: f64 = 1.5;
 
 #[cfg(test)]
@@ -251,16 +258,17 @@ mod tests {
     use super::{super::tests::residual, *};
 
     #[test]
-    fn each_rung_keeps_the_target_up_to_its_limits() {
+    fn each_rung_meets_the_target_up_to_its_limits() {
         assert!(LADDER.is_sorted_by(|a, b| a.matrix.overhead() < b.matrix.overhead()));
         let mut over = Vec::new();
         for rung in &LADDER {
             for (burst, limit) in BURSTS.into_iter().zip(rung.limits) {
                 let seeds = 1..=3;
-                let left: f64 = seeds.map(|seed| residual(rung.matrix, limit, burst, seed)).sum();
-                let left = left / 3.0;
-                if left > TARGET {
-                    over.push((rung.matrix, limit, burst, left));
+                let remaining: f64 =
+                    seeds.map(|seed| residual(rung.matrix, limit, burst, seed)).sum();
+                let remaining = remaining / 3.0;
+                if remaining > TARGET {
+                    over.push((rung.matrix, limit, burst, remaining));
                 }
             }
         }
@@ -271,9 +279,9 @@ mod tests {
         Some(Matrix::new(columns, rows).unwrap())
     }
 
-    /// Each edge reports every second for so many; the changes, with their seconds.
+    /// Every edge reports once per second. Returns the changes with their second.
     fn run(
-        adapt: &mut MatrixSelector,
+        selector: &mut MatrixSelector,
         start: Instant,
         seconds: std::ops::Range<u64>,
         reports: &[Report],
@@ -282,118 +290,121 @@ mod tests {
         for second in seconds {
             let now = start + Duration::from_secs(second);
             for (edge, report) in reports.iter().enumerate() {
-                adapt.handle_report(now, edge as u64, *report);
+                selector.handle_report(now, edge as u64, *report);
             }
-            if adapt.decide(now) {
-                changes.push((second, adapt.chosen()));
+            if selector.decide(now) {
+                changes.push((second, selector.selected()));
             }
         }
         changes
     }
 
-    fn singles(loss: f64) -> Report {
+    fn independent(loss: f64) -> Report {
         Report { loss, burst: Some(1.0) }
     }
 
     #[test]
-    fn without_reports_it_stays_blind_and_with_clean_ones_it_ends() {
+    fn parity_without_reports_ends_after_clean_reports() {
         let start = Instant::now();
-        let mut adapt = MatrixSelector::new(Settings::default());
-        assert_eq!(run(&mut adapt, start, 0..30, &[]), []);
-        assert_eq!(adapt.chosen(), matrix(10, 10));
-        assert_eq!(run(&mut adapt, start, 30..60, &[singles(0.0)]), [(45, None)]);
-        // It went away: blind again, at once.
-        assert_eq!(run(&mut adapt, start, 60..90, &[]), [(70, matrix(10, 10))]);
+        let mut selector = MatrixSelector::new(Settings::default());
+        assert_eq!(run(&mut selector, start, 0..30, &[]), []);
+        assert_eq!(selector.selected(), matrix(10, 10));
+        assert_eq!(run(&mut selector, start, 30..60, &[independent(0.0)]), [(45, None)]);
+        // The edge disappeared: back to the matrix without reports at once.
+        assert_eq!(run(&mut selector, start, 60..90, &[]), [(70, matrix(10, 10))]);
     }
 
     #[test]
-    fn more_comes_soon_and_less_late() {
+    fn overhead_rises_at_once_and_falls_late() {
         let start = Instant::now();
-        let mut adapt = MatrixSelector::new(Settings { blind: None, ..Settings::default() });
-        let up = run(&mut adapt, start, 0..20, &[singles(0.002)]);
-        assert_eq!(up, [(0, matrix(10, 1))]);
-        let up = run(&mut adapt, start, 20..40, &[singles(0.045)]);
-        assert_eq!(up, [(20, matrix(20, 10)), (23, matrix(20, 3))]);
-        let down = run(&mut adapt, start, 40..200, &[singles(0.0)]);
-        assert!(down.len() <= 4 && down[0].0 >= 40 + HOLD.as_secs(), "{down:?}");
-        assert!(down.windows(2).all(|two| two[1].0 - two[0].0 >= PACE.as_secs()), "{down:?}");
-        assert_eq!(adapt.chosen(), None);
+        let mut selector =
+            MatrixSelector::new(Settings { without_reports: None, ..Settings::default() });
+        let raised = run(&mut selector, start, 0..20, &[independent(0.002)]);
+        assert_eq!(raised, [(0, matrix(10, 1))]);
+        let raised = run(&mut selector, start, 20..40, &[independent(0.045)]);
+        assert_eq!(raised, [(20, matrix(20, 10)), (23, matrix(20, 3))]);
+        let lowered = run(&mut selector, start, 40..200, &[independent(0.0)]);
+        assert!(lowered.len() <= 4 && lowered[0].0 >= 40 + HOLD.as_secs(), "{lowered:?}");
+        assert!(lowered.windows(2).all(|two| two[1].0 - two[0].0 >= PACE.as_secs()), "{lowered:?}");
+        assert_eq!(selector.selected(), None);
     }
 
     #[test]
-    fn a_loss_that_wavers_changes_little() {
+    fn fluctuating_loss_changes_the_matrix_at_most_twice() {
         let start = Instant::now();
-        let mut adapt = MatrixSelector::new(Settings { blind: None, ..Settings::default() });
+        let mut selector =
+            MatrixSelector::new(Settings { without_reports: None, ..Settings::default() });
         let mut changes = 0;
         for second in 0..300 {
             let loss = if second % 2 == 0 { 0.0 } else { 0.02 };
-            changes += run(&mut adapt, start, second..second + 1, &[singles(loss)]).len();
+            changes += run(&mut selector, start, second..second + 1, &[independent(loss)]).len();
         }
         assert!((1..=2).contains(&changes), "{changes}");
-        assert_eq!(adapt.chosen(), matrix(20, 10));
+        assert_eq!(selector.selected(), matrix(20, 10));
     }
 
     #[test]
-    fn one_bad_edge_of_many_does_not_set_it() {
+    fn one_bad_edge_of_many_does_not_determine_the_matrix() {
         let start = Instant::now();
-        let mut adapt = MatrixSelector::new(Settings { blind: None, ..Settings::default() });
-        let mut edges = vec![singles(0.002); 40];
-        edges[7] = singles(0.3);
-        run(&mut adapt, start, 0..20, &edges);
-        assert_eq!((adapt.chosen(), adapt.edges()), (matrix(10, 1), 40));
-        edges[8..12].fill(singles(0.3));
-        run(&mut adapt, start, 20..40, &edges);
-        assert_eq!(adapt.chosen(), matrix(4, 4), "the best there is");
+        let mut selector =
+            MatrixSelector::new(Settings { without_reports: None, ..Settings::default() });
+        let mut edges = vec![independent(0.002); 40];
+        edges[7] = independent(0.3);
+        run(&mut selector, start, 0..20, &edges);
+        assert_eq!((selector.selected(), selector.edges()), (matrix(10, 1), 40));
+        edges[8..12].fill(independent(0.3));
+        run(&mut selector, start, 20..40, &edges);
+        assert_eq!(selector.selected(), matrix(4, 4), "the strongest matrix");
     }
 
     #[test]
-    fn bursts_delay_and_overhead_are_heeded() {
-        let choose = |settings, report| {
-            let mut adapt = MatrixSelector::new(Settings { blind: None, ..settings });
-            run(&mut adapt, Instant::now(), 0..20, &[report]);
-            adapt.chosen()
+    fn bursts_delay_and_overhead_limit_the_choice() {
+        let select = |settings, report| {
+            let mut selector = MatrixSelector::new(Settings { without_reports: None, ..settings });
+            run(&mut selector, Instant::now(), 0..20, &[report]);
+            selector.selected()
         };
         let settings = Settings::default();
         let bursts = |loss, burst| Report { loss, burst };
-        assert_eq!(choose(settings, bursts(0.01, Some(1.0))), matrix(20, 10));
-        assert_eq!(choose(settings, bursts(0.01, Some(4.0))), matrix(20, 5));
-        assert_eq!(choose(settings, bursts(0.01, None)), matrix(20, 5));
-        assert_eq!(choose(settings, bursts(0.008, Some(20.0))), matrix(20, 3));
-        let quick = Settings { delay_max: 40, ..settings };
-        assert_eq!(choose(quick, bursts(0.03, Some(1.0))), matrix(4, 4));
-        let lean = Settings { overhead_max: 0.15, ..settings };
-        assert_eq!(choose(lean, bursts(0.2, Some(1.0))), matrix(20, 10));
+        assert_eq!(select(settings, bursts(0.01, Some(1.0))), matrix(20, 10));
+        assert_eq!(select(settings, bursts(0.01, Some(4.0))), matrix(20, 5));
+        assert_eq!(select(settings, bursts(0.01, None)), matrix(20, 5));
+        assert_eq!(select(settings, bursts(0.008, Some(20.0))), matrix(20, 3));
+        let low_delay = Settings { delay_max: 40, ..settings };
+        assert_eq!(select(low_delay, bursts(0.03, Some(1.0))), matrix(4, 4));
+        let low_overhead = Settings { overhead_max: 0.15, ..settings };
+        assert_eq!(select(low_overhead, bursts(0.2, Some(1.0))), matrix(20, 10));
         let none = Settings { overhead_max: 0.0, ..settings };
-        assert_eq!(choose(none, bursts(0.2, Some(1.0))), None);
-        assert_eq!(choose(settings, bursts(f64::NAN, None)), None);
+        assert_eq!(select(none, bursts(0.2, Some(1.0))), None);
+        assert_eq!(select(settings, bursts(f64::NAN, None)), None);
     }
 
     #[test]
-    fn parity_that_has_come_to_take_too_long_is_given_up() {
+    fn a_matrix_that_becomes_too_slow_is_replaced() {
         let start = Instant::now();
-        let settings = Settings { blind: None, delay_max: 400, ..Settings::default() };
-        let mut adapt = MatrixSelector::new(settings);
-        let reports = [singles(0.02)];
-        assert_eq!(run(&mut adapt, start, 0..20, &reports), [(0, matrix(20, 10))]);
-        adapt.set_delay_max(390);
-        assert_eq!(run(&mut adapt, start, 20..30, &reports), [], "a little");
-        adapt.set_delay_max(200);
-        assert_eq!(run(&mut adapt, start, 30..40, &reports), [(30, matrix(10, 10))]);
-        adapt.set_delay_max(10);
-        assert_eq!(run(&mut adapt, start, 40..50, &reports), [(40, matrix(3, 1))]);
-        adapt.set_delay_max(2);
-        assert_eq!(run(&mut adapt, start, 50..60, &reports), [(50, None)]);
+        let settings = Settings { without_reports: None, delay_max: 400, ..Settings::default() };
+        let mut selector = MatrixSelector::new(settings);
+        let reports = [independent(0.02)];
+        assert_eq!(run(&mut selector, start, 0..20, &reports), [(0, matrix(20, 10))]);
+        selector.set_delay_max(390);
+        assert_eq!(run(&mut selector, start, 20..30, &reports), [], "within the hysteresis");
+        selector.set_delay_max(200);
+        assert_eq!(run(&mut selector, start, 30..40, &reports), [(30, matrix(10, 10))]);
+        selector.set_delay_max(10);
+        assert_eq!(run(&mut selector, start, 40..50, &reports), [(40, matrix(3, 1))]);
+        selector.set_delay_max(2);
+        assert_eq!(run(&mut selector, start, 50..60, &reports), [(50, None)]);
     }
 
     #[test]
-    fn edges_are_bounded() {
-        let (now, mut adapt) = (Instant::now(), MatrixSelector::new(Settings::default()));
+    fn the_number_of_edges_is_bounded() {
+        let (now, mut selector) = (Instant::now(), MatrixSelector::new(Settings::default()));
         for edge in 0..EDGE_LIMIT as u64 + 5 {
-            adapt.handle_report(now, edge, singles(0.5));
+            selector.handle_report(now, edge, independent(0.5));
         }
-        assert_eq!((adapt.edges(), adapt.ignored()), (EDGE_LIMIT, 5));
-        adapt.remove(0);
-        adapt.decide(now + FRESH + Duration::from_secs(1));
-        assert_eq!(adapt.edges(), 0);
+        assert_eq!((selector.edges(), selector.ignored()), (EDGE_LIMIT, 5));
+        selector.remove(0);
+        selector.decide(now + FRESH + Duration::from_secs(1));
+        assert_eq!(selector.edges(), 0);
     }
 }
