@@ -1,5 +1,4 @@
 //! RTP as Downpour uses it, and the recovery of lost packets, as state machines: packets and
-//! instants in, packets and events out; no socket, clock or task.
 
 pub mod bucket;
 pub mod control;

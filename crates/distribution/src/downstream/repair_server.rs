@@ -40,7 +40,7 @@ use downpour_media::StreamPattern;
 use downpour_repair::{
     bucket::TokenBucket,
     control::{CloudMessage, Nonce, Report},
-    multicast_repair::{GroupBudget, GroupRepair},
+    multicast_repair::{GroupBudget, MulticastRepair},
 };
 
 /// A QUIC socket on which edges ask for lost packets, in either protocol.
@@ -283,7 +283,7 @@ struct Shared {
     metrics: RepairServerMetrics,
     handler: Option<Arc<dyn EdgeHandler>>,
     group_sender: Option<Arc<dyn GroupSender>>,
-    groups: Mutex<GroupRepair>,
+    groups: Mutex<MulticastRepair>,
     /// Edges so far: each has its number.
     edges: AtomicU64,
     /// Bytes a second of all streams, and when that was found.
@@ -414,7 +414,7 @@ impl Shared {
         GroupBudget { rate, burst }
     }
 
-    fn groups(&self) -> MutexGuard<'_, GroupRepair> {
+    fn groups(&self) -> MutexGuard<'_, MulticastRepair> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -16,7 +16,7 @@ use prometheus::{IntGauge, Registry, register_int_gauge_with_registry};
 use downpour_media::{StreamKey, StreamPattern};
 use downpour_repair::{
     control::Nonce,
-    fec::adaptation::{Adapted, Choice},
+    fec::adaptation::{Choice, ParityTarget},
     fec::{Fec, Matrix, PARITY_PORT_OFFSET},
     probe::MAX_PATHS,
     rtp::Ssrc,
@@ -152,15 +152,17 @@ impl Routes {
     }
 
     /// What reports call for, of which receiver and stream. Those that are gone are ignored.
-    pub fn set_choices(&self, choices: &[(Adapted, Ssrc, Choice)]) {
+    pub fn set_choices(&self, choices: &[(ParityTarget, Ssrc, Choice)]) {
         if choices.is_empty() {
             return;
         }
         self.change(|state| {
             for (adapted, ssrc, choice) in choices {
                 let streams = match adapted {
-                    Adapted::Fixed(addr) => state.is_fixed.get_mut(addr).map(|r| &mut r.adapted),
-                    Adapted::Edge(nonce) => state.edges.get_mut(nonce).map(|r| &mut r.adapted),
+                    ParityTarget::Fixed(addr) => {
+                        state.is_fixed.get_mut(addr).map(|r| &mut r.adapted)
+                    }
+                    ParityTarget::Edge(nonce) => state.edges.get_mut(nonce).map(|r| &mut r.adapted),
                 };
                 match (streams, choice) {
                     (Some(streams), Choice::Use(matrix)) => {
@@ -206,7 +208,7 @@ impl Routes {
     }
 
     /// Whose parity an edge's reports set: that of the group which it listens to, and its own.
-    pub fn adapted_by(&self, edge: &Nonce, group: Option<SocketAddr>) -> Vec<Adapted> {
+    pub fn adapted_by(&self, edge: &Nonce, group: Option<SocketAddr>) -> Vec<ParityTarget> {
         let state = self.read();
         let Some(route) = state.edges.get(edge).filter(|route| route.takes_parity) else {
             return Vec::new();
@@ -214,11 +216,15 @@ impl Routes {
         let adapts = |addr: &SocketAddr| {
             state.is_fixed.get(addr).is_some_and(|fixed| fixed.fec == Fec::Auto)
         };
-        let mut adapted: Vec<_> =
-            group.into_iter().chain(route.addrs()).filter(adapts).map(Adapted::Fixed).collect();
+        let mut adapted: Vec<_> = group
+            .into_iter()
+            .chain(route.addrs())
+            .filter(adapts)
+            .map(ParityTarget::Fixed)
+            .collect();
         let mut own = route.addrs().filter(|addr| !state.is_fixed.contains_key(addr));
         if state.edge_fec == Fec::Auto && own.next().is_some() {
-            adapted.push(Adapted::Edge(*edge));
+            adapted.push(ParityTarget::Edge(*edge));
         }
         adapted
     }
@@ -589,21 +595,21 @@ mod tests {
         routes.set_patterns(edge(3), &patterns(&["*"]));
         assert!(routes.adapted_by(&edge(3), Some(addr(1))).is_empty(), "it takes none");
         routes.set_takes_parity(edge(3), true);
-        assert_eq!(routes.adapted_by(&edge(3), Some(addr(1))), [Adapted::Fixed(addr(1))]);
+        assert_eq!(routes.adapted_by(&edge(3), Some(addr(1))), [ParityTarget::Fixed(addr(1))]);
         assert!(routes.adapted_by(&edge(3), Some(addr(9))).is_empty(), "no group of ours");
         routes.set_address(edge(3), 0, Some(addr(3)));
-        assert_eq!(routes.adapted_by(&edge(3), None), [Adapted::Edge(edge(3))]);
+        assert_eq!(routes.adapted_by(&edge(3), None), [ParityTarget::Edge(edge(3))]);
 
         let used = || -> Vec<_> { parity_at(&routes, "live/a").iter().map(|(m, _)| *m).collect() };
         assert_eq!(used(), []);
         routes.set_blind(HashMap::from([(SSRC, matrix(10, 10)), (Ssrc(8), matrix(5, 1))]));
         assert_eq!(used(), [matrix(10, 10)], "the group's alone");
-        let edge_too = (Adapted::Edge(edge(3)), SSRC, Choice::Use(Some(matrix(4, 4))));
-        let group_off = (Adapted::Fixed(addr(1)), SSRC, Choice::Use(None));
-        let nobody = (Adapted::Edge(edge(9)), SSRC, Choice::Use(Some(matrix(2, 2))));
+        let edge_too = (ParityTarget::Edge(edge(3)), SSRC, Choice::Use(Some(matrix(4, 4))));
+        let group_off = (ParityTarget::Fixed(addr(1)), SSRC, Choice::Use(None));
+        let nobody = (ParityTarget::Edge(edge(9)), SSRC, Choice::Use(Some(matrix(2, 2))));
         routes.set_choices(&[edge_too, group_off, nobody]);
         assert_eq!(parity_at(&routes, "live/a"), [(matrix(4, 4), vec![addr(3)])]);
-        routes.set_choices(&[(Adapted::Fixed(addr(1)), SSRC, Choice::Unknown)]);
+        routes.set_choices(&[(ParityTarget::Fixed(addr(1)), SSRC, Choice::Unknown)]);
         assert_eq!(used(), [matrix(10, 10), matrix(4, 4)]);
         // A list that is looked up anew forgets nothing of those that stay.
         routes.set_choices(&[group_off]);

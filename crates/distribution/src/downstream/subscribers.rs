@@ -24,8 +24,8 @@ use downpour_media::StreamPattern;
 use downpour_repair::fec::adaptation::{Adaptation, Reporter, loss_between};
 use downpour_repair::{
     control::{CloudMessage, Nonce, PathReport, Report, StreamReport},
-    fec::adaptation::{Adapted, Choice},
-    path_validation::{Outcome, PathTable},
+    fec::adaptation::{Choice, ParityTarget},
+    path_validation::{Outcome, PathValidator},
     probe::{MAX_PATHS, ProbeMessage},
     receiver::DELAY_BOUNDS_MS,
     rtp::Ssrc,
@@ -49,7 +49,7 @@ struct Shared {
 struct State {
     /// Edges so far.
     count: u64,
-    table: PathTable,
+    table: PathValidator,
     edges: HashMap<Nonce, Edge>,
 }
 
@@ -70,7 +70,7 @@ impl Subscribers {
         edges: Edges,
         metrics: ProbeMetrics,
     ) -> Self {
-        let table = PathTable::new(Instant::now(), rand::random());
+        let table = PathValidator::new(Instant::now(), rand::random());
         let state = Mutex::new(State { count: 0, table, edges: HashMap::new() });
         let adaptation = Mutex::default();
         Self { shared: Arc::new(Shared { routes, origin, edges, metrics, state, adaptation }) }
@@ -226,7 +226,7 @@ impl Shared {
             Outcome::TooSoon => (&self.metrics.too_soon, None),
             Outcome::UnknownNonce => (&self.metrics.unknown_nonce, None),
             Outcome::BadCookie => (&self.metrics.bad_cookie, None),
-            Outcome::WrongWay => (&self.metrics.malformed, None),
+            Outcome::WrongDirection => (&self.metrics.malformed, None),
         };
         counter.inc();
         answer
@@ -240,7 +240,7 @@ impl Shared {
         let mut adaptation = self.adaptation();
         let changes = adaptation.decide(now, &rates);
         if self.routes.adapts_fixed() {
-            self.routes.set_blind(adaptation.decide_blind(&rates).clone());
+            self.routes.set_blind(adaptation.decide_without_reports(&rates).clone());
         }
         drop(adaptation);
         for change in &changes {
@@ -249,9 +249,9 @@ impl Shared {
                 continue;
             }
             let Some(stream) = self.origin.stream(change.ssrc) else { continue };
-            let to = match change.adapted {
-                Adapted::Fixed(addr) => addr.to_string(),
-                Adapted::Edge(nonce) => {
+            let to = match change.target {
+                ParityTarget::Fixed(addr) => addr.to_string(),
+                ParityTarget::Edge(nonce) => {
                     self.lock().edges.get(&nonce).map(|edge| edge.node.clone()).unwrap_or_default()
                 }
             };
@@ -259,7 +259,7 @@ impl Shared {
                 [change.before, after].map(|m| m.map_or("off".into(), |m| m.to_string()));
             tracing::info!(stream = %stream.key(), to, before, after, "parity is adapted");
         }
-        let choices: Vec<_> = changes.iter().map(|c| (c.adapted, c.ssrc, c.choice)).collect();
+        let choices: Vec<_> = changes.iter().map(|c| (c.target, c.ssrc, c.choice)).collect();
         self.routes.set_choices(&choices);
     }
 
@@ -273,7 +273,7 @@ impl Shared {
 }
 
 impl Edge {
-    fn list_paths(&self, table: &PathTable, nonce: &Nonce) {
+    fn list_paths(&self, table: &PathValidator, nonce: &Nonce) {
         let paths = table.states(nonce).map(Into::into).collect();
         self.listed.update(|info| info.paths = paths);
     }
@@ -298,7 +298,7 @@ struct Session {
     /// What it reported last of each stream's paths.
     reported: HashMap<Ssrc, [PathReport; MAX_PATHS as usize]>,
     /// Whose parity its reports were taken for.
-    adapted: HashSet<Adapted>,
+    adapted: HashSet<ParityTarget>,
 }
 
 impl Session {

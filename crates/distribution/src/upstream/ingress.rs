@@ -282,7 +282,7 @@ impl Upstream {
         datagram: &[u8],
     ) {
         let is_rtp = is_rtp(datagram);
-        if i >= self.rtp_sockets || (!is_rtp && Repair::is_one(datagram)) {
+        if i >= self.rtp_sockets || (!is_rtp && Repair::is_repair_packet(datagram)) {
             if !self.throws_away() {
                 self.intake.handle_parity(now, Bytes::copy_from_slice(datagram));
             }

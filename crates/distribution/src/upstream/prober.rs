@@ -9,7 +9,7 @@ use prometheus::{
 
 use downpour_repair::{
     control::Nonce,
-    probe::{ProbeMessage, mark},
+    probe::{ProbeMessage, nonce_prefix},
 };
 
 /// One path: when to probe, and what to answer. `Instant`s in, messages out.
@@ -67,9 +67,11 @@ impl Prober {
 
     /// The proof that a challenge asks for; `None` if it is not for this path, or not the cloud's.
     pub fn handle_challenge(&self, message: ProbeMessage) -> Option<ProbeMessage> {
-        let ProbeMessage::Challenge { path, mark: part, cookie } = message else { return None };
+        let ProbeMessage::Challenge { path, nonce_prefix: prefix, cookie } = message else {
+            return None;
+        };
         let nonce = self.session.as_ref()?.nonce;
-        (path == self.path && part == mark(&nonce)).then_some(ProbeMessage::Proof {
+        (path == self.path && prefix == nonce_prefix(&nonce)).then_some(ProbeMessage::Proof {
             path,
             nonce,
             cookie,
@@ -224,8 +226,11 @@ mod tests {
     #[test]
     fn it_proves_itself_to_the_cloud_alone() {
         let mut prober = Prober::new(1);
-        let challenge =
-            |path, nonce| ProbeMessage::Challenge { path, mark: mark(&nonce), cookie: Cookie(9) };
+        let challenge = |path, nonce| ProbeMessage::Challenge {
+            path,
+            nonce_prefix: nonce_prefix(&nonce),
+            cookie: Cookie(9),
+        };
         assert_eq!(prober.handle_challenge(challenge(1, NONCE)), None);
         prober.start(Instant::now(), NONCE);
         let proof = ProbeMessage::Proof { path: 1, nonce: NONCE, cookie: Cookie(9) };

@@ -26,9 +26,9 @@ use crate::{
 use downpour_repair::{
     bucket::TokenBucket,
     message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
-    multicast_repair::{Answer, Ask},
-    repair_queue::{self, Next, Outbox, Pushed, Repair},
-    retransmit::Resender,
+    multicast_repair::{Answer, GroupRequest},
+    repair_queue::{self, Next, Pushed, Repair, RepairQueue},
+    retransmit::Retransmitter,
 };
 
 /// The half of a session that runs on datagrams.
@@ -37,11 +37,11 @@ pub(super) struct Repairer<'a> {
     connection: &'a Connection,
     subscription: &'a Mutex<Subscription>,
     requests: TokenBucket,
-    outbox: Outbox<Outgoing>,
+    outbox: RepairQueue<Outgoing>,
     budget_set: Instant,
     /// Since when what is in the outbox cannot leave: until when, and why.
     blocked: Option<(Instant, Blocked)>,
-    resender: Resender<Repair<Outgoing>>,
+    resender: Retransmitter<Repair<Outgoing>>,
     /// Which of the cloud's edges this is.
     edge: u64,
     listener: Listener,
@@ -84,10 +84,10 @@ impl<'a> Repairer<'a> {
             connection,
             subscription,
             requests: shared.request_bucket(),
-            outbox: Outbox::new(now, rate, burst),
+            outbox: RepairQueue::new(now, rate, burst),
             budget_set: now,
             blocked: None,
-            resender: Resender::new(),
+            resender: Retransmitter::new(),
             edge,
             listener: Listener::new(edge, latency),
             group: group.filter(|_| shared.group_sender.is_some()),
@@ -196,7 +196,7 @@ impl<'a> Repairer<'a> {
             return false;
         };
         let metrics = &self.shared.metrics;
-        let ask = Ask {
+        let ask = GroupRequest {
             group,
             edge: self.edge,
             round_trip,
@@ -205,7 +205,7 @@ impl<'a> Repairer<'a> {
             copies: repair.further + 1,
             len: repair.len,
         };
-        let answer = self.shared.groups().ask(now, ask, self.shared.group_budget(now));
+        let answer = self.shared.groups().handle_request(now, ask, self.shared.group_budget(now));
         match answer {
             Answer::Unicast => false,
             Answer::Covered => {
@@ -225,7 +225,7 @@ impl<'a> Repairer<'a> {
                 }
                 repair.packet.group = Some(group);
                 let within = repair.deadline.saturating_duration_since(now);
-                if !self.resender.copy(now, repair.clone(), further, within) {
+                if !self.resender.schedule_copies(now, repair.clone(), further, within) {
                     metrics.dropped_backlog.inc_by(further.into());
                 }
                 true
@@ -345,7 +345,7 @@ impl<'a> Repairer<'a> {
         metrics.downpour.repair_bytes.inc_by(repair.len as u64);
         let further = repair.further;
         let within = repair.deadline.saturating_duration_since(now);
-        if !self.resender.copy(now, repair, further, within) {
+        if !self.resender.schedule_copies(now, repair, further, within) {
             metrics.dropped_backlog.inc_by(further.into());
         }
         Ok(())
