@@ -3,6 +3,7 @@
 
 pub mod buffer;
 pub mod idle;
+mod log_limit;
 mod prefetch;
 pub mod recvmmsg;
 pub mod rlimit;
@@ -12,4 +13,5 @@ pub mod sockaddr;
 pub mod timer;
 pub mod udp;
 
+pub use log_limit::{KeyedLogLimit, LogLimit};
 pub use prefetch::prefetch;
