@@ -312,7 +312,7 @@ impl WayOut {
         metrics: ParityMetrics,
     ) -> Self {
         if fanout.paces() {
-            origin.leaves_later();
+            origin.track_sent();
         }
         Self {
             route: fanout.routes().route(key, origin.ssrc()),
@@ -329,7 +329,7 @@ impl WayOut {
         }
         let pace = self.pace();
         let pace = pace.map(|pace| Pace {
-            held: Some(Arc::new(OutgoingStream::departure(&self.origin, burst.last_seq()))),
+            held: Some(Arc::new(OutgoingStream::sent_guard(&self.origin, burst.last_seq()))),
             ..pace
         });
         let snapshot = self.route.targets(now);
