@@ -16,6 +16,7 @@
 
 pub mod buffer;
 pub mod idle;
+mod log_limit;
 mod prefetch;
 pub mod recvmmsg;
 pub mod rlimit;
@@ -25,4 +26,5 @@ mod sockaddr;
 pub mod timer;
 pub mod udp;
 
+pub use log_limit::{KeyedLogLimit, LogLimit};
 pub use prefetch::prefetch;

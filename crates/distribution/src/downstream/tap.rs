@@ -314,7 +314,7 @@ struct RouteOut {
 impl RouteOut {
     fn new(fanout: Fanout, outgoing: Arc<OutgoingStream>, metrics: ParityMetrics) -> Self {
         if fanout.paces() {
-            outgoing.leaves_later();
+            outgoing.track_sent();
         }
         Self {
             route: fanout.routes().route(outgoing.key().clone(), outgoing.ssrc()),
@@ -330,7 +330,7 @@ impl RouteOut {
             self.frame_interval.add(tag.timestamp());
         }
         let pace = self.pace().map(|pace| Pace {
-            held: Some(Arc::new(OutgoingStream::departure(&self.outgoing, burst.last_seq()))),
+            held: Some(Arc::new(OutgoingStream::sent_guard(&self.outgoing, burst.last_seq()))),
             ..pace
         });
         let snapshot = self.route.targets(now);
