@@ -18,8 +18,8 @@ use crate::{
     node::{self, StartError, TaskEnded, Tasks, metrics},
     record::{RecordMetrics, Recorder},
 };
-use downpour_distribution::upstream::ingress::{self, Cloud, Connect, Upstream};
-use downpour_distribution::upstream::intake::{self, Streams};
+use downpour_distribution::upstream::dispatch::{self, Cloud, Connect, Upstream};
+use downpour_distribution::upstream::streams::{self, Streams};
 use downpour_distribution::upstream::prober::ProbeMetrics;
 use downpour_distribution::upstream::socket::RtpSocket;
 use downpour_distribution::upstream::stats::ReceiveMetrics;
@@ -101,7 +101,7 @@ impl Edge {
             config.enable_record.then(|| Recorder::new(&config.record_dir, record_metrics));
         let on_start = recorder.clone();
         let intake = Streams::new(
-            intake::Settings {
+            streams::Settings {
                 receiver: receiver::Settings {
                     latency: Duration::from_millis(config.latency_ms),
                     join_latency: Duration::from_millis(config.latency_ms.max(JOIN_LATENCY_MS)),
@@ -120,7 +120,7 @@ impl Edge {
             },
         );
         let repair_metrics = RepairClientMetrics::register(&registry)?;
-        let settings = ingress::Settings {
+        let settings = dispatch::Settings {
             cloud: Cloud {
                 host: config.cloud_host.clone(),
                 quic_host: config.quic_addr.host().map(str::to_owned),

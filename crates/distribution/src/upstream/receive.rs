@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::ingress::Upstream;
+use super::dispatch::Upstream;
 use downpour_sys::{
     recvmmsg::RecvBatch,
     timer::{Timer, TimerWaiter},
@@ -308,17 +308,4 @@ const FAILS_FOR: Duration = Duration::from_secs(1);
 const FAILURE_PAUSE: Duration = Duration::from_millis(1);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_socket_is_broken_that_does_nothing_but_fail() {
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let mut failing = None;
-        // Once in a while.
-        assert!((0..20).all(|n| !Failing::goes_on(&mut failing, at(n * 500))));
-        let broken = (0..2000).find(|ms| Failing::goes_on(&mut failing, at(20_000 + ms)));
-        assert_eq!(broken, Some(1000));
-    }
-}
+mod tests;

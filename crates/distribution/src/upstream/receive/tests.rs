@@ -1,0 +1,243 @@
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
+
+use super::*;
+use crate::{
+    protocol::Protocol,
+    tls::Trust,
+    upstream::{
+        dispatch::{Cloud, Connect, Settings},
+        prober::ProbeMetrics,
+        repair_client::{
+            ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
+        },
+        socket::RtpSocket,
+        stats::ReceiveMetrics,
+        streams::{self, Streams},
+    },
+};
+use downpour_hub::{Hub, LogLimits};
+use downpour_media::flv::{Headers, Tag, TagKind};
+use downpour_repair::{
+    control::StreamInfo,
+    receiver,
+    rtp::{Packetizer, Seq, Ssrc},
+};
+
+/// An ingress with two sockets, the hub that it fills, where its sockets are, and what the repair
+/// connection would send events with.
+struct Rig {
+    ingress: Upstream,
+    hub: Hub,
+    metrics: ReceiveMetrics,
+    rtp: [SocketAddr; 2],
+    events: mpsc::UnboundedReceiver<mpsc::Sender<RepairEvent>>,
+}
+
+fn rig(on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static) -> Rig {
+    let registry = prometheus::Registry::new();
+    let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
+    let metrics = ReceiveMetrics::register(&registry).unwrap();
+    let settings = streams::Settings {
+        receiver: receiver::Settings::default(),
+        silence: Duration::from_secs(10),
+        max_streams: 1000,
+    };
+    let intake = Streams::new(settings, hub.clone(), metrics.clone(), on_start);
+    let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let rtp = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
+    // Where nobody answers: what the cloud says, the test says.
+    let nobody = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let quic_port = nobody.local_addr().unwrap().port();
+    let (events_in, events) = mpsc::unbounded_channel();
+    let client_metrics = RepairClientMetrics::register(&registry).unwrap();
+    let connect: Connect = Box::new(move |cloud, events, shutdown| {
+        let _ = events_in.send(events);
+        let _held = &nobody;
+        let settings = RepairClientSettings {
+            cloud: cloud.to_owned(),
+            protocol: ProtocolChoice::Auto,
+            trust: Trust::Insecure,
+            node: "test".into(),
+            token: None,
+            streams: Vec::new(),
+            rtp_port: None,
+            rtp_paths: 0,
+            group: None,
+            parity: false,
+            latency: Duration::from_millis(500),
+        };
+        let (unused, _) = mpsc::channel(1);
+        RepairClient::spawn(settings, unused, client_metrics.clone(), shutdown)
+    });
+    let cloud =
+        Cloud { host: "127.0.0.1".into(), quic_host: None, quic_port, api_host: None, api_port: 9 };
+    let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
+    let probe_metrics = ProbeMetrics::register(&registry).unwrap();
+    let sockets = sockets.map(RtpSocket::new).into();
+    let ingress =
+        Upstream::new(sockets, Vec::new(), settings, intake, metrics.clone(), probe_metrics);
+    Rig { ingress, hub, metrics, rtp, events }
+}
+
+fn up(number: u32) -> RepairEvent {
+    RepairEvent::StreamUp(StreamInfo {
+        key: format!("live/{number}").parse().unwrap(),
+        ssrc: Ssrc(number),
+        start_unix_ms: 0,
+        headers: Headers::default(),
+        gop_start: None,
+        newest: None,
+    })
+}
+
+async fn wait_until(what: &str, so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_event_is_taken_promptly_while_nothing_comes_and_shutdown_ends_the_streams() {
+    let Rig { ingress, hub, mut events, .. } = rig(|_| ());
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn(ingress.run(shutdown.clone()));
+    let events = events.recv().await.unwrap();
+    events.send(RepairEvent::Connected { protocol: Protocol::Downpour }).await.unwrap();
+    let mut quickest = Duration::MAX;
+    for number in 1..=10 {
+        // It sleeps by now, with nothing to wake it but a tick each 500 ms.
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let began = Instant::now();
+        events.send(up(number)).await.unwrap();
+        wait_until("the stream is up", || hub.len() == number as usize).await;
+        quickest = quickest.min(began.elapsed());
+    }
+    // Other tests may hold one of them up, but not all.
+    assert!(quickest < Duration::from_millis(20), "{quickest:?}");
+    shutdown.cancel();
+    tokio::time::timeout(Duration::from_secs(20), running).await.unwrap().unwrap();
+    assert!(hub.is_empty());
+}
+
+#[tokio::test]
+async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
+    let Rig { ingress, hub, metrics, rtp, mut events } = rig(|_| ());
+    let _running = tokio::spawn(ingress.run(CancellationToken::new()));
+    let events = events.recv().await.unwrap();
+    events.send(up(7)).await.unwrap();
+    wait_until("the stream is up", || hub.len() == 1).await;
+    let stream = hub.stream("live/7").unwrap();
+    let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut packetizer = Packetizer::new(Ssrc(7), 1120);
+    let mut quickest = Duration::MAX;
+    for number in 1..=10u32 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
+        let began = Instant::now();
+        sender.send_to(packetizer.packetize(&tag).bytes(), rtp[0]).unwrap();
+        wait_until("the tag is there", || stream.held().0 == number as usize).await;
+        quickest = quickest.min(began.elapsed());
+    }
+    assert!(quickest < Duration::from_millis(20), "{quickest:?}");
+    // Two are left out, and the third shows it.
+    let tag = Tag::new(TagKind::Audio, 300, &[0xaf, 1]).unwrap();
+    let last = (0..3).map(|_| packetizer.packetize(&tag)).last().unwrap();
+    assert_eq!(last.first_seq(), Seq::FIRST.plus(12));
+    sender.send_to(last.bytes(), rtp[0]).unwrap();
+    wait_until("both are asked for", || {
+        metrics.streams().first().is_some_and(|stream| stream.report.asked == 2)
+    })
+    .await;
+    assert_eq!(stream.held().0, 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
+    let Rig { ingress, hub, rtp, mut events, .. } = rig(|_| ());
+    let _running = tokio::spawn(ingress.run(CancellationToken::new()));
+    let events = events.recv().await.unwrap();
+    events.send(up(7)).await.unwrap();
+    wait_until("the stream is up", || hub.len() == 1).await;
+    let stream = hub.stream("live/7").unwrap();
+    let over = CancellationToken::new();
+    let _over = over.clone().drop_guard();
+    for _ in 0..2 {
+        let over = over.clone();
+        thread::spawn(move || {
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let state = UdpSocketState::new(UdpSockRef::from(&socket)).unwrap();
+            // Many to a call, so that they come faster than they are read.
+            let noise = Transmit {
+                destination: rtp[0],
+                ecn: None,
+                contents: &[7; 64 * 8],
+                segment_size: Some(8),
+                src_ip: None,
+            };
+            while !over.is_cancelled() {
+                let _ = state.try_send(UdpSockRef::from(&socket), &noise);
+            }
+        });
+    }
+    let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut packetizer = Packetizer::new(Ssrc(7), 1120);
+    for number in 1..=20u32 {
+        let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
+        let burst = packetizer.packetize(&tag);
+        // The flood may fill the loopback interface's queue.
+        let began = Instant::now();
+        while stream.held().0 < number as usize {
+            assert!(began.elapsed() < Duration::from_secs(20), "tag {number} is not read");
+            sender.send_to(burst.bytes(), rtp[1]).unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_panic_on_the_thread_is_one_of_the_task() {
+    let Rig { ingress, mut events, hub, .. } = rig(|_| panic!("on purpose"));
+    let running = tokio::spawn(ingress.run(CancellationToken::new()));
+    events.recv().await.unwrap().send(up(7)).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(20), running).await.unwrap();
+    assert!(ended.unwrap_err().is_panic());
+    assert!(hub.is_empty());
+}
+
+#[tokio::test]
+async fn the_thread_ends_with_the_task() {
+    struct Counted(Arc<AtomicUsize>);
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    let alive = Arc::new(AtomicUsize::new(1));
+    let counted = Counted(alive.clone());
+    let Rig { ingress, mut events, hub, .. } = rig(move |_| _ = &counted);
+    let running = tokio::spawn(ingress.run(CancellationToken::new()));
+    events.recv().await.unwrap().send(up(7)).await.unwrap();
+    wait_until("the stream is up", || hub.len() == 1).await;
+    running.abort();
+    wait_until("the thread has ended", || alive.load(Ordering::SeqCst) == 0).await;
+    assert!(hub.is_empty());
+}
+
+#[test]
+fn a_socket_is_broken_that_does_nothing_but_fail() {
+    let start = Instant::now();
+    let at = |ms| start + Duration::from_millis(ms);
+    let mut failing = None;
+    // Once in a while.
+    assert!((0..20).all(|n| !Failing::goes_on(&mut failing, at(n * 500))));
+    let broken = (0..2000).find(|ms| Failing::goes_on(&mut failing, at(20_000 + ms)));
+    assert_eq!(broken, Some(1000));
+}
