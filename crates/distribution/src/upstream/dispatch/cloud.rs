@@ -1,4 +1,4 @@
-//! Where the cloud is, and the repair connection to it.
+//! The cloud's address, configured or learned, and the repair connection to it.
 
 use std::{
     net::IpAddr,
@@ -14,44 +14,45 @@ use crate::{
     upstream::repair_client::{RepairEvent, RepairHandle},
 };
 
-/// Where the cloud is.
+/// Addresses of a cloud.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cloud {
-    /// Its name or address; empty while it is to be learned from the first datagram.
+    /// Its name or address; empty to learn it from the first datagram.
     pub host: String,
-    /// Where it answers QUIC, if elsewhere.
+    /// Host of its repair service, if another.
     pub quic_host: Option<String>,
-    /// Its port for repair.
+    /// UDP port of its repair service.
     pub quic_port: u16,
-    /// Where it answers HTTP, if elsewhere.
+    /// Host of its HTTP API, if another.
     pub api_host: Option<String>,
-    /// Its port for the HTTP API.
+    /// TCP port of its HTTP API.
     pub api_port: u16,
 }
 
 impl Cloud {
-    /// `host:port` of its repair service.
+    /// Returns the `host:port` of its repair service.
     pub fn quic(&self) -> String {
         host_port(self.quic_host.as_deref().unwrap_or(&self.host), self.quic_port)
     }
 
-    /// `host:port` of its API.
+    /// Returns the `host:port` of its HTTP API.
     pub fn api(&self) -> String {
         host_port(self.api_host.as_deref().unwrap_or(&self.host), self.api_port)
     }
 }
 
-/// A repair connection, which ends when this is dropped.
+/// The repair client and its events. Dropping it closes the connection.
 pub(in crate::upstream) struct Connection {
     pub(super) handle: RepairHandle,
     pub(super) events: mpsc::Receiver<RepairEvent>,
-    pub(super) cancel: CancellationToken,
+    cancel: CancellationToken,
+    /// Protocol of the connection; `None` while there is none.
     pub(super) protocol: Option<Protocol>,
 }
 
 impl Connection {
-    /// Closes it, and waits until that has been told. Answers that are under way to an existing cloud's
-    /// edge are taken, because that cloud does not stand it when they are not.
+    /// Closes the connection and waits until the cloud has acknowledged that, with a timeout. Reads
+    /// outstanding answers meanwhile, because a v0 cloud crashes if it cannot finish an answer.
     pub(in crate::upstream) async fn close(mut self) {
         self.cancel.cancel();
         let handle = self.handle.clone();
@@ -59,8 +60,8 @@ impl Connection {
             while self.events.recv().await.is_some() {}
             handle.closed().await;
         };
-        if tokio::time::timeout(CLOSE_PATIENCE, closed).await.is_err() {
-            tracing::debug!("the repair connection does not close in time");
+        if tokio::time::timeout(CLOSE_TIMEOUT, closed).await.is_err() {
+            tracing::debug!("repair connection close timed out");
         }
     }
 }
@@ -72,53 +73,58 @@ impl Drop for Connection {
 }
 
 impl Upstream {
-    pub(super) fn must_learn(&self) -> bool {
+    /// `true` if the cloud's address is not configured.
+    pub(super) fn learns_cloud(&self) -> bool {
         self.settings.cloud.host.is_empty()
     }
 
+    /// Returns the protocol of the repair connection, if it is established.
     pub(super) fn protocol(&self) -> Option<Protocol> {
-        self.repair.as_ref()?.protocol
+        self.connection.as_ref()?.protocol
     }
 
-    /// RTP came before any announcement: the ports are the configured ones until one comes.
+    /// Learns the cloud's address from RTP that arrived before an announcement. The ports are the
+    /// configured ones.
     pub(super) fn learn_from_source(&mut self, ip: IpAddr) {
         let host = ip.to_canonical().to_string();
         self.learn(Cloud { host, ..self.settings.cloud.clone() });
     }
 
+    /// Connects to the cloud at a learned address.
     pub(super) fn learn(&mut self, cloud: Cloud) {
         if self.cloud.as_ref() == Some(&cloud) {
             return;
         }
-        // A cloud that still answers is not given up for another that shares the group.
+        // Another cloud may send to the same multicast group: keep the one that is connected.
         if self.cloud.as_ref().is_some_and(|old| old.host != cloud.host)
             && self.protocol().is_some()
         {
             return;
         }
         tracing::info!(
-            "the cloud is {}: repair at {}, API at {}",
-            cloud.host,
-            cloud.quic(),
-            cloud.api()
+            host = cloud.host,
+            repair = cloud.quic(),
+            api = cloud.api(),
+            "cloud address learned"
         );
         self.connect(cloud);
     }
 
+    /// Opens the repair connection, in place of the current one.
     pub(super) fn connect(&mut self, cloud: Cloud) {
         if let Some(connect) = &self.settings.connect {
             let (events_in, events) = mpsc::channel(EVENT_QUEUE);
             let cancel = CancellationToken::new();
-            self.repair = match connect(&cloud.quic(), events_in, cancel.clone()) {
+            self.connection = match connect(&cloud.quic(), events_in, cancel.clone()) {
                 Ok(handle) => Some(Connection { handle, events, cancel, protocol: None }),
                 Err(error) => {
-                    tracing::error!("no repair from {}: {error}", cloud.quic());
+                    tracing::error!(cloud = cloud.quic(), %error, "repair client cannot start");
                     None
                 }
             };
-            self.intake.set_told(Instant::now(), false);
+            self.streams.set_announced(Instant::now(), false);
             self.stop_probing();
-            self.begun = true;
+            self.needs_poll = true;
         }
         self.cloud = Some(cloud);
     }
@@ -131,6 +137,6 @@ fn host_port(host: &str, port: u16) -> String {
     }
 }
 
-/// Longer than each of the client's waits at its end.
-const CLOSE_PATIENCE: Duration = Duration::from_millis(1500);
+/// Longer than the repair client's own timeouts when it closes.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
 const EVENT_QUEUE: usize = 4096;

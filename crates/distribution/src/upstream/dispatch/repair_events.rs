@@ -1,4 +1,4 @@
-//! Events of the repair connection, and what they do to streams and paths.
+//! Events of the repair connection: applied to streams and to paths.
 
 use std::time::Instant;
 
@@ -7,67 +7,69 @@ use crate::{protocol::Protocol, upstream::repair_client::RepairEvent};
 use downpour_repair::{control::Welcome, receiver::Path};
 
 impl Upstream {
+    /// Applies an event; `None` if the repair client has ended.
     pub(super) fn handle_event(&mut self, event: Option<RepairEvent>) {
         let now = Instant::now();
         let Some(event) = event else {
-            // The client ends only when it is told to.
-            self.repair = None;
+            self.connection = None;
             self.stop_probing();
             return;
         };
-        let intake = &mut self.intake;
+        let streams = &mut self.streams;
         match event {
             RepairEvent::Connected { protocol } => {
-                intake.set_told(now, protocol == Protocol::Downpour);
-                if let Some(repair) = &mut self.repair {
-                    repair.protocol = Some(protocol);
-                }
+                streams.set_announced(now, protocol == Protocol::Downpour);
+                self.set_protocol(Some(protocol));
             }
             RepairEvent::Disconnected { .. } => {
-                intake.set_told(now, false);
-                if let Some(repair) = &mut self.repair {
-                    repair.protocol = None;
-                }
+                streams.set_announced(now, false);
+                self.set_protocol(None);
                 self.stop_probing();
             }
             RepairEvent::Welcome(welcome) => self.start_probing(now, &welcome),
             RepairEvent::PathUp { path, address } => {
-                tracing::info!(path, %address, "the cloud sends RTP to this edge");
+                tracing::info!(path, %address, "path up; the cloud sends RTP");
                 for socket in &mut self.sockets {
                     socket.path_up(now, path, &self.probe_metrics);
                 }
             }
             RepairEvent::StreamUp(up) => {
-                // It asks for a whole group of pictures at once, and times its retries by this.
-                if let Some(rtt) = self.repair.as_ref().and_then(|repair| repair.handle.rtt()) {
-                    intake.expect_round_trip(rtt, rtt / 8);
+                // Before the stream starts: it requests a whole GOP at once, and the round trip
+                // determines when it repeats the request.
+                if let Some(rtt) = self.connection.as_ref().and_then(|c| c.handle.rtt()) {
+                    streams.set_initial_round_trip(rtt, rtt / 8);
                 }
-                intake.stream_up(now, up);
+                streams.stream_up(now, up);
             }
-            RepairEvent::StreamUpdate { ssrc, headers } => intake.stream_update(ssrc, headers),
-            RepairEvent::StreamEnd { ssrc, last_seq } => intake.stream_end(now, ssrc, last_seq),
-            RepairEvent::Repair(packet) => {
-                intake.handle_packet(now, packet, Path::Repair);
-            }
-            RepairEvent::Gone(gone) => intake.gone(now, gone.ssrc, &gone.seqs),
-            RepairEvent::Heartbeats(beats) => intake.heartbeats(now, &beats),
+            RepairEvent::StreamUpdate { ssrc, headers } => streams.stream_update(ssrc, headers),
+            RepairEvent::StreamEnd { ssrc, last_seq } => streams.stream_end(now, ssrc, last_seq),
+            RepairEvent::Repair(packet) => streams.handle_packet(now, packet, Path::Repair),
+            RepairEvent::Gone(gone) => streams.handle_gone(now, gone.ssrc, &gone.seqs),
+            RepairEvent::Heartbeats(beats) => streams.handle_heartbeats(now, &beats),
         }
     }
 
-    pub(super) fn start_probing(&mut self, now: Instant, welcome: &Welcome) {
+    fn set_protocol(&mut self, protocol: Option<Protocol>) {
+        if let Some(connection) = &mut self.connection {
+            connection.protocol = protocol;
+        }
+    }
+
+    /// Starts to prove this edge's RTP addresses to the cloud.
+    fn start_probing(&mut self, now: Instant, welcome: &Welcome) {
         let Some(cloud) = &self.cloud else { return };
         let rtp = CloudRtp { host: cloud.host.clone(), port: welcome.rtp_port };
         self.nonce = Some(welcome.nonce);
-        self.found.clear();
+        self.rtp_lookups.clear();
         for socket in &mut self.sockets {
-            socket.start(now, welcome.nonce, &rtp, &mut self.found);
+            socket.start(now, welcome.nonce, &rtp, &mut self.rtp_lookups);
         }
-        self.begun = true;
+        self.needs_poll = true;
     }
 
     pub(super) fn stop_probing(&mut self) {
         self.nonce = None;
-        self.found.clear();
+        self.rtp_lookups.clear();
         for socket in &mut self.sockets {
             socket.stop(&self.probe_metrics);
         }

@@ -1,4 +1,4 @@
-//! Names of streams, looked up in the cloud's HTTP API.
+//! Look-ups of stream names in the cloud's HTTP API, for clouds that announce none.
 
 use std::time::{Duration, Instant};
 
@@ -10,53 +10,64 @@ use crate::protocol::Protocol;
 use downpour_repair::rtp::Ssrc;
 
 impl Upstream {
-    /// Asks the HTTP API for names where the repair connection does not tell them.
-    pub(super) fn look_up(&mut self, now: Instant) {
+    /// Starts a look-up if a publication has no name or may have ended, unless the repair connection
+    /// announces streams.
+    pub(super) fn look_up_names(&mut self, now: Instant) {
         let Some(cloud) = &self.cloud else { return };
-        let told = self.protocol() == Some(Protocol::Downpour);
-        // A connection that is just being made may tell soon.
-        let wait = match (&self.repair, self.protocol()) {
-            (Some(_), None) => WAIT_FOR_NAME,
-            _ => Duration::ZERO,
-        };
-        let unnamed = !told && self.intake.unnamed(now, wait).next().is_some();
-        let maybe_over = !told && self.intake.any_silent(now, SILENCE_IS_SUSPECT);
-        let recently = self.last_lookup.is_some_and(|at| now.duration_since(at) < LOOK_UP_EVERY);
-        if !(unnamed || maybe_over) || recently || self.lookup.is_some() {
+        if self.is_announced() {
             return;
         }
-        self.last_lookup = Some(now);
-        let address = cloud.api();
-        self.lookup = Some(tokio::spawn(async move { livestat::fetch(&address).await }));
-        self.begun = true;
+        // A connection that is being made may announce the stream soon.
+        let wait = match (&self.connection, self.protocol()) {
+            (Some(_), None) => NAME_WAIT,
+            _ => Duration::ZERO,
+        };
+        let is_needed = self.streams.unnamed(now, wait).next().is_some()
+            || self.streams.any_silent(now, SUSPECT_AFTER);
+        let recent =
+            self.last_name_lookup.is_some_and(|at| now.duration_since(at) < LOOK_UP_INTERVAL);
+        if !is_needed || recent || self.name_lookup.is_some() {
+            return;
+        }
+        self.last_name_lookup = Some(now);
+        let api = cloud.api();
+        self.name_lookup = Some(tokio::spawn(async move { livestat::fetch(&api).await }));
+        self.needs_poll = true;
     }
 
-    pub(super) fn handle_lookup(&mut self, found: Result<Vec<LiveStream>, LivestatError>) {
+    /// Starts the streams that the API names, and ends those that it no longer lists.
+    pub(super) fn handle_names(&mut self, answer: Result<Vec<LiveStream>, LivestatError>) {
         let now = Instant::now();
-        let found = match found {
+        let found = match answer {
             Ok(found) => found,
             Err(error) => {
-                let reason = error.to_string();
-                if reason != self.lookup_failure {
-                    tracing::warn!("cannot ask the cloud's API for stream names: {reason}");
-                    self.lookup_failure = reason;
+                let error = error.to_string();
+                if error != self.name_lookup_failure {
+                    let api = self.cloud.as_ref().map(|cloud| cloud.api());
+                    tracing::warn!(api, error, "stream name lookup failed");
+                    self.name_lookup_failure = error;
                 }
                 return;
             }
         };
-        self.lookup_failure.clear();
-        let unnamed: Vec<_> = self.intake.unnamed(now, Duration::ZERO).collect();
+        self.name_lookup_failure.clear();
+        let unnamed: Vec<_> = self.streams.unnamed(now, Duration::ZERO).collect();
         let listed: Vec<Ssrc> = found.iter().map(|stream| stream.ssrc).collect();
         for stream in found.into_iter().filter(|stream| unnamed.contains(&stream.ssrc)) {
-            self.intake.stream_named(now, stream);
+            self.streams.stream_named(now, stream);
         }
-        if self.protocol() != Some(Protocol::Downpour) {
-            self.intake.retain_streams(now, &listed, SILENCE_IS_SUSPECT);
+        if !self.is_announced() {
+            self.streams.retain_streams(now, &listed, SUSPECT_AFTER);
         }
+    }
+
+    fn is_announced(&self) -> bool {
+        self.protocol() == Some(Protocol::Downpour)
     }
 }
 
-const WAIT_FOR_NAME: Duration = Duration::from_secs(1);
-const LOOK_UP_EVERY: Duration = Duration::from_secs(1);
-/// A stream that has been silent for so long may have ended without our being told.
-const SILENCE_IS_SUSPECT: Duration = Duration::from_secs(3);
+/// While the repair connection is being made, a stream waits this long for its announcement.
+const NAME_WAIT: Duration = Duration::from_secs(1);
+const LOOK_UP_INTERVAL: Duration = Duration::from_secs(1);
+/// A stream may have ended if it has been silent for this long.
+const SUSPECT_AFTER: Duration = Duration::from_secs(3);

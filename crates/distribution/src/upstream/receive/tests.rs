@@ -29,13 +29,13 @@ use downpour_repair::{
     rtp::{Packetizer, Seq, Ssrc},
 };
 
-/// An ingress with two sockets, the hub that it fills, where its sockets are, and what the repair
-/// connection would send events with.
+/// An [`Upstream`] with two sockets on loopback and a repair connection whose events the test sends.
 struct Rig {
-    ingress: Upstream,
+    upstream: Upstream,
     hub: Hub,
     metrics: ReceiveMetrics,
     rtp: [SocketAddr; 2],
+    /// The sender of each repair connection's events.
     events: mpsc::UnboundedReceiver<mpsc::Sender<RepairEvent>>,
 }
 
@@ -48,17 +48,17 @@ fn rig(on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static) -> Rig {
         silence: Duration::from_secs(10),
         max_streams: 1000,
     };
-    let intake = Streams::new(settings, hub.clone(), metrics.clone(), on_start);
+    let streams = Streams::new(settings, hub.clone(), metrics.clone(), on_start);
     let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
     let rtp = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
-    // Where nobody answers: what the cloud says, the test says.
-    let nobody = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let quic_port = nobody.local_addr().unwrap().port();
+    // Nothing answers here: the test plays the cloud.
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let quic_port = silent.local_addr().unwrap().port();
     let (events_in, events) = mpsc::unbounded_channel();
     let client_metrics = RepairClientMetrics::register(&registry).unwrap();
     let connect: Connect = Box::new(move |cloud, events, shutdown| {
         let _ = events_in.send(events);
-        let _held = &nobody;
+        let _held = &silent;
         let settings = RepairClientSettings {
             cloud: cloud.to_owned(),
             protocol: ProtocolChoice::Auto,
@@ -80,9 +80,9 @@ fn rig(on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + 'static) -> Rig {
     let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
     let probe_metrics = ProbeMetrics::register(&registry).unwrap();
     let sockets = sockets.map(RtpSocket::new).into();
-    let ingress =
-        Upstream::new(sockets, Vec::new(), settings, intake, metrics.clone(), probe_metrics);
-    Rig { ingress, hub, metrics, rtp, events }
+    let upstream =
+        Upstream::new(sockets, Vec::new(), settings, streams, metrics.clone(), probe_metrics);
+    Rig { upstream, hub, metrics, rtp, events }
 }
 
 fn up(number: u32) -> RepairEvent {
@@ -96,31 +96,31 @@ fn up(number: u32) -> RepairEvent {
     })
 }
 
-async fn wait_until(what: &str, so: impl Fn() -> bool) {
+async fn wait_until(condition: &str, is_met: impl Fn() -> bool) {
     let began = Instant::now();
-    while !so() {
-        assert!(began.elapsed() < Duration::from_secs(20), "waited too long until {what}");
+    while !is_met() {
+        assert!(began.elapsed() < Duration::from_secs(20), "timed out: {condition}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
 #[tokio::test]
-async fn an_event_is_taken_promptly_while_nothing_comes_and_shutdown_ends_the_streams() {
-    let Rig { ingress, hub, mut events, .. } = rig(|_| ());
+async fn event_is_handled_at_once_on_idle_sockets_and_shutdown_ends_the_streams() {
+    let Rig { upstream, hub, mut events, .. } = rig(|_| ());
     let shutdown = CancellationToken::new();
-    let running = tokio::spawn(ingress.run(shutdown.clone()));
+    let running = tokio::spawn(upstream.run(shutdown.clone()));
     let events = events.recv().await.unwrap();
     events.send(RepairEvent::Connected { protocol: Protocol::Downpour }).await.unwrap();
     let mut quickest = Duration::MAX;
     for number in 1..=10 {
-        // It sleeps by now, with nothing to wake it but a tick each 500 ms.
+        // The threads are asleep by now; only the tick every 500 ms would wake them.
         tokio::time::sleep(Duration::from_millis(10)).await;
         let began = Instant::now();
         events.send(up(number)).await.unwrap();
         wait_until("the stream is up", || hub.len() == number as usize).await;
         quickest = quickest.min(began.elapsed());
     }
-    // Other tests may hold one of them up, but not all.
+    // Other tests may delay some of them, but not all.
     assert!(quickest < Duration::from_millis(20), "{quickest:?}");
     shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(20), running).await.unwrap().unwrap();
@@ -128,9 +128,9 @@ async fn an_event_is_taken_promptly_while_nothing_comes_and_shutdown_ends_the_st
 }
 
 #[tokio::test]
-async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
-    let Rig { ingress, hub, metrics, rtp, mut events } = rig(|_| ());
-    let _running = tokio::spawn(ingress.run(CancellationToken::new()));
+async fn single_packet_is_received_at_once_and_losses_are_requested() {
+    let Rig { upstream, hub, metrics, rtp, mut events } = rig(|_| ());
+    let _running = tokio::spawn(upstream.run(CancellationToken::new()));
     let events = events.recv().await.unwrap();
     events.send(up(7)).await.unwrap();
     wait_until("the stream is up", || hub.len() == 1).await;
@@ -143,16 +143,16 @@ async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
         let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
         let began = Instant::now();
         sender.send_to(packetizer.packetize(&tag).bytes(), rtp[0]).unwrap();
-        wait_until("the tag is there", || stream.held().0 == number as usize).await;
+        wait_until("the tag is in the hub", || stream.held().0 == number as usize).await;
         quickest = quickest.min(began.elapsed());
     }
     assert!(quickest < Duration::from_millis(20), "{quickest:?}");
-    // Two are left out, and the third shows it.
+    // Two packets are lost, and the third reveals it.
     let tag = Tag::new(TagKind::Audio, 300, &[0xaf, 1]).unwrap();
     let last = (0..3).map(|_| packetizer.packetize(&tag)).last().unwrap();
     assert_eq!(last.first_seq(), Seq::FIRST.plus(12));
     sender.send_to(last.bytes(), rtp[0]).unwrap();
-    wait_until("both are asked for", || {
+    wait_until("both are requested", || {
         metrics.streams().first().is_some_and(|stream| stream.report.asked == 2)
     })
     .await;
@@ -160,21 +160,21 @@ async fn a_lone_packet_is_read_at_once_and_what_is_lost_is_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
-    let Rig { ingress, hub, rtp, mut events, .. } = rig(|_| ());
-    let _running = tokio::spawn(ingress.run(CancellationToken::new()));
+async fn flooded_socket_does_not_starve_the_other() {
+    let Rig { upstream, hub, rtp, mut events, .. } = rig(|_| ());
+    let _running = tokio::spawn(upstream.run(CancellationToken::new()));
     let events = events.recv().await.unwrap();
     events.send(up(7)).await.unwrap();
     wait_until("the stream is up", || hub.len() == 1).await;
     let stream = hub.stream("live/7").unwrap();
-    let over = CancellationToken::new();
-    let _over = over.clone().drop_guard();
+    let stop = CancellationToken::new();
+    let _stop = stop.clone().drop_guard();
     for _ in 0..2 {
-        let over = over.clone();
+        let stop = stop.clone();
         thread::spawn(move || {
             let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
             let state = UdpSocketState::new(UdpSockRef::from(&socket)).unwrap();
-            // Many to a call, so that they come faster than they are read.
+            // GSO sends them faster than they are received.
             let noise = Transmit {
                 destination: rtp[0],
                 ecn: None,
@@ -182,7 +182,7 @@ async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
                 segment_size: Some(8),
                 src_ip: None,
             };
-            while !over.is_cancelled() {
+            while !stop.is_cancelled() {
                 let _ = state.try_send(UdpSockRef::from(&socket), &noise);
             }
         });
@@ -192,10 +192,10 @@ async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
     for number in 1..=20u32 {
         let tag = Tag::new(TagKind::Audio, number * 20, &[0xaf, 1, number as u8]).unwrap();
         let burst = packetizer.packetize(&tag);
-        // The flood may fill the loopback interface's queue.
+        // The flood may fill the queue of the loopback interface: send until it arrives.
         let began = Instant::now();
         while stream.held().0 < number as usize {
-            assert!(began.elapsed() < Duration::from_secs(20), "tag {number} is not read");
+            assert!(began.elapsed() < Duration::from_secs(20), "tag {number} did not arrive");
             sender.send_to(burst.bytes(), rtp[1]).unwrap();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -203,9 +203,9 @@ async fn a_socket_that_never_runs_dry_does_not_shut_out_the_other() {
 }
 
 #[tokio::test]
-async fn a_panic_on_the_thread_is_one_of_the_task() {
-    let Rig { ingress, mut events, hub, .. } = rig(|_| panic!("on purpose"));
-    let running = tokio::spawn(ingress.run(CancellationToken::new()));
+async fn panic_of_a_thread_is_a_panic_of_the_task() {
+    let Rig { upstream, mut events, hub, .. } = rig(|_| panic!("on purpose"));
+    let running = tokio::spawn(upstream.run(CancellationToken::new()));
     events.recv().await.unwrap().send(up(7)).await.unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(20), running).await.unwrap();
     assert!(ended.unwrap_err().is_panic());
@@ -213,7 +213,7 @@ async fn a_panic_on_the_thread_is_one_of_the_task() {
 }
 
 #[tokio::test]
-async fn the_thread_ends_with_the_task() {
+async fn threads_end_with_the_task() {
     struct Counted(Arc<AtomicUsize>);
     impl Drop for Counted {
         fn drop(&mut self) {
@@ -222,22 +222,22 @@ async fn the_thread_ends_with_the_task() {
     }
     let alive = Arc::new(AtomicUsize::new(1));
     let counted = Counted(alive.clone());
-    let Rig { ingress, mut events, hub, .. } = rig(move |_| _ = &counted);
-    let running = tokio::spawn(ingress.run(CancellationToken::new()));
+    let Rig { upstream, mut events, hub, .. } = rig(move |_| _ = &counted);
+    let running = tokio::spawn(upstream.run(CancellationToken::new()));
     events.recv().await.unwrap().send(up(7)).await.unwrap();
     wait_until("the stream is up", || hub.len() == 1).await;
     running.abort();
-    wait_until("the thread has ended", || alive.load(Ordering::SeqCst) == 0).await;
+    wait_until("the threads have ended", || alive.load(Ordering::SeqCst) == 0).await;
     assert!(hub.is_empty());
 }
 
 #[test]
-fn a_socket_is_broken_that_does_nothing_but_fail() {
+fn socket_that_only_fails_for_a_second_is_broken() {
     let start = Instant::now();
     let at = |ms| start + Duration::from_millis(ms);
-    let mut failing = None;
-    // Once in a while.
-    assert!((0..20).all(|n| !Failing::goes_on(&mut failing, at(n * 500))));
-    let broken = (0..2000).find(|ms| Failing::goes_on(&mut failing, at(20_000 + ms)));
+    let mut failures = None;
+    // Failures 500 ms apart.
+    assert!((0..20).all(|n| !FailureRun::is_too_long(&mut failures, at(n * 500))));
+    let broken = (0..2000).find(|ms| FailureRun::is_too_long(&mut failures, at(20_000 + ms)));
     assert_eq!(broken, Some(1000));
 }

@@ -1,105 +1,133 @@
-//! Recovery of codec headers from a publication's first packets.
+//! Recovery of codec headers from the first packets of a publication.
+//!
+//! A v0 cloud announces no codec headers to an edge that joins late. The headers are the first
+//! packets of the publication, so the edge requests those, in case the cloud still holds them.
+//!
+//! # States
+//!
+//! | state | event | next state |
+//! |---|---|---|
+//! | holding: media waits, because headers are useless behind the frames that need them | all requested packets arrived, one is gone, [`HOLD_TIME`] passed, or [`MAX_HELD_BYTES`] are held | flowing |
+//! | flowing: media is published | timeout, no headers, tries left | flowing, with a new request |
+//! | flowing | timeout, and headers are known or no tries left | done: the owner drops it |
+//!
+//! Requested packets are taken in order; the first one that is missing stops a try. Once media
+//! flows, it is never held again.
 
-use std::time::{Duration, Instant};
-
-use super::received_stream::ReceivedStream;
-use downpour_media::flv::{Tag, TagKind};
-use downpour_repair::{
-    message::Nack,
-    rtp::{Depacketizer, Packet, Seq},
+use std::{
+    mem,
+    time::{Duration, Instant},
 };
 
-/// What a v0 cloud does not tell to one who joins late: the codec headers. They were the first
-/// packets of the publication, so those are asked for, should they still be held. Media waits a
-/// moment for the answer, because a header is of no use behind the frames that need it.
+use downpour_media::flv::Tag;
+use downpour_repair::{
+    message::Nack,
+    rtp::{Depacketizer, Packet, Seq, Ssrc},
+};
+
+/// Recovery of one stream's codec headers.
 pub(super) struct HeaderRecovery {
-    pub(super) depacketizer: Depacketizer,
-    pub(super) next: Seq,
-    pub(super) until: Instant,
-    pub(super) tries_left: u8,
-    /// `None` once media does not wait any longer.
-    pub(super) waiting: Option<Vec<Tag>>,
-    pub(super) waiting_bytes: usize,
+    depacketizer: Depacketizer,
+    /// The requested packet that this try needs next.
+    next: Seq,
+    /// When this try times out.
+    until: Instant,
+    tries_left: u8,
+    media: Media,
 }
 
-impl ReceivedStream {
-    pub(super) fn begin_header_hunt(&mut self, now: Instant) -> Nack {
-        self.header_hunt = Some(Box::new(HeaderRecovery {
+enum Media {
+    Holding { tags: Vec<Tag>, bytes: usize },
+    Flowing,
+}
+
+impl HeaderRecovery {
+    /// Starts to hold media. Send [`HeaderRecovery::request`] now.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
             depacketizer: Depacketizer::new(),
             next: Seq::FIRST,
-            until: now + MEDIA_WAITS,
-            tries_left: HUNT_TRIES,
-            waiting: Some(Vec::new()),
-            waiting_bytes: 0,
-        }));
-        self.hunt_request()
+            until: now + HOLD_TIME,
+            tries_left: RETRIES,
+            media: Media::Holding { tags: Vec::new(), bytes: 0 },
+        }
     }
 
-    pub(super) fn hunt_request(&self) -> Nack {
-        let seqs = (0..HUNT_PACKETS).map(|i| Seq::FIRST.plus(i)).collect();
-        let slack_ms = MEDIA_WAITS.as_millis() as u16;
-        Nack { ssrc: self.ssrc, copies: 1, slack_ms, seqs }
+    /// Returns the request for the first packets of a publication.
+    pub(super) fn request(ssrc: Ssrc) -> Nack {
+        let seqs = (0..REQUESTED_PACKETS).map(|i| Seq::FIRST.plus(i)).collect();
+        Nack { ssrc, copies: 1, slack_ms: HOLD_TIME.as_millis() as u16, seqs }
     }
 
-    /// Whether the packet is one of those that the hunt is for.
-    pub(super) fn hunt_headers(&mut self, packet: &Packet) -> bool {
-        let Some(hunt) = &mut self.header_hunt else { return false };
-        let place = packet.header.seq.distance_from(Seq::FIRST);
-        if !(0..HUNT_PACKETS as i32).contains(&place) {
+    /// `true` if `seq` is one of the requested packets.
+    pub(super) fn is_requested(seq: Seq) -> bool {
+        (0..REQUESTED_PACKETS as i32).contains(&seq.distance_from(Seq::FIRST))
+    }
+
+    /// Takes a requested packet. Returns the sequence header that it completes, if any.
+    pub(super) fn handle_packet(&mut self, packet: &Packet) -> Option<Tag> {
+        if packet.header.seq != self.next {
+            return None;
+        }
+        self.next = self.next.plus(1);
+        self.depacketizer.packet(packet).filter(Tag::is_sequence_header)
+    }
+
+    /// `true` once every requested packet has arrived.
+    pub(super) fn is_complete(&self) -> bool {
+        self.next == Seq::FIRST.plus(REQUESTED_PACKETS)
+    }
+
+    /// `true` if this try cannot continue without one of `seqs`.
+    pub(super) fn needs_one_of(&self, seqs: &[Seq]) -> bool {
+        seqs.contains(&self.next)
+    }
+
+    /// `true` while media is to be held.
+    pub(super) fn is_holding(&self) -> bool {
+        matches!(self.media, Media::Holding { .. })
+    }
+
+    /// Holds a tag. Returns `true` once too much is held: [`HeaderRecovery::release`] it then.
+    pub(super) fn hold(&mut self, tag: Tag) -> bool {
+        let Media::Holding { tags, bytes } = &mut self.media else { return true };
+        *bytes += tag.framed().len();
+        tags.push(tag);
+        *bytes > MAX_HELD_BYTES
+    }
+
+    /// Stops holding media; returns the held tags.
+    pub(super) fn release(&mut self) -> Vec<Tag> {
+        match mem::replace(&mut self.media, Media::Flowing) {
+            Media::Holding { tags, .. } => tags,
+            Media::Flowing => Vec::new(),
+        }
+    }
+
+    /// Starts the next try. Returns `false` if there is none left.
+    pub(super) fn retry(&mut self, now: Instant) -> bool {
+        if self.tries_left == 0 {
             return false;
         }
-        if packet.header.seq != hunt.next {
-            return true;
-        }
-        hunt.next = hunt.next.plus(1);
-        let tag = hunt.depacketizer.packet(packet);
-        let done = hunt.next == Seq::FIRST.plus(HUNT_PACKETS);
-        if let Some(tag) = tag.filter(Tag::is_sequence_header) {
-            let of_kind = |kind| (tag.kind() == kind).then(|| tag.clone());
-            let (video, audio) = (of_kind(TagKind::Video), of_kind(TagKind::Audio));
-            self.publisher.set_headers(None, video, audio);
-        }
-        if done {
-            self.end_wait();
-        }
+        self.tries_left -= 1;
+        self.until = now + RETRY_INTERVAL;
+        self.next = Seq::FIRST;
+        self.depacketizer = Depacketizer::new();
         true
     }
 
-    /// The time for a try of the hunt is over: media goes on, and the next try begins if there is
-    /// still no header.
-    pub(super) fn hunt_on(&mut self, now: Instant) -> Option<Nack> {
-        self.end_wait();
-        let headers = self.publisher.stream().headers();
-        let hunt = self.header_hunt.as_mut()?;
-        if headers.video.is_some() || headers.audio.is_some() {
-            self.header_hunt = None;
-            return None;
-        }
-        if hunt.tries_left == 0 {
-            tracing::warn!(stream = %self.key, "no codec headers: the cloud holds them no more");
-            self.header_hunt = None;
-            return None;
-        }
-        hunt.tries_left -= 1;
-        hunt.until = now + HUNT_EVERY;
-        hunt.next = Seq::FIRST;
-        hunt.depacketizer = Depacketizer::new();
-        Some(self.hunt_request())
-    }
-
-    pub(super) fn end_wait(&mut self) {
-        let waiting = self.header_hunt.as_mut().and_then(|hunt| hunt.waiting.take());
-        for tag in waiting.unwrap_or_default() {
-            self.publisher.push(tag);
-        }
+    /// Returns when this try times out.
+    pub(super) fn poll_timeout(&self) -> Instant {
+        self.until
     }
 }
 
-pub(super) const MEDIA_WAITS: Duration = Duration::from_millis(700);
-pub(super) const MAX_WAITING_BYTES: usize = 8 << 20;
-/// The connection may still be being made, and for as long as the ring holds newer packets of the
-/// same numbers the cloud answers with those.
-pub(super) const HUNT_EVERY: Duration = Duration::from_secs(1);
-pub(super) const HUNT_TRIES: u8 = 15;
-/// The video and the audio header, one packet each, and room for one that is longer.
-pub(super) const HUNT_PACKETS: usize = 4;
+/// How long media is held for the headers.
+pub(super) const HOLD_TIME: Duration = Duration::from_millis(700);
+const MAX_HELD_BYTES: usize = 8 << 20;
+/// Retries, because the connection may not exist yet, and because the cloud answers with newer
+/// packets of the same sequence numbers for as long as its history holds those.
+const RETRIES: u8 = 15;
+pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// One packet for each of the video and the audio header, and two more for a long header.
+const REQUESTED_PACKETS: usize = 4;
