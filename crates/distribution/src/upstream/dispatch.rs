@@ -1,7 +1,7 @@
-//! [`Upstream`]: passes datagrams, events of the repair connection and answers of the cloud's API to
-//! the streams, and the streams' NACKs and reports to the cloud.
+//! [`Upstream`]: passes datagrams, events of the repair connection and answers of the cloud's API
+//! to the streams, and the streams' NACKs and reports to the cloud.
 //!
-//! No threads here: the `receive` module has those.
+//! It has no threads: the `receive` module runs it.
 //!
 //! # How streams get their names and ends
 //!
@@ -182,7 +182,7 @@ impl Upstream {
         self.rtp_left > 0
     }
 
-    /// Does what is due by `now`: NACKs, probes, reports, periodic work.
+    /// Handles all timeouts up to `now`: NACKs, probes, reports, periodic work.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         self.streams.handle_timeout(now);
         if self.next_tick <= now {

@@ -97,8 +97,8 @@ impl Prober {
 
     /// Returns the probe to send, if one is due.
     ///
-    /// Once the path is up, probes keep the NAT mapping and the cloud's subscription alive. A silent
-    /// path is probed more often, because a NAT may have given it another address.
+    /// Once the path is up, probes keep the NAT mapping and the cloud's subscription alive. A
+    /// silent path is probed more often, because a NAT may have given it another address.
     pub fn poll_probe(&mut self, now: Instant) -> Option<ProbeMessage> {
         let path = self.path;
         let session = self.session.as_mut().filter(|session| session.next <= now)?;

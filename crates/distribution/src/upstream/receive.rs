@@ -7,8 +7,8 @@
 //!
 //! A receiver thread blocks in the system call that reads, so a packet reaches the hub with no
 //! runtime and no poll call in between. The control thread has its own single-threaded runtime, so
-//! that repair is not delayed by viewers, and answers need no hand-over between threads. All threads
-//! share one [`Upstream`] behind a mutex that is nearly always free.
+//! that repair is not delayed by viewers, and answers need no hand-over between threads. All
+//! threads share one [`Upstream`] behind a mutex that is nearly always free.
 //!
 //! Shutdown: the control thread ends first and shuts the sockets down, which wakes the receiver
 //! threads. The last thread to end drops the [`Upstream`], which ends the streams. A panic on any
@@ -44,8 +44,8 @@ use downpour_sys::{
 };
 
 impl Upstream {
-    /// Receives on its own threads until `shutdown`, or until the future is dropped; then all streams
-    /// end.
+    /// Receives on its own threads until `shutdown`, or until the future is dropped; then all
+    /// streams end.
     ///
     /// # Panics
     /// If one of the threads panics.

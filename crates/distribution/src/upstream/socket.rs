@@ -40,8 +40,8 @@ impl RtpSocket {
         Self { socket: Arc::new(socket), probing: None }
     }
 
-    /// Requests RTP for this socket, as path `path` of this edge, by probing `via` or, if `None`, the
-    /// cloud's own address.
+    /// Requests RTP for this socket, as path `path` of this edge, by probing `via` or, if `None`,
+    /// the cloud's own address.
     pub fn with_prober(mut self, path: u8, via: Option<Destination>) -> Self {
         self.probing = Some(Probing { prober: Prober::new(path), via, cloud: None });
         self
@@ -171,8 +171,8 @@ pub struct CloudRtp {
 pub struct Lookups(JoinSet<(u8, Nonce, SocketAddr)>);
 
 impl Lookups {
-    /// Returns the next address that is resolved: path, nonce of the connection, address. Pending if
-    /// there is no look-up.
+    /// Returns the next address that is resolved: path, nonce of the connection, address. Pending
+    /// if there is no look-up.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<(u8, Nonce, SocketAddr)> {
         loop {
             match self.0.poll_join_next(cx) {

@@ -45,7 +45,7 @@ pub struct ReceiveMetrics {
     pub pack_loss: IntCounter,
     /// Parity packets received.
     pub parity_received: IntCounter,
-    /// Of the received parity packets: those of streams that are not received.
+    /// Parity packets of streams that are not received; part of `parity_received`.
     pub parity_unknown: IntCounter,
     /// Parity datagrams that cannot be parsed.
     pub parity_malformed: IntCounter,

@@ -37,7 +37,7 @@ use bytes::Bytes;
 
 use self::{
     received_stream::{HOT_BYTES, PrefetchHints, ReceivedStream},
-    unnamed_packets::{UNNAMED_HELD_FOR, UnnamedPackets},
+    unnamed_packets::UnnamedPackets,
 };
 use super::{livestat::LiveStream, parity::Parity, stats::ReceiveMetrics};
 use downpour_hub::{Hub, Publisher};
@@ -274,7 +274,7 @@ impl Streams {
         let mut publisher = match self.hub.publish_at(up.key.clone(), up.start_unix_ms) {
             Ok(publisher) => publisher,
             Err(error) => {
-                tracing::error!(stream = %up.key, ssrc = %up.ssrc, %error, "received stream refused");
+                tracing::error!(stream = %up.key, %error, "received stream refused");
                 return;
             }
         };
@@ -335,7 +335,7 @@ impl Streams {
         }
     }
 
-    /// Sets a stream's headers to those that the cloud announced.
+    /// Sets the headers that the cloud announced for a stream.
     pub fn stream_update(&mut self, ssrc: Ssrc, headers: Headers) {
         if let Some(stream) = self.streams.get_mut(&ssrc) {
             stream.publisher.set_headers(headers.metadata, headers.video, headers.audio);
@@ -380,7 +380,7 @@ impl Streams {
         }
     }
 
-    /// Compares the highest numbers that the cloud has sent with what has arrived.
+    /// Finds missing packets by the highest sequence numbers that the cloud has sent.
     pub fn handle_heartbeats(&mut self, now: Instant, beats: &[Heartbeat]) {
         for batch in beats.chunks(PREFETCHED_BEATS) {
             for stream in batch.iter().filter_map(|beat| self.streams.get(&beat.ssrc)) {
@@ -484,7 +484,7 @@ impl Streams {
         self.streams.values().any(silent)
     }
 
-    /// Returns the publications whose first packet arrived at least `age` ago and that have no name.
+    /// Returns the unnamed publications whose first packet arrived at least `age` ago.
     pub fn unnamed(&self, now: Instant, age: Duration) -> impl Iterator<Item = Ssrc> {
         self.unnamed.older_than(now, age)
     }
@@ -506,8 +506,8 @@ impl Streams {
         reports
     }
 
-    /// Takes what a stream's receiver has ready: requests become NACKs, packets become tags. Then
-    /// ends the stream if it is over, or sets its timer.
+    /// Polls a stream's receiver: requests become NACKs, packets become tags. Then ends the stream
+    /// if it is over, or sets its timer.
     fn drive(&mut self, now: Instant, ssrc: Ssrc) {
         let Some(StreamSlot { stream, hints }) = self.streams.get_mut(&ssrc) else { return };
         while let Some(request) = stream.receiver.poll_request(now) {

@@ -52,7 +52,7 @@ pub(in crate::upstream) struct Connection {
 
 impl Connection {
     /// Closes the connection and waits until the cloud has acknowledged that, with a timeout. Reads
-    /// outstanding answers meanwhile, because a v0 cloud crashes if it cannot finish an answer.
+    /// outstanding answers meanwhile, because an unfinished answer brings down a v0 cloud.
     pub(in crate::upstream) async fn close(mut self) {
         self.cancel.cancel();
         let handle = self.handle.clone();

@@ -10,8 +10,8 @@ use crate::protocol::Protocol;
 use downpour_repair::rtp::Ssrc;
 
 impl Upstream {
-    /// Starts a look-up if a publication has no name or may have ended, unless the repair connection
-    /// announces streams.
+    /// Starts a look-up if a publication has no name or may have ended, unless the repair
+    /// connection announces streams.
     pub(super) fn look_up_names(&mut self, now: Instant) {
         let Some(cloud) = &self.cloud else { return };
         if self.is_announced() {
@@ -35,7 +35,7 @@ impl Upstream {
         self.needs_poll = true;
     }
 
-    /// Starts the streams that the API names, and ends those that it no longer lists.
+    /// Starts the streams that the API names, and ends the silent streams that it no longer lists.
     pub(super) fn handle_names(&mut self, answer: Result<Vec<LiveStream>, LivestatError>) {
         let now = Instant::now();
         let found = match answer {

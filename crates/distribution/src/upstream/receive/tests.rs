@@ -29,7 +29,8 @@ use downpour_repair::{
     rtp::{Packetizer, Seq, Ssrc},
 };
 
-/// An [`Upstream`] with two sockets on loopback and a repair connection whose events the test sends.
+/// An [`Upstream`] with two sockets on loopback and a repair connection whose events the test
+/// sends.
 struct Rig {
     upstream: Upstream,
     hub: Hub,

@@ -1,7 +1,7 @@
 //! Recovery of codec headers from the first packets of a publication.
 //!
 //! A v0 cloud announces no codec headers to an edge that joins late. The headers are the first
-//! packets of the publication, so the edge requests those, in case the cloud still holds them.
+//! packets of the publication, so the edge requests these, in case the cloud still holds them.
 //!
 //! # States
 //!
@@ -126,7 +126,7 @@ impl HeaderRecovery {
 pub(super) const HOLD_TIME: Duration = Duration::from_millis(700);
 const MAX_HELD_BYTES: usize = 8 << 20;
 /// Retries, because the connection may not exist yet, and because the cloud answers with newer
-/// packets of the same sequence numbers for as long as its history holds those.
+/// packets of the same sequence numbers for as long as its history holds them.
 const RETRIES: u8 = 15;
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// One packet for each of the video and the audio header, and two more for a long header.

@@ -238,7 +238,7 @@ impl ReceivedStream {
         timeouts.into_iter().flatten().min()
     }
 
-    /// Adds what happened since the last call to the node's counters.
+    /// Adds the difference since the last call to the node's counters.
     pub(super) fn count(&mut self, metrics: &ReceiveMetrics) {
         let stats = self.receiver.stats();
         metrics.add(&mem::replace(&mut self.counted, stats), &stats);

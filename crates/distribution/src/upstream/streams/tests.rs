@@ -1,6 +1,6 @@
 use super::{
     header_recovery::{HOLD_TIME, RETRY_INTERVAL},
-    unnamed_packets::MAX_UNNAMED,
+    unnamed_packets::{MAX_UNNAMED, UNNAMED_HELD_FOR},
     *,
 };
 use downpour_hub::{LogLimits, ReadOutcome};

@@ -1,7 +1,7 @@
 //! Packets of publications whose stream key is not known yet.
 //!
 //! RTP often arrives before the cloud's announcement, or the API's answer, that names its
-//! publication. Anyone can send RTP with any SSRC, so what is held is bounded.
+//! publication. Anyone can send RTP with any SSRC, so the memory for such packets is bounded.
 
 use std::{
     collections::HashMap,
@@ -90,7 +90,6 @@ impl UnnamedPackets {
 
 /// How long packets wait for a name.
 pub(super) const UNNAMED_HELD_FOR: Duration = Duration::from_secs(10);
-/// 64 publications of 256 packets bound what a sender of random SSRCs makes the edge hold: 16,384
-/// packets.
+/// Bounds the memory that a sender of random SSRCs can claim: 64 publications of 256 packets.
 pub(super) const MAX_UNNAMED: usize = 64;
 const MAX_PACKETS: usize = 256;
