@@ -32,7 +32,7 @@ use crate::{
 use downpour_distribution::{
     downstream::{self, Downstream, outgoing::OutgoingStreams},
     tls::{Fingerprint, Identity},
-    upstream::{ingress::Upstream, stats::ReceiveMetrics},
+    upstream::{dispatch::Upstream, stats::ReceiveMetrics},
 };
 use downpour_hub::{Admission, Hub, LogLimits, admission::Settings as AdmissionSettings};
 

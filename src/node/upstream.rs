@@ -18,12 +18,12 @@ use downpour_distribution::{
     protocol::Protocol,
     tls::{ClientTls, Trust},
     upstream::{
-        ingress::{self, Cloud, Connect, Upstream},
-        intake::{self, Streams},
+        dispatch::{self, Cloud, Connect, Upstream},
         prober::ProbeMetrics,
         repair_client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
         socket::RtpSocket,
         stats::ReceiveMetrics,
+        streams::{self, Streams},
     },
 };
 use downpour_hub::Hub;
@@ -63,7 +63,7 @@ pub(super) fn bind(
         sockets.push(wanted.add(config, addr, socket, via));
     }
     let streams = Streams::new(
-        intake::Settings {
+        streams::Settings {
             receiver: receiver::Settings {
                 latency: Duration::from_millis(config.latency_ms),
                 join_latency: Duration::from_millis(config.latency_ms.max(JOIN_LATENCY_MS)),
@@ -77,7 +77,7 @@ pub(super) fn bind(
         metrics.clone(),
     );
     let repair_metrics = RepairClientMetrics::register(registry)?;
-    let settings = ingress::Settings {
+    let settings = dispatch::Settings {
         cloud: Cloud {
             host: config.cloud_host.clone(),
             quic_host: config.quic_addr.host().map(str::to_owned),

@@ -1,4 +1,4 @@
-//! Asks a cloud's HTTP API which streams there are: how v0 names a publication.
+//! Client of a cloud's `GET /stat/livestat`, which gives a v0 publication its stream key.
 
 use std::time::Duration;
 
@@ -14,19 +14,20 @@ use downpour_repair::rtp::Ssrc;
 /// One entry of `publishers` in `GET /stat/livestat`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveStream {
-    /// The stream's name.
+    /// The stream's key.
     pub key: StreamKey,
-    /// The publication.
+    /// SSRC of the publication's RTP.
     pub ssrc: Ssrc,
     /// Unix time of media time 0, in milliseconds.
     pub start_unix_ms: u64,
 }
 
-/// Fetches the list from the API at `cloud`, a `host:port`, within a few seconds and a few megabytes. Entries that
-/// name no usable stream are left out.
+/// Fetches the list of live streams from the API at `cloud`, a `host:port`. Entries without a valid
+/// key are skipped.
 ///
 /// # Errors
-/// If the API cannot be reached or answers something else; the text says which.
+/// If the API cannot be reached, takes more than 3 s, or answers anything but a list of at most
+/// 4 MiB.
 pub async fn fetch(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
     tokio::time::timeout(TIMEOUT, request(cloud)).await.map_err(|_| LivestatError::Timeout)?
 }
@@ -45,7 +46,7 @@ async fn request(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
         let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
         parse(&body.map_err(|_| LivestatError::Malformed)?.to_bytes())
     };
-    // The connection has to be driven while the answer is read; it ends with it.
+    // The connection must be polled while the answer is read.
     tokio::select! {
         answer = answer => answer,
         Err(error) = connection => Err(error.into()),
@@ -68,22 +69,22 @@ fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
     Ok(data.publishers.unwrap_or_default().into_iter().filter_map(usable).collect())
 }
 
-/// Why the list of streams is not to be had.
+/// Why there is no list of streams.
 #[derive(Debug, thiserror::Error)]
 pub enum LivestatError {
-    /// No connection.
+    /// The TCP connection failed.
     #[error("cannot connect: {0}")]
     Connect(#[from] std::io::Error),
-    /// The connection broke.
+    /// The HTTP exchange failed.
     #[error("no answer: {0}")]
     Http(#[from] hyper::Error),
-    /// Too slow.
+    /// The API did not answer in time.
     #[error("no answer within {} s", TIMEOUT.as_secs())]
     Timeout,
-    /// The API says no.
+    /// The API answered with an error status.
     #[error("the API answers status {0}")]
     Status(i64),
-    /// Something else lives there.
+    /// The answer is not in the API's format.
     #[error("the answer is not a list of streams")]
     Malformed,
 }
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_read_and_unusable_ones_left_out() {
+    fn entries_without_a_valid_key_are_skipped() {
         let body = br#"{"status":200,"data":{"publishers":[
             {"key":"live/movie","url":"","start_time":1700000000000,"ssrc":1020304,"stream_id":1},
             {"key":"nothing","ssrc":5}],"players":null}}"#;
