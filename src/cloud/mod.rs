@@ -28,7 +28,7 @@ use crate::{
         api::{self, CloudState},
     },
     hub::{Hub, LogLimits},
-    metrics,
+    metrics, net,
     node::{StartError, TaskEnded, Tasks, listen, resolve},
     origin::Origin,
     record::{RecordMetrics, Recorder},
@@ -91,6 +91,7 @@ impl Cloud {
         let rtmp_addr = resolve("rtmp_addr", &config.rtmp_addr)?;
         let rtmp_settings = ServerSettings {
             max_connections: config.rtmp_max_connections,
+            max_connections_per_address: net::share(config.rtmp_max_connections_per_address),
             ..ServerSettings::default()
         };
         let rtmp = RtmpServer::bind(rtmp_addr, rtmp_settings)
@@ -205,7 +206,11 @@ impl Cloud {
             api_listener,
             None,
             api::cloud_router(state),
-            ViewerSettings { max_viewers: 0, ..ViewerSettings::default() },
+            ViewerSettings {
+                max_viewers: 0,
+                max_connections_per_address: net::share(config.http_max_connections_per_address),
+                ..ViewerSettings::default()
+            },
             HttpMetrics::register(&registry)?,
         );
         Ok(Self {

@@ -24,6 +24,7 @@ use super::{
     stats::IntakeMetrics,
 };
 use crate::{
+    net::http_client::HttpClientError,
     repair::{
         Protocol,
         client::{ClientError, RepairEvent, RepairHandle},
@@ -258,7 +259,9 @@ impl Ingress {
             && let Poll::Ready(found) = Pin::new(lookup).poll(cx)
         {
             self.lookup = None;
-            self.handle_lookup(found.unwrap_or_else(|error| Err(io::Error::other(error).into())));
+            self.handle_lookup(found.unwrap_or_else(|error| {
+                Err(HttpClientError::Connect(io::Error::other(error)).into())
+            }));
         }
         while let Poll::Ready((path, nonce, cloud)) = self.found.poll_next(cx) {
             if self.nonce == Some(nonce) {

@@ -20,6 +20,7 @@ use crate::{
     StreamKey,
     flv::{Headers, Tag, TagKind},
     hub::{self, Hub, NextPush, Publisher},
+    net::LogLimit,
     prefetch::prefetch,
     repair::{
         control::{StreamInfo, StreamReport},
@@ -66,7 +67,7 @@ pub struct Intake {
     report_turns: VecDeque<Ssrc>,
     /// Called with each stream as it comes up: the recorder's way in.
     on_start: OnStart,
-    refusal_logged: Option<Instant>,
+    refusal_log: LogLimit,
     /// Whether the cloud tells which streams there are and when they end.
     told: bool,
     /// Whether parity has come of any stream.
@@ -119,7 +120,7 @@ struct Incoming {
     /// A new connection to the cloud has not named it yet.
     unconfirmed_since: Option<Instant>,
     damage: Damage,
-    damage_logged: Option<Instant>,
+    damage_log: LogLimit,
     counted: receiver::Stats,
     counted_parity: fec::decoder::Stats,
 }
@@ -159,7 +160,7 @@ impl Intake {
             nacks: VecDeque::new(),
             report_turns: VecDeque::new(),
             on_start: Box::new(on_start),
-            refusal_logged: None,
+            refusal_log: LogLimit::every(REFUSAL_LOG_EVERY),
             told: false,
             has_parity: false,
             wakes: BTreeSet::new(),
@@ -300,11 +301,9 @@ impl Intake {
         }
         if self.streams.len() >= self.settings.max_streams {
             self.metrics.refused_streams.inc();
-            let due = |at: Instant| now.saturating_duration_since(at) >= REFUSAL_LOG_EVERY;
-            if self.refusal_logged.is_none_or(due) {
-                self.refusal_logged = Some(now);
+            if let Some(missed) = self.refusal_log.due(now) {
                 let max_streams = self.settings.max_streams;
-                tracing::warn!(stream = %up.key, max_streams, "too many streams to receive this one");
+                tracing::warn!(stream = %up.key, max_streams, missed, "stream refused: too many");
             }
             return;
         }
@@ -350,7 +349,7 @@ impl Intake {
             header_hunt: None,
             parity: None,
             damage: Damage::default(),
-            damage_logged: None,
+            damage_log: LogLimit::every(DAMAGE_LOG_EVERY),
             counted: receiver::Stats::default(),
             counted_parity: fec::decoder::Stats::default(),
         });
@@ -790,16 +789,15 @@ impl Incoming {
             // Joined in the middle of a tag, whose rest is of no use.
             return;
         }
-        let due = |at: Instant| now.saturating_duration_since(at) >= DAMAGE_LOG_EVERY;
-        if self.damage_logged.is_none_or(due) {
-            self.damage_logged = Some(now);
+        if let Some(missed) = self.damage_log.due(now) {
             tracing::warn!(
                 stream = %self.key,
                 ssrc = %self.ssrc,
-                "media is missing: {} packets lost, {} discarded with them, {} malformed so far",
-                self.damage.packets,
-                self.damage.discarded,
-                self.damage.malformed
+                lost = self.damage.packets,
+                discarded = self.damage.discarded,
+                malformed = self.damage.malformed,
+                missed,
+                "media is missing; packets so far"
             );
         }
     }

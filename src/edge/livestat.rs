@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, body::Bytes, header};
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
-use tokio::net::TcpStream;
 
-use crate::{StreamKey, rtp::Ssrc};
+use crate::{
+    StreamKey,
+    net::http_client::{self, HttpClientError},
+    rtp::Ssrc,
+};
 
 /// One entry of `publishers` in `GET /stat/livestat`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,24 +31,8 @@ pub async fn fetch(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
 }
 
 async fn request(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
-    let socket = TcpStream::connect(cloud).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(socket)).await?;
-    let request = Request::get("/stat/livestat")
-        .header(header::HOST, cloud)
-        .header(header::CONNECTION, "close")
-        .body(Empty::new())
-        .map_err(|_| LivestatError::Malformed)?;
-    let answer = async {
-        let response = sender.send_request(request).await?;
-        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-        parse(&body.map_err(|_| LivestatError::Malformed)?.to_bytes())
-    };
-    // The connection has to be driven while the answer is read; it ends with it.
-    tokio::select! {
-        answer = answer => answer,
-        Err(error) = connection => Err(error.into()),
-    }
+    let answer = http_client::get(cloud, cloud, "/stat/livestat").await?;
+    parse(&answer.body(MAX_BODY).await?)
 }
 
 fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
@@ -67,15 +51,12 @@ fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
     Ok(data.publishers.unwrap_or_default().into_iter().filter_map(usable).collect())
 }
 
-/// Why the list of streams is not to be had.
+/// Why the list of streams is not available.
 #[derive(Debug, thiserror::Error)]
 pub enum LivestatError {
-    /// No connection.
-    #[error("cannot connect: {0}")]
-    Connect(#[from] std::io::Error),
-    /// The connection broke.
-    #[error("no answer: {0}")]
-    Http(#[from] hyper::Error),
+    /// No connection, or not a whole answer.
+    #[error(transparent)]
+    Http(#[from] HttpClientError),
     /// Too slow.
     #[error("no answer within {} s", TIMEOUT.as_secs())]
     Timeout,

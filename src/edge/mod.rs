@@ -27,7 +27,7 @@ use crate::{
         api::{self, EdgeState},
     },
     hub::{Hub, LogLimits},
-    metrics,
+    metrics, net,
     node::{self, StartError, TaskEnded, Tasks},
     record::{RecordMetrics, Recorder},
     repair::{
@@ -228,6 +228,7 @@ fn viewers(
 ) -> Result<HttpServer, StartError> {
     let settings = ViewerSettings {
         max_viewers: config.max_viewers,
+        max_connections_per_address: net::share(config.http_max_connections_per_address),
         merge_write: Duration::from_millis(config.merge_write_ms),
         ..ViewerSettings::default()
     };

@@ -2,7 +2,7 @@
 //! kernel refuses.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     io,
     net::{SocketAddr, UdpSocket},
     sync::{
@@ -20,6 +20,7 @@ use super::{
     metrics::Refusal,
     syscall::{Batch, Message, Messages, set_segment, wait_for_room},
 };
+use crate::net::{KeyedLogLimit, LogLimit};
 
 /// What an outlet needs of a socket. None of it waits but for what says so.
 pub(super) trait Way {
@@ -46,7 +47,7 @@ pub(super) struct Outlet<W = UdpSocket> {
     progress: Arc<AtomicU64>,
     offload: Offload,
     batch: Batch,
-    told: Told,
+    log: SendLog,
     metrics: FanoutMetrics,
 }
 
@@ -65,8 +66,8 @@ impl<W: Way> Outlet<W> {
         if offload.segments > 1 {
             metrics.offload.inc();
         }
-        let (batch, told) = (Batch::new(), Told::default());
-        Self { socket, progress, offload, batch, told, metrics }
+        let (batch, log) = (Batch::new(), SendLog::default());
+        Self { socket, progress, offload, batch, log, metrics }
     }
 
     /// Begins a round of sends of what lives for `'a`; nothing is sent for sure until
@@ -78,7 +79,7 @@ impl<W: Way> Outlet<W> {
             seen_progress: self.progress.load(Ordering::Relaxed),
             offload: &mut self.offload,
             messages: self.batch.begin(),
-            told: &mut self.told,
+            log: &mut self.log,
             metrics: &self.metrics,
             patience: PATIENCE,
         }
@@ -93,7 +94,7 @@ pub(super) struct Round<'o, 'a, W = UdpSocket> {
     seen_progress: u64,
     offload: &'o mut Offload,
     messages: Messages<'o, 'a>,
-    told: &'o mut Told,
+    log: &'o mut SendLog,
     metrics: &'o FanoutMetrics,
     /// How much longer it may wait for room while the kernel takes nothing.
     patience: Duration,
@@ -159,7 +160,7 @@ impl<'a, W: Way> Round<'_, 'a, W> {
         }
         self.messages.clear();
         if let Some(error) = sent.congestion {
-            self.told.of_congestion(Instant::now(), &error);
+            self.log.congestion(Instant::now(), &error);
         }
         let metrics = self.metrics;
         metrics.calls.inc_by(sent.calls);
@@ -270,10 +271,11 @@ impl<'a, W: Way> Round<'_, 'a, W> {
     fn fail(&mut self, to: SocketAddr, packets: u64, error: io::Error, sent: &mut Sent) {
         let refusal = Refusal::from(&error);
         self.metrics.errors(refusal).inc_by(packets);
-        // That may be most of what a worker that is behind has to send, so it is told later.
+        // Congestion may concern most of what a worker that is behind has to send: it is logged once
+        // per round.
         match refusal.is_congestion() {
             true => sent.congestion = Some(error),
-            false => self.told.of_target(Instant::now(), to, refusal, &error),
+            false => self.log.refusal(Instant::now(), to, refusal, &error),
         }
     }
 }
@@ -303,42 +305,38 @@ impl Way for UdpSocket {
     }
 }
 
-/// When failures were logged last.
-#[derive(Debug, Default)]
-struct Told {
-    targets: HashMap<(SocketAddr, Refusal), Instant>,
-    congestion: Option<Instant>,
+/// Limits of the log lines about failed sends.
+#[derive(Debug)]
+struct SendLog {
+    refusals: KeyedLogLimit<(SocketAddr, Refusal)>,
+    congestion: LogLimit,
 }
 
-impl Told {
-    fn of_target(&mut self, now: Instant, to: SocketAddr, refusal: Refusal, error: &io::Error) {
-        // Targets that were taken off the list are forgotten with the rest.
-        if self.targets.len() > MAX_TOLD {
-            self.targets.clear();
-        }
-        if self.targets.get(&(to, refusal)).is_none_or(|at| is_due(now, *at)) {
-            self.targets.insert((to, refusal), now);
-            tracing::warn!(target = %to, "RTP cannot be sent there: {error}");
+impl SendLog {
+    fn refusal(&mut self, now: Instant, to: SocketAddr, refusal: Refusal, error: &io::Error) {
+        if let Some(missed) = self.refusals.due(now, (to, refusal)) {
+            tracing::warn!(target = %to, %error, missed, "cannot send RTP to this target");
         }
     }
 
-    fn of_congestion(&mut self, now: Instant, error: &io::Error) {
-        if self.congestion.is_none_or(|at| is_due(now, at)) {
-            self.congestion = Some(now);
-            tracing::warn!(
-                "RTP is lost here: for {} ms the kernel took nothing more ({error})",
-                PATIENCE.as_millis()
-            );
+    fn congestion(&mut self, now: Instant, error: &io::Error) {
+        if let Some(missed) = self.congestion.due(now) {
+            let stalled_ms = PATIENCE.as_millis() as u64;
+            tracing::warn!(%error, stalled_ms, missed, "RTP was dropped: the kernel took no packets");
         }
     }
 }
 
-fn is_due(now: Instant, told: Instant) -> bool {
-    now.saturating_duration_since(told) >= TELL_EVERY
+impl Default for SendLog {
+    fn default() -> Self {
+        Self {
+            refusals: KeyedLogLimit::every(LOG_INTERVAL, MAX_LOGGED),
+            congestion: LogLimit::every(LOG_INTERVAL),
+        }
+    }
 }
 
 /// What is known of segmentation offload (UDP GSO).
-#[derive(Default)]
 struct Offload {
     /// Datagrams that a message may have; 1 once it is known that the kernel cuts none.
     segments: usize,
@@ -351,8 +349,20 @@ struct Offload {
     by_socket: bool,
     /// What messages wanted of late that the socket does not do by itself, and how many in a row.
     wanted: (u16, usize),
-    /// When a refusal was logged last.
-    told: Option<Instant>,
+    refusal_log: LogLimit,
+}
+
+impl Default for Offload {
+    fn default() -> Self {
+        Self {
+            segments: 0,
+            whole: HashSet::new(),
+            refused: 0,
+            by_socket: false,
+            wanted: (0, 0),
+            refusal_log: LogLimit::every(LOG_INTERVAL),
+        }
+    }
 }
 
 impl Offload {
@@ -365,12 +375,12 @@ impl Offload {
         if self.whole.len() >= MAX_WHOLE {
             self.whole.clear();
         }
-        let now = Instant::now();
-        if self.whole.insert(to) && self.told.is_none_or(|at| is_due(now, at)) {
-            self.told = Some(now);
+        if self.whole.insert(to)
+            && let Some(missed) = self.refusal_log.due(Instant::now())
+        {
             tracing::warn!(
-                target = %to,
-                "UDP segmentation offload is refused ({error}): sending one datagram at a time there"
+                target = %to, %error, missed,
+                "UDP segmentation offload refused; sending one datagram at a time to this target"
             );
         }
         if self.refused >= REFUSALS && self.segments > 1 {
@@ -424,8 +434,9 @@ const MAX_MESSAGE: usize = 65_507;
 const PATIENCE: Duration = Duration::from_millis(20);
 /// About as long as a gigabit interface takes for fifty packets.
 const QUEUE_PAUSE: Duration = Duration::from_micros(500);
-const MAX_TOLD: usize = 10_000;
-const TELL_EVERY: Duration = Duration::from_secs(60);
+/// Targets with a log limit each; further ones share one.
+const MAX_LOGGED: usize = 10_000;
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Targets without segmentation that are remembered; the others are tried anew.
 const MAX_WHOLE: usize = 4096;
 /// Refusals one after the other, without a message that was cut, after which none will be.
@@ -703,7 +714,9 @@ mod tests {
         assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), WAITS);
         assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 3 * 54, "each was tried");
         assert_eq!(metrics.datagrams.get(), 54);
-        assert!(outlet.told.targets.is_empty() && outlet.told.congestion.is_some());
+        assert_eq!(outlet.log.congestion.due(Instant::now()), None, "it was logged");
+        let target = (([127, 0, 0, 1], 9).into(), Refusal::WouldBlock);
+        assert_eq!(outlet.log.refusals.due(Instant::now(), target), Some(0), "as congestion only");
     }
 
     #[test]

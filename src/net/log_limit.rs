@@ -75,6 +75,8 @@ pub struct KeyedLogLimit<K> {
     max_keys: usize,
     limits: HashMap<K, LogLimit>,
     overflow: LogLimit,
+    /// Once per interval, so that a flood of new keys does not search all keys each time.
+    purge: LogLimit,
 }
 
 impl<K: Hash + Eq> KeyedLogLimit<K> {
@@ -85,8 +87,8 @@ impl<K: Hash + Eq> KeyedLogLimit<K> {
 
     /// A limit of one line per key and `interval`.
     pub fn every(interval: Duration, max_keys: usize) -> Self {
-        let overflow = LogLimit::every(interval);
-        Self { interval, max_keys, limits: HashMap::new(), overflow }
+        let (overflow, purge) = (LogLimit::every(interval), LogLimit::every(interval));
+        Self { interval, max_keys, limits: HashMap::new(), overflow, purge }
     }
 
     /// As [`LogLimit::due`], for `key`.
@@ -94,7 +96,7 @@ impl<K: Hash + Eq> KeyedLogLimit<K> {
         if let Some(limit) = self.limits.get_mut(&key) {
             return limit.due(now);
         }
-        if self.limits.len() >= self.max_keys {
+        if self.limits.len() >= self.max_keys && self.purge.due(now).is_some() {
             // The counts of keys that have fallen silent are lost with them.
             self.limits.retain(|_, limit| limit.is_active(now));
         }
