@@ -338,7 +338,9 @@ impl Intake {
             debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
             return;
         };
-        if matches!(close, Close::Protocol(_)) {
+        // A handshake that fails is seldom an encoder's.
+        let by_encoder = |error: &SessionError| !matches!(error, SessionError::Handshake(_));
+        if matches!(close, Close::Protocol(error) if by_encoder(error)) {
             warn!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
         } else {
             info!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
