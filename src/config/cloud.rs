@@ -70,6 +70,12 @@ settings! {
             max_streams: usize = 1000, in 1..=100_000;
             /// RTMP connections at one time, 1 to 1000000.
             rtmp_max_connections: usize = 8192, in 1..=1_000_000;
+            /// And without a publication, of one client address, 0 to 1000000; 0 is half of all.
+            /// Loopback addresses have no such limit.
+            rtmp_max_connections_per_address: usize = 0, in 0..=1_000_000;
+            /// HTTP connections of one client address, 0 to 1000000; 0 is half of all 1024.
+            /// Loopback addresses have no such limit.
+            http_max_connections_per_address: usize = 0, in 0..=1_000_000;
             /// A second encoder may take a stream over once the first was silent this long, in
             /// milliseconds, 100 to 600000.
             publisher_silence_ms: u64 = 5000, in 100..=600_000;

@@ -14,9 +14,10 @@ use crate::{
         metrics::HttpMetrics,
         viewer::{Connection, ViewerSettings},
     },
-    net::{AcceptLoop, AcceptSettings, Accepted, LogLimit, SlotLimits},
+    net::{AcceptLoop, AcceptSettings, Accepted, SlotLimits},
 };
 use downpour_hub::Admission;
+use downpour_sys::LogLimit;
 
 /// One listening address of a node.
 ///

@@ -15,11 +15,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::{
-    log_limit::LogLimit,
-    slots::{Slot, SlotLimits, SlotRefusal, Slots},
-};
+use super::slots::{Slot, SlotLimits, SlotRefusal, Slots};
 use crate::node::limits;
+use downpour_sys::LogLimit;
 
 /// Listens for TCP on `addr`, for about `connections` connections at one time; port 0 picks a free
 /// one. Must be called within a tokio runtime.

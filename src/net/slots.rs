@@ -44,6 +44,11 @@ impl SlotLimits {
     }
 }
 
+/// The setting of an address's share as [`SlotLimits::new`] takes it: 0 is the default.
+pub fn share(setting: usize) -> Option<usize> {
+    (setting > 0).then_some(setting)
+}
+
 /// Why a connection is idle. Those of the first kind are displaced first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Idle {
@@ -464,7 +469,7 @@ mod tests {
             let mut pinned = Vec::new();
             for (step, (event, address, pick)) in events.into_iter().enumerate() {
                 let (now, address) = (sim.at(step as u64), client(address % 5));
-                let picked = sim.table.entries.keys().copied().min_by_key(|id| id % 7 ^ u64::from(pick));
+                let picked = sim.table.entries.keys().copied().min_by_key(|id| (id % 7) ^ u64::from(pick));
                 match (event % 6, picked) {
                     (0..=1, _) => drop(sim.table.admit(now, address, step)),
                     (2, Some(id)) => drop(sim.table.set_idle(id, Some((Idle::KeptAlive, now)))),

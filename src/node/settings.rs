@@ -9,6 +9,7 @@ use super::{
 use crate::{
     config::{ClientAddr, CloudConfig, EdgeConfig},
     http::ViewerSettings,
+    net,
     rtmp::listener::ServerSettings as RtmpSettings,
 };
 use downpour_distribution::downstream::{
@@ -34,6 +35,9 @@ impl From<&CloudConfig> for NodeSettings {
                 Setting::new("rtmp_addr", config.rtmp_addr.clone()),
                 RtmpSettings {
                     max_connections: config.rtmp_max_connections,
+                    max_connections_per_address: net::share(
+                        config.rtmp_max_connections_per_address,
+                    ),
                     ..RtmpSettings::default()
                 },
             )),
@@ -42,7 +46,11 @@ impl From<&CloudConfig> for NodeSettings {
             http: HttpSettings {
                 addr: Setting::new("api_addr", config.api_addr.clone()),
                 flv: config.http_flv,
-                viewers: viewers(config.max_viewers, config.merge_write_ms),
+                viewers: viewers(
+                    config.max_viewers,
+                    config.merge_write_ms,
+                    config.http_max_connections_per_address,
+                ),
                 grace: CLOUD_HTTP_GRACE,
             },
             record: config.enable_record.then(|| config.record_dir.clone()),
@@ -70,7 +78,11 @@ impl From<&EdgeConfig> for NodeSettings {
             http: HttpSettings {
                 addr: Setting::new("flv_addr", config.flv_addr.clone()),
                 flv: true,
-                viewers: viewers(config.max_viewers, config.merge_write_ms),
+                viewers: viewers(
+                    config.max_viewers,
+                    config.merge_write_ms,
+                    config.http_max_connections_per_address,
+                ),
                 grace: grace / 2,
             },
             record: config.enable_record.then(|| config.record_dir.clone()),
@@ -79,9 +91,10 @@ impl From<&EdgeConfig> for NodeSettings {
     }
 }
 
-fn viewers(max_viewers: usize, merge_write_ms: u64) -> ViewerSettings {
+fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> ViewerSettings {
     ViewerSettings {
         max_viewers,
+        max_connections_per_address: net::share(per_address),
         merge_write: Duration::from_millis(merge_write_ms),
         ..ViewerSettings::default()
     }

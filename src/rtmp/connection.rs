@@ -28,10 +28,7 @@ use super::{
     },
 };
 use crate::rtmp::listener::ServerSettings;
-use crate::{
-    net::{KeyedLogLimit, Slot},
-    rtmp::socket,
-};
+use crate::{net::Slot, rtmp::socket};
 use downpour_hub::{
     Admission,
     admission::{self, Publication},
@@ -41,6 +38,7 @@ use downpour_rtmp::session::{
     PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,
     SessionSettings,
 };
+use downpour_sys::KeyedLogLimit;
 
 pub struct Connection {
     stream: TcpStream,
@@ -408,7 +406,9 @@ impl ConnectionState {
             debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
             return;
         };
-        if matches!(close, Close::Protocol(_)) {
+        // A handshake that fails is seldom an encoder's.
+        let by_encoder = |error: &SessionError| !matches!(error, SessionError::Handshake(_));
+        if matches!(close, Close::Protocol(error) if by_encoder(error)) {
             warn!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
         } else {
             info!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
@@ -431,7 +431,7 @@ impl Drop for ConnectionState {
 pub struct CloseLog(Mutex<KeyedLogLimit<&'static str>>);
 
 impl CloseLog {
-    /// As [`LogLimit::due`](crate::net::LogLimit::due). `published` is whether the connection asked
+    /// As [`LogLimit::due`](downpour_sys::LogLimit::due). `published` is whether the connection asked
     /// to publish a stream.
     fn due(&self, close: &Close, published: bool) -> Option<u64> {
         match close {

@@ -45,6 +45,7 @@ use super::{
     stats::ReceiveMetrics,
     streams::Streams,
 };
+use crate::http_client::HttpClientError;
 use downpour_repair::{
     control::{Nonce, Report},
     probe::{ProbeMessage, is_probe_message},
@@ -219,7 +220,9 @@ impl Upstream {
             && let Poll::Ready(answer) = Pin::new(lookup).poll(cx)
         {
             self.name_lookup = None;
-            self.handle_names(answer.unwrap_or_else(|error| Err(io::Error::other(error).into())));
+            self.handle_names(answer.unwrap_or_else(|error| {
+                Err(HttpClientError::Connect(io::Error::other(error)).into())
+            }));
         }
         while let Poll::Ready((path, nonce, cloud)) = self.rtp_lookups.poll_next(cx) {
             if self.nonce == Some(nonce) {

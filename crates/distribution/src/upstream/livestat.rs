@@ -2,12 +2,9 @@
 
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, body::Bytes, header};
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
-use tokio::net::TcpStream;
 
+use crate::http_client::{self, HttpClientError};
 use downpour_media::StreamKey;
 use downpour_repair::rtp::Ssrc;
 
@@ -33,24 +30,8 @@ pub async fn fetch(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
 }
 
 async fn request(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
-    let socket = TcpStream::connect(cloud).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(socket)).await?;
-    let request = Request::get("/stat/livestat")
-        .header(header::HOST, cloud)
-        .header(header::CONNECTION, "close")
-        .body(Empty::new())
-        .map_err(|_| LivestatError::Malformed)?;
-    let answer = async {
-        let response = sender.send_request(request).await?;
-        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-        parse(&body.map_err(|_| LivestatError::Malformed)?.to_bytes())
-    };
-    // The connection must be polled while the answer is read.
-    tokio::select! {
-        answer = answer => answer,
-        Err(error) = connection => Err(error.into()),
-    }
+    let answer = http_client::get(cloud, cloud, "/stat/livestat").await?;
+    parse(&answer.body(MAX_BODY).await?)
 }
 
 fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
@@ -72,12 +53,9 @@ fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
 /// Why there is no list of streams.
 #[derive(Debug, thiserror::Error)]
 pub enum LivestatError {
-    /// The TCP connection failed.
-    #[error("cannot connect: {0}")]
-    Connect(#[from] std::io::Error),
-    /// The HTTP exchange failed.
-    #[error("no answer: {0}")]
-    Http(#[from] hyper::Error),
+    /// There is no connection, or the answer is not complete.
+    #[error(transparent)]
+    Http(#[from] HttpClientError),
     /// The API did not answer in time.
     #[error("no answer within {} s", TIMEOUT.as_secs())]
     Timeout,

@@ -51,6 +51,7 @@ use downpour_repair::{
         packet::{Header, PAYLOAD_TYPE},
     },
 };
+use downpour_sys::LogLimit;
 use downpour_sys::prefetch;
 
 /// How streams are received.
@@ -79,7 +80,7 @@ pub struct Streams {
     nacks: VecDeque<Nack>,
     /// Each live stream once; the front is reported next.
     report_turns: VecDeque<Ssrc>,
-    refusal_logged: Option<Instant>,
+    refusal_log: LogLimit,
     /// Whether the current connection announces streams and their ends (`downpour/1`).
     announced: bool,
     /// Whether parity has arrived for any stream.
@@ -109,7 +110,7 @@ impl Streams {
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
             report_turns: VecDeque::new(),
-            refusal_logged: None,
+            refusal_log: LogLimit::default(),
             announced: false,
             has_parity: false,
             wakes: BTreeSet::new(),
@@ -326,11 +327,9 @@ impl Streams {
 
     fn refuse(&mut self, now: Instant, up: &StreamInfo) {
         self.metrics.refused_streams.inc();
-        let is_due = |at: Instant| now.saturating_duration_since(at) >= REFUSAL_LOG_INTERVAL;
-        if self.refusal_logged.is_none_or(is_due) {
-            self.refusal_logged = Some(now);
+        if let Some(missed) = self.refusal_log.due(now) {
             let max_streams = self.settings.max_streams;
-            tracing::warn!(stream = %up.key, max_streams, "stream refused: max_streams reached");
+            tracing::warn!(stream = %up.key, max_streams, missed, "stream refused: too many");
         }
     }
 
@@ -593,7 +592,6 @@ const ENDED_REMEMBERED: Duration = Duration::from_secs(30);
 const MAX_ENDED: usize = 4096;
 /// The step between two times of [`Streams::wakes`].
 const TIMER_STEP: Duration = Duration::from_nanos(1);
-const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests;

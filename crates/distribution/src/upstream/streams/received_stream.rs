@@ -24,6 +24,7 @@ use downpour_repair::{
     receiver::{self, Event, Receiver},
     rtp::{Depacketizer, Packet, Seq, Ssrc, depacketizer::Damage},
 };
+use downpour_sys::LogLimit;
 
 /// One received stream: reordering and repair, reassembly of tags, publication in the hub.
 ///
@@ -48,7 +49,7 @@ pub(super) struct ReceivedStream {
     pub(super) unconfirmed_since: Option<Instant>,
     /// Total since the stream started.
     damage: Damage,
-    damage_logged: Option<Instant>,
+    damage_log: LogLimit,
     /// The part of the receiver's and the decoder's statistics that [`ReceiveMetrics`] has.
     counted: receiver::Stats,
     counted_parity: fec::decoder::Stats,
@@ -86,7 +87,7 @@ impl ReceivedStream {
             wake: None,
             unconfirmed_since: None,
             damage: Damage::default(),
-            damage_logged: None,
+            damage_log: LogLimit::every(DAMAGE_LOG_INTERVAL),
             counted: receiver::Stats::default(),
             counted_parity: fec::decoder::Stats::default(),
         }
@@ -214,15 +215,14 @@ impl ReceivedStream {
             // The stream was joined in mid-tag, and the rest of that tag is discarded.
             return;
         }
-        let is_due = |at: Instant| now.saturating_duration_since(at) >= DAMAGE_LOG_INTERVAL;
-        if self.damage_logged.is_none_or(is_due) {
-            self.damage_logged = Some(now);
+        if let Some(missed) = self.damage_log.due(now) {
             tracing::warn!(
                 stream = %self.key,
                 ssrc = %self.ssrc,
                 lost = total.packets,
                 discarded = total.discarded,
                 malformed = total.malformed,
+                missed,
                 "media lost; packets in total",
             );
         }
