@@ -31,7 +31,7 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
             addrs.api
         );
         tracing::info!("the certificate's fingerprint, for edges to pin: {}", addrs.fingerprint);
-        if config.debug {
+        if config.downstream.debug {
             tracing::warn!("debug is true: no RTP is sent");
         }
         cloud.run(shutdown).await?;

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     cloud::Cloud,
-    config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
+    config::{CloudConfig, DownstreamConfig, EdgeConfig, ListenAddr, LogLevel},
     edge::stats::{IntakeMetrics, StreamStats},
     edge::{Edge, EdgeAddrs},
     impair::{LinkSettings, RelaySettings, UdpRelay},
@@ -167,11 +167,14 @@ fn cloud_config(scratch: &Scratch) -> CloudConfig {
     CloudConfig {
         rtmp_addr: usual_tcp(usual.rtmp_addr.port()),
         api_addr: usual_tcp(usual.api_addr.port()),
-        quic_addr: usual_udp(usual.quic_addr.port()),
-        rtp_port: usual_udp(usual.rtp_port).port(),
-        client_addr_list: Vec::new(),
-        cert_file: scratch.0.join("cloud.crt"),
-        key_file: scratch.0.join("cloud.key"),
+        downstream: DownstreamConfig {
+            quic_addr: usual_udp(usual.downstream.quic_addr.port()),
+            rtp_port: usual_udp(usual.downstream.rtp_port).port(),
+            targets: Vec::new(),
+            cert_file: scratch.0.join("cloud.crt"),
+            key_file: scratch.0.join("cloud.key"),
+            ..usual.downstream
+        },
         ..usual
     }
 }

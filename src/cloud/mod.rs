@@ -97,25 +97,26 @@ impl Cloud {
             .map_err(|error| StartError::listen("rtmp_addr", rtmp_addr, &error))?
             .with_metrics(RtmpMetrics::register(&registry)?);
 
-        let identity = Identity::load_or_create(&config.cert_file, &config.key_file)
-            .map_err(|error| StartError::new("cert_file", error))?;
-        let quic_addr = resolve("quic_addr", &config.quic_addr)?;
+        let identity =
+            Identity::load_or_create(&config.downstream.cert_file, &config.downstream.key_file)
+                .map_err(|error| StartError::new("cert_file", error))?;
+        let quic_addr = resolve("quic_addr", &config.downstream.quic_addr)?;
         let api_listener = listen("api_addr", &config.api_addr, 0)?;
 
         let fanout_settings = fanout::Settings {
-            port: config.rtp_port,
+            port: config.downstream.rtp_port,
             multicast: MulticastOut {
-                ttl: config.multicast_ttl,
-                looped: config.multicast_loop,
-                interface: config.multicast_interface.0,
+                ttl: config.downstream.multicast_ttl,
+                looped: config.downstream.multicast_loop,
+                interface: config.downstream.multicast_interface.0,
             },
-            workers: config.fanout_workers,
-            pacing: config.pacing,
+            workers: config.downstream.fanout_workers,
+            pacing: config.downstream.pacing,
             ..fanout::Settings::default()
         };
         let fanout_metrics = FanoutMetrics::register(&registry)?;
         let routes = Routes::new(&registry)?;
-        routes.set_edge_fec(config.fec);
+        routes.set_edge_fec(config.downstream.fec);
         let edges = Edges::default();
         registry.register(Box::new(ReportCollector::new(edges.clone())?))?;
         let probe_metrics = ProbeMetrics::register(&registry)?;
@@ -124,21 +125,22 @@ impl Cloud {
         let probed = subscribers.clone();
         let on_datagrams: OnDatagrams =
             Arc::new(move |from, bytes| probed.handle_datagrams(Instant::now(), from, bytes));
-        let fanout = match config.debug {
+        let fanout = match config.downstream.debug {
             true => None,
             false => Some(
-                Fanout::spawn(&fanout_settings, routes, &on_datagrams, fanout_metrics)
-                    .map_err(|error| StartError::listen("rtp_port", config.rtp_port, &error))?,
+                Fanout::spawn(&fanout_settings, routes, &on_datagrams, fanout_metrics).map_err(
+                    |error| StartError::listen("rtp_port", config.downstream.rtp_port, &error),
+                )?,
             ),
         };
         let repair_settings = RepairServerSettings {
             node: node_name(),
-            rtp_port: fanout.as_ref().map_or(config.rtp_port, Fanout::local_port),
-            v0: config.v0_repair,
-            max_connections: config.max_edges,
-            v0_allow: config.v0_allow.clone(),
-            repair_budget: config.repair_budget,
-            token: Some(config.edge_token.clone()).filter(|token| !token.is_empty()),
+            rtp_port: fanout.as_ref().map_or(config.downstream.rtp_port, Fanout::local_port),
+            v0: config.downstream.v0_repair,
+            max_connections: config.downstream.max_edges,
+            v0_allow: config.downstream.v0_allow.clone(),
+            repair_budget: config.downstream.repair_budget,
+            token: Some(config.downstream.edge_token.clone()).filter(|token| !token.is_empty()),
             ..RepairServerSettings::default()
         };
         let mut repair = RepairServer::bind(
@@ -163,9 +165,9 @@ impl Cloud {
         let on_start = recorder.clone();
         let publications = Publications::new(
             publications::Settings {
-                cache_packets: config.rtp_cache_size,
-                cache_age: Duration::from_millis(config.rtp_cache_ms),
-                payload_max: config.rtp_payload_max,
+                cache_packets: config.downstream.rtp_cache_size,
+                cache_age: Duration::from_millis(config.downstream.rtp_cache_ms),
+                payload_max: config.downstream.rtp_payload_max,
                 silence: Duration::from_millis(config.publisher_silence_ms),
                 max_streams: config.max_streams,
             },
@@ -190,9 +192,10 @@ impl Cloud {
             rtp: fanout.as_ref().map(Fanout::local_port),
             fingerprint: identity.fingerprint(),
         };
-        let with_fec =
-            |client: &ClientAddr| (client.addr.clone(), client.fec.unwrap_or(config.fec));
-        let destinations = config.client_addr_list.iter().map(with_fec).collect();
+        let with_fec = |client: &ClientAddr| {
+            (client.addr.clone(), client.fec.unwrap_or(config.downstream.fec))
+        };
+        let destinations = config.downstream.targets.iter().map(with_fec).collect();
         let state = CloudState {
             hub,
             origin,
