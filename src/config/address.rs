@@ -7,7 +7,8 @@ use std::{
 };
 
 use super::{
-    tree::{Invalid, Node},
+    invalid::Invalid,
+    tree::Node,
     value::{self, Setting, optional},
 };
 

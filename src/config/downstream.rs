@@ -20,7 +20,7 @@ group! {
         /// free one.
         restart rtp_port -> rtp_port: u16 = 5220, in 0..=65535, also [rtp_port];
         /// Addresses that get every stream without subscribing: multicast groups and existing Go
-        /// edges. A list of ip:port, host:port or {addr: ip:port, fec: auto}.
+        /// edges. A list of ip:port, host:port or `{addr: ip:port, fec: auto}`.
         restart targets -> targets: Vec<ClientAddr> = Vec::new(), also [client_addr_list];
         /// Edges connected over QUIC at one time.
         restart max_edges -> max_edges: usize = 10_000, in 1..=1_000_000, also [max_edges];
@@ -35,13 +35,13 @@ group! {
         restart repair_budget -> repair_budget: u32 = 100, in 0..=1000, also [repair_budget];
         /// Whether existing Go edges may request lost packets. They cannot present a token.
         restart v0_repair -> v0_repair: bool = true, also [v0_repair];
-        /// Addresses and prefixes that Go edges may request from, such as [10.0.0.0/8, 192.0.2.7];
-        /// [] allows all.
+        /// Addresses and prefixes that Go edges may request from, such as `[10.0.0.0/8,
+        /// 192.0.2.7]`; `[]` allows all.
         restart v0_allow -> v0_allow: Vec<AddrRange> = Vec::new(), also [v0_allow];
         /// Parity packets, from which edges rebuild lost packets: off, auto (as much as the edges'
-        /// loss reports call for), or {columns: 10, rows: 5}. rows: 1 is row parity only.
+        /// loss reports call for), or `{columns: 10, rows: 5}`. `rows: 1` is row parity only.
         restart fec -> fec: Fec = Fec::Off, also [fec];
-        /// off sends a frame's packets at once. {factor: 1.5 to 100} spreads them at that multiple of
+        /// off sends a frame's packets at once. `{factor: 1.5 to 100}` spreads them at that multiple of
         /// the stream's rate, within one frame's time, for networks with short queues.
         restart pacing -> pacing: Pacing = Pacing::Off, also [pacing];
         /// RTP packets per stream that are kept for repair.

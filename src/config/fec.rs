@@ -5,8 +5,9 @@ use std::fmt;
 
 use super::{
     Destination, Setting,
+    invalid::Invalid,
     record::{Fields, record},
-    tree::{Invalid, Node, Value},
+    tree::{Node, Value},
     value::read_within,
 };
 use crate::repair::fec::{Fec, Matrix};

@@ -1,15 +1,16 @@
 //! Settings: YAML files in, checked values out.
 //!
-//! A file holds sections of keys. A key stands in one place, the [`settings!`](schema) block of its
-//! role, with its section, type, default, bounds, meaning, when a change takes effect, and the flat
-//! names under which files without sections have it. The sample files and the tables of
-//! `docs/configuration.md` are generated from there, and tests compare them.
+//! A file holds sections of keys. A key stands in one place, the `settings!` block of its role, with
+//! its section, type, default, bounds and meaning, when a change takes effect, and its flat names,
+//! which files without sections use. The sample files and the tables of `docs/configuration.md` are
+//! generated from there, and tests compare them.
 
 mod address;
 mod cloud;
 mod downstream;
 mod edge;
 mod fec;
+mod invalid;
 mod pacing;
 mod parse;
 mod record;
@@ -26,10 +27,11 @@ pub use cloud::CloudConfig;
 pub use downstream::DownstreamConfig;
 pub use edge::EdgeConfig;
 pub use fec::ClientAddr;
+pub use invalid::Invalid;
 pub use parse::Given;
 pub use record::Field;
 pub use schema::{Conflict, Key, Reload, Section, Settings, Slot, Spec, Visitor};
-pub use tree::{Entry, Invalid, Node, Place, Value};
+pub use tree::{Entry, Node, Place, Value};
 pub use value::{LogLevel, RepairProtocol, Setting};
 
 use std::{
@@ -164,7 +166,7 @@ fn defaults<T: Settings>(file: &Path) -> Loaded<T> {
     loaded
 }
 
-/// Reads a configuration's text, [`FILE_MAX`] bytes at most.
+/// Reads a configuration's text, 1 MiB at most.
 ///
 /// # Errors
 /// If it cannot be read, is too long or is not UTF-8.

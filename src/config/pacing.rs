@@ -2,8 +2,9 @@
 
 use super::{
     Setting,
+    invalid::Invalid,
     record::Fields,
-    tree::{Invalid, Node, Value},
+    tree::{Node, Value},
     value::read_within,
 };
 use crate::fanout::{PaceFactor, Pacing};

@@ -7,9 +7,10 @@ use std::{
 
 use super::{
     CloudConfig, ConfigError, EdgeConfig, Loaded, Role,
+    invalid::shown_key,
     record::nearest,
     schema::{self, Section, Settings, Slot, Spec, Visitor},
-    tree::{self, Entry, Node, Place, Value, shown_key},
+    tree::{self, Entry, Node, Place, Value},
 };
 
 /// Which sections and keys a file has.

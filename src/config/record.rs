@@ -1,7 +1,8 @@
 //! Records: maps with known keys, such as `{addr: 10.0.0.7:5222, fec: auto}`, mostly in lists.
 
 use super::{
-    tree::{Invalid, Node, Value, shown_key},
+    invalid::{Invalid, shown_key},
+    tree::{Node, Value},
     value::Setting,
 };
 
@@ -143,7 +144,7 @@ macro_rules! record {
 
             fn read(
                 node: &$crate::config::tree::Node,
-            ) -> Result<Self, $crate::config::tree::Invalid> {
+            ) -> Result<Self, $crate::config::Invalid> {
                 use $crate::config::record::Fields;
                 let fields = match &node.value {
                     $($crate::config::tree::Value::Scalar { .. } if !node.is_null() => {

@@ -8,13 +8,14 @@ use std::{fmt, ops::RangeInclusive};
 
 use super::{
     Role,
+    invalid::Invalid,
     parse::Given,
     record::Field,
-    tree::{Invalid, Node},
+    tree::Node,
     value::{Number, Setting, read_within},
 };
 
-/// A role's settings, as the [`settings!`](super::schema) block makes them.
+/// A role's settings, as the `settings!` block makes them.
 pub trait Settings: Default + Clone {
     /// The role that they configure.
     const ROLE: Role;

@@ -3,8 +3,9 @@
 use std::{fmt::Display, ops::RangeInclusive, path::PathBuf, str::FromStr};
 
 use super::{
+    invalid::Invalid,
     record::Field,
-    tree::{self, Invalid, Node, Value},
+    tree::{self, Node, Value},
 };
 use crate::{AddrRange, InvalidRange, repair::control::StreamPattern, tls::Fingerprint};
 
