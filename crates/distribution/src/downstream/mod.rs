@@ -1,4 +1,4 @@
-//! The sink that sends streams to other nodes: packets to edges, and repairs on request.
+//! The sink that sends streams to edges: RTP by the fan-out, lost packets by the repair server.
 
 pub mod edges;
 pub mod fanout;
