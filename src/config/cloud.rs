@@ -28,6 +28,15 @@ settings! {
                 Destination::ip([127, 0, 0, 1], 5224).into(),
             ];
         }
+        "HTTP" {
+            /// Whether viewers are served on api_addr: /{app}/{name}.flv.
+            http_flv: bool = true;
+            /// Viewers at one time.
+            max_viewers: usize = 10_000, in 1..=1_000_000;
+            /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
+            /// once.
+            merge_write_ms: u64 = 0, in 0..=2000;
+        }
         "RTP" {
             /// RTP packets of a stream that are held for repair, 1 to 32768.
             rtp_cache_size: usize = 5000, in 1..=32768;
@@ -61,6 +70,12 @@ settings! {
             max_streams: usize = 1000, in 1..=100_000;
             /// RTMP connections at one time, 1 to 1000000.
             rtmp_max_connections: usize = 8192, in 1..=1_000_000;
+            /// And without a publication, of one client address, 0 to 1000000; 0 is half of all.
+            /// Loopback addresses have no such limit.
+            rtmp_max_connections_per_address: usize = 0, in 0..=1_000_000;
+            /// HTTP connections of one client address, 0 to 1000000; 0 is half of all 1024.
+            /// Loopback addresses have no such limit.
+            http_max_connections_per_address: usize = 0, in 0..=1_000_000;
             /// A second encoder may take a stream over once the first was silent this long, in
             /// milliseconds, 100 to 600000.
             publisher_silence_ms: u64 = 5000, in 100..=600_000;

@@ -78,6 +78,9 @@ settings! {
         "Viewers" {
             /// Viewers at one time, 1 to 1000000.
             max_viewers: usize = 10_000, in 1..=1_000_000;
+            /// HTTP connections of one client address that are no viewer's, 0 to 1000000; 0 is half
+            /// of max_viewers + 1024. Loopback addresses have no such limit.
+            http_max_connections_per_address: usize = 0, in 0..=1_000_000;
             /// A viewer is written to at most once in so many milliseconds, 0 to 2000; 0 writes each
             /// frame at once. 350 takes a fraction of the processor time, and adds up to 350 ms of
             /// delay.

@@ -19,7 +19,7 @@ impl Setting for Pacing {
             _ => None,
         };
         read.ok_or_else(|| {
-            format!("off, or {{factor: {} to {}}}", PaceFactor::LEAST, PaceFactor::MOST)
+            format!("off, or {{factor: {} to {}}}", PaceFactor::MIN, PaceFactor::MAX)
         })
     }
 

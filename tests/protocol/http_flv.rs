@@ -8,11 +8,11 @@ use std::{
 use downpour::{
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
-        api::{EdgeState, edge_router},
+        api::{self, ApiState},
     },
     node::metrics,
 };
-use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
+use downpour_hub::{Admission, Hub, LogLimits, MaxLag, Publisher, admission};
 use downpour_media::{
     StreamKey,
     flv::{FlvReader, Tag, TagKind},
@@ -60,8 +60,7 @@ async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
 
 #[tokio::test]
 async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again() {
-    let node =
-        Node::start(ViewerSettings { stream_wait: Duration::from_secs(20), ..settings() }).await;
+    let node = Node::start_with(settings(), Duration::from_secs(20)).await;
     let mut early = node.connect("GET /live/movie.flv HTTP/1.0\r\n\r\n").await;
     for round in 0..2 {
         let mut publisher = node.publish();
@@ -252,6 +251,12 @@ async fn shutting_down_lets_viewers_finish_and_cuts_the_rest() {
     drop(idle);
 }
 
+/// Admits everybody who plays, at once or never.
+fn admission(hub: &Hub, max_players: usize, stream_wait: Duration) -> Admission {
+    let settings = admission::Settings { max_players, stream_wait, ..Default::default() };
+    Admission::new(hub.clone(), settings)
+}
+
 struct Node {
     address: SocketAddr,
     hub: Hub,
@@ -263,17 +268,23 @@ struct Node {
 
 impl Node {
     async fn start(settings: ViewerSettings) -> Self {
+        Self::start_with(settings, Duration::ZERO).await
+    }
+
+    /// Players wait for `stream_wait` for their stream.
+    async fn start_with(settings: ViewerSettings, stream_wait: Duration) -> Self {
         let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let registry = metrics::registry(hub.clone(), None).unwrap();
+        let admission = admission(&hub, settings.max_viewers, stream_wait);
+        let registry = metrics::registry(&admission, None).unwrap();
         let metrics = HttpMetrics::register(&registry).unwrap();
-        let router = edge_router(EdgeState {
+        let router = api::router(ApiState {
             hub: hub.clone(),
             registry: registry.clone(),
             started: Instant::now(),
+            downstream: None,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server =
-            HttpServer::new(listener, Some(hub.clone()), router, settings, metrics.clone());
+        let server = HttpServer::new(listener, Some(admission), router, settings, metrics.clone());
         let address = server.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let server = tokio::spawn(server.run(shutdown.clone(), Duration::from_millis(300)));
@@ -302,7 +313,8 @@ impl Node {
 
     /// The whole answer to a request, until the server closes.
     async fn ask(&self, request: &str) -> String {
-        let mut socket = self.connect(request).await;
+        let request = request.replacen(" HTTP/1.1\r\n", " HTTP/1.1\r\nConnection: close\r\n", 1);
+        let mut socket = self.connect(&request).await;
         let mut answer = Vec::new();
         timeout(DEADLINE, socket.read_to_end(&mut answer)).await.expect("an answer").unwrap();
         String::from_utf8(answer).unwrap()
@@ -378,7 +390,7 @@ async fn read_until(socket: &mut TcpStream, end: &[u8]) -> Vec<u8> {
 }
 
 fn settings() -> ViewerSettings {
-    ViewerSettings { stream_wait: Duration::ZERO, ..ViewerSettings::default() }
+    ViewerSettings::default()
 }
 
 fn metadata(timestamp: u32) -> Tag {

@@ -12,7 +12,7 @@ use downpour::{
     http::{HttpMetrics, HttpServer, ViewerSettings},
     node::metrics,
 };
-use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
+use downpour_hub::{Admission, Hub, LogLimits, MaxLag, Publisher, admission};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -305,12 +305,13 @@ struct Node {
 impl Node {
     async fn start(settings: ViewerSettings) -> Self {
         let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let registry = metrics::registry(hub.clone(), None).unwrap();
+        let admission = Admission::new(hub.clone(), admission::Settings::default());
+        let registry = metrics::registry(&admission, None).unwrap();
         let metrics = HttpMetrics::register(&registry).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server =
-            HttpServer::new(listener, Some(hub.clone()), Router::new(), settings, metrics.clone());
+            HttpServer::new(listener, Some(admission), Router::new(), settings, metrics.clone());
         let shutdown = CancellationToken::new();
         let server = tokio::spawn(server.run(shutdown.clone(), Duration::from_millis(300)));
         Self { address, hub, metrics, registry, shutdown, server }

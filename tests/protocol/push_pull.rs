@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -11,15 +10,12 @@ use downpour::{
     cli::{Failure, PullArgs, PushArgs, pull, push},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
-        api::{EdgeState, edge_router},
+        api::{self, ApiState},
     },
     node::metrics,
     rtmp::listener::{Server, ServerSettings},
 };
-use downpour_hub::{
-    self, Hub, LogLimits,
-    admission::{Publication, PublishError, PublishHandler, PublishRequest},
-};
+use downpour_hub::{Admission, Hub, LogLimits, admission};
 use downpour_media::flv::{FlvTags, FlvWriter, Tag, TagKind};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -106,13 +102,19 @@ type Outcome = Result<(pull::Totals, String), Failure>;
 impl Node {
     async fn start() -> Self {
         let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let registry = metrics::registry(hub.clone(), None).unwrap();
+        let admission = Admission::new(hub.clone(), admission::Settings::default());
+        let registry = metrics::registry(&admission, None).unwrap();
         let metrics = HttpMetrics::register(&registry).unwrap();
-        let router = edge_router(EdgeState { hub: hub.clone(), registry, started: Instant::now() });
+        let router = api::router(ApiState {
+            hub: hub.clone(),
+            registry,
+            started: Instant::now(),
+            downstream: None,
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = HttpServer::new(
             listener,
-            Some(hub.clone()),
+            Some(admission.clone()),
             router,
             ViewerSettings::default(),
             metrics,
@@ -123,7 +125,7 @@ impl Node {
         let rtmp_server =
             Server::bind("127.0.0.1:0".parse().unwrap(), ServerSettings::default()).unwrap();
         let rtmp = rtmp_server.local_addr().unwrap().to_string();
-        tokio::spawn(rtmp_server.run(Arc::new(IntoHub(hub.clone())), shutdown.clone()));
+        tokio::spawn(rtmp_server.run(admission, shutdown.clone()));
         Self { hub, dir: tempfile::tempdir().unwrap(), http, rtmp, shutdown }
     }
 
@@ -164,25 +166,6 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.shutdown.cancel();
-    }
-}
-
-struct IntoHub(Hub);
-
-impl PublishHandler for IntoHub {
-    fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError> {
-        match self.0.publish(request.key) {
-            Ok(publisher) => Ok(Box::new(Live(publisher))),
-            Err(downpour_hub::AlreadyLive(key)) => Err(PublishError::AlreadyLive(key)),
-        }
-    }
-}
-
-struct Live(downpour_hub::Publisher);
-
-impl Publication for Live {
-    fn tag(&mut self, tag: Tag) {
-        self.0.push(tag);
     }
 }
 

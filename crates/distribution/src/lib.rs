@@ -8,6 +8,7 @@ pub mod address;
 pub mod congestion;
 mod control_stream;
 pub mod downstream;
+pub mod http_client;
 pub mod protocol;
 pub mod report_metrics;
 pub mod tls;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{headers, report::Report};
 use crate::rtp::{Seq, Ssrc};
-use downpour_media::{StreamKey, StreamPattern, flv::Headers};
+use downpour_media::{PublicationId, StreamKey, StreamPattern, flv::Headers};
 
 /// A message from an edge to the cloud.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -124,6 +124,9 @@ pub struct StreamInfo {
     pub key: StreamKey,
     /// The publication.
     pub ssrc: Ssrc,
+    /// The identity of the publication on every hop; `None` from nodes that do not know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publication: Option<PublicationId>,
     /// Unix time of media time 0, in milliseconds.
     pub start_unix_ms: u64,
     /// Metadata and sequence headers, which a decoder needs first.

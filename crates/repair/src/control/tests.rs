@@ -7,12 +7,14 @@ use crate::{
     receiver::{DELAY_BOUNDS_MS, Histogram, MAX_PATHS, Stats},
     rtp::{Seq, Ssrc},
 };
+use downpour_media::PublicationId;
 use downpour_media::flv::{Headers, Tag, TagKind};
 
 fn info() -> StreamInfo {
     StreamInfo {
         key: "live/movie".parse().unwrap(),
         ssrc: Ssrc(0xdead_beef),
+        publication: Some(PublicationId(0xab)),
         start_unix_ms: 1_700_000_000_000,
         headers: Headers {
             video: Some(Tag::new(TagKind::Video, 0, &[0x17, 0, 1, 2]).unwrap()),
@@ -31,6 +33,7 @@ fn messages_have_the_json_of_the_wire_document() {
         json,
         serde_json::json!({
             "type": "stream_up", "key": "live/movie", "ssrc": 0xdead_beef_u32,
+            "publication": "00000000000000ab",
             "start_unix_ms": 1_700_000_000_000_u64,
             "headers": {
                 "video": "090000040000000000000017000102",

@@ -148,14 +148,14 @@ impl Depacketizer {
             State::Inside => {
                 self.partial.as_ref().map_or(0, |partial| partial.as_ptr_range().end.addr())
             }
-            State::Boundary | State::Lost => self.pool.next_place(),
+            State::Boundary | State::Lost => self.pool.next_address(),
         }
     }
 
     /// Returns the address of the pool's reference count, which each tag updates, for prefetching.
     #[inline]
     pub fn count(&self) -> usize {
-        self.pool.count()
+        self.pool.refcount_address()
     }
 
     /// Reports that the next `packets` packets are lost; 0 reports a discontinuity without a count.
@@ -192,7 +192,7 @@ impl Depacketizer {
         // limits the memory that a forged length reserves.
         let reserved = if marker { payload.len() } else { RESERVED_SLICES * payload.len() };
         Some(match self.expected_len <= reserved {
-            true => self.pool.room(self.expected_len + Tag::TRAILER_LEN),
+            true => self.pool.take(self.expected_len + Tag::TRAILER_LEN),
             // The tag will grow and move, which would waste its part of a shared block.
             false => BufferMut::with_capacity(reserved + Tag::TRAILER_LEN),
         })

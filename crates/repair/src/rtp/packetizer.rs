@@ -47,7 +47,7 @@ impl Packetizer {
         let timestamp = tag.timestamp().wrapping_mul(CLOCK_KHZ);
         let first_seq = self.next_seq;
         let len = unit.len() + count * HEADER_LEN;
-        let mut bytes = self.pool.room(len);
+        let mut bytes = self.pool.take(len);
         for (i, slice) in unit.chunks(self.payload_max).enumerate() {
             let header = Header {
                 marker: i + 1 == count,
