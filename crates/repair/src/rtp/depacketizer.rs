@@ -229,7 +229,7 @@ fn starts_tag(payload: &[u8], marker: bool) -> bool {
     }
 }
 
-/// Payloads to reserve for a started tag; most frames have no more.
+/// Payloads to reserve for a started tag; most frames have fewer.
 const RESERVED_SLICES: usize = 8;
 /// Block length in bytes: most frames of streams up to 2 Mbit/s fit.
 const BLOCK_LEN: usize = 128 << 10;
