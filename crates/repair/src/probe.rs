@@ -242,7 +242,7 @@ mod tests {
             }
         }
 
-        /// A forged probe sends its victim no more bytes than it cost.
+        /// A forged probe is answered with at most as many bytes.
         #[test]
         fn a_challenge_is_no_longer_than_a_probe(path in 0u8..MAX_PATHS, nonce: [u8; 16], cookie: u64) {
             let nonce = Nonce(nonce);

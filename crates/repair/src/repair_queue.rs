@@ -229,7 +229,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_budget_holds_and_each_repair_is_sent_or_late_once(
-            asks in prop::collection::vec((0u64..40, 0u64..400, 1usize..1200), 1..400),
+            requests in prop::collection::vec((0u64..40, 0u64..400, 1usize..1200), 1..400),
             rate in 1u64..200_000, burst in 1200u64..50_000,
         ) {
             let start = Instant::now();
@@ -256,7 +256,7 @@ mod tests {
                     Next::Idle => break,
                 }
             };
-            for (seq, (pause, slack, len)) in asks.iter().enumerate() {
+            for (seq, (pause, slack, len)) in requests.iter().enumerate() {
                 now += Duration::from_millis(*pause);
                 let deadline = now + Duration::from_millis(*slack);
                 let seq = Seq(seq as u16);
@@ -265,7 +265,7 @@ mod tests {
                 take(&mut queue, now);
             }
             take(&mut queue, now + Duration::from_secs(10));
-            prop_assert_eq!(ended, asks.len());
+            prop_assert_eq!(ended, requests.len());
         }
     }
 }

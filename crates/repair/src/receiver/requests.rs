@@ -86,6 +86,7 @@ impl Receiver {
         (self.round_trip.smoothed / 4).max(MIN_ANSWER_GAP)
     }
 
+    /// Reschedules a number whose answer is on its way.
     fn postpone(&mut self, now: Instant, number: u64) {
         let due = now + self.max_answer_gap();
         if let Some(Slot::Missing(missing)) = self.window.get_mut((number - self.run.next) as usize)
@@ -160,6 +161,7 @@ impl Receiver {
             && now + self.round_trip.min_try() + self.round_trip.smoothed / 4 < missing.deadline
     }
 
+    /// Records a request of a number, and schedules its repetition or next try.
     fn mark_requested(&mut self, now: Instant, number: u64) {
         let Some(missing) = self.missing_at(number) else { return };
         let left = missing.deadline.saturating_duration_since(now);

@@ -124,7 +124,7 @@ impl Depacketizer {
             self.partial_packets += 1;
             self.state = State::Inside;
             // The next payload is usually as long as this one.
-            prefetch(self.next_place(), payload.len());
+            prefetch(self.next_address(), payload.len());
             return None;
         }
         self.state = State::Boundary;
@@ -143,7 +143,7 @@ impl Depacketizer {
 
     /// Returns the address where the next payload will probably be written, for prefetching.
     #[inline]
-    pub fn next_place(&self) -> usize {
+    pub fn next_address(&self) -> usize {
         match self.state {
             State::Inside => {
                 self.partial.as_ref().map_or(0, |partial| partial.as_ptr_range().end.addr())
@@ -154,7 +154,7 @@ impl Depacketizer {
 
     /// Returns the address of the pool's reference count, which each tag updates, for prefetching.
     #[inline]
-    pub fn count(&self) -> usize {
+    pub fn refcount_address(&self) -> usize {
         self.pool.refcount_address()
     }
 
@@ -229,7 +229,7 @@ fn starts_tag(payload: &[u8], marker: bool) -> bool {
     }
 }
 
-/// Payloads to reserve for a started tag; most frames have no more.
+/// Payloads to reserve for a started tag; most frames have fewer.
 const RESERVED_SLICES: usize = 8;
 /// Block length in bytes: most frames of streams up to 2 Mbit/s fit.
 const BLOCK_LEN: usize = 128 << 10;

@@ -96,8 +96,8 @@ impl ReceivedStream {
     pub(super) fn prefetch_hints(&self) -> PrefetchHints {
         PrefetchHints {
             push: self.publisher.next_push(),
-            payload: self.depacketizer.next_place(),
-            count: self.depacketizer.count(),
+            payload: self.depacketizer.next_address(),
+            count: self.depacketizer.refcount_address(),
         }
     }
 
