@@ -13,7 +13,10 @@ pub mod media;
 pub mod network;
 pub mod node;
 pub mod ports;
+pub mod repair_node;
+pub mod repair_sim;
 pub mod rtmp;
+pub mod rtmp_node;
 pub mod viewer;
 
 use std::time::{Duration, Instant};

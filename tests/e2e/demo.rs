@@ -1,0 +1,54 @@
+//! `downpour demo`, the first thing that a newcomer runs.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use crate::common::{
+    media,
+    viewer::{Viewer, save},
+};
+
+#[test]
+fn it_says_where_to_watch_and_the_stream_is_whole() {
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_downpour"))
+        .args(["demo", "--edges", "2", "--loss", "10"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("cannot start the demo");
+    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let urls: Vec<String> = lines
+        .by_ref()
+        .take_while(|line| !line.starts_with("Push"))
+        .filter_map(|line| Some(line.split_once("http://")?.1.to_owned()))
+        .collect();
+    assert_eq!(urls.len(), 2, "{urls:?}");
+    // Somebody has to go on reading what it reports.
+    let reports = std::thread::spawn(move || lines.collect::<Vec<_>>());
+
+    let dir = tempfile::tempdir().unwrap();
+    for url in &urls {
+        let (addr, path) = url.split_once('/').expect("no path in the URL");
+        let key = path.strip_suffix(".flv").expect("not FLV");
+        let addr = addr.parse().expect("no address in the URL");
+        let viewer = Viewer::watch(addr, key);
+        viewer.wait_tags(200, Duration::from_secs(30));
+        let file = dir.path().join(format!("{}.flv", urls.len()));
+        save(&viewer.leave(), &file);
+        media::assert_decodes(&file, &["h264", "aac"]);
+    }
+
+    // SAFETY: the process is ours and has not been waited for.
+    unsafe { libc::kill(demo.id() as i32, libc::SIGINT) };
+    let output = demo.wait_with_output().expect("cannot wait for the demo");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let reports = reports.join().unwrap();
+    let repaired = |line: &String| {
+        let count = line.split_once("repaired ")?.1.split_whitespace().next()?;
+        count.parse::<u64>().ok()
+    };
+    assert!(reports.iter().filter_map(repaired).max() > Some(0), "{reports:?}");
+}

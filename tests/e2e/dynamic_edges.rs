@@ -1,0 +1,383 @@
+//! Edges that are in no list: they say hello, prove where they are, and get what they asked for.
+
+use std::{
+    net::UdpSocket,
+    time::{Duration, Instant},
+};
+
+use crate::common::{
+    SOON,
+    compare::{
+        Timestamps, assert_same_to_the_end, assert_same_while_it_lasted, media as without_script,
+    },
+    http::get_json,
+    media,
+    node::{Site, SiteSettings},
+    wait_for,
+};
+use downpour::{
+    edge::prober::Prober,
+    flv::Tag,
+    impair::LinkSettings,
+    repair::{
+        client::{
+            RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
+        },
+        probe::ProbeMessage,
+    },
+    tls::Trust,
+};
+use prometheus::Registry;
+use tokio::{runtime::Runtime, sync::mpsc};
+use tokio_util::sync::CancellationToken;
+
+const KEY: &str = "live/movie";
+const PUSH: Duration = Duration::from_secs(60);
+
+#[test]
+fn an_edge_says_hello_and_gets_its_stream() {
+    let site = dynamic().start();
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let push = site.push(media::short(), KEY);
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
+    // It is RTP that brought the stream, not repair.
+    assert_eq!(fanned_out(&site), packet_count(&media::short().tags));
+    assert!(packets(&site, "repaired_1") < 50.0);
+}
+
+/// What the edge reports is in the cloud's API and metrics, and goes when the edge goes.
+#[test]
+fn the_cloud_tells_how_its_edges_fare() {
+    let mut site = dynamic().with_edge("pack_loss: 0.05").start();
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let push = site.push(media::short(), KEY);
+    viewer.wait_tags(100, SOON);
+    let edges = || {
+        let (status, list) = get_json(site.cloud.node.http, "/api/v1/edges").unwrap();
+        assert_eq!(status, 200);
+        list["edges"].as_array().cloned().unwrap()
+    };
+    let edge = wait_for("the edge's report is there", SOON, || {
+        let edges = edges();
+        assert_eq!(edges.len(), 1, "{edges:?}");
+        let repaired = edges[0]["streams"][0]["repaired"][0].as_u64();
+        repaired.filter(|repaired| *repaired > 0).map(|_| edges[0].clone())
+    });
+    assert_eq!((&edge["node"], &edge["protocol"]), (&"edge0".into(), &"downpour".into()));
+    assert_eq!(edge["paths"][0]["state"], "up", "{edge}");
+    assert_eq!((&edge["patterns"][0], &edge["streams"][0]["key"]), (&"*".into(), &KEY.into()));
+    assert!(edge["round_trip_us"].as_u64() > Some(0), "{edge}");
+    let metrics = site.cloud.node.metrics();
+    let labels = [("edge", "edge0"), ("stream", KEY), ("fate", "repaired_1")];
+    assert!(metrics.sum("downpour_edge_stream_packets", &labels) > 0.0, "{}", metrics.text());
+    assert!(metrics.sum("downpour_edge_round_trip_seconds", &labels[..1]) > 0.0);
+    viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    wait_for("the ended stream is gone", SOON, || {
+        edges()[0]["streams"].as_array().unwrap().is_empty().then_some(())
+    });
+    site.edges[0].node.terminate();
+    wait_for("the edge is gone", SOON, || edges().is_empty().then_some(()));
+    assert!(!site.cloud.node.metrics().text().contains("edge0"));
+}
+
+#[test]
+fn behind_a_nat_that_loses_packets_of_either_kind() {
+    let path = LinkSettings { delay: Duration::from_millis(10), ..LinkSettings::lossy(0.05) };
+    let settings = SiteSettings { dynamic: true, ..SiteSettings::over(path, 7) };
+    let site = settings.with_edge("latency_ms: 1000").start();
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let push = site.push(media::full(), KEY);
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+    let rtp = site.network.rtp_stats();
+    assert!(rtp.sent > 1000 && rtp.dropped() > 20, "{rtp:?}");
+    assert!(packets(&site, "repaired_1") > 20.0);
+    assert_eq!(packets(&site, "lost"), 0.0);
+}
+
+/// Of two streams the edge wants one; the other's packets never leave the cloud.
+#[test]
+fn an_edge_gets_no_packets_of_streams_that_it_did_not_ask_for() {
+    let site = dynamic().with_edge("streams: [\"live/*\"]").start();
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let other = site.push(media::short(), "other/movie");
+    let push = site.push(media::short(), KEY);
+    wait_for("both are live", SOON, || (site.cloud.publications().len() == 2).then_some(()));
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    other.until_done(PUSH);
+    assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
+    assert_eq!(fanned_out(&site), packet_count(&media::short().tags), "one stream was sent");
+    assert!(packets(&site, "received") >= fanned_out(&site), "and came");
+    // A few stragglers of the ended stream count as unknown; the other stream would be 562.
+    let unknown = site.edges[0].node.metrics().sum("downpour_edge_unknown_packets_total", &[]);
+    assert!(unknown < 50.0, "{unknown}");
+}
+
+/// An edge changes its mind while the stream runs.
+#[test]
+fn unsubscribing_stops_the_packets_and_subscribing_brings_them_back() {
+    let site = SiteSettings { edges: 0, ..dynamic() }.start();
+    let mut client = Client::start(&site, &["other/*"]);
+    client.until_up();
+    let _push = site.push_with(media::full(), KEY, &["--loop"]);
+    wait_for("it is live", SOON, || (site.cloud.publications().len() == 1).then_some(()));
+    assert_eq!(fanned_out(&site), 0.0);
+
+    client.handle.subscribe(&["live/*".parse().unwrap()]).unwrap();
+    client.wait("packets come", |client| client.rtp > 20);
+    client.handle.unsubscribe(&["live/*".parse().unwrap()]);
+    let built = || site.cloud.node.metrics().sum("downpour_rtp_packets_total", &[]);
+    let mut before = (fanned_out(&site), built());
+    client.wait("no more packets leave, while the stream goes on", |_| {
+        let now = (fanned_out(&site), built());
+        let stopped = now.0 == before.0 && now.1 > before.1 + 20.0;
+        if now.0 != before.0 {
+            before = now;
+        }
+        stopped
+    });
+    let came = client.rtp;
+    client.handle.subscribe(&["live/movie".parse().unwrap()]).unwrap();
+    client.wait("packets come again", |client| client.rtp > came + 20);
+}
+
+#[test]
+fn with_a_wrong_token_there_is_no_rtp_and_a_plain_message() {
+    let site = dynamic().with_cloud("edge_token: secret").with_edge("token: wrong").start();
+    let refused = || {
+        let metrics = site.cloud.node.metrics();
+        metrics.sum("downpour_repair_server_refused_total", &[("reason", "token")])
+    };
+    wait_for("the edge is refused", SOON, || (refused() > 0.0).then_some(()));
+    site.push(media::short(), KEY).until_done(PUSH);
+    assert_eq!(fanned_out(&site), 0.0);
+    assert_eq!(dynamic_targets(&site), 0.0);
+    let log = site.edges[0].node.log_text();
+    assert!(log.contains("the token is wrong or missing"), "{log}");
+}
+
+/// An edge that lost its power says nothing; the cloud stops sending by itself.
+#[test]
+fn an_edge_that_is_killed_is_sent_nothing_more() {
+    let settings = SiteSettings { edges: 2, ..dynamic() };
+    let mut site = settings.start();
+    until_targets(&site, 2);
+    site.edges[0].node.kill();
+    let killed = Instant::now();
+    wait_for("the dead edge is dropped", Duration::from_secs(30), || {
+        (dynamic_targets(&site) == 1.0).then_some(())
+    });
+    assert!(killed.elapsed() < Duration::from_secs(22), "it took {:?}", killed.elapsed());
+    // The other one is served as before.
+    let viewer = site.edges[1].watch(KEY);
+    let push = site.push(media::short(), KEY);
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
+    site.edges[1].node.terminate();
+    wait_for("who leaves is dropped", SOON, || (dynamic_targets(&site) == 0.0).then_some(()));
+}
+
+#[test]
+fn an_edge_that_comes_back_gets_its_stream_again() {
+    let mut site = dynamic().start();
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let push = site.push(media::full(), KEY);
+    viewer.wait_tags(100, SOON);
+    site.edges[0].node.kill();
+    assert_same_while_it_lasted(&media::full().tags, &viewer.leave(), Timestamps::Exact);
+    site.edges[0].node.restart();
+    let viewer = site.watch(KEY);
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+    // From the same port as before, while its old connection was still thought alive: once each,
+    // but for what came while it was asked for.
+    assert!(packets(&site, "duplicate") < 50.0, "{}", packets(&site, "duplicate"));
+    assert!(packets(&site, "received") > 2.0 * packets(&site, "repaired_1"), "not repair alone");
+}
+
+#[test]
+fn a_cloud_that_comes_back_sends_again() {
+    let mut site = dynamic().start();
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let push = site.push(media::full(), KEY);
+    viewer.wait_tags(100, SOON);
+    site.cloud.node.kill();
+    drop(push);
+    site.cloud.node.restart();
+    viewer.until_end(SOON);
+    until_targets(&site, 1);
+    let viewer = site.watch(KEY);
+    let push = site.push(media::short(), KEY);
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
+}
+
+/// One edge, in no list.
+fn dynamic() -> SiteSettings {
+    SiteSettings { dynamic: true, ..SiteSettings::default() }
+}
+
+/// Waits until so many addresses are proven, and the edges know.
+#[track_caller]
+fn until_targets(site: &Site, count: usize) {
+    wait_for("the cloud sends to the edges", SOON, || {
+        (dynamic_targets(site) == count as f64).then_some(())
+    });
+    wait_for("the edges know", SOON, || {
+        let up = |edge: &crate::common::node::Edge| {
+            edge.node.metrics().sum("downpour_edge_path_up", &[])
+        };
+        let up: f64 = site.edges.iter().map(up).sum();
+        (up == count as f64).then_some(())
+    });
+}
+
+#[track_caller]
+fn dynamic_targets(site: &Site) -> f64 {
+    let metrics = site.cloud.node.metrics();
+    assert!(metrics.has("downpour_fanout_dynamic_targets"), "{}", metrics.text());
+    metrics.sum("downpour_fanout_dynamic_targets", &[])
+}
+
+/// Datagrams that left the cloud; nobody is in a list, so all of them are media.
+#[track_caller]
+fn fanned_out(site: &Site) -> f64 {
+    let metrics = site.cloud.node.metrics();
+    assert!(metrics.has("downpour_fanout_datagrams_total"), "{}", metrics.text());
+    metrics.sum("downpour_fanout_datagrams_total", &[])
+}
+
+/// Packets of RTP that a stream makes.
+fn packet_count(tags: &[Tag]) -> f64 {
+    let packets = |tag: &Tag| tag.unit().len().div_ceil(1120);
+    without_script(tags).iter().map(packets).sum::<usize>() as f64
+}
+
+/// The first edge's packets of one fate.
+#[track_caller]
+fn packets(site: &Site, fate: &str) -> f64 {
+    site.edges[0].node.metrics().sum("downpour_edge_packets_total", &[("fate", fate)])
+}
+
+/// The library's own half of an edge: a repair connection and an RTP socket.
+struct Client {
+    handle: RepairHandle,
+    events: mpsc::Receiver<RepairEvent>,
+    socket: UdpSocket,
+    prober: Prober,
+    cloud: std::net::SocketAddr,
+    up: bool,
+    /// Packets of RTP that came.
+    rtp: usize,
+    shutdown: CancellationToken,
+    /// Dropped last: the client's task lives on it.
+    _runtime: Runtime,
+}
+
+impl Client {
+    fn start(site: &Site, streams: &[&str]) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let settings = RepairClientSettings {
+            cloud: site.cloud.quic.to_string(),
+            protocol: Default::default(),
+            trust: Trust::Insecure,
+            node: "client".into(),
+            token: None,
+            streams: streams.iter().map(|pattern| pattern.parse().unwrap()).collect(),
+            rtp_port: Some(socket.local_addr().unwrap().port()),
+            rtp_paths: 1,
+            group: None,
+            parity: false,
+            latency: Duration::from_millis(500),
+        };
+        let metrics = RepairClientMetrics::register(&Registry::new()).unwrap();
+        let (sender, events) = mpsc::channel(4096);
+        let shutdown = CancellationToken::new();
+        let _inside = runtime.enter();
+        let handle = RepairClient::spawn(settings, sender, metrics, shutdown.clone()).unwrap();
+        drop(_inside);
+        Self {
+            handle,
+            events,
+            socket,
+            prober: Prober::new(0),
+            cloud: site.cloud.rtp,
+            up: false,
+            rtp: 0,
+            shutdown,
+            _runtime: runtime,
+        }
+    }
+
+    #[track_caller]
+    fn until_up(&mut self) {
+        self.wait("the path is up", |client| client.up);
+    }
+
+    /// Does its part until `condition` holds.
+    #[track_caller]
+    fn wait(&mut self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
+        wait_for(what, SOON, || {
+            self.drive();
+            condition(self).then_some(())
+        });
+    }
+
+    fn drive(&mut self) {
+        let now = Instant::now();
+        while let Ok(event) = self.events.try_recv() {
+            match event {
+                RepairEvent::Welcome(welcome) => {
+                    assert_eq!(welcome.rtp_port, self.cloud.port());
+                    self.prober.start(now, welcome.nonce);
+                }
+                RepairEvent::PathUp { path: 0, address } => {
+                    assert_eq!(address, self.socket.local_addr().unwrap());
+                    self.up = true;
+                }
+                _ => {}
+            }
+        }
+        let mut buffer = [0; 2000];
+        while let Ok((len, from)) = self.socket.recv_from(&mut buffer) {
+            assert_eq!(from, self.cloud);
+            let datagram = &buffer[..len];
+            if let Ok((message, _)) = ProbeMessage::parse(datagram) {
+                let proof = self.prober.handle_challenge(message).expect("a challenge");
+                self.socket.send_to(&proof.encode(), self.cloud).unwrap();
+            } else {
+                assert!(self.up || self.prober.poll_timeout().is_some(), "RTP before any proof");
+                self.rtp += 1;
+            }
+        }
+        if let Some(probe) = self.prober.poll_probe(now) {
+            self.socket.send_to(&probe.encode(), self.cloud).unwrap();
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}

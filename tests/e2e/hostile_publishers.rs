@@ -1,0 +1,244 @@
+//! Peers that lie, stall, break off or come in thousands: the cloud lives, its memory stays
+//! bounded, and the one honest stream does not notice.
+
+use std::{
+    io,
+    net::{Shutdown, TcpStream},
+    time::{Duration, Instant},
+};
+
+use crate::common::{
+    SOON,
+    compare::{Timestamps, assert_same_to_the_end},
+    media::{self, Encoder},
+    node::Site,
+    rtmp::{self, Peer},
+    viewer::Viewer,
+    wait_for,
+};
+
+const KEY: &str = "live/honest";
+const PUSH: Duration = Duration::from_secs(60);
+/// What the cloud may take, at any time since it started, while it is lied to.
+const MEMORY_BOUND: u64 = 64 << 20;
+/// With 8192 connections: some 10 KiB for each.
+const CROWDED_MEMORY_BOUND: u64 = 128 << 20;
+
+/// 400 connections of 4 chunk streams each that claim 16 MB a message: 25 GB.
+#[test]
+fn bodies_that_claim_sixteen_megabytes() {
+    let honest = Honest::start();
+    let peers: Vec<_> = (0..400)
+        .map(|number| {
+            let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+            // Half of them as publishers, from whom a message may be long.
+            if number % 2 == 0 {
+                peer.publish("live", &format!("liar{number}"), 128).unwrap();
+                peer.until_answer("NetStream.Publish.Start").unwrap();
+            }
+            for chunk_stream in 4..8 {
+                let header = rtmp::header(chunk_stream, rtmp::VIDEO, 1, 0xff_ffff);
+                // The node may have closed the connection at the first one.
+                let _ = peer.send(&[&header[..], &[0x17; 10]].concat());
+            }
+            peer
+        })
+        .collect();
+    honest.until_done(MEMORY_BOUND);
+    drop(peers);
+}
+
+#[test]
+fn amf_nested_a_hundred_thousand_deep() {
+    let honest = Honest::start();
+    // The shorter ones fit the limit of a command's length, so that depth alone is what stops them.
+    for nested in [
+        rtmp::nested_objects(100_000),
+        rtmp::nested_arrays(100_000),
+        rtmp::nested_objects(15_000),
+        rtmp::nested_arrays(12_000),
+    ] {
+        let lies = [
+            // Before anything else, as a command's object, and as metadata of a publisher.
+            (rtmp::COMMAND, [&nested[..]].concat(), false),
+            (
+                rtmp::COMMAND,
+                [rtmp::string("connect"), rtmp::number(1.0), nested.clone()].concat(),
+                false,
+            ),
+            (
+                rtmp::DATA,
+                [rtmp::string("@setDataFrame"), rtmp::string("onMetaData"), nested.clone()]
+                    .concat(),
+                true,
+            ),
+            (rtmp::DATA, [rtmp::string("onMetaData"), nested.clone()].concat(), true),
+        ];
+        for (kind, body, publishes) in lies {
+            let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+            if publishes {
+                peer.publish("live", "deep", 128).unwrap();
+                peer.until_answer("NetStream.Publish.Start").unwrap();
+            }
+            // An error is the node closing the connection half way, as it may.
+            let _ = peer.message(kind, u32::from(publishes), &body, 128);
+            let _ = peer.socket().shutdown(Shutdown::Write);
+            peer.until_closed(SOON).unwrap();
+        }
+    }
+    honest.until_done(MEMORY_BOUND);
+}
+
+/// §5.4.1 allows 1 to 2³¹-1. What lies outside ends the connection; what is legal works.
+#[test]
+fn absurd_chunk_sizes() {
+    let honest = Honest::start();
+    for size in [0_u32, 1 << 31, u32::MAX] {
+        let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+        peer.message(rtmp::SET_CHUNK_SIZE, 0, &size.to_be_bytes(), 128).unwrap();
+        peer.until_closed(SOON).unwrap_or_else(|error| panic!("chunk size {size}: {error}"));
+    }
+    for size in [1_u32, 0x7fff_ffff] {
+        let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+        peer.message(rtmp::SET_CHUNK_SIZE, 0, &size.to_be_bytes(), 128).unwrap();
+        let name = format!("chunks{size}");
+        peer.publish("live", &name, size as usize).unwrap();
+        peer.until_answer("NetStream.Publish.Start").unwrap();
+        if size > 1 {
+            // A chunk as long as the longest message, of which hardly anything comes.
+            let header = rtmp::header(4, rtmp::VIDEO, 1, 0xff_ffff);
+            peer.send(&[&header[..], &[0x17; 10]].concat()).unwrap();
+        }
+    }
+    honest.until_done(MEMORY_BOUND);
+}
+
+/// A window of 0 asks for an acknowledgement of every byte, or for a division by zero.
+#[test]
+fn a_window_of_zero() {
+    let honest = Honest::start();
+    for window in [0_u32, 1, u32::MAX] {
+        let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+        peer.message(rtmp::WINDOW_SIZE, 0, &window.to_be_bytes(), 128).unwrap();
+        peer.publish("live", &format!("window{window}"), 128).unwrap();
+        peer.until_answer("NetStream.Publish.Start").unwrap();
+        // As a reader that never reads the acknowledgements that it asked for.
+        for _ in 0..2000 {
+            if peer.message(rtmp::VIDEO, 1, &[0x27, 1, 0, 0, 0, 1, 2, 3], 128).is_err() {
+                break;
+            }
+        }
+    }
+    honest.until_done(MEMORY_BOUND);
+}
+
+/// A connection that ends after each byte of the handshake, in order and with a reset.
+#[test]
+fn a_handshake_that_breaks_off_at_every_byte() {
+    let honest = Honest::start();
+    let whole = [rtmp::client_hello(), vec![7; rtmp::HANDSHAKE_LEN]].concat();
+    for len in 0..=whole.len() {
+        let mut peer = Peer::connect(honest.site.cloud.rtmp).unwrap();
+        peer.send(&whole[..len]).unwrap();
+        if len % 2 == 0 {
+            // A reset: closing throws away what has not been delivered.
+            socket2::SockRef::from(peer.socket()).set_linger(Some(Duration::ZERO)).unwrap();
+        }
+    }
+    // None of them is still held by the node.
+    let cloud = &honest.site.cloud.node;
+    wait_for("the broken connections are gone", SOON, || {
+        (cloud.metrics().sum("downpour_rtmp_connections", &[]) <= 1.0).then_some(())
+    });
+    honest.until_done(MEMORY_BOUND);
+}
+
+/// Ten thousand connections that say nothing, of which 8192 are let in.
+#[test]
+fn ten_thousand_idle_connections() {
+    let files = raise_file_limit();
+    // This process and the cloud each need one file a connection, and some to live.
+    let count = 10_000.min(files.saturating_sub(1500));
+    let honest = Honest::start();
+    let node = &honest.site.cloud.node;
+    let addr = honest.site.cloud.rtmp;
+    let mut peers = Vec::with_capacity(count);
+    let until = Instant::now() + Duration::from_secs(30);
+    while peers.len() < count {
+        assert!(Instant::now() < until, "only {} connections", peers.len());
+        match TcpStream::connect_timeout(&addr, Duration::from_secs(5)) {
+            Ok(peer) => peers.push(peer),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+            Err(error) => panic!("connection {}: {error}", peers.len()),
+        }
+    }
+    // All but the limit are refused at once, or later for saying nothing, if connecting took so
+    // long that the first ones' time was over.
+    let beyond = count.saturating_sub(8192 - 1);
+    wait_for("those beyond the limit are closed and counted", SOON, || {
+        let metrics = node.metrics();
+        let refused =
+            metrics.sum("downpour_rtmp_refused_total", &[("reason", "connections")]) as usize;
+        let closed = metrics.sum("downpour_rtmp_closed_total", &[]) as usize;
+        assert!(metrics.sum("downpour_rtmp_connections", &[]) <= 8192.0);
+        (refused + closed >= beyond && (beyond == 0 || refused > 0)).then_some(())
+    });
+    // Whoever says nothing is let go in time.
+    let mut last = Peer::connect(addr).unwrap();
+    last.until_closed(SOON).unwrap();
+    drop(peers);
+    wait_for("the idle connections are gone", SOON, || {
+        (node.metrics().sum("downpour_rtmp_connections", &[]) <= 1.0).then_some(())
+    });
+    honest.until_done(CROWDED_MEMORY_BOUND);
+}
+
+/// A stream that behaves, and somebody who watches it.
+struct Honest {
+    site: Site,
+    push: Encoder,
+    viewer: Viewer,
+}
+
+impl Honest {
+    /// Gives it once media flows.
+    fn start() -> Self {
+        let site = Site::start();
+        site.edges[0].until_connected();
+        let viewer = site.watch(KEY);
+        let push = site.push(media::full(), KEY);
+        viewer.wait_tags(10, SOON);
+        Self { site, push, viewer }
+    }
+
+    /// The stream came whole, the cloud lives within bounds, and takes another publisher.
+    #[track_caller]
+    fn until_done(self, memory_bound: u64) {
+        let Self { mut site, push, viewer } = self;
+        let pulled = viewer.until_end(PUSH);
+        push.until_done(PUSH);
+        assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+        site.cloud.node.assert_running();
+        site.edges[0].node.assert_running();
+        assert!(site.cloud.node.health().is_some(), "the cloud does not answer");
+        let peak = site.cloud.node.peak_memory();
+        println!("the cloud took {} MiB", peak >> 20);
+        assert!(peak < memory_bound, "the cloud took {} MiB", peak >> 20);
+        let mut next = Peer::shaken(site.cloud.rtmp).unwrap();
+        next.publish("live", "next", 128).unwrap();
+        next.until_answer("NetStream.Publish.Start").unwrap();
+    }
+}
+
+/// Raises this process's limit of open files, which its children inherit, as far as it may; gives
+/// the limit.
+fn raise_file_limit() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls get a valid pointer to a limit.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        limit.rlim_cur = limit.rlim_max.min(65_536);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+    }
+    limit.rlim_cur as usize
+}

@@ -1,0 +1,230 @@
+//! Whatever the network does to RTP and to its repair, no tag is missing at the viewer.
+//!
+//! Each test pushes the 10 s stream, whose sequence numbers wrap from 65535 to 0 half way, over a
+//! seeded relay on the RTP path and another one on the QUIC path, both ways.
+
+use std::time::Duration;
+
+use crate::common::{
+    compare::{
+        Timestamps, assert_same_to_the_end, assert_same_while_it_lasted, assert_same_with_holes,
+        media as without_script,
+    },
+    http::Metrics,
+    media,
+    node::{Site, SiteSettings},
+};
+use downpour::{
+    flv::Tag,
+    impair::{Blackout, Bursts, LinkSettings},
+};
+
+const PUSH: Duration = Duration::from_secs(60);
+
+#[test]
+fn five_percent_loss() {
+    let outcome = push_over(SiteSettings::over(near(LinkSettings::lossy(0.05)), 5), 1000);
+    outcome.assert_repaired(20);
+}
+
+#[test]
+fn twenty_percent_loss() {
+    let outcome = push_over(SiteSettings::over(near(LinkSettings::lossy(0.2)), 20), 2000);
+    outcome.assert_repaired(100);
+    assert!(outcome.quic_lost > 20, "QUIC lost {} only", outcome.quic_lost);
+}
+
+#[test]
+fn loss_in_bursts() {
+    let bursts = Bursts::covering(0.08, Duration::from_millis(40));
+    let path = near(LinkSettings { bursts: Some(bursts), ..LinkSettings::default() });
+    push_over(SiteSettings::over(path, 3), 2000).assert_repaired(10);
+}
+
+/// Plain reordering is waited out: nothing is lost, and hardly anything asked for.
+#[test]
+fn ten_percent_reordering() {
+    let path = near(LinkSettings {
+        reorder: 0.1,
+        reorder_delay: Duration::from_millis(3),
+        ..LinkSettings::default()
+    });
+    let outcome = push_over(SiteSettings::over(path, 10), 1000);
+    assert!(outcome.rtp.reordered > 50, "{:?}", outcome.rtp);
+    assert!(outcome.edge("reordered") > 20.0, "the edge saw little reordering");
+}
+
+#[test]
+fn duplicates() {
+    let path = near(LinkSettings { duplicate: 0.1, ..LinkSettings::lossy(0.02) });
+    let outcome = push_over(SiteSettings::over(path, 11), 1000);
+    assert!(outcome.edge("duplicate") > 50.0, "the edge saw few duplicates");
+}
+
+/// 100 ms of round trip: a repair is late by that much, and by twice as much when it is lost too.
+#[test]
+fn five_percent_loss_at_fifty_milliseconds_each_way() {
+    let path = LinkSettings { delay: Duration::from_millis(50), ..LinkSettings::lossy(0.05) };
+    push_over(SiteSettings::over(path, 50), 2000).assert_repaired(20);
+}
+
+#[test]
+fn everything_at_once() {
+    let path = LinkSettings {
+        bursts: Some(Bursts::covering(0.02, Duration::from_millis(40))),
+        duplicate: 0.05,
+        reorder: 0.1,
+        reorder_delay: Duration::from_millis(5),
+        delay: Duration::from_millis(50),
+        jitter: Duration::from_millis(5),
+        ..LinkSettings::lossy(0.05)
+    };
+    push_over(SiteSettings::over(path, 99), 3000).assert_repaired(20);
+}
+
+/// Nothing at all gets through for 1.5 s, which is less than the edge may wait.
+#[test]
+fn a_cut_that_is_shorter_than_the_deadline() {
+    let outcome = push_over(SiteSettings::over(cut(Duration::from_millis(1500)), 1), 6000);
+    outcome.assert_repaired(100);
+}
+
+/// For 3 s nothing can be repaired, and the edge waits for half a second: media is lost, but what
+/// comes is whole and in order, and all of it once repair works again.
+#[test]
+fn repair_is_cut_for_longer_than_the_deadline() {
+    let quic = Some(cut(Duration::from_secs(3)));
+    let site = SiteSettings { quic, ..SiteSettings::over(LinkSettings::lossy(0.05), 1) }.start();
+    site.edges[0].until_connected();
+    let viewer = site.watch("live/movie");
+    let push = site.push(media::full(), "live/movie");
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    let holes = assert_same_with_holes(&media::full().tags, &pulled);
+    assert!(!holes.is_empty(), "nothing was lost");
+    let last_second = |tags: &[Tag]| -> Vec<Tag> {
+        without_script(tags).into_iter().filter(|tag| tag.timestamp() >= 9000).collect()
+    };
+    assert_eq!(last_second(&pulled), last_second(&media::full().tags));
+    let metrics = site.edges[0].node.metrics();
+    assert!(metrics.sum("downpour_edge_packets_total", &[("fate", "lost")]) > 0.0);
+}
+
+/// An edge that is told to speak v0, as it would against an existing cloud: one answer for each
+/// packet asked for, names from the HTTP API, and nobody to tell where the stream ends.
+#[test]
+fn five_percent_loss_repaired_over_v0() {
+    let site = SiteSettings::over(near(LinkSettings::lossy(0.05)), 4)
+        .with_edge("repair_protocol: v0")
+        .with_edge("latency_ms: 1000")
+        .start();
+    let viewer = site.watch("live/movie");
+    site.push(media::full(), "live/movie").until_done(PUSH);
+    let pulled = viewer.until_end(PUSH);
+    assert_same_while_it_lasted(&media::full().tags, &pulled, Timestamps::Exact);
+    // What is lost behind the last packet that came is never missed.
+    let (sent, came) = (media::full().tags.len(), pulled.len());
+    assert!(came + 20 > sent, "{came} of {sent} tags");
+    let metrics = site.edges[0].node.metrics();
+    let connected = metrics.sum("downpour_repair_client_connected", &[("protocol", "v0")]);
+    assert_eq!(connected, 1.0, "connections over v0");
+    let packets = |fate| metrics.sum("downpour_edge_packets_total", &[("fate", fate)]);
+    assert_eq!(packets("lost"), 0.0, "packets given up");
+    assert!(packets("repaired_1") > 20.0, "{} repaired", packets("repaired_1"));
+}
+
+/// Each stream has sequence numbers, gaps and requests of its own.
+#[test]
+fn three_streams_under_ten_percent_loss() {
+    let site = SiteSettings::over(near(LinkSettings::lossy(0.1)), 33)
+        .with_edge("latency_ms: 2000")
+        .start();
+    site.edges[0].until_connected();
+    let viewers = [0, 1, 2].map(|number| site.watch(&format!("live/cam{number}")));
+    let push = site.push_with(media::full(), "live/cam{i}", &["--count", "3"]);
+    for viewer in viewers {
+        let pulled = viewer.until_end(PUSH);
+        assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+    }
+    push.until_done(PUSH);
+    let lost = site.network.rtp_stats().dropped();
+    assert!(lost > 150, "the relay lost {lost}");
+}
+
+struct Outcome {
+    rtp: downpour::impair::LinkStats,
+    quic_lost: u64,
+    edge: Metrics,
+    cloud_served: f64,
+}
+
+impl Outcome {
+    /// The edge's packets of one fate.
+    fn edge(&self, fate: &str) -> f64 {
+        self.edge.sum("downpour_edge_packets_total", &[("fate", fate)])
+    }
+
+    /// Packets were lost on the way, at least so many, and it was repair that brought them.
+    #[track_caller]
+    fn assert_repaired(&self, at_least: u64) {
+        assert!(self.rtp.dropped() >= at_least, "the relay lost {}", self.rtp.dropped());
+        let repaired: f64 =
+            ["repaired_1", "repaired_2", "repaired_3"].iter().map(|fate| self.edge(fate)).sum();
+        // What was lost before the edge knew of the stream came with its first request.
+        assert!(repaired >= at_least as f64 / 2.0, "{repaired} repaired");
+        assert!(self.cloud_served >= repaired, "{} served", self.cloud_served);
+    }
+}
+
+/// Pushes the stream over a bad network and asserts that a viewer gets all of it.
+#[track_caller]
+fn push_over(settings: SiteSettings, latency_ms: u32) -> Outcome {
+    let site = settings.with_edge(&format!("latency_ms: {latency_ms}")).start();
+    site.edges[0].until_connected();
+    let viewer = site.watch("live/movie");
+    let push = site.push(media::full(), "live/movie");
+    // Before the end: a stream's own series leave with it.
+    let cloud_served = served_until_the_end(&site, &viewer);
+    let pulled = viewer.until_end(PUSH);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+    let edge = site.edges[0].node.metrics();
+    assert!(edge.has("downpour_edge_packets_total"), "{}", edge.text());
+    let (to_cloud, to_edge) = site.network.quic_stats();
+    let outcome = Outcome {
+        rtp: site.network.rtp_stats(),
+        quic_lost: to_cloud.dropped() + to_edge.dropped(),
+        edge,
+        cloud_served,
+    };
+    assert_eq!(outcome.edge("lost"), 0.0, "packets given up");
+    println!("{:?}, QUIC lost {}, served {cloud_served}", outcome.rtp, outcome.quic_lost);
+    for fate in ["received", "reordered", "duplicate", "repaired_1", "repaired_2", "repaired_3"] {
+        println!("{fate} {}", outcome.edge(fate));
+    }
+    // 65000 to 65535 are 536 packets.
+    assert!(outcome.rtp.sent > 1000, "only {} packets: no wrap", outcome.rtp.sent);
+    outcome
+}
+
+/// The last that the cloud's metrics told of repairs served.
+fn served_until_the_end(site: &Site, viewer: &crate::common::viewer::Viewer) -> f64 {
+    let mut served = 0.0_f64;
+    crate::common::wait_for("the stream ends", PUSH, || {
+        let metrics = site.cloud.node.metrics();
+        served = served.max(metrics.sum("downpour_repair_served_total", &[]));
+        viewer.has_ended().then_some(())
+    });
+    served
+}
+
+/// Cut off for a while, from 3 s after the first packet on.
+fn cut(length: Duration) -> LinkSettings {
+    let blackout = Blackout { start: Duration::from_secs(3), length, period: None };
+    near(LinkSettings { blackouts: vec![blackout], ..LinkSettings::default() })
+}
+
+/// A short way: 10 ms each.
+fn near(path: LinkSettings) -> LinkSettings {
+    LinkSettings { delay: Duration::from_millis(10), ..path }
+}

@@ -1,0 +1,17 @@
+//! Clouds and edges as processes of the real binary, encoders, viewers and a bad network.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod demo;
+mod discovery;
+mod dynamic_edges;
+mod hostile_publishers;
+mod lossy_network;
+mod many_viewers;
+mod multicast;
+mod pacing;
+mod parity;
+mod push_to_viewer;
+mod restarts;
+mod two_paths;

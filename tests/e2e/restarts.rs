@@ -1,0 +1,231 @@
+//! Whatever is killed comes back by itself, and leaves nothing of its old self behind.
+
+use std::time::{Duration, Instant};
+
+use crate::common::{
+    SOON,
+    compare::{
+        Timestamps, assert_same_to_the_end, assert_same_while_it_lasted, media as without_script,
+        read_flv, read_flv_prefix,
+    },
+    media::{self, assert_decodes},
+    node::{Site, SiteSettings},
+    wait_for,
+};
+
+/// "The viewers' URL works again within seconds", on a busy machine.
+const SECONDS: Duration = Duration::from_secs(10);
+const PUSH: Duration = Duration::from_secs(40);
+const KEY: &str = "live/movie";
+
+#[test]
+fn an_encoder_is_killed_and_comes_back() {
+    let site = Site::start();
+    site.edges[0].until_connected();
+    let viewer = site.watch(KEY);
+    let push = site.push(media::full(), KEY);
+    viewer.wait_tags(100, SOON);
+    let first = only_publication(&site);
+    push.kill();
+    let pulled = viewer.until_end(SECONDS);
+    assert_same_while_it_lasted(&media::full().tags, &pulled, Timestamps::Exact);
+
+    let viewer = site.watch(KEY);
+    let killed = Instant::now();
+    let push = site.push(media::short(), KEY);
+    viewer.wait_tags(10, SECONDS);
+    assert!(killed.elapsed() < SECONDS);
+    assert_ne!(only_publication(&site), first, "the SSRC of a new publication");
+    assert_one_stream(&site);
+    push.until_done(PUSH);
+    assert_same_to_the_end(&media::short().tags, &viewer.until_end(PUSH), Timestamps::Exact);
+    assert_no_stream(&site);
+}
+
+/// An encoder whose machine lost its power says nothing, not even goodbye. As long as it may still
+/// be there, nobody takes its stream over; then the next one may.
+#[test]
+fn a_second_encoder_is_refused_until_the_first_falls_silent() {
+    let site = SiteSettings::default().with_cloud("publisher_silence_ms: 2000").start();
+    site.edges[0].until_connected();
+    let viewer = site.watch(KEY);
+    let first = site.push(media::full(), KEY);
+    viewer.wait_tags(50, SOON);
+    let ssrc = only_publication(&site);
+    site.push(media::short(), KEY).until_failed(SOON);
+    assert_eq!(only_publication(&site), ssrc, "the first one's stream goes on");
+    let refused = site.cloud.node.metrics();
+    let reason = [("reason", "already_live")];
+    assert_eq!(refused.sum("downpour_rtmp_refused_total", &reason), 1.0);
+
+    first.freeze();
+    let again = wait_for("the stream is free", SOON, || {
+        let mut push = site.push(media::short(), KEY);
+        wait_for("the cloud decides", SOON, || {
+            // Between the old stream's end and the new one's first tag there is none.
+            let publications = site.cloud.publications();
+            let is_over = publications.iter().all(|(_, other)| *other != ssrc);
+            (push.has_ended() || is_over).then_some(())
+        });
+        (!push.has_ended()).then_some(push)
+    });
+    let pulled = viewer.until_end(SECONDS);
+    assert_same_while_it_lasted(&media::full().tags, &pulled, Timestamps::Exact);
+    let viewer = site.watch(KEY);
+    assert_same_to_the_end(&media::short().tags, &viewer.until_end(PUSH), Timestamps::Exact);
+    again.until_done(PUSH);
+    drop(first);
+    assert_no_stream(&site);
+}
+
+#[test]
+fn an_edge_is_killed_mid_gop_and_comes_back() {
+    let mut site = Site::start();
+    site.edges[0].until_connected();
+    let viewer = site.watch(KEY);
+    let push = site.push(media::full(), KEY);
+    // 2.5 s of media: half a group of pictures behind a key frame.
+    let until = without_script(&media::full().tags);
+    viewer.wait_tags(until.iter().filter(|tag| tag.timestamp() < 2500).count(), SOON);
+    site.edges[0].node.kill();
+    let pulled = viewer.leave();
+    assert_same_while_it_lasted(&media::full().tags, &pulled, Timestamps::Exact);
+
+    let killed = Instant::now();
+    site.edges[0].node.restart();
+    let viewer = site.watch(KEY);
+    viewer.wait_tags(10, SECONDS);
+    assert!(killed.elapsed() < SECONDS, "back after {:?}", killed.elapsed());
+    assert_one_stream(&site);
+    push.until_done(PUSH);
+    // All that was sent from then on, with headers that were sent before the edge was there.
+    assert_same_to_the_end(&media::full().tags, &viewer.until_end(PUSH), Timestamps::Exact);
+    assert_no_stream(&site);
+}
+
+/// The recording of the killed cloud must be whole up to its last tag, too.
+#[test]
+fn a_cloud_is_killed_and_comes_back() {
+    let mut site = SiteSettings::default().with_cloud("enable_record: true").start();
+    site.edges[0].until_connected();
+    let viewer = site.watch(KEY);
+    let push = site.push(media::full(), KEY);
+    viewer.wait_tags(200, SOON);
+    let first = only_publication(&site);
+    site.cloud.node.kill();
+    let seen = viewer.len();
+    drop(push);
+
+    let killed = Instant::now();
+    site.cloud.node.restart();
+    let push = site.push(media::full(), KEY);
+    // The old publication's viewers are let go, so that players come back for the new one.
+    let old = viewer.until_end(SECONDS);
+    assert_same_while_it_lasted(&media::full().tags, &old, Timestamps::Exact);
+    let viewer = site.watch(KEY);
+    viewer.wait_tags(10, SECONDS);
+    assert!(killed.elapsed() < SECONDS, "back after {:?}", killed.elapsed());
+    assert_ne!(only_publication(&site), first, "the SSRC of a restarted cloud");
+    assert_one_stream(&site);
+
+    // The first file was not written over.
+    let recordings = wait_for("there is a second recording", SOON, || {
+        Some(site.cloud.recordings()).filter(|recordings| recordings.len() == 2)
+    });
+    let (recorded, _) = read_flv_prefix(&recordings[0]);
+    assert_same_while_it_lasted(&media::full().tags, &recorded, Timestamps::Rebased);
+    let recorded = without_script(&recorded);
+    // What a viewer has seen was written, but for what the writer gathers (a second of media).
+    assert!(recorded.len() + 100 >= seen, "{} tags recorded, {seen} seen", recorded.len());
+
+    let pulled = viewer.until_end(PUSH);
+    assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+    push.until_done(PUSH);
+    assert_no_stream(&site);
+    assert_decodes(&recordings[1], &["aac", "h264"]);
+    assert_same_to_the_end(&media::full().tags, &read_flv(&recordings[1]), Timestamps::Rebased);
+}
+
+/// SIGTERM while a stream runs: the viewers see its end, files are whole, the exit code is 0.
+#[test]
+fn sigterm_drains() {
+    let grace = Duration::from_millis(5000);
+    let settings = SiteSettings { edges: 2, ..SiteSettings::default() };
+    let mut site =
+        settings.with_cloud("enable_record: true").with_edge("enable_record: true").start();
+    for edge in &site.edges {
+        edge.until_connected();
+    }
+    let [first, second] = [0, 1].map(|edge| site.edges[edge].watch(KEY));
+    let _push = site.push(media::full(), KEY);
+    first.wait_tags(100, SOON);
+    second.wait_tags(100, SOON);
+
+    let (status, took) = site.edges[0].node.terminate();
+    assert_eq!(status.code(), Some(0), "the edge's exit code");
+    assert!(took < grace + Duration::from_secs(1), "the edge took {took:?}");
+    let pulled = first.until_end(SECONDS);
+    assert_same_while_it_lasted(&media::full().tags, &pulled, Timestamps::Exact);
+
+    let (status, took) = site.cloud.node.terminate();
+    assert_eq!(status.code(), Some(0), "the cloud's exit code");
+    assert!(took < grace + Duration::from_secs(1), "the cloud took {took:?}");
+    let pulled = second.until_end(SECONDS);
+    assert_same_while_it_lasted(&media::full().tags, &pulled, Timestamps::Exact);
+
+    let recordings = site.cloud.recordings();
+    assert_eq!(recordings.len(), 1, "{recordings:?}");
+    assert_decodes(&recordings[0], &["aac", "h264"]);
+    let recorded = read_flv(&recordings[0]);
+    assert_same_while_it_lasted(&media::full().tags, &recorded, Timestamps::Rebased);
+    // The edge was told where the stream ended, and had all of it.
+    assert_same_to_the_end(&recorded, &pulled, Timestamps::Rebased);
+    for edge in &site.edges {
+        let files = edge.node.recordings();
+        assert_eq!(files.len(), 1, "{files:?}");
+        assert_decodes(&files[0], &["aac", "h264"]);
+        let recorded = read_flv(&files[0]);
+        assert_same_while_it_lasted(&media::full().tags, &recorded, Timestamps::Rebased);
+    }
+}
+
+/// The SSRC of the one stream that is live.
+#[track_caller]
+fn only_publication(site: &Site) -> u64 {
+    let publications = site.cloud.publications();
+    let [(key, ssrc)] = &publications[..] else { panic!("{publications:?}") };
+    assert_eq!(key, KEY);
+    *ssrc
+}
+
+/// Cloud and edge show one stream everywhere, the live one.
+#[track_caller]
+fn assert_one_stream(site: &Site) {
+    for node in [&site.cloud.node, &site.edges[0].node] {
+        assert_eq!(node.streams(), 1);
+        assert_eq!(node.metrics().sum("downpour_streams", &[]), 1.0);
+    }
+    wait_for("the edge's own series show one stream", SOON, || {
+        let metrics = site.edges[0].node.metrics();
+        let series = |line: &&str| line.starts_with("downpour_edge_stream_pending_packets{");
+        (metrics.text().lines().filter(series).count() == 1).then_some(())
+    });
+}
+
+/// Nothing of a stream is left anywhere once the packets that edges may ask for have expired.
+#[track_caller]
+fn assert_no_stream(site: &Site) {
+    for node in [&site.cloud.node, &site.edges[0].node] {
+        wait_for("a stream is gone", SECONDS, || (node.streams() == 0).then_some(()));
+        wait_for("a stream's metrics are gone", SECONDS, || {
+            let metrics = node.metrics();
+            let gone = !metrics.text().contains(KEY);
+            (gone && metrics.has("downpour_streams")).then_some(())
+        });
+    }
+    assert_eq!(site.cloud.publications(), []);
+    let edge = site.edges[0].node.http;
+    let (status, _) =
+        crate::common::http::get_json(edge, &format!("/stats/time?stream={KEY}")).unwrap();
+    assert_eq!(status, 404);
+}

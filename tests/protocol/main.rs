@@ -1,0 +1,16 @@
+//! RTMP, HTTP-FLV, and the properties that the fuzz targets check.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod fuzz_corpus;
+mod http_client;
+mod http_flv;
+mod http_viewers;
+mod push_pull;
+mod rtmp_claimed_lengths;
+mod rtmp_descriptors;
+mod rtmp_hostile;
+mod rtmp_idle_connections;
+mod rtmp_play;
+mod rtmp_publish;

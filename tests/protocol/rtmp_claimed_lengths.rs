@@ -1,0 +1,40 @@
+//! Chunk headers that claim far more than is sent cost what is sent. A binary of its own, because it
+//! measures the process.
+
+use crate::common::rtmp_node::*;
+use downpour::rtmp::{chunk::VIDEO, server::ServerSettings};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_claim_16_mb_cost_what_was_sent() {
+    let server = Running::start(ServerSettings::default());
+    let addr = server.addr;
+    let before = resident_bytes();
+    let encoders = tokio::task::spawn_blocking(move || {
+        (0..100)
+            .map(|i| {
+                let mut encoder = RawEncoder::publish(addr, "live", &format!("claim{i}"));
+                for csid in 3..60u8 {
+                    encoder
+                        .out
+                        .extend_from_slice(&[csid, 0, 0, 0, 255, 255, 255, VIDEO, 1, 0, 0, 0]);
+                    // One whole chunk of the default size, so that the next header is one.
+                    encoder.out.extend_from_slice(&[7; 128]);
+                }
+                encoder.out.extend_from_slice(&[60, 0, 0, 0, 255, 255, 255, VIDEO, 1, 0, 0, 0]);
+                encoder.out.extend_from_slice(&[7; 10]);
+                encoder.send().unwrap();
+                encoder
+            })
+            .collect::<Vec<_>>()
+    })
+    .await
+    .unwrap();
+    let name = "downpour_rtmp_received_bytes_total";
+    let sent = 100.0 * (57 * 140 + 22) as f64;
+    wait_for("the bytes", || server.metric(name) > sent).await;
+    // 5,800 claims of 16 MB: 97 GB. At 4 KB each it is 24 MB, and the rest is room for the test.
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 60 << 20, "{grown} bytes");
+    drop(encoders);
+    server.metric_reaches("downpour_rtmp_connections", 0.0).await;
+}

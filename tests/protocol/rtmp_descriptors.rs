@@ -1,0 +1,33 @@
+//! A process out of file descriptors goes on accepting when there are some again. A binary of its
+//! own, because it changes the process's limit.
+
+use std::{net::TcpStream, time::Duration};
+
+use crate::common::rtmp_node::*;
+use downpour::rtmp::{client::Publisher, server::ServerSettings};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_out_of_descriptors_passes() {
+    let server = Running::start(ServerSettings::default());
+    let limit = libc::rlimit { rlim_cur: 120, rlim_max: 120 };
+    // SAFETY: the pointer is to a live value of the right type.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+
+    // Clients first, in one go, until there is no descriptor for the server's end.
+    let addr = server.addr;
+    let clients = tokio::task::spawn_blocking(move || {
+        std::iter::from_fn(|| TcpStream::connect(addr).ok()).collect::<Vec<_>>()
+    });
+    let clients = clients.await.unwrap();
+    let name = "downpour_rtmp_accept_errors_total";
+    wait_for("a failure to accept", || server.metric(name) >= 2.0).await;
+    // The pauses grow from 10 ms, so half a second has room for six more; a loop that spins makes
+    // thousands.
+    let errors = server.metric(name);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(server.metric(name) <= errors + 7.0, "{} in half a second", server.metric(name));
+
+    drop(clients);
+    server.metric_reaches("downpour_rtmp_connections", 0.0).await;
+    Publisher::connect(&server.url("live/x"), PATIENCE).await.unwrap();
+}

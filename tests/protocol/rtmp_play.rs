@@ -1,0 +1,51 @@
+//! Our RTMP player receives what another program serves.
+
+use std::{net::TcpListener, time::Instant};
+
+use crate::common::rtmp_node::*;
+use downpour::rtmp::client::{ClientError, Player};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ffmpeg_serves_and_every_tag_arrives() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("in.flv");
+    make_flv(&file).await;
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("rtmp://127.0.0.1:{port}/live/x");
+    let serve = ["-i", file.to_str().unwrap(), "-c", "copy", "-f", "flv", "-listen", "1", &url];
+    let mut ffmpeg = ffmpeg_command(&serve).stderr(std::process::Stdio::null()).spawn().unwrap();
+
+    let deadline = Instant::now() + PATIENCE;
+    let mut player = loop {
+        match Player::connect(&url.parse().unwrap(), PATIENCE).await {
+            Ok(player) => break player,
+            // Not listening yet.
+            Err(ClientError::Io(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let mut received = Vec::new();
+    while let Some(tag) =
+        tokio::time::timeout(PATIENCE, player.next()).await.expect("a tag").unwrap()
+    {
+        received.push(tag);
+    }
+    assert_eq!(media(&received), media(&read_flv(&file)));
+    assert!(player.next().await.unwrap().is_none());
+    player.close().await.unwrap();
+    let _ = ffmpeg.kill();
+    ffmpeg.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_says_nothing_is_a_timeout() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("rtmp://{}/live/x", listener.local_addr().unwrap()).parse().unwrap();
+    let error = Player::connect(&url, std::time::Duration::from_millis(100)).await.unwrap_err();
+    assert!(matches!(error, ClientError::Timeout(_)), "{error}");
+    drop(listener);
+    let error = Player::connect(&url, PATIENCE).await.unwrap_err();
+    assert!(matches!(error, ClientError::Io(_)), "{error}");
+}

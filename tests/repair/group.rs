@@ -1,0 +1,123 @@
+//! What many edges of one multicast group miss at once is sent to the group once.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use crate::common::repair_node::{Cloud, Edge, Feed, edge_settings, until};
+use bytes::Bytes;
+use downpour::{
+    origin::Origin,
+    repair::{
+        client::{RepairClientSettings, RepairEvent},
+        message::Nack,
+        server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
+    },
+    tls::Identity,
+};
+use prometheus::Registry;
+
+const OURS: &str = "239.0.0.1:5222";
+
+/// Sends to one group, and keeps what it sent.
+#[derive(Default)]
+struct Sent(Mutex<Vec<Bytes>>);
+
+impl GroupSender for Sent {
+    fn send(&self, group: SocketAddr, packet: Bytes) -> bool {
+        let ours = group == OURS.parse().unwrap();
+        if ours {
+            self.0.lock().unwrap().push(packet);
+        }
+        ours
+    }
+}
+
+fn start(sent: &Arc<Sent>) -> Cloud {
+    let identity = Arc::new(Identity::generate().unwrap());
+    let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
+    let origin = Origin::new();
+    let server = RepairServer::bind(
+        "127.0.0.1:0".parse().unwrap(),
+        &identity,
+        origin.clone(),
+        RepairServerSettings::default(),
+        metrics.clone(),
+    )
+    .unwrap()
+    .with_group_sender(sent.clone());
+    Cloud::run(server, origin, identity, metrics)
+}
+
+async fn edges(cloud: &Cloud, count: usize, group: Option<&str>) -> Vec<Edge> {
+    let mut edges = Vec::new();
+    for _ in 0..count {
+        let mut edge = Edge::start(RepairClientSettings {
+            group: group.map(|group| group.parse().unwrap()),
+            ..edge_settings(cloud.addr)
+        });
+        edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
+        edges.push(edge);
+    }
+    edges
+}
+
+#[tokio::test]
+async fn eight_edges_of_a_group_that_miss_the_same_are_answered_once() {
+    let sent = Arc::new(Sent::default());
+    let cloud = start(&sent);
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let members = edges(&cloud, 8, Some(OURS)).await;
+    let mut alone = edges(&cloud, 1, None).await.remove(0);
+    let seqs = feed.push(3);
+    let nack = Nack { ssrc: feed.ssrc(), copies: 2, slack_ms: 500, seqs: seqs.clone() };
+    for edge in &members {
+        edge.handle.nack(nack.clone());
+    }
+    alone.handle.nack(nack);
+
+    let metrics = &cloud.metrics;
+    until(|| metrics.downpour.asked.get() == 27).await;
+    // Who listens to no group is answered as ever, copies and all.
+    for i in 0..6 {
+        assert_eq!(alone.repair().await, feed.packet(seqs[i % 3]));
+    }
+    until(|| metrics.group_repairs.get() >= 6).await;
+    let group: Vec<_> = sent.0.lock().unwrap().clone();
+    for seq in &seqs {
+        let times = group.iter().filter(|packet| **packet == feed.packet(*seq)).count();
+        // Twice as it was asked for; on a machine that stalls for a moment there may be a second
+        // such moment.
+        assert!((2..=4).contains(&times), "{times}");
+    }
+    assert_eq!(metrics.group_bytes.get(), group.iter().map(|p| p.len() as u64).sum::<u64>());
+    // Two of the eight are answered by themselves for each packet, the rest by the group.
+    assert!(metrics.answered_by_group.get() >= 6, "{:?}", metrics.answered_by_group);
+    let unicast = metrics.downpour.repairs.get();
+    assert!((6..=24).contains(&unicast), "{unicast}");
+}
+
+#[tokio::test]
+async fn a_group_that_the_cloud_does_not_send_to_is_never_sent_to() {
+    let sent = Arc::new(Sent::default());
+    let cloud = start(&sent);
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    // No group, and no multicast address at all.
+    for (claim, times) in [("239.9.9.9:5222", 1), ("127.0.0.1:5222", 0)] {
+        let mut members = edges(&cloud, 5, Some(claim)).await;
+        let seqs = feed.push(2);
+        for edge in &members {
+            let seqs = seqs.clone();
+            edge.handle.nack(Nack { ssrc: feed.ssrc(), copies: 1, slack_ms: 500, seqs });
+        }
+        for edge in &mut members {
+            for seq in &seqs {
+                assert_eq!(edge.repair().await, feed.packet(*seq));
+            }
+        }
+        assert!(cloud.metrics.unknown_group.get() >= times);
+    }
+    assert_eq!(sent.0.lock().unwrap().len(), 0);
+    assert_eq!(cloud.metrics.group_repairs.get(), 0);
+}

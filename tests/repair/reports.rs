@@ -1,0 +1,103 @@
+//! Reports of more streams than fit in one message.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use crate::common::repair_node::{Cloud, Edge, edge_settings, until};
+use bytes::Bytes;
+use downpour::{
+    flv::{Tag, TagKind},
+    origin::{Headers, Origin, OriginStream},
+    repair::{
+        client::RepairEvent,
+        control::{MAX_REPORTED, Report, StreamPattern, StreamReport},
+        history::History,
+        server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
+    },
+    rtp::Ssrc,
+    tls::Identity,
+};
+use prometheus::Registry;
+
+/// What was reported of each stream, and in how many reports.
+#[derive(Clone, Default)]
+struct Ledger(Arc<Mutex<(HashMap<u32, u64>, usize)>>);
+
+impl EdgeHandler for Ledger {
+    fn hello(&self, _: &EdgeHello) -> Result<Box<dyn EdgeSession>, String> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn v0_connected(&self, _: SocketAddr) -> Box<dyn Send> {
+        Box::new(())
+    }
+}
+
+impl EdgeSession for Ledger {
+    fn subscribed(&mut self, _: &[StreamPattern]) {}
+
+    fn reported(&mut self, report: Report) {
+        assert!(report.streams.len() <= MAX_REPORTED);
+        let mut ledger = self.0.lock().unwrap();
+        ledger.1 += 1;
+        ledger.0.extend(report.streams.iter().map(|stream| (stream.ssrc, stream.received)));
+    }
+}
+
+/// Together with the cloud telling of all of them at the same time, which is more than either end
+/// takes in before it must be read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edge_with_thousands_of_streams_reports_all_of_them() {
+    let origin = Origin::new();
+    let body = Bytes::from(vec![0x17; 1000]);
+    let headers =
+        Headers { video: Some(Tag::new(TagKind::Video, 0, &body).unwrap()), ..Headers::default() };
+    for ssrc in 0..STREAMS {
+        let history = History::new(1, std::time::Duration::from_secs(1));
+        let key = format!("live/{ssrc}").parse().unwrap();
+        let stream = OriginStream::new(key, Ssrc(ssrc), 0, history);
+        stream.set_headers(headers.clone());
+        origin.insert(Arc::new(stream));
+    }
+    let identity = Arc::new(Identity::generate().unwrap());
+    let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
+    let ledger = Ledger::default();
+    let addr = "127.0.0.1:0".parse().unwrap();
+    let settings = Default::default();
+    let server = RepairServer::bind(addr, &identity, origin.clone(), settings, metrics.clone())
+        .unwrap()
+        .with_handler(Arc::new(ledger.clone()));
+    let cloud = Cloud::run(server, origin, identity, metrics);
+
+    let mut edge = Edge::start(edge_settings(cloud.addr));
+    edge.wait(|event| matches!(event, RepairEvent::Welcome(_)).then_some(())).await;
+    let parts = (STREAMS as usize).div_ceil(MAX_REPORTED);
+    for round in 1..=3 {
+        let about = |ssrc| StreamReport { ssrc, received: round, ..StreamReport::default() };
+        edge.handle.report(Report { round_trip_us: 9, streams: (0..STREAMS).map(about).collect() });
+        let all = |ledger: &HashMap<_, _>| {
+            ledger.len() == STREAMS as usize && ledger.values().all(|received| *received == round)
+        };
+        until(|| all(&ledger.0.lock().unwrap().0)).await;
+        assert_eq!(ledger.0.lock().unwrap().1, round as usize * parts);
+    }
+    // Nor does a report of nothing say nothing.
+    edge.handle.report(Report::default());
+    until(|| ledger.0.lock().unwrap().1 == 3 * parts + 1).await;
+    let mut ups = 0;
+    while ups < STREAMS {
+        edge.wait(|event| match event {
+            RepairEvent::StreamUp(_) => Some(()),
+            RepairEvent::Disconnected { reason } => panic!("{reason}"),
+            _ => None,
+        })
+        .await;
+        ups += 1;
+    }
+    assert_eq!(edge.metrics.connects.get(), 1);
+}
+
+const STREAMS: u32 = 3000;

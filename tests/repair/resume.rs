@@ -1,0 +1,165 @@
+//! An edge that loses its connection is back within one round trip, and no less careful about whom
+//! it trusts.
+
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::common::repair_node::{Cloud, Edge, Feed, edge_settings, until};
+use downpour::{
+    impair::{LinkSettings, RelaySettings, UdpRelay},
+    origin::Origin,
+    repair::{
+        client::{RepairClientSettings, RepairEvent},
+        control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport},
+        server::RepairServerSettings,
+    },
+    tls::{Identity, Trust},
+};
+
+const ROUND_TRIP: Duration = Duration::from_millis(400);
+
+/// Has the cloud close the connection: a report that no edge makes, too long for it. Waits until it did.
+async fn cut(edge: &mut Edge) -> String {
+    let counts = vec![1; MAX_EDGE_MESSAGE / 2];
+    let delays = DelayReport { counts, sum_us: 0 };
+    let streams = vec![StreamReport { delays, ..StreamReport::default() }];
+    edge.handle.report(Report { round_trip_us: 0, streams });
+    edge.disconnected().await
+}
+
+async fn welcome(edge: &mut Edge) {
+    edge.wait(|event| matches!(event, RepairEvent::Welcome(_)).then_some(())).await;
+}
+
+fn distant(cloud: &Cloud) -> UdpRelay {
+    let path = LinkSettings { delay: ROUND_TRIP / 2, ..LinkSettings::default() };
+    UdpRelay::start(cloud.addr, RelaySettings::symmetric(path, 1)).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edge_is_back_within_one_round_trip() {
+    let dir = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seqs = feed.push(3);
+    let relay = distant(&cloud);
+    let known = dir.path().join("known");
+    let mut edge = Edge::start(RepairClientSettings {
+        trust: Trust::TrustOnFirstUse(known.clone()),
+        ..edge_settings(relay.local_addr())
+    });
+    let began = Instant::now();
+    welcome(&mut edge).await;
+    assert!(began.elapsed() >= ROUND_TRIP * 2, "the first time takes a handshake and a hello");
+    assert_eq!((edge.metrics.early_hellos.get(), cloud.metrics.early_hellos.get()), (0, 0));
+
+    // A busy machine may take its time with one of them, not with all.
+    let mut fastest = Duration::MAX;
+    let mut cuts = 0;
+    while fastest > ROUND_TRIP * 7 / 4 && cuts < 5 {
+        let reason = cut(&mut edge).await;
+        assert!(reason.contains("a control message of"), "{reason}");
+        cuts += 1;
+        let began = Instant::now();
+        welcome(&mut edge).await;
+        fastest = fastest.min(began.elapsed());
+        assert_eq!(edge.metrics.early_hellos.get(), cuts);
+        until(|| cloud.metrics.early_hellos.get() == cuts).await;
+    }
+    println!(
+        "welcome {fastest:?} after the cut, at {ROUND_TRIP:?}, pause before dialling included"
+    );
+    // With the pause of up to 100 ms before it dials.
+    assert!(fastest <= ROUND_TRIP * 7 / 4, "{fastest:?}");
+    assert_eq!(fs::read_to_string(&known).unwrap().lines().count(), 1);
+
+    // The resumed connection is as good as any.
+    edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
+    edge.handle.nack(downpour::repair::message::Nack {
+        ssrc: feed.ssrc(),
+        copies: 1,
+        slack_ms: 2000,
+        seqs: seqs[..1].to_vec(),
+    });
+    assert_eq!(edge.repair().await, feed.packet(seqs[0]));
+    assert_eq!(cloud.metrics.refused_handshake.get(), 0);
+}
+
+#[tokio::test]
+async fn a_cloud_that_forgot_the_session_takes_the_hello_again() {
+    let cloud = Cloud::start();
+    let (addr, identity, origin) = (cloud.addr, cloud.identity.clone(), cloud.origin.clone());
+    Feed::start(&origin, "live/a", 7);
+    let mut edge = Edge::start(RepairClientSettings {
+        trust: Trust::Pinned(identity.fingerprint()),
+        ..edge_settings(addr)
+    });
+    welcome(&mut edge).await;
+    cut(&mut edge).await;
+    welcome(&mut edge).await;
+    assert_eq!(edge.metrics.early_hellos.get(), 1);
+    cloud.stop().await;
+    edge.disconnected().await;
+
+    // The same certificate, but a process that knows no session.
+    let cloud = Cloud::restart_at(addr, identity, origin, RepairServerSettings::default()).await;
+    edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
+    assert_eq!((edge.metrics.early_hellos.get(), cloud.metrics.early_hellos.get()), (1, 0));
+    assert_eq!(edge.metrics.malformed.get(), 0);
+    // And what it was given now counts again.
+    cut(&mut edge).await;
+    welcome(&mut edge).await;
+    assert_eq!(edge.metrics.early_hellos.get(), 2);
+}
+
+#[tokio::test]
+async fn a_session_does_not_outlive_the_trust_it_began_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let known = dir.path().join("known");
+    let cloud = Cloud::start();
+    let mut edge = Edge::start(RepairClientSettings {
+        trust: Trust::TrustOnFirstUse(known.clone()),
+        ..edge_settings(cloud.addr)
+    });
+    welcome(&mut edge).await;
+    // Someone decided that the cloud's certificate is another one.
+    let other = Identity::generate().unwrap().fingerprint();
+    fs::write(&known, format!("{} {other}\n", cloud.addr)).unwrap();
+    cut(&mut edge).await;
+    let refusal = edge.disconnected().await;
+    assert!(refusal.contains("has changed: it was"), "{refusal}");
+    assert!(edge.metrics.refused_certificate.get() >= 1);
+    assert_eq!((edge.metrics.early_hellos.get(), cloud.metrics.early_hellos.get()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_changed_certificate_is_refused_though_there_was_a_session() {
+    let cloud = Cloud::start();
+    let addr = cloud.addr;
+    let mut edge = Edge::start(RepairClientSettings {
+        trust: Trust::Pinned(cloud.identity.fingerprint()),
+        token: Some("secret".into()),
+        ..edge_settings(addr)
+    });
+    welcome(&mut edge).await;
+    cloud.stop().await;
+    edge.disconnected().await;
+    let identity = Arc::new(Identity::generate().unwrap());
+    let cloud =
+        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
+    let refusal = edge
+        .wait(|event| match event {
+            RepairEvent::Disconnected { reason } if reason.contains("is pinned") => Some(reason),
+            RepairEvent::Welcome(_) => panic!("trusted a changed certificate"),
+            _ => None,
+        })
+        .await;
+    assert!(refusal.contains("has the fingerprint"), "{refusal}");
+    until(|| cloud.metrics.refused_handshake.get() > 0).await;
+    // What the edge said at once was for the old cloud alone to read.
+    assert_eq!((cloud.metrics.early_hellos.get(), cloud.metrics.downpour.accepted.get()), (0, 0));
+    assert!(edge.metrics.refused_certificate.get() >= 1);
+}

@@ -1,0 +1,472 @@
+//! The retransmission service of wire v0, against a client written from `docs/wire.md` alone, and
+//! our client against a cloud that behaves as the existing one.
+
+use std::time::Duration;
+
+use crate::common::repair_node::{
+    Cloud, Edge, Feed, dial, edge_settings, quic_client, until, within,
+};
+use downpour::{
+    origin::Origin,
+    repair::{
+        Protocol,
+        client::{ProtocolChoice, RepairClientSettings, RepairEvent},
+        message::Nack,
+        server::RepairServerSettings,
+    },
+    rtp::{Seq, Ssrc},
+    tls::Identity,
+};
+use quinn::{Connection, RecvStream, SendStream, TransportConfig};
+use tokio::{sync::mpsc, time::sleep};
+
+/// What an existing edge does, step by step.
+struct V0Edge {
+    connection: Connection,
+    info: SendStream,
+    lengths: RecvStream,
+    data: Option<(SendStream, RecvStream)>,
+    _endpoint: quinn::Endpoint,
+}
+
+impl V0Edge {
+    async fn connect(cloud: &Cloud) -> Self {
+        let endpoint = quic_client();
+        let alpn = b"quic-echo-server";
+        let connection =
+            dial(&endpoint, cloud.addr, alpn, TransportConfig::default()).await.unwrap();
+        let (info, lengths) = connection.open_bi().await.unwrap();
+        Self { connection, info, lengths, data: None, _endpoint: endpoint }
+    }
+
+    async fn ask(&mut self, requests: &[(u32, u16)]) {
+        self.info.write_all(&encode(requests)).await.unwrap();
+    }
+
+    async fn length(&mut self) -> usize {
+        let mut length = [0; 2];
+        within(self.lengths.read_exact(&mut length)).await.unwrap();
+        u16::from_be_bytes(length).into()
+    }
+
+    async fn packet(&mut self, length: usize) -> Vec<u8> {
+        if self.data.is_none() {
+            self.data = Some(within(self.connection.accept_bi()).await.unwrap());
+        }
+        let mut packet = vec![0; length];
+        within(self.data.as_mut().unwrap().1.read_exact(&mut packet)).await.unwrap();
+        packet
+    }
+
+    async fn answer(&mut self) -> Option<Vec<u8>> {
+        match self.length().await {
+            0 => None,
+            length => Some(self.packet(length).await),
+        }
+    }
+}
+
+fn encode(requests: &[(u32, u16)]) -> Vec<u8> {
+    requests
+        .iter()
+        .flat_map(|(ssrc, seq)| [&ssrc.to_be_bytes()[..], &seq.to_be_bytes()[..]].concat())
+        .collect()
+}
+
+#[tokio::test]
+async fn found_and_not_found() {
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 1020304);
+    let seqs = feed.push(700);
+    assert_eq!((seqs[0], seqs[699]), (Seq(65000), Seq(163)), "across the wrap");
+
+    let mut edge = V0Edge::connect(&cloud).await;
+    for seq in [seqs[0], seqs[535], seqs[536], seqs[699]] {
+        edge.ask(&[(1020304, seq.0)]).await;
+        assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
+    }
+    for missing in [(1020304, 164), (1020304, 64999), (1020305, 65000), (0, 0)] {
+        edge.ask(&[missing]).await;
+        assert_eq!(edge.answer().await, None);
+    }
+    edge.ask(&[(1020304, 65000)]).await;
+    assert_eq!(edge.answer().await.unwrap(), feed.packet(Seq(65000)), "still in step");
+
+    let metrics = &cloud.metrics;
+    assert_eq!((metrics.v0.asked.get(), metrics.v0.repairs.get()), (9, 5));
+    assert_eq!((metrics.v0.gone.get(), metrics.unknown_ssrc.get()), (4, 2));
+    let counts = &feed.stream.repairs;
+    let load =
+        |count: &std::sync::atomic::AtomicU64| count.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!((load(&counts.asked), load(&counts.served), load(&counts.gone)), (7, 5, 2));
+    assert_eq!(metrics.v0.open.get(), 1);
+    edge.connection.close(0u32.into(), b"");
+    until(|| metrics.v0.open.get() == 0).await;
+    cloud.stop().await;
+}
+
+#[tokio::test]
+async fn requests_split_anywhere() {
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seqs = feed.push(4);
+    let mut edge = V0Edge::connect(&cloud).await;
+    let requests: Vec<_> = seqs.iter().map(|seq| (7, seq.0)).collect();
+    for piece in [1, 2, 4, 5, 7] {
+        for bytes in encode(&requests).chunks(piece) {
+            edge.info.write_all(bytes).await.unwrap();
+            // Gives each piece a packet of its own; the answer is right with or without.
+            sleep(Duration::from_millis(2)).await;
+        }
+        for &seq in &seqs {
+            assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
+        }
+    }
+}
+
+#[tokio::test]
+async fn five_hundred_requests_in_flight_for_two_streams() {
+    let cloud = Cloud::start();
+    let mut feeds = [7, 8].map(|ssrc| Feed::start(&cloud.origin, &format!("live/{ssrc}"), ssrc));
+    let seqs = feeds[0].push(250);
+    assert_eq!(feeds[1].push(250), seqs);
+    let mut edge = V0Edge::connect(&cloud).await;
+    let requests: Vec<_> = seqs.iter().flat_map(|seq| [(7, seq.0), (8, seq.0), (8, 1)]).collect();
+    edge.ask(&requests).await;
+    for &seq in &seqs {
+        assert_eq!(edge.answer().await.unwrap(), feeds[0].packet(seq));
+        assert_eq!(edge.answer().await.unwrap(), feeds[1].packet(seq));
+        assert_eq!(edge.answer().await, None);
+    }
+}
+
+#[tokio::test]
+async fn an_edge_that_reads_lengths_first_is_not_stuck() {
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seqs = feed.push(300);
+    let mut edge = V0Edge::connect(&cloud).await;
+    edge.ask(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
+    let mut lengths = Vec::new();
+    for _ in &seqs {
+        lengths.push(edge.length().await);
+    }
+    for (seq, length) in seqs.into_iter().zip(lengths) {
+        assert_eq!(edge.packet(length).await, feed.packet(seq));
+    }
+}
+
+#[tokio::test]
+async fn a_single_read_brings_the_whole_packet() {
+    // An existing edge reads each packet with one read and takes what that brings.
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let mut edge = V0Edge::connect(&cloud).await;
+    for seq in feed.push(200) {
+        edge.ask(&[(7, seq.0)]).await;
+        if edge.data.is_none() {
+            edge.data = Some(within(edge.connection.accept_bi()).await.unwrap());
+        }
+        let length = edge.length().await;
+        let mut packet = vec![0; length];
+        let read = within(edge.data.as_mut().unwrap().1.read(&mut packet)).await.unwrap();
+        assert_eq!(read, Some(length));
+        assert_eq!(packet, feed.packet(seq));
+    }
+}
+
+#[tokio::test]
+async fn garbage_is_unknown_packets_and_hurts_nobody() {
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seq = feed.push(1)[0];
+    let mut good = V0Edge::connect(&cloud).await;
+    let mut bad = V0Edge::connect(&cloud).await;
+    let garbage: Vec<u8> =
+        (0..6003u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    bad.info.write_all(&garbage).await.unwrap();
+    for _ in 0..1000 {
+        assert_eq!(bad.answer().await, None);
+    }
+    bad.info.finish().unwrap();
+    assert_eq!(within(bad.lengths.read(&mut [0])).await.unwrap(), None, "half a request is none");
+    assert_eq!(cloud.metrics.unknown_ssrc.get(), 1000);
+    good.ask(&[(7, seq.0)]).await;
+    assert_eq!(good.answer().await.unwrap(), feed.packet(seq));
+
+    // The next info stream of the same connection is served too.
+    (bad.info, bad.lengths) = bad.connection.open_bi().await.unwrap();
+    bad.ask(&[(7, seq.0)]).await;
+    assert_eq!(bad.answer().await.unwrap(), feed.packet(seq));
+}
+
+#[tokio::test]
+async fn an_edge_that_waits_for_a_data_stream_in_vain_is_freed() {
+    let cloud = Cloud::start();
+    let mut edge = V0Edge::connect(&cloud).await;
+    edge.ask(&[(7, 1)]).await;
+    // An existing edge looks for the data stream before it reads the length.
+    let error = within(edge.connection.accept_bi()).await.unwrap_err();
+    assert!(matches!(error, quinn::ConnectionError::ApplicationClosed(_)), "{error}");
+}
+
+#[tokio::test]
+async fn v0_can_be_switched_off() {
+    let cloud = Cloud::start_with(RepairServerSettings { v0: false, ..Default::default() });
+    let dialled =
+        dial(&quic_client(), cloud.addr, b"quic-echo-server", TransportConfig::default()).await;
+    assert!(dialled.is_err());
+    until(|| cloud.metrics.refused_handshake.get() == 1).await;
+
+    let mut edge = Edge::start(v0_settings(cloud.addr));
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
+    let reason = edge.disconnected().await;
+    assert!(reason.ends_with("does not speak the protocol that was asked for"), "{reason}");
+    assert_eq!(edge.metrics.refused_protocol.get(), 1);
+}
+
+#[tokio::test]
+async fn v0_edges_may_be_named_by_address() {
+    let start = |ranges: &[&str]| {
+        Cloud::start_with(RepairServerSettings {
+            v0_allow: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+            ..Default::default()
+        })
+    };
+    let cloud = start(&["192.0.2.0/24", "::1"]);
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seq = feed.push(1)[0];
+    let edge = V0Edge::connect(&cloud).await;
+    let closed = match within(edge.connection.closed()).await {
+        quinn::ConnectionError::ApplicationClosed(close) => close,
+        other => panic!("{other}"),
+    };
+    assert_eq!(closed.error_code, quinn::VarInt::from_u32(3));
+    assert_eq!(&closed.reason[..], b"v0 repair is not allowed from this address");
+    assert_eq!((cloud.metrics.refused_v0_address.get(), cloud.metrics.v0.accepted.get()), (1, 0));
+    let mut edge = Edge::start(v0_settings(cloud.addr));
+    let nack = Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![seq] };
+    edge.handle.nack(nack.clone());
+    assert_eq!(edge.disconnected().await, "v0 repair is not allowed from this address");
+    assert!(edge.metrics.refused_edge.get() >= 1);
+    // It binds nobody else.
+    let mut edge = Edge::start(edge_settings(cloud.addr));
+    edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
+    edge.handle.nack(nack);
+    assert_eq!(edge.repair().await, feed.packet(seq));
+
+    let cloud = start(&["192.0.2.0/24", "127.0.0.0/8"]);
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seq = feed.push(1)[0];
+    let mut edge = V0Edge::connect(&cloud).await;
+    edge.ask(&[(7, seq.0)]).await;
+    assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
+}
+
+#[tokio::test]
+async fn too_many_connections_are_refused_and_counted() {
+    let cloud =
+        Cloud::start_with(RepairServerSettings { max_connections: 4, ..Default::default() });
+    let mut edges = Vec::new();
+    for _ in 0..4 {
+        edges.push(V0Edge::connect(&cloud).await);
+    }
+    let alpn = b"quic-echo-server";
+    let endpoint = quic_client();
+    assert!(dial(&endpoint, cloud.addr, alpn, TransportConfig::default()).await.is_err());
+    assert!(cloud.metrics.refused_full.get() >= 1);
+    let gone = edges.pop().unwrap();
+    gone.connection.close(0u32.into(), b"");
+    until(|| cloud.metrics.v0.open.get() == 3).await;
+    V0Edge::connect(&cloud).await;
+}
+
+#[tokio::test]
+async fn a_budget_slows_v0_edges_down() {
+    let cloud = Cloud::start_with(RepairServerSettings {
+        repair_budget: 1,
+        repair_burst: 5_000,
+        ..Default::default()
+    });
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    // 16 KiB a second is the least, and ten seconds of that come at once: 144 packets.
+    let seqs = feed.push(155);
+    let mut edge = V0Edge::connect(&cloud).await;
+    let began = std::time::Instant::now();
+    edge.ask(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
+    for &seq in &seqs {
+        assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
+    }
+    assert!(began.elapsed() >= Duration::from_millis(500), "{:?}", began.elapsed());
+    assert!(cloud.metrics.deferred_budget.get() >= 5);
+}
+
+fn v0_settings(addr: std::net::SocketAddr) -> RepairClientSettings {
+    RepairClientSettings { protocol: ProtocolChoice::Only(Protocol::V0), ..edge_settings(addr) }
+}
+
+#[tokio::test]
+async fn our_edge_asks_our_cloud() {
+    let cloud = Cloud::start();
+    let mut feed = Feed::start(&cloud.origin, "live/a", 7);
+    let seqs = feed.push(400);
+    let mut edge = Edge::start(v0_settings(cloud.addr));
+    assert_eq!(edge.handle.rtt(), None);
+    let mut asked = seqs.clone();
+    asked.insert(100, Seq(9999));
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: asked });
+    edge.wait(|event| {
+        matches!(event, RepairEvent::Connected { protocol: Protocol::V0 }).then_some(())
+    })
+    .await;
+    assert!(edge.handle.rtt().is_some());
+    let (mut packets, mut gone) = (Vec::new(), Vec::new());
+    while packets.len() < 400 {
+        let event = edge.wait(Some).await;
+        match event {
+            RepairEvent::Repair(packet) => packets.push(packet),
+            RepairEvent::Gone(part) => gone.extend(part.seqs),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(gone, [Seq(9999)]);
+    assert!(packets.iter().zip(&seqs).all(|(packet, seq)| *packet == feed.packet(*seq)));
+}
+
+#[tokio::test]
+async fn our_edge_comes_back_after_the_cloud_closed() {
+    let cloud = Cloud::start();
+    let (addr, identity, origin) = (cloud.addr, cloud.identity.clone(), cloud.origin.clone());
+    let mut feed = Feed::start(&origin, "live/a", 7);
+    let seq = feed.push(1)[0];
+    let nack = Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![seq] };
+    let mut edge = Edge::start(v0_settings(addr));
+    edge.handle.nack(nack.clone());
+    assert_eq!(edge.repair().await, feed.packet(seq));
+    cloud.stop().await;
+    edge.disconnected().await;
+    let _cloud = Cloud::restart_at(addr, identity, origin, RepairServerSettings::default()).await;
+    edge.handle.nack(nack);
+    assert_eq!(edge.repair().await, feed.packet(seq));
+}
+
+/// The existing cloud: single reads for each half of a request, no answer for an unknown SSRC.
+struct OldCloud {
+    addr: std::net::SocketAddr,
+    /// SSRC and sequence number of every request, or the reason why it would have failed.
+    requests: mpsc::UnboundedReceiver<Result<(u32, u16), &'static str>>,
+    _endpoint: quinn::Endpoint,
+}
+
+impl OldCloud {
+    fn start(origin: Origin) -> Self {
+        let config = Identity::generate().unwrap().server_config(&[b"quic-echo-server"]).unwrap();
+        let endpoint = quinn::Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let (seen, requests) = mpsc::unbounded_channel();
+        let listener = endpoint.clone();
+        tokio::spawn(async move {
+            while let Some(incoming) = listener.accept().await {
+                let connection = incoming.await.unwrap();
+                tokio::spawn(serve_old(connection, origin.clone(), seen.clone()));
+            }
+        });
+        Self { addr: endpoint.local_addr().unwrap(), requests, _endpoint: endpoint }
+    }
+}
+
+async fn serve_old(
+    connection: Connection,
+    origin: Origin,
+    seen: mpsc::UnboundedSender<Result<(u32, u16), &'static str>>,
+) {
+    let (mut data, _data_recv) = connection.open_bi().await.unwrap();
+    let Ok((mut info, mut requests)) = connection.accept_bi().await else {
+        seen.send(Err("closed before the info stream was seen: nil dereference")).unwrap();
+        return;
+    };
+    loop {
+        let (mut ssrc, mut seq) = ([0; 4], [0; 2]);
+        match requests.read(&mut ssrc).await {
+            Ok(Some(4)) => {}
+            Ok(Some(_)) => return seen.send(Err("a short SSRC")).unwrap(),
+            _ => return,
+        }
+        match requests.read(&mut seq).await {
+            Ok(Some(2)) => {}
+            _ => return seen.send(Err("no sequence number: panic")).unwrap(),
+        }
+        let (ssrc, seq) = (u32::from_be_bytes(ssrc), u16::from_be_bytes(seq));
+        seen.send(Ok((ssrc, seq))).unwrap();
+        let Some(stream) = origin.stream(Ssrc(ssrc)) else { continue };
+        let packet = stream.packet(Seq(seq)).unwrap_or_default();
+        let answered = match info.write_all(&(packet.len() as u16).to_be_bytes()).await {
+            Ok(()) => data.write_all(&packet).await,
+            error => error,
+        };
+        if answered.is_err() {
+            return seen.send(Err("closed during an answer: panic")).unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn our_edge_is_gentle_with_an_existing_cloud() {
+    let origin = Origin::new();
+    let mut feed = Feed::start(&origin, "live/a", 7);
+    let seqs = feed.push(300);
+    let mut cloud = OldCloud::start(origin);
+    let mut edge = Edge::start(edge_settings(cloud.addr));
+    edge.wait(|event| {
+        matches!(event, RepairEvent::Connected { protocol: Protocol::V0 }).then_some(())
+    })
+    .await;
+    // The info stream shows before anything is missing.
+    assert_eq!(within(cloud.requests.recv()).await.unwrap(), Ok((0, 0)));
+
+    // A stream that the cloud does not know is not answered, and does not put the rest out of step.
+    edge.handle.nack(Nack { ssrc: Ssrc(99), copies: 1, slack_ms: 500, seqs: vec![Seq(5)] });
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: seqs.clone() });
+    let gone = edge.wait(|event| match event {
+        RepairEvent::Gone(gone) => Some(gone),
+        _ => None,
+    });
+    assert_eq!(gone.await.ssrc, Ssrc(99));
+    for &seq in &seqs {
+        assert_eq!(edge.repair().await, feed.packet(seq));
+    }
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
+    let gone = edge.wait(|event| match event {
+        RepairEvent::Gone(gone) => Some(gone),
+        _ => None,
+    });
+    assert_eq!(gone.await.seqs, [Seq(1)]);
+
+    edge.shutdown.cancel();
+    for _ in 0..302 {
+        within(cloud.requests.recv()).await.unwrap().expect("requests come whole");
+    }
+    edge.wait_closed().await;
+    assert!(cloud.requests.try_recv().is_err(), "the edge left without harm");
+}
+
+#[tokio::test]
+async fn a_cloud_out_of_step_is_left() {
+    // It answers what was never asked.
+    let config = Identity::generate().unwrap().server_config(&[b"quic-echo-server"]).unwrap();
+    let endpoint = quinn::Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let addr = endpoint.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            let connection = incoming.await.unwrap();
+            let (mut data, _recv) = connection.open_bi().await.unwrap();
+            let (mut info, _requests) = connection.accept_bi().await.unwrap();
+            data.write_all(&[0x80; 20]).await.unwrap();
+            info.write_all(&[0, 20]).await.unwrap();
+            connection.closed().await;
+        }
+    });
+    let mut edge = Edge::start(v0_settings(addr));
+    edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: vec![Seq(1)] });
+    assert!(edge.disconnected().await.contains("out of step"));
+    assert_eq!(edge.metrics.malformed.get(), 1);
+}
