@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{compare::read_flv, node::tail, wait_for};
+use super::{compare::read_flv, node::tail, process, wait_for};
 use downpour::flv::Tag;
 
 /// An FLV file and its tags.
@@ -109,8 +109,7 @@ impl Encoder {
 
     /// Stops it where it is: its connection stays and nothing comes any more.
     pub fn freeze(&self) {
-        // SAFETY: a system call on a process that is ours and has not been waited for.
-        assert_eq!(unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGSTOP) }, 0);
+        process::signal(self.child.id(), "STOP");
     }
 
     /// Whether it has ended.

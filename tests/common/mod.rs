@@ -13,6 +13,7 @@ pub mod media;
 pub mod network;
 pub mod node;
 pub mod ports;
+pub mod process;
 pub mod repair_node;
 pub mod repair_sim;
 pub mod rtmp;

@@ -17,7 +17,7 @@ use super::{
     http::Metrics,
     media::{Encoder, Media},
     network::Network,
-    ports,
+    ports, process,
     viewer::Viewer,
     wait_for,
 };
@@ -346,8 +346,7 @@ impl Node {
     pub fn terminate(&mut self) -> (ExitStatus, Duration) {
         let mut child = self.child.take().expect("it does not run");
         let start = Instant::now();
-        // SAFETY: a system call on a process that is ours and has not been waited for.
-        assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) }, 0);
+        process::signal(child.id(), "TERM");
         while start.elapsed() < SOON {
             if let Some(status) = child.try_wait().expect("cannot wait for a node") {
                 return (status, start.elapsed());

@@ -2,41 +2,61 @@
 
 use std::{
     net::{Ipv4Addr, TcpListener, UdpSocket},
-    sync::atomic::{AtomicU16, Ordering},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener},
+    },
+    sync::{
+        Mutex,
+        atomic::{AtomicU16, Ordering},
+    },
 };
 
-/// A port that nobody listens on, neither TCP nor UDP, and that this process has not given out yet.
+/// A port that nobody listens on, neither TCP nor UDP, and that no other test gets while this
+/// process runs.
 ///
-/// They lie below the range from which the kernel takes ports for outgoing connections: a node that
-/// is killed must find its port free when it comes back, and some tests open 10,000 connections.
+/// The ports lie below the range from which the kernel takes ports for outgoing connections: a node
+/// that is killed must find its port free when it restarts, and some tests open 10,000 connections.
 pub fn free() -> u16 {
     free_run(1)
 }
 
-/// A port for RTP: that of its parity, two above, is kept free too.
+/// A port for RTP. The port of its parity, two above, is reserved too.
 pub fn free_for_rtp() -> u16 {
     free_run(3)
 }
 
-/// The first of so many ports in a row.
+/// The first of `count` free ports in a row.
 fn free_run(count: u16) -> u16 {
-    // Test processes that run at the same time take different blocks.
-    let block = (std::process::id() % BLOCKS) as u16 * BLOCK;
-    loop {
-        let offset = NEXT.fetch_add(count, Ordering::Relaxed);
-        assert!(offset < 5 * BLOCK, "no port is free");
-        let first = FIRST + (block + offset) % (BLOCKS as u16 * BLOCK);
-        let is_free = |port| {
-            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
-                && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
-        };
-        if (first..first + count).all(is_free) {
+    // Test processes that run at the same time begin at different places.
+    let start = (std::process::id() % u32::from(PORTS / SPREAD)) as u16 * SPREAD;
+    for _ in 0..PORTS {
+        let offset = NEXT.fetch_add(count, Ordering::Relaxed) % PORTS;
+        let first = FIRST + (start + offset) % PORTS;
+        let claims: Option<Vec<_>> = (first..first + count).map(claim).collect();
+        if let Some(claims) = claims {
+            CLAIMS.lock().expect("a test panicked here").extend(claims);
             return first;
         }
     }
+    panic!("no port is free");
 }
 
+/// Reserves a port among all test processes, if nobody uses it.
+///
+/// The claim is a socket in the abstract namespace (unix(7)): one process can bind a name, and the
+/// kernel releases it when that process ends, however it ends.
+fn claim(port: u16) -> Option<UnixListener> {
+    let name = SocketAddr::from_abstract_name(format!("downpour-test-port-{port}")).ok()?;
+    let claim = UnixListener::bind_addr(&name).ok()?;
+    let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+        && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok();
+    is_free.then_some(claim)
+}
+
+/// Held until the process ends.
+static CLAIMS: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
 static NEXT: AtomicU16 = AtomicU16::new(0);
 const FIRST: u16 = 12_000;
-const BLOCK: u16 = 200;
-const BLOCKS: u32 = 100;
+const PORTS: u16 = 20_000;
+const SPREAD: u16 = 40;

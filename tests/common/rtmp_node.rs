@@ -330,10 +330,3 @@ pub const SIMPLE_HANDSHAKE: [u8; 1 + 2 * 1536] = {
     bytes[0] = 3;
     bytes
 };
-
-/// Memory that this process really has.
-pub fn resident_bytes() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: usize = statm.split_whitespace().nth(1).unwrap().parse().unwrap();
-    pages * 4096
-}

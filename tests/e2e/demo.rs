@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::common::{
-    media,
+    media, process,
     viewer::{Viewer, save},
 };
 
@@ -41,8 +41,7 @@ fn it_says_where_to_watch_and_the_stream_is_whole() {
         media::assert_decodes(&file, &["h264", "aac"]);
     }
 
-    // SAFETY: the process is ours and has not been waited for.
-    unsafe { libc::kill(demo.id() as i32, libc::SIGINT) };
+    process::signal(demo.id(), "INT");
     let output = demo.wait_with_output().expect("cannot wait for the demo");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let reports = reports.join().unwrap();

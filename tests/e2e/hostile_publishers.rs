@@ -16,6 +16,7 @@ use crate::common::{
     viewer::Viewer,
     wait_for,
 };
+use downpour::limits::raise_descriptors;
 
 const KEY: &str = "live/honest";
 const PUSH: Duration = Duration::from_secs(60);
@@ -156,7 +157,8 @@ fn a_handshake_that_breaks_off_at_every_byte() {
 /// Ten thousand connections that say nothing, of which 8192 are let in.
 #[test]
 fn ten_thousand_idle_connections() {
-    let files = raise_file_limit();
+    // The cloud inherits the limit.
+    let files = raise_descriptors(65_536).unwrap().soft as usize;
     // This process and the cloud each need one file a connection, and some to live.
     let count = 10_000.min(files.saturating_sub(1500));
     let honest = Honest::start();
@@ -228,17 +230,4 @@ impl Honest {
         next.publish("live", "next", 128).unwrap();
         next.until_answer("NetStream.Publish.Start").unwrap();
     }
-}
-
-/// Raises this process's limit of open files, which its children inherit, as far as it may; gives
-/// the limit.
-fn raise_file_limit() -> usize {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls get a valid pointer to a limit.
-    unsafe {
-        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
-        limit.rlim_cur = limit.rlim_max.min(65_536);
-        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
-    }
-    limit.rlim_cur as usize
 }

@@ -1,11 +1,13 @@
-//! Chunk headers that claim far more than is sent cost what is sent. A binary of its own, because it
-//! measures the process.
+//! Chunk headers that claim far more than is sent cost what is sent.
 
-use crate::common::rtmp_node::*;
+use crate::common::{process, process::resident_bytes, rtmp_node::*};
 use downpour::rtmp::{chunk::VIDEO, server::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_that_claim_16_mb_cost_what_was_sent() {
+    if !process::alone(module_path!(), "bodies_that_claim_16_mb_cost_what_was_sent", None) {
+        return;
+    }
     let server = Running::start(ServerSettings::default());
     let addr = server.addr;
     let before = resident_bytes();

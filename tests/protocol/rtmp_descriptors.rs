@@ -1,18 +1,16 @@
-//! A process out of file descriptors goes on accepting when there are some again. A binary of its
-//! own, because it changes the process's limit.
+//! A process that ran out of file descriptors accepts again once some are free.
 
 use std::{net::TcpStream, time::Duration};
 
-use crate::common::rtmp_node::*;
+use crate::common::{process, rtmp_node::*};
 use downpour::rtmp::{client::Publisher, server::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn running_out_of_descriptors_passes() {
+    if !process::alone(module_path!(), "running_out_of_descriptors_passes", Some(120)) {
+        return;
+    }
     let server = Running::start(ServerSettings::default());
-    let limit = libc::rlimit { rlim_cur: 120, rlim_max: 120 };
-    // SAFETY: the pointer is to a live value of the right type.
-    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
-
     // Clients first, in one go, until there is no descriptor for the server's end.
     let addr = server.addr;
     let clients = tokio::task::spawn_blocking(move || {

@@ -2,11 +2,14 @@
 
 use std::{io::Write, net::TcpStream, time::Duration};
 
-use crate::common::rtmp_node::*;
+use crate::common::{process, process::resident_bytes, rtmp_node::*};
 use downpour::rtmp::{amf0::Value, server::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_are_small_and_counted() {
+    if !process::alone(module_path!(), "idle_connections_are_small_and_counted", None) {
+        return;
+    }
     // Both ends are in this process.
     let count = (descriptor_limit().saturating_sub(500) / 2).min(10_000);
     let server = Running::start(ServerSettings {

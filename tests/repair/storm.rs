@@ -3,12 +3,15 @@
 
 use std::{
     collections::HashSet,
-    fs,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use crate::common::repair_node::{Cloud, Edge, Feed, edge_settings, within};
+use crate::common::{
+    process,
+    process::resident_bytes,
+    repair_node::{Cloud, Edge, Feed, edge_settings, within},
+};
 use downpour::{
     repair::{
         client::{RepairClientSettings, RepairEvent},
@@ -44,6 +47,9 @@ struct Outcome {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_hundred_edges_lose_the_same_at_once() {
+    if !process::alone(module_path!(), "three_hundred_edges_lose_the_same_at_once", None) {
+        return;
+    }
     let cloud = Cloud::start_with(RepairServerSettings {
         repair_budget: BUDGET,
         repair_burst: BURST,
@@ -90,7 +96,7 @@ async fn three_hundred_edges_lose_the_same_at_once() {
         }
     });
     let quiet = median(ask_now_and_then(&mut other, &mut calm, Duration::from_secs(2)).await);
-    let memory = resident();
+    let memory = resident_bytes();
 
     let mut storm = JoinSet::new();
     for (i, edge) in edges.into_iter().enumerate() {
@@ -115,7 +121,7 @@ async fn three_hundred_edges_lose_the_same_at_once() {
         }
     }
     publisher.abort();
-    let grown = resident().saturating_sub(memory);
+    let grown = resident_bytes().saturating_sub(memory);
     println!(
         "{answered} of {asked} answered; a greedy edge got {greedy_bytes} bytes; median answer \
          {quiet:?} before, {during:?} in the storm; {} KiB more memory",
@@ -207,11 +213,4 @@ fn median(mut times: Vec<Duration>) -> Duration {
     assert!(times.len() >= 5, "{times:?}");
     times.sort_unstable();
     times[times.len() / 2]
-}
-
-/// Resident memory of this process in bytes (proc(5), `statm`).
-fn resident() -> usize {
-    let pages = fs::read_to_string("/proc/self/statm").unwrap();
-    let resident: usize = pages.split_whitespace().nth(1).unwrap().parse().unwrap();
-    resident * 4096
 }

@@ -1,0 +1,60 @@
+//! Tests that change or measure their whole process, and what a process of ours holds.
+
+use std::process::{Command, Stdio};
+
+/// Runs the calling test in a process of its own. Returns `true` in that process, where the test
+/// continues, and `false` in the other, where it is done.
+///
+/// `cargo nextest` runs each test in its own process anyway; plain `cargo test` runs all tests of a
+/// binary in one. `descriptors` also sets the limit of open files there (`RLIMIT_NOFILE`, soft and
+/// hard), which takes a new process with either runner.
+///
+/// `module` is `module_path!()`, `test` the name of the calling function. Panics if the test fails
+/// there, or if no test has that name.
+#[track_caller]
+pub fn alone(module: &str, test: &str, descriptors: Option<u32>) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let is_alone = std::env::var("NEXTEST_EXECUTION_MODE").is_ok_and(|m| m == "process-per-test");
+    if is_alone && descriptors.is_none() {
+        return true;
+    }
+    let module = module.split_once("::").map_or("", |(_, module)| module);
+    let name = format!("{module}::{test}");
+    let limit = descriptors.map_or(String::new(), |limit| format!("ulimit -n {limit}; "));
+    let output = Command::new("sh")
+        .args(["-c", &format!("{limit}exec \"$@\""), "sh"])
+        .arg(std::env::current_exe().expect("no path of this program"))
+        .args(["--exact", &name, "--nocapture"])
+        .env(INSIDE, "1")
+        .stdin(Stdio::null())
+        .output()
+        .expect("cannot start a process for the test");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, errors) = (text(&output.stdout), text(&output.stderr));
+    // A name that is wrong runs no test, which is a success too.
+    let passed = output.status.success() && out.contains("test result: ok. 1 passed");
+    assert!(passed, "{name} failed in its own process: {}\n{out}\n{errors}", output.status);
+    print!("{out}");
+    eprint!("{errors}");
+    false
+}
+
+/// Sends a signal, by the name that kill(1) gives it, to a process that has not been waited for.
+#[track_caller]
+pub fn signal(pid: u32, name: &str) {
+    let command = format!("kill -s {name} {pid}");
+    let status = Command::new("sh").args(["-c", &command]).status().expect("cannot run sh");
+    assert!(status.success(), "{command}: {status}");
+}
+
+/// Resident memory of this process in bytes (proc(5), `statm`).
+pub fn resident_bytes() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("no statm");
+    let pages = statm.split_whitespace().nth(1).and_then(|pages| pages.parse::<usize>().ok());
+    pages.expect("no count of pages") * 4096
+}
+
+/// Environment: set in a process that [`alone`] started.
+const INSIDE: &str = "DOWNPOUR_TEST_ALONE";
