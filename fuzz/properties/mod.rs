@@ -1,8 +1,7 @@
 //! What must hold for any bytes: each property takes an input and panics if it does not hold.
 //!
-//! The targets of `fuzz/fuzz_targets` search for an input that breaks one;
-//! `tests/protocol/fuzz_corpus.rs` holds them to the committed corpus. They use Downpour's public
-//! API only.
+//! The targets of `fuzz/fuzz_targets` search for an input that breaks one; `tests/fuzz_corpus.rs`
+//! holds them to the committed corpus. They use Downpour's public API only.
 #![allow(dead_code, reason = "each fuzz target uses one property")]
 
 pub mod amf0;

@@ -1,9 +1,8 @@
-//! RTMP, HTTP-FLV, and the properties that the fuzz targets check.
+//! RTMP and HTTP-FLV over real sockets.
 
 #[path = "../common/mod.rs"]
 mod common;
 
-mod fuzz_corpus;
 mod http_client;
 mod http_flv;
 mod http_viewers;

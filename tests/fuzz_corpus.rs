@@ -1,7 +1,7 @@
 //! The fuzz targets' properties hold for every file of the committed corpus, and for inputs made
 //! from them: what `docs/fuzzing.md` does for minutes, here for seconds and the same every time.
 
-#[path = "../../fuzz/properties/mod.rs"]
+#[path = "../fuzz/properties/mod.rs"]
 mod properties;
 
 use std::{collections::BTreeSet, fs, panic, path::Path};
@@ -70,7 +70,7 @@ fn every_property_has_a_target_a_corpus_and_a_test() {
     assert_eq!(entries("fuzz/corpus"), names);
     assert_eq!(entries("fuzz/fuzz_targets"), names);
     assert_eq!(entries("fuzz/properties"), &names | &["mod", "memory"].map(String::from).into());
-    let (manifest, tests) = (include_str!("../../fuzz/Cargo.toml"), include_str!("fuzz_corpus.rs"));
+    let (manifest, tests) = (include_str!("../fuzz/Cargo.toml"), include_str!("fuzz_corpus.rs"));
     for name in names {
         assert!(manifest.contains(&format!("path = \"fuzz_targets/{name}.rs\"")), "{name}");
         assert!(tests.contains(&format!("fn {name}() {{\n    hold(\"{name}\");")), "{name}");
