@@ -2,7 +2,11 @@
 
 use std::{io::Write, net::TcpStream, time::Duration};
 
-use crate::common::{process, process::resident_bytes, rtmp_node::*};
+use crate::common::{
+    SOON, process,
+    process::resident_bytes,
+    rtmp_node::{RawEncoder, RtmpServer, SIMPLE_HANDSHAKE},
+};
 use downpour::rtmp::{amf0::Value, server::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -12,7 +16,7 @@ async fn idle_connections_are_small_and_counted() {
     }
     // Both ends are in this process.
     let count = (descriptor_limit().saturating_sub(500) / 2).min(10_000);
-    let server = Running::start(ServerSettings {
+    let server = RtmpServer::start(ServerSettings {
         max_connections: count,
         publish_timeout: Duration::from_secs(300),
         idle_timeout: Duration::from_secs(300),
@@ -46,7 +50,7 @@ async fn idle_connections_are_small_and_counted() {
     assert!(each < 10_000, "{each} bytes a connection");
 
     let mut refused = TcpStream::connect(addr).unwrap();
-    refused.set_read_timeout(Some(PATIENCE)).unwrap();
+    refused.set_read_timeout(Some(SOON)).unwrap();
     let read = tokio::task::spawn_blocking(move || {
         std::io::Read::read(&mut refused, &mut [0; 1]).unwrap_or(0)
     });
