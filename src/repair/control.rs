@@ -662,9 +662,10 @@ mod tests {
 
     #[test]
     fn no_part_of_a_report_is_too_long_for_a_message() {
-        let most = Histogram { counts: [u64::MAX; _], sum_us: u64::MAX };
+        let most =
+            Histogram { counts: Histogram::default().counts.map(|_| u64::MAX), sum_us: u64::MAX };
         let mut worst = Stats { delays: most, waits: most, ..Stats::default() }.report(Ssrc(0));
-        worst.paths = [PathReport { received: u64::MAX, lost: u64::MAX, gaps: u64::MAX }; _];
+        worst.paths.fill(PathReport { received: u64::MAX, lost: u64::MAX, gaps: u64::MAX });
         worst.repaired = [u64::MAX; 3];
         worst.counters_mut().into_iter().for_each(|count| *count = u64::MAX);
         for count in [0, 1, MAX_REPORTED, MAX_REPORTED + 1, 3000] {

@@ -34,7 +34,7 @@ impl Serialize for Terse<'_, StreamReport> {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("ssrc", ssrc)?;
         serialize_counts(&mut map, &self.0.counters())?;
-        if *repaired != [0; _] {
+        if repaired.iter().any(|count| *count > 0) {
             map.serialize_entry("repaired", repaired)?;
         }
         for (name, delays) in [("delays", delays), ("waits", waits)] {
@@ -42,7 +42,7 @@ impl Serialize for Terse<'_, StreamReport> {
                 map.serialize_entry(name, &Terse(delays))?;
             }
         }
-        if *paths != [PathReport::default(); _] {
+        if paths.iter().any(|path| *path != PathReport::default()) {
             map.serialize_entry("paths", &Terse(&paths[..]))?;
         }
         map.end()
