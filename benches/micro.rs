@@ -9,15 +9,13 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use downpour::{
-    flv::{FILE_HEADER, FlvReader, Tag, TagKind},
-    repair::{
-        history::History,
-        receiver::{Event, Path, Receiver, Settings},
-    },
-    rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO},
+use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
+use downpour_repair::{
+    history::History,
+    receiver::{Event, Path, Receiver, Settings},
     rtp::{Burst, Depacketizer, Packet, Packetizer, Seq, Ssrc, packet::Header},
 };
+use downpour_rtmp::chunk::{AUDIO, ChunkReader, ChunkWriter, MessageHead, VIDEO};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 criterion_group! {

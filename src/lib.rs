@@ -5,32 +5,14 @@
 //! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
 //! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
 
-mod addr_range;
-pub mod block;
+#![forbid(unsafe_code)]
+
 pub mod cli;
 pub mod cloud;
 pub mod config;
 pub mod edge;
-pub mod edges;
-pub mod fanout;
-pub mod flv;
 pub mod http;
-pub mod hub;
-pub mod impair;
-pub mod limits;
-pub mod logging;
-pub mod metrics;
+mod net;
 pub mod node;
-pub mod origin;
-mod os;
-mod prefetch;
 pub mod record;
-pub mod repair;
 pub mod rtmp;
-pub mod rtp;
-mod stream_key;
-pub mod tls;
-pub mod udp;
-
-pub use addr_range::{AddrRange, InvalidRange};
-pub use stream_key::{InvalidStreamKey, StreamKey};

@@ -1,5 +1,7 @@
 //! The `downpour` binary: see `downpour --help`.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use clap::Parser;

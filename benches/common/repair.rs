@@ -5,9 +5,11 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
 };
 
-use downpour::{
-    origin::Origin,
-    repair::server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+use downpour_distribution::{
+    downstream::{
+        outgoing::OutgoingStreams,
+        repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+    },
     tls::Identity,
 };
 use tokio::runtime::{Builder, Runtime};
@@ -27,7 +29,11 @@ impl Repair {
     }
 
     /// Answers for the streams of `origin` until `shutdown`; tells where.
-    pub fn serve(&self, origin: &Origin, shutdown: CancellationToken) -> io::Result<SocketAddr> {
+    pub fn serve(
+        &self,
+        origin: &OutgoingStreams,
+        shutdown: CancellationToken,
+    ) -> io::Result<SocketAddr> {
         let _inside = self.runtime.enter();
         let metrics = RepairServerMetrics::register(&prometheus::Registry::new())
             .map_err(io::Error::other)?;

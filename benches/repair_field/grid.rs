@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use downpour::impair::{Bursts, LinkSettings};
+use downpour_netem::{Bursts, LinkSettings};
 
 use crate::media::Cadence;
 

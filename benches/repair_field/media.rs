@@ -12,10 +12,11 @@ use std::{
 };
 
 use downpour::{
-    flv::{Tag, TagKind},
     http::client::{FlvClient, FlvUrl},
-    rtmp::{client::Publisher, url::RtmpUrl},
+    rtmp::client::Publisher,
 };
+use downpour_media::flv::{Tag, TagKind};
+use downpour_rtmp::url::RtmpUrl;
 
 /// Bytes of media in a packet.
 pub const PACKET_LEN: usize = 1000;

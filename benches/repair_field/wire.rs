@@ -1,7 +1,7 @@
 //! The emulated link as a process sees it: UDP ports whose datagrams share one pair of
 //! [`Link`]s.
 //!
-//! It is not [`downpour::impair::UdpRelay`] because Downpour sends media and repairs from two
+//! It is not [`downpour_netem::UdpRelay`] because Downpour sends media and repairs from two
 //! sockets: both must share the same line, lose in the same bursts and fill the same queue, as the
 //! rivals' do. It also has a thread of its own with timers finer than tokio's, and tells how late
 //! it was.
@@ -19,7 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::impair::{Link, LinkSettings};
+use downpour_netem::{Link, LinkSettings};
 
 /// Which of the two links carries something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use std::{
     ptr, thread,
 };
 
-use downpour::rtp::Burst;
+use downpour_repair::rtp::Burst;
 use socket2::SockRef;
 
 use crate::{common::cpu, fanout::threads::join};

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use downpour::udp;
+use downpour_sys::udp;
 use quinn_udp::{UdpSockRef, UdpSocketState};
 
 use self::{

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::origin::Origin;
+use downpour_distribution::downstream::outgoing::OutgoingStreams;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -123,7 +123,7 @@ impl Bench<'_> {
         rounds: usize,
         turns: usize,
     ) -> io::Result<Vec<Vec<Round>>> {
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let shutdown = CancellationToken::new();
         let _shutdown = shutdown.clone().drop_guard();
         let quic = self.repair.serve(&origin, shutdown)?;

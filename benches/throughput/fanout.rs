@@ -13,13 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    fanout::{
-        self, Fanout, FanoutMetrics, OnDatagrams,
-        routes::{Routes, Target},
-    },
-    rtp::{Burst, Ssrc},
+use downpour_distribution::downstream::{
+    fanout::{self, Fanout, FanoutMetrics, OnDatagrams},
+    routes::{Routes, Target},
 };
+use downpour_repair::rtp::{Burst, Ssrc};
 use prometheus::Registry;
 
 use self::{sinks::Sinks, threads::Thread};

@@ -102,7 +102,7 @@ fn main() -> ExitCode {
 /// Runs each part, those after one that failed too.
 fn bench(options: &Options) -> io::Result<()> {
     // Thousands of connections, at both ends; children inherit it.
-    let limit = downpour::limits::raise_descriptors(u64::MAX)?;
+    let limit = downpour::node::limits::raise_descriptors(u64::MAX)?;
     let all = options.part.is_empty();
     let parts = if all { Part::value_variants() } else { &options.part };
     let write = options.write || (all && !options.quick && options.program.is_none());

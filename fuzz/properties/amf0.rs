@@ -1,7 +1,7 @@
 //! AMF0 values: commands, and script data.
 
 use bytes::BytesMut;
-use downpour::rtmp::amf0::{Amf0Error, Decoder, MAX_VALUES, Value, leading_string};
+use downpour_media::amf0::{Amf0Error, Decoder, MAX_VALUES, Value, leading_string};
 
 use super::{Random, memory};
 

@@ -1,6 +1,6 @@
 //! FLV files and live bodies.
 
-use downpour::flv::{FlvError, FlvReader, FlvTags, FlvWriter, Tag};
+use downpour_media::flv::{FlvError, FlvReader, FlvTags, FlvWriter, Tag};
 
 use super::{memory, pieces};
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use downpour::repair::control::{
+use downpour_repair::control::{
     CloudMessage, ControlError, ControlReader, EdgeMessage, encode_control,
 };
 use serde::{Serialize, de::DeserializeOwned};

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use downpour::{
-    repair::message::{Gone, Heartbeat, Message, Nack, encode_repair},
+use downpour_repair::{
+    message::{Gone, Heartbeat, Message, Nack, encode_repair},
     rtp::Seq,
 };
 

@@ -6,8 +6,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::{
-    repair::receiver::{Event, Path, Receiver, Settings},
+use downpour_repair::{
+    receiver::{Event, Path, Receiver, Settings},
     rtp::{Packet, Seq, Ssrc, packet::Header},
 };
 

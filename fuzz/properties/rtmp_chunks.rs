@@ -1,7 +1,7 @@
 //! The RTMP chunk stream.
 
 use bytes::BytesMut;
-use downpour::rtmp::chunk::{
+use downpour_rtmp::chunk::{
     ABORT, ChunkError, ChunkReader, ChunkWriter, MAX_CHUNK_STREAMS, Message, MessageHead,
     SET_CHUNK_SIZE,
 };

@@ -1,12 +1,10 @@
 //! A server's answers to a client that publishes or plays.
 
-use downpour::{
-    flv::{Tag, TagKind},
-    rtmp::{
-        chunk::{ACKNOWLEDGEMENT, Message},
-        handshake::PACKET_LEN,
-        session::{ClientEvent, ClientSession, Purpose, SessionError},
-    },
+use downpour_media::flv::{Tag, TagKind};
+use downpour_rtmp::{
+    chunk::{ACKNOWLEDGEMENT, Message},
+    handshake::PACKET_LEN,
+    session::{ClientEvent, ClientSession, Purpose, SessionError},
 };
 
 use super::{flv::check_tag, memory, pieces, rtmp_chunks};

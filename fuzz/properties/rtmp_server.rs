@@ -1,14 +1,12 @@
 //! An encoder's connection, from the first byte on.
 
-use downpour::{
-    flv::Tag,
-    rtmp::{
-        chunk::{ACKNOWLEDGEMENT, Message},
-        handshake::PACKET_LEN,
-        publish::PublishError,
-        session::{
-            PublishIntent, Refusal, ServerEvent, ServerSession, SessionError, SessionSettings,
-        },
+use downpour_media::flv::Tag;
+use downpour_rtmp::{
+    chunk::{ACKNOWLEDGEMENT, Message},
+    handshake::PACKET_LEN,
+    session::{
+        PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,
+        SessionSettings,
     },
 };
 
@@ -136,9 +134,9 @@ fn run<'a>(choice: u8, pieces: impl IntoIterator<Item = &'a [u8]>) -> Outcome {
 /// The node's decision.
 fn decide(session: &mut ServerSession, choice: u8, intent: &PublishIntent) {
     let decided = match choice >> 1 & 7 {
-        1 => session.refuse(&PublishError::AlreadyLive(intent.key.clone())),
-        2 => session.refuse(&PublishError::Unauthorized("not you".into())),
-        3 => session.refuse(&PublishError::Full("no".into())),
+        1 => session.refuse(PublishRefusal::BadName, intent.key.as_str()),
+        2 => session.refuse(PublishRefusal::Unauthorized, "not you"),
+        3 => session.refuse(PublishRefusal::Failed, "no"),
         _ => session.accept(),
     };
     decided.expect("a decision can be told");

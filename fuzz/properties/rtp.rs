@@ -1,10 +1,8 @@
 //! RTP packets, and tags made of them.
 
 use bytes::Bytes;
-use downpour::{
-    flv::{Tag, TagKind},
-    rtp::{Depacketizer, Packet, Packetizer, Seq, Ssrc, packet::HEADER_LEN},
-};
+use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::rtp::{Depacketizer, Packet, Packetizer, Seq, Ssrc, packet::HEADER_LEN};
 
 use super::{Random, flv::check_tag, memory, take, take_up_to};
 

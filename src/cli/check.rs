@@ -7,7 +7,7 @@ use clap::Args;
 use super::{Failure, needs};
 use crate::{
     config::{self, CloudConfig, EdgeConfig, Role},
-    limits::{self, Needs, Readings},
+    node::limits::{self, Requirements, SystemLimits},
 };
 
 /// Say whether a configuration file is good, or what is wrong with it and where
@@ -32,12 +32,12 @@ pub struct CheckArgs {
 ///
 /// # Errors
 /// [`Failure::Usage`] with what is wrong.
-pub fn run(args: &CheckArgs, machine: &Readings, out: &mut dyn Write) -> Result<(), Failure> {
+pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Result<(), Failure> {
     let file = args.file.as_path();
     let text = config::read(file)
         .map_err(|error| Failure::Usage(format!("{}: cannot read it: {error}", file.display())))?;
-    let too_little = |needs: &Needs| {
-        let found = [limits::small_buffers(needs, machine), limits::findings(needs, machine)];
+    let too_little = |needs: &Requirements| {
+        let found = [limits::small_buffers(needs, machine), limits::advice(needs, machine)];
         found.concat().into_iter().map(|finding| format!("this machine: {finding}"))
     };
     let cloud = || {
@@ -69,10 +69,10 @@ mod tests {
     use super::*;
 
     fn check(text: &str, role: Option<Role>) -> Result<String, Failure> {
-        check_on(&Readings::default(), text, role)
+        check_on(&SystemLimits::default(), text, role)
     }
 
-    fn check_on(machine: &Readings, text: &str, role: Option<Role>) -> Result<String, Failure> {
+    fn check_on(machine: &SystemLimits, text: &str, role: Option<Role>) -> Result<String, Failure> {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("my.yaml");
         std::fs::write(&file, text).unwrap();
@@ -96,11 +96,11 @@ mod tests {
 
     #[test]
     fn a_machine_that_gives_too_little_is_told_with_the_line_to_type() {
-        let machine = Readings {
+        let machine = SystemLimits {
             rmem_max: Some(212_992),
             wmem_max: Some(4 << 20),
             somaxconn: Some(128),
-            ..Readings::default()
+            ..SystemLimits::default()
         };
         let edge = "udp_addr: :5222\nudp_recv_buffer: 4194304\nmax_viewers: 40\n";
         let told = check_on(&machine, edge, None).unwrap();
@@ -134,7 +134,7 @@ mod tests {
             assert!(!message.contains('\n'));
         }
         let args = CheckArgs { file: "/no/such.yaml".into(), role: None };
-        let error = run(&args, &Readings::default(), &mut Vec::new()).unwrap_err();
+        let error = run(&args, &SystemLimits::default(), &mut Vec::new()).unwrap_err();
         assert!(error.to_string().starts_with("/no/such.yaml: cannot read it"), "{error}");
     }
 }

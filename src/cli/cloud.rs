@@ -4,8 +4,10 @@ use super::{CloudArgs, Failure, block_on, needs, start_failure};
 use crate::{
     cloud::Cloud,
     config::{CloudConfig, Loaded},
-    limits,
-    logging::{self, LogFile},
+    node::{
+        limits,
+        logging::{self, LogFile},
+    },
 };
 
 /// Runs a cloud node until SIGTERM or SIGINT.

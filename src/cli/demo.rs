@@ -18,12 +18,11 @@ use super::{
 use crate::{
     cloud::Cloud,
     config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
-    edge::stats::{IntakeMetrics, StreamStats},
     edge::{Edge, EdgeAddrs},
-    impair::{LinkSettings, RelaySettings, UdpRelay},
-    logging,
-    node::StartError,
+    node::{StartError, logging},
 };
+use downpour_distribution::upstream::stats::{ReceiveMetrics, StreamStats};
+use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 
 /// Runs a cloud, edges, a bad network between them and a looping test stream until Ctrl-C.
 ///
@@ -64,7 +63,7 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
     });
 
     let relays: Vec<UdpRelay> = edges.iter_mut().flat_map(|edge| edge.relays.drain(..)).collect();
-    let metrics: Vec<IntakeMetrics> = edges.iter().map(|edge| edge.edge.metrics()).collect();
+    let metrics: Vec<ReceiveMetrics> = edges.iter().map(|edge| edge.edge.metrics()).collect();
     let nodes_stop = CancellationToken::new();
     let mut nodes = JoinSet::new();
     nodes.spawn(cloud.run(nodes_stop.clone()));
@@ -192,12 +191,12 @@ fn loopback(port: u16) -> ListenAddr {
 }
 
 /// Writes what is lost and repaired, once a second: over and over in one line on a terminal.
-async fn report(edges: &[IntakeMetrics], relays: &[UdpRelay]) {
+async fn report(edges: &[ReceiveMetrics], relays: &[UdpRelay]) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     let terminal = io::stdout().is_terminal();
     loop {
         ticks.tick().await;
-        let streams: Vec<StreamStats> = edges.iter().flat_map(IntakeMetrics::streams).collect();
+        let streams: Vec<StreamStats> = edges.iter().flat_map(ReceiveMetrics::streams).collect();
         let sum = |of: fn(&StreamStats) -> u64| streams.iter().map(of).sum::<u64>();
         let dropped: u64 = relays
             .iter()

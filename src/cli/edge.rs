@@ -4,8 +4,10 @@ use super::{EdgeArgs, Failure, block_on, needs, start_failure};
 use crate::{
     config::{EdgeConfig, Loaded},
     edge::Edge,
-    limits,
-    logging::{self, LogFile},
+    node::{
+        limits,
+        logging::{self, LogFile},
+    },
 };
 
 /// Runs an edge node until SIGTERM or SIGINT.

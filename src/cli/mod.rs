@@ -22,9 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::ConfigError,
-    limits::Readings,
-    logging::LogError,
-    node::{StartError, TaskEnded},
+    node::{StartError, TaskEnded, limits::SystemLimits, logging::LogError},
 };
 
 /// Live video from one cloud node to many edge nodes: RTMP in, RTP over UDP between with lost
@@ -45,7 +43,7 @@ impl Cli {
             Command::Demo(args) => demo::run(&args),
             Command::Push(args) => push::run(&args),
             Command::Pull(args) => pull::run(&args),
-            Command::Check(args) => check::run(&args, &Readings::take(), &mut io::stdout()),
+            Command::Check(args) => check::run(&args, &SystemLimits::take(), &mut io::stdout()),
         }
     }
 }

@@ -2,21 +2,21 @@
 
 use crate::{
     config::{CloudConfig, EdgeConfig},
-    fanout,
     http::CONNECTIONS_BESIDE_VIEWERS,
-    limits::Needs,
+    node::limits::Requirements,
 };
+use downpour_distribution::downstream::fanout;
 
 /// A cloud's: its encoders' connections, API connections and recordings. Edges cost no descriptors;
 /// they share the sockets of RTP and QUIC.
-pub(super) fn of_cloud(config: &CloudConfig) -> Needs {
+pub(super) fn of_cloud(config: &CloudConfig) -> Requirements {
     let encoders = config.rtmp_max_connections as u64;
     let recordings = if config.enable_record { config.max_streams as u64 } else { 0 };
     let settings = match config.enable_record {
         true => "rtmp_max_connections and, for recordings, max_streams",
         false => "rtmp_max_connections",
     };
-    Needs {
+    Requirements {
         descriptors: (encoders + recordings + OTHER_DESCRIPTORS, settings),
         connections: (encoders, "rtmp_max_connections"),
         receive_buffer: None,
@@ -27,14 +27,14 @@ pub(super) fn of_cloud(config: &CloudConfig) -> Needs {
 }
 
 /// An edge's: viewers, API connections and recordings.
-pub(super) fn of_edge(config: &EdgeConfig) -> Needs {
+pub(super) fn of_edge(config: &EdgeConfig) -> Requirements {
     let viewers = config.max_viewers as u64;
     let recordings = if config.enable_record { config.max_streams as u64 } else { 0 };
     let settings = match config.enable_record {
         true => "max_viewers and, for recordings, max_streams",
         false => "max_viewers",
     };
-    Needs {
+    Requirements {
         descriptors: (viewers + recordings + OTHER_DESCRIPTORS, settings),
         connections: (viewers, "max_viewers"),
         receive_buffer: Some(config.udp_recv_buffer as u64),

@@ -15,13 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Failure, PullArgs, block_on, rates::Rates};
 use crate::{
-    flv::{FlvWriter, Tag},
     http::client::{FlvClient, FlvClientError, FlvUrl},
-    rtmp::{
-        client::{ClientError, Player},
-        url::RtmpUrl,
-    },
+    rtmp::client::{ClientError, Player},
 };
+use downpour_media::flv::{FlvWriter, Tag};
+use downpour_rtmp::url::RtmpUrl;
 
 pub use super::rates::Totals;
 

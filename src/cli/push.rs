@@ -15,13 +15,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, PushArgs, block_on, rates::Rates};
-use crate::{
-    flv::{FlvTags, Headers, Tag, TagKind},
-    rtmp::{
-        client::{ClientError, Publisher},
-        url::RtmpUrl,
-    },
-};
+use crate::rtmp::client::{ClientError, Publisher};
+use downpour_media::flv::{FlvTags, Headers, Tag, TagKind};
+use downpour_rtmp::url::RtmpUrl;
 
 pub use super::rates::Totals;
 
@@ -261,7 +257,7 @@ const MAX_FRAME_MS: u32 = 1_000;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flv::FlvWriter;
+    use downpour_media::flv::FlvWriter;
 
     #[test]
     fn a_pass_is_the_file_and_later_ones_go_on_without_headers() {

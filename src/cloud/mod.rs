@@ -1,9 +1,6 @@
 //! The cloud node: takes publications, sends them to the edges, and repairs what got lost.
 
-mod adaptation;
-mod parity;
 pub mod publications;
-pub mod subscribers;
 
 use std::{
     collections::HashSet,
@@ -17,29 +14,34 @@ use tokio::{task::JoinSet, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{ClientAddr, CloudConfig, Destination},
-    edges::{Edges, metrics::ReportCollector},
-    fanout::{
-        self, Fanout, FanoutMetrics, OnDatagrams,
-        routes::{FixedTarget, Routes},
-    },
+    config::{ClientAddr, CloudConfig},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, CloudState},
     },
-    hub::{Hub, LogLimits},
-    metrics,
-    node::{StartError, TaskEnded, Tasks, listen, resolve},
-    origin::Origin,
+    node::{StartError, TaskEnded, Tasks, listen, metrics, resolve},
     record::{RecordMetrics, Recorder},
-    repair::fec::Fec,
-    repair::server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
-    rtmp::server::{Server as RtmpServer, ServerMetrics as RtmpMetrics, ServerSettings},
-    tls::{Fingerprint, Identity},
-    udp::MulticastOut,
+    rtmp::{
+        ServerMetrics as RtmpMetrics,
+        listener::{Server as RtmpServer, ServerSettings},
+    },
 };
+use downpour_distribution::downstream::subscribers::{ProbeMetrics, Subscribers};
+use downpour_distribution::{
+    address::Destination,
+    downstream::{
+        edges::{Edges, metrics::ReportCollector},
+        fanout::{self, Fanout, FanoutMetrics, OnDatagrams},
+        outgoing::OutgoingStreams,
+        repair_server::{BindError, RepairServer, RepairServerMetrics, RepairServerSettings},
+        routes::{FixedTarget, Routes},
+    },
+    tls::{Fingerprint, Identity},
+};
+use downpour_hub::{Hub, LogLimits};
+use downpour_repair::fec::Fec;
+use downpour_sys::udp::MulticastOut;
 use publications::{PublicationMetrics, Publications};
-use subscribers::{ProbeMetrics, Subscribers};
 
 /// A cloud node whose addresses are bound and that is ready to run.
 pub struct Cloud {
@@ -85,7 +87,7 @@ impl Cloud {
             },
             false => LogLimits { max_bytes: 0, max_age: 0 },
         });
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let registry = metrics::registry(hub.clone(), Some(origin.clone()))?;
 
         let rtmp_addr = resolve("rtmp_addr", &config.rtmp_addr)?;

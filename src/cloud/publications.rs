@@ -12,18 +12,24 @@ use std::{
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 use tokio_util::sync::CancellationToken;
 
-use super::parity::{ParityFlag, ParityMetrics, ParityOut, ParityWatch};
-use crate::{
+use downpour_distribution::downstream::parity::{
+    ParityFlag, ParityMetrics, ParityOut, ParityWatch,
+};
+use downpour_distribution::downstream::{
+    fanout::{Fanout, FrameInterval, Pace, Train},
+    outgoing::{OutgoingStream, OutgoingStreams},
+    routes::{Route, Snapshot, Target},
+};
+use downpour_hub::{
+    self, Hub,
+    admission::{Publication, PublishError, PublishHandler, PublishRequest},
+};
+use downpour_media::{
     StreamKey,
-    fanout::{
-        Fanout, FrameInterval, Pace, Train,
-        routes::{Route, Snapshot, Target},
-    },
-    flv::{Tag, TagKind},
-    hub::{self, Hub},
-    origin::{Headers, Origin, OriginStream},
-    repair::history::History,
-    rtmp::publish::{Publication, PublishError, PublishHandler, PublishRequest},
+    flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    history::History,
     rtp::{Burst, Packetizer, Ssrc},
 };
 
@@ -79,18 +85,18 @@ pub struct Publications {
 struct Shared {
     settings: Settings,
     hub: Hub,
-    origin: Origin,
+    origin: OutgoingStreams,
     /// `None` in debug mode: nothing is sent.
     fanout: Option<Fanout>,
     metrics: PublicationMetrics,
     live: Mutex<HashMap<StreamKey, Live>>,
     parity: Arc<ParityWatch>,
-    retired: Mutex<VecDeque<(Instant, Arc<OriginStream>)>>,
+    retired: Mutex<VecDeque<(Instant, Arc<OutgoingStream>)>>,
     /// Called with each stream as it starts: the recorder's way in.
     on_start: OnStart,
 }
 
-type OnStart = Box<dyn Fn(&Arc<hub::Stream>) + Send + Sync>;
+type OnStart = Box<dyn Fn(&Arc<downpour_hub::Stream>) + Send + Sync>;
 
 #[derive(Clone)]
 struct Live {
@@ -107,10 +113,10 @@ impl Publications {
     pub fn new(
         settings: Settings,
         hub: Hub,
-        origin: Origin,
+        origin: OutgoingStreams,
         fanout: Option<Fanout>,
         metrics: PublicationMetrics,
-        on_start: impl Fn(&Arc<hub::Stream>) + Send + Sync + 'static,
+        on_start: impl Fn(&Arc<downpour_hub::Stream>) + Send + Sync + 'static,
     ) -> Self {
         let shared = Shared {
             settings,
@@ -178,7 +184,7 @@ impl Publications {
 impl Shared {
     /// Keeps an ended stream's packets for those who still miss some, as long as they are not too
     /// many: an encoder that comes and goes quickly must not fill the memory.
-    fn retire(&self, stream: Arc<OriginStream>) {
+    fn retire(&self, stream: Arc<OutgoingStream>) {
         let mut retired = lock(&self.retired);
         retired.push_back((Instant::now(), stream));
         let mut bytes: usize = retired.iter().map(|(_, stream)| stream.held().1).sum();
@@ -280,8 +286,8 @@ struct Active {
 
 /// A publication from its first audio or video tag on.
 struct Started {
-    hub: hub::Publisher,
-    origin: Arc<OriginStream>,
+    hub: downpour_hub::Publisher,
+    origin: Arc<OutgoingStream>,
     packetizer: Packetizer,
     headers: Headers,
     has_video: bool,
@@ -294,7 +300,7 @@ struct WayOut {
     fanout: Fanout,
     route: Route,
     parity: ParityOut,
-    origin: Arc<OriginStream>,
+    origin: Arc<OutgoingStream>,
     frame_interval: FrameInterval,
 }
 
@@ -302,7 +308,7 @@ impl WayOut {
     fn new(
         fanout: Fanout,
         key: StreamKey,
-        origin: Arc<OriginStream>,
+        origin: Arc<OutgoingStream>,
         metrics: ParityMetrics,
     ) -> Self {
         if fanout.paces() {
@@ -323,7 +329,7 @@ impl WayOut {
         }
         let pace = self.pace();
         let pace = pace.map(|pace| Pace {
-            held: Some(Arc::new(OriginStream::departure(&self.origin, burst.last_seq()))),
+            held: Some(Arc::new(OutgoingStream::departure(&self.origin, burst.last_seq()))),
             ..pace
         });
         let snapshot = self.route.targets(now);
@@ -433,7 +439,7 @@ impl Active {
         let ssrc = self.free_ssrc();
         let headers = Headers { metadata: self.metadata.take(), ..Headers::default() };
         let history = History::new(cache_packets, cache_age);
-        let origin = Arc::new(OriginStream::new(self.key.clone(), ssrc, start_unix_ms, history));
+        let origin = Arc::new(OutgoingStream::new(self.key.clone(), ssrc, start_unix_ms, history));
         origin.set_headers(headers.clone());
         if let Some(metadata) = &headers.metadata {
             hub.push(metadata.clone());
@@ -475,7 +481,7 @@ impl Drop for Active {
 }
 
 impl Started {
-    fn note_header(&mut self, tag: &Tag, burst: &Burst, origin: &Origin) {
+    fn note_header(&mut self, tag: &Tag, burst: &Burst, origin: &OutgoingStreams) {
         let held = match tag.kind() {
             TagKind::Video => &mut self.headers.video,
             _ => &mut self.headers.audio,
@@ -506,9 +512,11 @@ static NEXT_ID: AtomicUsize = AtomicUsize::new(0);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{hub::LogLimits, origin::OriginEvent, rtp::Seq};
+    use downpour_distribution::downstream::outgoing::OutgoingEvent;
+    use downpour_hub::LogLimits;
+    use downpour_repair::rtp::Seq;
 
-    fn publications(silence: Duration, max_streams: usize) -> (Publications, Hub, Origin) {
+    fn publications(silence: Duration, max_streams: usize) -> (Publications, Hub, OutgoingStreams) {
         let settings = Settings {
             cache_packets: 100,
             cache_age: Duration::from_secs(10),
@@ -517,7 +525,7 @@ mod tests {
             max_streams,
         };
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let metrics = PublicationMetrics::register(&Registry::new()).unwrap();
         let publications =
             Publications::new(settings, hub.clone(), origin.clone(), None, metrics, |_| ());
@@ -556,10 +564,10 @@ mod tests {
         let age = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
             - stream.start_unix_ms();
         assert!((1000..10_000).contains(&age), "media time 0 was a second before: {age}");
-        assert!(matches!(events.try_recv(), Ok(OriginEvent::Up(_))));
-        assert!(matches!(events.try_recv(), Ok(OriginEvent::Update(_))));
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Up(_))));
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))));
         drop(publication);
-        assert!(matches!(events.try_recv(), Ok(OriginEvent::End(_))));
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::End(_))));
         assert!(hub.is_empty() && stream.ended());
         publications.expire(Instant::now());
         assert!(stream.packet(Seq(65001)).is_some(), "its tail can still be asked for");

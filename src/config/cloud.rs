@@ -2,13 +2,10 @@
 
 use std::{collections::HashSet, path::PathBuf};
 
-use super::{ClientAddr, Destination, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
-use crate::{
-    AddrRange,
-    fanout::Pacing,
-    repair::fec::{Fec, PARITY_PORT_OFFSET},
-    tls,
-};
+use super::{ClientAddr, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
+use downpour_distribution::address::Destination;
+use downpour_distribution::{AddrRange, downstream::fanout::Pacing, tls};
+use downpour_repair::fec::{Fec, PARITY_PORT_OFFSET};
 
 settings! {
     /// A cloud node's settings: `config.yaml`.

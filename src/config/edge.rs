@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::{
-    Destination, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role, schema::settings,
-};
-use crate::{repair::control::StreamPattern, tls::Fingerprint};
+use super::{InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role, schema::settings};
+use downpour_distribution::address::Destination;
+use downpour_distribution::tls::Fingerprint;
+use downpour_media::StreamPattern;
 
 settings! {
     /// An edge node's settings: `edge.yaml`.
@@ -135,7 +135,8 @@ impl EdgeConfig {
         if self.insecure && !self.ca_file.as_os_str().is_empty() {
             return fail("insecure", "it switches off the check that ca_file asks for; leave one");
         }
-        if !self.cloud_host.is_empty() && !super::value::is_host(&self.cloud_host) {
+        if !self.cloud_host.is_empty() && !downpour_distribution::address::is_host(&self.cloud_host)
+        {
             return fail(
                 "cloud_host",
                 "give a host name or an address, without a port or brackets",

@@ -4,8 +4,9 @@ use std::fmt;
 
 use serde_yaml::{Mapping, Value};
 
-use super::{Destination, Setting};
-use crate::repair::fec::{Fec, Matrix};
+use super::Setting;
+use downpour_distribution::address::Destination;
+use downpour_repair::fec::{Fec, Matrix};
 
 impl Setting for Fec {
     fn read(value: &Value) -> Result<Self, String> {

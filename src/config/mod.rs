@@ -15,7 +15,7 @@ pub use cloud::CloudConfig;
 pub use edge::EdgeConfig;
 pub use fec::ClientAddr;
 pub use schema::{Key, Section, Settings};
-pub use value::{Destination, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Setting};
+pub use value::{InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Setting};
 
 use std::{
     fmt, fs,

@@ -3,7 +3,7 @@
 use serde_yaml::Value;
 
 use super::Setting;
-use crate::fanout::{PaceFactor, Pacing};
+use downpour_distribution::downstream::fanout::{PaceFactor, Pacing};
 
 impl Setting for Pacing {
     fn read(value: &Value) -> Result<Self, String> {

@@ -1,16 +1,5 @@
 //! The edge node: takes RTP, repairs what got lost, and serves viewers.
 
-mod clock;
-pub mod ingress;
-pub mod intake;
-pub mod livestat;
-mod parity;
-pub mod prober;
-mod reads;
-mod receive;
-pub mod socket;
-pub mod stats;
-
 use std::{
     net::SocketAddr,
     path::PathBuf,
@@ -21,37 +10,38 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{Destination, EdgeConfig, ListenAddr, RepairProtocol},
+    config::{EdgeConfig, ListenAddr, RepairProtocol},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, EdgeState},
     },
-    hub::{Hub, LogLimits},
-    metrics,
-    node::{self, StartError, TaskEnded, Tasks},
+    node::{self, StartError, TaskEnded, Tasks, metrics},
     record::{RecordMetrics, Recorder},
-    repair::{
-        Protocol,
-        client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
-        fec::PARITY_PORT_OFFSET,
-        receiver,
-    },
-    tls::{ClientTls, Trust},
-    udp,
 };
-use ingress::{Cloud, Connect, Ingress};
-use intake::Intake;
-use prober::ProbeMetrics;
-use socket::RtpSocket;
-use stats::IntakeMetrics;
+use downpour_distribution::upstream::ingress::{self, Cloud, Connect, Upstream};
+use downpour_distribution::upstream::intake::{self, Streams};
+use downpour_distribution::upstream::prober::ProbeMetrics;
+use downpour_distribution::upstream::socket::RtpSocket;
+use downpour_distribution::upstream::stats::ReceiveMetrics;
+use downpour_distribution::{
+    address::Destination,
+    protocol::Protocol,
+    tls::{ClientTls, Trust},
+    upstream::repair_client::{
+        ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings,
+    },
+};
+use downpour_hub::{Hub, LogLimits};
+use downpour_repair::{fec::PARITY_PORT_OFFSET, receiver};
+use downpour_sys::udp;
 
 /// An edge node whose addresses are bound and that is ready to run.
 pub struct Edge {
-    ingress: Ingress,
+    ingress: Upstream,
     http: HttpServer,
     recorder: Option<Recorder>,
     addrs: EdgeAddrs,
-    metrics: IntakeMetrics,
+    metrics: ReceiveMetrics,
     grace: Duration,
 }
 
@@ -77,7 +67,7 @@ impl Edge {
             max_age: config.gop_cache_max_ms,
         });
         let registry = metrics::registry(hub.clone(), None)?;
-        let intake_metrics = IntakeMetrics::register(&registry)?;
+        let intake_metrics = ReceiveMetrics::register(&registry)?;
 
         let bind = |key, addr: &ListenAddr| {
             let addr = node::resolve(key, addr)?;
@@ -110,7 +100,7 @@ impl Edge {
         let recorder =
             config.enable_record.then(|| Recorder::new(&config.record_dir, record_metrics));
         let on_start = recorder.clone();
-        let intake = Intake::new(
+        let intake = Streams::new(
             intake::Settings {
                 receiver: receiver::Settings {
                     latency: Duration::from_millis(config.latency_ms),
@@ -146,7 +136,7 @@ impl Edge {
         };
         let probe_metrics = ProbeMetrics::register(&registry)?;
         let ingress =
-            Ingress::new(sockets, parity, settings, intake, intake_metrics.clone(), probe_metrics);
+            Upstream::new(sockets, parity, settings, intake, intake_metrics.clone(), probe_metrics);
         let http = viewers(config, listener, hub, registry)?;
         Ok(Self {
             ingress,
@@ -164,7 +154,7 @@ impl Edge {
     }
 
     /// Its counters, which go on counting when it runs.
-    pub fn metrics(&self) -> IntakeMetrics {
+    pub fn metrics(&self) -> ReceiveMetrics {
         self.metrics.clone()
     }
 

@@ -21,13 +21,13 @@ use axum::{
 use prometheus::Registry;
 use serde::{Deserialize, Serialize};
 
-use crate::{
+use crate::node::metrics;
+use downpour_distribution::downstream::{
     edges::{EdgeInfo, Edges},
-    hub::Hub,
-    metrics,
-    origin::Origin,
-    repair::receiver::DELAY_BOUNDS_MS,
+    outgoing::OutgoingStreams,
 };
+use downpour_hub::Hub;
+use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 /// What a cloud's API answers from.
 #[derive(Clone)]
@@ -35,7 +35,7 @@ pub struct CloudState {
     /// The streams that are published.
     pub hub: Hub,
     /// The streams that are sent to edges.
-    pub origin: Origin,
+    pub origin: OutgoingStreams,
     /// The edges that are connected.
     pub edges: Edges,
     /// What `/metrics` tells.
@@ -276,19 +276,17 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{
-        edges::StreamInfo,
-        flv::{Tag, TagKind},
-        hub::LogLimits,
-        origin::OriginStream,
-        repair::{control::StreamReport, history::History, paths::PathState},
-        rtp::Ssrc,
+    use downpour_distribution::downstream::{edges::StreamInfo, outgoing::OutgoingStream};
+    use downpour_hub::LogLimits;
+    use downpour_media::flv::{Tag, TagKind};
+    use downpour_repair::{
+        control::StreamReport, history::History, path_validation::PathState, rtp::Ssrc,
     };
 
     #[tokio::test]
     async fn live_stat_is_wire_v0() {
         let hub = hub();
-        let origin = Origin::new();
+        let origin = OutgoingStreams::new();
         let router = cloud_router(CloudState {
             hub: hub.clone(),
             origin: origin.clone(),
@@ -305,7 +303,7 @@ mod tests {
         let mut publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
         publisher.push(Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0]).unwrap());
         let history = History::new(10, Duration::from_secs(1));
-        let stream = Arc::new(OriginStream::new(
+        let stream = Arc::new(OutgoingStream::new(
             publisher.stream().key().clone(),
             Ssrc(0x89ab_cdef),
             1_700_000_000_000,
@@ -337,7 +335,7 @@ mod tests {
 
     #[tokio::test]
     async fn edges_are_listed_with_all_that_they_told() {
-        let (hub, origin, edges) = (hub(), Origin::new(), Edges::default());
+        let (hub, origin, edges) = (hub(), OutgoingStreams::new(), Edges::default());
         let router = cloud_router(CloudState {
             hub: hub.clone(),
             origin: origin.clone(),

@@ -23,16 +23,14 @@ use super::{
     metrics::HttpMetrics,
     viewer::{Batch, Counted, Viewer, ViewerSettings},
 };
-use crate::{
-    StreamKey,
-    hub::{Place, Reader, Stream},
-};
+use downpour_hub::{Position, Reader, Stream};
+use downpour_media::StreamKey;
 
 /// All viewers of a node.
-pub(super) struct Audience {
+pub(super) struct Viewers {
     pub(super) settings: ViewerSettings,
     pub(super) metrics: HttpMetrics,
-    groups: Mutex<HashMap<StreamKey, Vec<Arc<Desk>>>>,
+    groups: Mutex<HashMap<StreamKey, Vec<Arc<GroupHandle>>>>,
     tasks: TaskTracker,
     cut: CancellationToken,
     /// Groups that ever were.
@@ -40,22 +38,22 @@ pub(super) struct Audience {
 }
 
 /// A viewer that has read all there was, and its reader.
-pub(super) struct Arrival {
+pub(super) struct CaughtUp {
     pub(super) viewer: Viewer,
     pub(super) reader: Reader,
 }
 
 /// Where viewers come to a group.
-pub(super) struct Desk {
+pub(super) struct GroupHandle {
     stream: Arc<Stream>,
-    arrivals: Mutex<Vec<Arrival>>,
+    arrivals: Mutex<Vec<CaughtUp>>,
     pub(super) came: Notify,
     /// Viewers of the group, those included that have just come.
     members: AtomicUsize,
     kind: AtomicUsize,
 }
 
-impl Audience {
+impl Viewers {
     pub(super) fn new(settings: ViewerSettings, metrics: HttpMetrics) -> Self {
         Self {
             settings,
@@ -69,7 +67,7 @@ impl Audience {
 
     /// Begins with a viewer: the response's head, the newest group of pictures, and on.
     pub(super) fn join(self: &Arc<Self>, viewer: Viewer, stream: &Arc<Stream>) {
-        let reader = stream.subscribe().waking_with_video().with_backlog(self.settings.backlog);
+        let reader = stream.subscribe().waking_with_video().with_max_lag(self.settings.backlog);
         let audience = self.clone();
         let behind = Counted::new(&self.metrics.viewers_behind);
         self.spawn(async move {
@@ -82,7 +80,7 @@ impl Audience {
 
     /// Lets a viewer go on by itself: `batch` first, and then what `reader` reads, until it has
     /// caught up.
-    pub(super) fn follow(self: &Arc<Self>, viewer: Viewer, reader: Reader, batch: Batch) {
+    pub(super) fn serve_alone(self: &Arc<Self>, viewer: Viewer, reader: Reader, batch: Batch) {
         let audience = self.clone();
         let behind = Counted::new(&self.metrics.viewers_behind);
         self.spawn(async move { audience.catch_up(viewer, reader, batch, behind).await });
@@ -106,7 +104,7 @@ impl Audience {
     }
 
     /// Takes a group off the list; gives the viewers that have come to it and were not seen yet.
-    pub(super) fn retire(&self, desk: &Arc<Desk>) -> Vec<Arrival> {
+    pub(super) fn retire(&self, desk: &Arc<GroupHandle>) -> Vec<CaughtUp> {
         let mut groups = self.groups();
         if let Some(of_key) = groups.get_mut(desk.stream.key()) {
             of_key.retain(|other| !Arc::ptr_eq(other, desk));
@@ -128,19 +126,19 @@ impl Audience {
         match done {
             Ok(()) => {
                 drop(behind);
-                self.seat(Arrival { viewer, reader });
+                self.assign_group(CaughtUp { viewer, reader });
             }
             Err(closed) => viewer.close(&closed, &self.metrics),
         }
     }
 
     /// Brings a viewer that has caught up to a group of its stream, a new one if need be.
-    fn seat(self: &Arc<Self>, arrival: Arrival) {
+    fn assign_group(self: &Arc<Self>, arrival: CaughtUp) {
         let stream = arrival.reader.stream();
         let kind = kind(arrival.reader.place());
         let mut groups = self.groups();
         let of_key = groups.entry(stream.key().clone()).or_default();
-        let fits = |desk: &&Arc<Desk>| {
+        let fits = |desk: &&Arc<GroupHandle>| {
             Arc::ptr_eq(&desk.stream, stream)
                 && desk.kind.load(Ordering::Relaxed) == kind
                 && desk.members.load(Ordering::Relaxed) < GROUP_VIEWERS
@@ -151,7 +149,7 @@ impl Audience {
             desk.came.notify_one();
             return;
         }
-        let desk = Arc::new(Desk::new(stream.clone(), arrival.reader.place()));
+        let desk = Arc::new(GroupHandle::new(stream.clone(), arrival.reader.place()));
         of_key.push(desk.clone());
         drop(groups);
         let number = self.serial.fetch_add(1, Ordering::Relaxed);
@@ -164,20 +162,20 @@ impl Audience {
         let Ok(runtime) = Handle::try_current() else { return };
         let cut = self.cut.clone();
         let work = async move {
-            let _witness = Witness;
+            let _witness = PanicLog;
             cut.run_until_cancelled(work).await;
         };
         self.tasks.spawn_on(work, &runtime);
     }
 
-    fn groups(&self) -> MutexGuard<'_, HashMap<StreamKey, Vec<Arc<Desk>>>> {
+    fn groups(&self) -> MutexGuard<'_, HashMap<StreamKey, Vec<Arc<GroupHandle>>>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Desk {
+impl GroupHandle {
     /// That of a group whose first viewer is at `place`.
-    pub(super) fn new(stream: Arc<Stream>, place: Option<Place>) -> Self {
+    pub(super) fn new(stream: Arc<Stream>, place: Option<Position>) -> Self {
         Self {
             stream,
             arrivals: Mutex::default(),
@@ -188,7 +186,7 @@ impl Desk {
     }
 
     /// The viewers that have come and were not seen yet.
-    pub(super) fn arrivals(&self) -> Vec<Arrival> {
+    pub(super) fn arrivals(&self) -> Vec<CaughtUp> {
         std::mem::take(&mut *self.queue())
     }
 
@@ -202,19 +200,19 @@ impl Desk {
     }
 
     /// Tells where the group is, so that only those come to it who read what it reads.
-    pub(super) fn stand_at(&self, place: Option<Place>) {
+    pub(super) fn stand_at(&self, place: Option<Position>) {
         self.kind.store(kind(place), Ordering::Relaxed);
     }
 
-    fn queue(&self) -> MutexGuard<'_, Vec<Arrival>> {
+    fn queue(&self) -> MutexGuard<'_, Vec<CaughtUp>> {
         self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Says so when the task that has it panics: viewers were lost to a bug.
-struct Witness;
+struct PanicLog;
 
-impl Drop for Witness {
+impl Drop for PanicLog {
     fn drop(&mut self) {
         if std::thread::panicking() {
             tracing::error!("a task of viewers failed; they are cut off");
@@ -224,7 +222,7 @@ impl Drop for Witness {
 
 /// Readers at one place read the same from there on only if they agree on whether a key frame has
 /// been read; one that has lost its place agrees with nobody.
-fn kind(place: Option<Place>) -> usize {
+fn kind(place: Option<Position>) -> usize {
     place.map_or(0, |place| 1 + usize::from(place.key_frame_seen))
 }
 

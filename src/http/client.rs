@@ -13,7 +13,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
 
-use crate::flv::{FlvError, FlvReader, Tag};
+use downpour_media::flv::{FlvError, FlvReader, Tag};
 
 /// One HTTP-FLV stream that is being received.
 #[derive(Debug)]

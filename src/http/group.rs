@@ -5,25 +5,23 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::{
-    audience::{Arrival, Audience, Desk},
+    audience::{CaughtUp, GroupHandle, Viewers},
     viewer::{Batch, Closed, Viewer, note_skip},
 };
-use crate::{
-    block::Piece,
-    hub::{ReadOutcome, Reader},
-};
+use downpour_hub::{ReadOutcome, Reader};
+use downpour_sys::buffer::Buffer;
 
 /// A task's worth of viewers.
 ///
 /// With each frame, the group reads the log once, puts the tags one behind the other once, and
 /// offers the bytes to each viewer in one write. Who does not take all of them has to go.
 pub(super) struct Group {
-    audience: Arc<Audience>,
-    desk: Arc<Desk>,
+    audience: Arc<Viewers>,
+    desk: Arc<GroupHandle>,
     reader: Reader,
     members: Vec<Member>,
     /// The tags of this round with their indices in the log, and their bytes.
-    tags: Vec<(u64, Piece)>,
+    tags: Vec<(u64, Buffer)>,
     bytes: Vec<u8>,
     timer: Interval,
     checked: Instant,
@@ -48,9 +46,9 @@ enum Round {
 impl Group {
     /// `number` tells groups apart.
     pub(super) fn new(
-        audience: Arc<Audience>,
-        desk: Arc<Desk>,
-        first: Arrival,
+        audience: Arc<Viewers>,
+        desk: Arc<GroupHandle>,
+        first: CaughtUp,
         number: u32,
     ) -> Self {
         let merge = audience.settings.merge_write;
@@ -110,8 +108,8 @@ impl Group {
     }
 
     /// Takes in a viewer, unless the group has gone on since the viewer had caught up.
-    fn admit(&mut self, arrival: Arrival) {
-        let Arrival { viewer, reader } = arrival;
+    fn admit(&mut self, arrival: CaughtUp) {
+        let CaughtUp { viewer, reader } = arrival;
         let Some(place) = reader.place() else { return self.dismiss(viewer, reader, Batch::EMPTY) };
         if self.members.is_empty() {
             self.reader = reader;
@@ -223,7 +221,7 @@ impl Group {
     /// Lets a viewer go on by itself.
     fn dismiss(&self, viewer: Viewer, reader: Reader, batch: Batch) {
         self.desk.left();
-        self.audience.follow(viewer, reader, batch);
+        self.audience.serve_alone(viewer, reader, batch);
     }
 
     fn end(mut self) {
@@ -236,13 +234,13 @@ impl Group {
 /// Whoever came last goes on without the group, however that ended.
 impl Drop for Group {
     fn drop(&mut self) {
-        for Arrival { viewer, reader } in self.audience.retire(&self.desk) {
-            self.audience.follow(viewer, reader, Batch::EMPTY);
+        for CaughtUp { viewer, reader } in self.audience.retire(&self.desk) {
+            self.audience.serve_alone(viewer, reader, Batch::EMPTY);
         }
     }
 }
 
-fn length<'a>(tags: impl Iterator<Item = &'a (u64, Piece)>) -> usize {
+fn length<'a>(tags: impl Iterator<Item = &'a (u64, Buffer)>) -> usize {
     tags.map(|(_, tag)| tag.len()).sum()
 }
 
@@ -267,11 +265,9 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        flv::{Tag, TagKind},
-        http::{HttpMetrics, ViewerSettings, viewer::Connection},
-        hub::{Backlog, Hub, LogLimits, Publisher},
-    };
+    use crate::http::{HttpMetrics, ViewerSettings, viewer::Connection};
+    use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
+    use downpour_media::flv::{Tag, TagKind};
 
     #[tokio::test]
     async fn who_came_in_ahead_is_charged_for_less_of_a_skip() {
@@ -324,7 +320,7 @@ mod tests {
 
     /// A stream of 25 frames a second, and those who watch it.
     struct Site {
-        audience: Arc<Audience>,
+        audience: Arc<Viewers>,
         publisher: Publisher,
         /// The viewers' own ends.
         clients: Vec<TcpStream>,
@@ -335,11 +331,11 @@ mod tests {
         fn new() -> Self {
             let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
             let settings = ViewerSettings {
-                backlog: Backlog { max_ms: 2_000, max_bytes: u64::MAX },
+                backlog: MaxLag { max_ms: 2_000, max_bytes: u64::MAX },
                 ..ViewerSettings::default()
             };
             let metrics = HttpMetrics::register(&Registry::new()).unwrap();
-            let audience = Arc::new(Audience::new(settings, metrics));
+            let audience = Arc::new(Viewers::new(settings, metrics));
             let publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
             Self { audience, publisher, clients: Vec::new(), frame_bytes: 100 }
         }
@@ -353,7 +349,7 @@ mod tests {
         }
 
         /// Somebody who has read all there is.
-        async fn arrival(&mut self) -> Arrival {
+        async fn arrival(&mut self) -> CaughtUp {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
             let address = listener.local_addr().unwrap();
             let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
@@ -365,14 +361,15 @@ mod tests {
             let permit = || places.clone().try_acquire_owned().unwrap();
             let connection = Connection::new(peer, permit(), metrics);
             let viewer = Viewer::new(socket, connection, stream, permit(), metrics);
-            let mut reader = stream.subscribe().with_backlog(self.audience.settings.backlog);
+            let mut reader = stream.subscribe().with_max_lag(self.audience.settings.backlog);
             while let ReadOutcome::Read(_) = reader.try_read_each(usize::MAX, |_, _| {}) {}
-            Arrival { viewer, reader }
+            CaughtUp { viewer, reader }
         }
 
         async fn group(&mut self) -> Group {
             let first = self.arrival().await;
-            let desk = Arc::new(Desk::new(self.publisher.stream().clone(), first.reader.place()));
+            let desk =
+                Arc::new(GroupHandle::new(self.publisher.stream().clone(), first.reader.place()));
             Group::new(self.audience.clone(), desk, first, 0)
         }
     }

@@ -1,6 +1,6 @@
 //! The head of a request, as far as it must be known to tell viewers from the rest.
 
-use crate::StreamKey;
+use downpour_media::StreamKey;
 
 /// What the bytes of a connection so far ask for.
 #[derive(Debug, PartialEq, Eq)]

@@ -15,16 +15,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    StreamKey,
-    http::{
-        audience::Audience,
-        head::{self, BadHead, MAX_HEAD_LEN, Method, Request},
-        metrics::HttpMetrics,
-        viewer::{self, Connection, Viewer, ViewerSettings},
-    },
-    hub::Hub,
+use crate::http::{
+    audience::Viewers,
+    head::{self, BadHead, MAX_HEAD_LEN, Method, Request},
+    metrics::HttpMetrics,
+    viewer::{self, Connection, Viewer, ViewerSettings},
 };
+use downpour_hub::Hub;
+use downpour_media::StreamKey;
 
 /// One listening address of a node.
 ///
@@ -40,7 +38,7 @@ struct Shared {
     router: Router,
     settings: ViewerSettings,
     metrics: HttpMetrics,
-    audience: Arc<Audience>,
+    audience: Arc<Viewers>,
     /// Places for viewers, and for connections, viewers included.
     viewers: Arc<Semaphore>,
     connections: Arc<Semaphore>,
@@ -58,7 +56,7 @@ impl HttpServer {
         let places = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
         let viewers = places(settings.max_viewers);
         let connections = places(settings.max_viewers.saturating_add(CONNECTIONS_BESIDE_VIEWERS));
-        let audience = Arc::new(Audience::new(settings.clone(), metrics.clone()));
+        let audience = Arc::new(Viewers::new(settings.clone(), metrics.clone()));
         let shared = Shared { hub, router, settings, metrics, audience, viewers, connections };
         Self { listener, shared: Arc::new(shared) }
     }

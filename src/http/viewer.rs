@@ -11,11 +11,9 @@ use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
 
 use super::metrics::HttpMetrics;
-use crate::{
-    block::{Piece, Room},
-    flv::{FILE_HEADER, Tag, TagKind},
-    hub::{Backlog, ReadOutcome, Reader, Stream, ViewerGuard},
-};
+use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard};
+use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
+use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// What a viewer may take, and how long it may take for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +23,7 @@ pub struct ViewerSettings {
     /// How long a viewer waits for a stream that is not live before it is answered with 404.
     pub stream_wait: Duration,
     /// How far a viewer may fall behind before it skips to the newest key frame.
-    pub backlog: Backlog,
+    pub backlog: MaxLag,
     /// A viewer that takes no byte for this long is closed.
     pub write_timeout: Duration,
     /// A viewer that keeps up is written to at most once in this time; zero is with each frame of
@@ -44,7 +42,7 @@ impl Default for ViewerSettings {
         Self {
             max_viewers: 10_000,
             stream_wait: Duration::from_secs(2),
-            backlog: Backlog { max_bytes: u64::MAX, max_ms: 5_000 },
+            backlog: MaxLag { max_bytes: u64::MAX, max_ms: 5_000 },
             write_timeout: Duration::from_secs(30),
             merge_write: Duration::ZERO,
             head_timeout: Duration::from_secs(10),
@@ -237,7 +235,7 @@ impl From<io::Error> for Closed {
 /// Tags on their way into a socket. They share their bytes with the stream's log.
 #[derive(Debug)]
 pub(super) struct Batch {
-    tags: Vec<Piece>,
+    tags: Vec<Buffer>,
     /// Tags that are written whole.
     done: usize,
     /// Bytes of the next one that are written.
@@ -250,11 +248,11 @@ impl Batch {
 
     /// What stands in front of the first tag.
     pub(super) fn beginning() -> Self {
-        Self::new(vec![Room::from(&FILE_HEADER[..]).freeze()], 0)
+        Self::new(vec![BufferMut::from(&FILE_HEADER[..]).freeze()], 0)
     }
 
     /// `tags`, of which the first `written` bytes need not be written.
-    pub(super) fn new(tags: Vec<Piece>, written: usize) -> Self {
+    pub(super) fn new(tags: Vec<Buffer>, written: usize) -> Self {
         let mut batch = Self { tags, done: 0, offset: 0 };
         batch.advance(written);
         batch
@@ -367,7 +365,7 @@ async fn writable(socket: &TcpStream, timeout: Duration) -> Result<(), Closed> {
 
 /// A viewer's first tag, which if it is metadata has the time 0, wherever in the stream the viewer
 /// joins: FFmpeg takes metadata at any other time for the first packet of a stream of text.
-fn at_zero(tag: &Tag) -> Piece {
+fn at_zero(tag: &Tag) -> Buffer {
     match tag.kind() {
         TagKind::Script => tag.with_timestamp(0).framed().clone(),
         TagKind::Audio | TagKind::Video => tag.framed().clone(),

@@ -5,12 +5,12 @@ use std::{collections::VecDeque, io, time::Duration};
 use bytes::BytesMut;
 use tokio::{io::AsyncWriteExt, net::TcpStream, time};
 
-use super::{
+use super::socket;
+use downpour_media::flv::Tag;
+use downpour_rtmp::{
     session::{ClientEvent, ClientSession, Purpose, SessionError},
-    socket,
     url::RtmpUrl,
 };
-use crate::flv::Tag;
 
 /// A connection that publishes.
 #[derive(Debug)]

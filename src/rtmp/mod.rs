@@ -3,12 +3,11 @@
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0 (2012), and *Enhanced RTMP v2* for what
 //! `connect` says about extended codecs.
 
-pub mod amf0;
-pub mod chunk;
+mod alarm;
 pub mod client;
-pub mod handshake;
-pub mod publish;
-pub mod server;
-pub mod session;
+mod connection;
+pub mod listener;
+mod metrics;
 mod socket;
-pub mod url;
+
+pub use metrics::ServerMetrics;

@@ -2,7 +2,7 @@
 
 use std::{fs::File, path::Path};
 
-use downpour::flv::{FlvTags, Tag, TagKind};
+use downpour_media::flv::{FlvTags, Tag, TagKind};
 
 /// All tags of a file, which must end at a whole one.
 #[track_caller]

@@ -6,14 +6,14 @@ use std::{
 };
 
 use downpour::{
-    flv::{FlvReader, Tag, TagKind},
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{EdgeState, edge_router},
     },
-    hub::{Hub, LogLimits, Publisher},
-    metrics,
+    node::metrics,
 };
+use downpour_hub::{Hub, LogLimits, Publisher};
+use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

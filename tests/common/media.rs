@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use downpour::flv::{Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use super::{compare::read_flv, node::tail, process, viewer::save, wait_for};

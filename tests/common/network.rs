@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use downpour::impair::{LinkSettings, LinkStats, RelaySettings, UdpRelay};
+use downpour_netem::{LinkSettings, LinkStats, RelaySettings, UdpRelay};
 use tokio::runtime::Runtime;
 
 use super::ports;

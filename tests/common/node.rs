@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::impair::{LinkSettings, RelaySettings};
+use downpour_netem::{LinkSettings, RelaySettings};
 use serde_json::Value;
 use tempfile::TempDir;
 

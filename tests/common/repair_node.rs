@@ -8,18 +8,20 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Origin, OriginStream},
-    repair::{
-        client::{
-            RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
-        },
-        history::History,
-        server::{RepairServer, RepairServerMetrics, RepairServerSettings},
+use downpour_distribution::{
+    downstream::{
+        outgoing::{OutgoingStream, OutgoingStreams},
+        repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings},
     },
-    rtp::{Packetizer, Seq, Ssrc},
     tls::{ClientTls, Identity, Trust},
+    upstream::repair_client::{
+        RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
+    },
+};
+use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::{
+    history::History,
+    rtp::{Packetizer, Seq, Ssrc},
 };
 use prometheus::Registry;
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
@@ -29,7 +31,7 @@ use super::eventually;
 
 pub struct Cloud {
     pub addr: SocketAddr,
-    pub origin: Origin,
+    pub origin: OutgoingStreams,
     pub identity: Arc<Identity>,
     pub metrics: RepairServerMetrics,
     shutdown: CancellationToken,
@@ -43,13 +45,13 @@ impl Cloud {
 
     pub fn start_with(settings: RepairServerSettings) -> Self {
         let identity = Arc::new(Identity::generate().unwrap());
-        Self::start_at("127.0.0.1:0".parse().unwrap(), identity, Origin::new(), settings)
+        Self::start_at("127.0.0.1:0".parse().unwrap(), identity, OutgoingStreams::new(), settings)
     }
 
     pub fn start_at(
         addr: SocketAddr,
         identity: Arc<Identity>,
-        origin: Origin,
+        origin: OutgoingStreams,
         settings: RepairServerSettings,
     ) -> Self {
         let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
@@ -62,7 +64,7 @@ impl Cloud {
     pub async fn restart_at(
         addr: SocketAddr,
         identity: Arc<Identity>,
-        origin: Origin,
+        origin: OutgoingStreams,
         settings: RepairServerSettings,
     ) -> Self {
         within(async {
@@ -81,7 +83,7 @@ impl Cloud {
 
     pub fn run(
         server: RepairServer,
-        origin: Origin,
+        origin: OutgoingStreams,
         identity: Arc<Identity>,
         metrics: RepairServerMetrics,
     ) -> Self {
@@ -99,14 +101,14 @@ impl Cloud {
 
 /// A stream that is published by hand.
 pub struct Feed {
-    pub stream: Arc<OriginStream>,
+    pub stream: Arc<OutgoingStream>,
     packetizer: Packetizer,
 }
 
 impl Feed {
-    pub fn start(origin: &Origin, key: &str, ssrc: u32) -> Self {
+    pub fn start(origin: &OutgoingStreams, key: &str, ssrc: u32) -> Self {
         let history = History::new(5000, Duration::from_secs(60));
-        let stream = Arc::new(OriginStream::new(key.parse().unwrap(), Ssrc(ssrc), 1234, history));
+        let stream = Arc::new(OutgoingStream::new(key.parse().unwrap(), Ssrc(ssrc), 1234, history));
         origin.insert(stream.clone());
         Self { stream, packetizer: Packetizer::new(Ssrc(ssrc), 1120) }
     }

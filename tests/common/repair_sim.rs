@@ -4,15 +4,13 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use downpour::{
-    flv::{Tag, TagKind},
-    impair::{Link, LinkSettings},
-    repair::{
-        history::History,
-        message::{Gone, Heartbeat, Message, Nack, encode_repair},
-        receiver::{Event, Path, Receiver, Settings, Stats},
-        resend::Resender,
-    },
+use downpour_media::flv::{Tag, TagKind};
+use downpour_netem::{Link, LinkSettings};
+use downpour_repair::{
+    history::History,
+    message::{Gone, Heartbeat, Message, Nack, encode_repair},
+    receiver::{Event, Path, Receiver, Settings, Stats},
+    retransmit::Resender,
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 

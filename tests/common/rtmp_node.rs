@@ -10,16 +10,19 @@ use std::{
 };
 
 use bytes::BytesMut;
-use downpour::{
+use downpour::rtmp::{
+    ServerMetrics,
+    listener::{Server, ServerSettings},
+};
+use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
+use downpour_media::{
     StreamKey,
+    amf0::{Decoder, Value},
     flv::Tag,
-    rtmp::{
-        amf0::{Decoder, Value},
-        chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
-        publish::{Publication, PublishError, PublishHandler, PublishRequest},
-        server::{Server, ServerMetrics, ServerSettings},
-        url::RtmpUrl,
-    },
+};
+use downpour_rtmp::{
+    chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
+    url::RtmpUrl,
 };
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio_util::sync::CancellationToken;

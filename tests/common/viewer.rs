@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use downpour::flv::{FILE_HEADER, FlvReader, Tag};
+use downpour_media::flv::{FILE_HEADER, FlvReader, Tag};
 
 use super::{
     http::{self, Head},

@@ -15,18 +15,18 @@ use crate::common::{
     node::{Edge, Site, SiteSettings},
     wait_for,
 };
-use downpour::{
-    edge::prober::Prober,
-    flv::Tag,
-    impair::LinkSettings,
-    repair::{
-        client::{
+use downpour_distribution::{
+    tls::Trust,
+    upstream::{
+        prober::Prober,
+        repair_client::{
             RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent, RepairHandle,
         },
-        probe::ProbeMessage,
     },
-    tls::Trust,
 };
+use downpour_media::flv::Tag;
+use downpour_netem::LinkSettings;
+use downpour_repair::probe::ProbeMessage;
 use prometheus::Registry;
 use tokio::{runtime::Runtime, sync::mpsc};
 use tokio_util::sync::CancellationToken;

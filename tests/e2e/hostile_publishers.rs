@@ -16,7 +16,7 @@ use crate::common::{
     viewer::Viewer,
     wait_for,
 };
-use downpour::limits::raise_descriptors;
+use downpour::node::limits::raise_descriptors;
 
 const KEY: &str = "live/honest";
 const PUSH: Duration = Duration::from_secs(60);

@@ -15,10 +15,8 @@ use crate::common::{
     media,
     node::{Site, SiteSettings},
 };
-use downpour::{
-    flv::Tag,
-    impair::{Blackout, Bursts, LinkSettings},
-};
+use downpour_media::flv::Tag;
+use downpour_netem::{Blackout, Bursts, LinkSettings};
 
 const PUSH: Duration = Duration::from_secs(60);
 
@@ -156,7 +154,7 @@ fn three_streams_under_ten_percent_loss() {
 }
 
 struct Outcome {
-    rtp: downpour::impair::LinkStats,
+    rtp: downpour_netem::LinkStats,
     quic_lost: u64,
     edge: Metrics,
     /// Packets that the cloud sent again, in all.

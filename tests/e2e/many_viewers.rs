@@ -13,7 +13,7 @@ use crate::common::{
     viewer::{Memory, Viewer},
     wait_for,
 };
-use downpour::flv::{FlvReader, Tag};
+use downpour_media::flv::{FlvReader, Tag};
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);

@@ -15,7 +15,8 @@ use crate::common::{
     node::{Site, SiteSettings},
     wait_for,
 };
-use downpour::{impair::LinkSettings, udp};
+use downpour_netem::LinkSettings;
+use downpour_sys::udp;
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);

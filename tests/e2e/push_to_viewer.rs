@@ -119,7 +119,11 @@ fn our_push(sent: &Media, codecs: &[&str]) {
 
 /// For a viewer that was there before the stream.
 #[track_caller]
-fn assert_from_the_start(sent: &Media, pulled: &[downpour::flv::Tag], timestamps: Timestamps) {
+fn assert_from_the_start(
+    sent: &Media,
+    pulled: &[downpour_media::flv::Tag],
+    timestamps: Timestamps,
+) {
     let from = assert_same_to_the_end(&sent.tags, pulled, timestamps);
     let joined = without_script(&sent.tags)[from].timestamp();
     // A group of pictures is half a second long; a busy machine may cost another.

@@ -9,7 +9,7 @@ use crate::common::{
     node::{Site, SiteSettings},
     wait_for,
 };
-use downpour::impair::{Blackout, LinkSettings};
+use downpour_netem::{Blackout, LinkSettings};
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);
@@ -83,7 +83,7 @@ fn two_paths(rtp: Option<LinkSettings>, second: Option<LinkSettings>) -> Site {
 /// Pushes the stream; once the edge has been told of it, QUIC is cut off for good. Gives what a
 /// viewer saw by the time that all was sent and nothing more can come.
 #[track_caller]
-fn watch_without_repair(site: &Site) -> Vec<downpour::flv::Tag> {
+fn watch_without_repair(site: &Site) -> Vec<downpour_media::flv::Tag> {
     let viewer = site.watch(KEY);
     let push = site.push(media::full(), KEY);
     viewer.wait_tags(5, SOON);

@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use downpour::{
-    flv::{FILE_HEADER, Tag, TagKind},
-    http::client::{FlvClient, FlvClientError, FlvUrl},
-};
+use downpour::http::client::{FlvClient, FlvClientError, FlvUrl};
+use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},

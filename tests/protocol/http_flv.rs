@@ -8,7 +8,8 @@ use crate::common::{
         FlvViewer, HttpNode, audio, audio_header, inter, key_frame, metadata, video_header,
     },
 };
-use downpour::{http::ViewerSettings, hub::Backlog};
+use downpour::http::ViewerSettings;
+use downpour_hub::MaxLag;
 use tokio::{task::JoinHandle, time::timeout};
 
 #[tokio::test]
@@ -63,7 +64,7 @@ async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again
 #[tokio::test]
 async fn a_slow_viewer_skips_to_key_frames_and_holds_nobody_up() {
     let settings = ViewerSettings {
-        backlog: Backlog { max_ms: 1_000, max_bytes: u64::MAX },
+        backlog: MaxLag { max_ms: 1_000, max_bytes: u64::MAX },
         send_buffer: Some(16 * 1024),
         ..settings()
     };

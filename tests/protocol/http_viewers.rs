@@ -10,11 +10,9 @@ use std::{
 use crate::common::http_node::{
     HttpNode, WATCH, audio, audio_header, connect, inter, key_frame, video_header,
 };
-use downpour::{
-    flv::{FlvReader, Tag},
-    http::ViewerSettings,
-    hub::Backlog,
-};
+use downpour::http::ViewerSettings;
+use downpour_hub::MaxLag;
+use downpour_media::flv::{FlvReader, Tag};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     io::AsyncReadExt,
@@ -37,7 +35,7 @@ async fn and_so_they_do_where_writes_are_merged() {
 /// while the source goes on.
 async fn every_speed(settings: ViewerSettings, seed: u64) {
     let settings = ViewerSettings {
-        backlog: Backlog { max_ms: 2_000, max_bytes: u64::MAX },
+        backlog: MaxLag { max_ms: 2_000, max_bytes: u64::MAX },
         send_buffer: Some(8 * 1024),
         ..settings
     };

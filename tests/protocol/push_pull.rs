@@ -10,14 +10,14 @@ use std::{
 use crate::common::http_node::HttpNode;
 use downpour::{
     cli::{Failure, PullArgs, PushArgs, pull, push},
-    flv::{FlvTags, FlvWriter, Tag, TagKind},
     http::ViewerSettings,
-    hub::{self, Hub},
-    rtmp::{
-        publish::{Publication, PublishError, PublishHandler, PublishRequest},
-        server::{Server, ServerSettings},
-    },
+    rtmp::listener::{Server, ServerSettings},
 };
+use downpour_hub::{
+    self, Hub,
+    admission::{Publication, PublishError, PublishHandler, PublishRequest},
+};
+use downpour_media::flv::{FlvTags, FlvWriter, Tag, TagKind};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -152,12 +152,12 @@ impl PublishHandler for IntoHub {
     fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError> {
         match self.0.publish(request.key) {
             Ok(publisher) => Ok(Box::new(Live(publisher))),
-            Err(hub::AlreadyLive(key)) => Err(PublishError::AlreadyLive(key)),
+            Err(downpour_hub::AlreadyLive(key)) => Err(PublishError::AlreadyLive(key)),
         }
     }
 }
 
-struct Live(hub::Publisher);
+struct Live(downpour_hub::Publisher);
 
 impl Publication for Live {
     fn tag(&mut self, tag: Tag) {

@@ -5,7 +5,8 @@ use crate::common::{
     process::resident_bytes,
     rtmp_node::{RawEncoder, RtmpServer},
 };
-use downpour::rtmp::{chunk::VIDEO, server::ServerSettings};
+use downpour::rtmp::listener::ServerSettings;
+use downpour_rtmp::chunk::VIDEO;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_that_claim_16_mb_cost_what_was_sent() {

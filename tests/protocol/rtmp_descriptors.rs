@@ -3,7 +3,7 @@
 use std::{net::TcpStream, time::Duration};
 
 use crate::common::{SOON, eventually, process, rtmp_node::RtmpServer};
-use downpour::rtmp::{client::Publisher, server::ServerSettings};
+use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn running_out_of_descriptors_passes() {

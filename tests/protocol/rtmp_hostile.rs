@@ -10,14 +10,13 @@ use crate::common::{
     SOON, eventually,
     rtmp_node::{RawEncoder, Recorded, RtmpServer, SIMPLE_HANDSHAKE},
 };
-use downpour::{
+use downpour::rtmp::{client::Publisher, listener::ServerSettings};
+use downpour_media::{
+    amf0::Value,
     flv::{Tag, TagKind},
-    rtmp::{
-        amf0::Value,
-        chunk::{AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE},
-        client::Publisher,
-        server::ServerSettings,
-    },
+};
+use downpour_rtmp::chunk::{
+    AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE,
 };
 
 /// A server with a stream that must not notice what the test does beside it.

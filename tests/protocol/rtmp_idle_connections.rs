@@ -7,7 +7,8 @@ use crate::common::{
     process::resident_bytes,
     rtmp_node::{RawEncoder, RtmpServer, SIMPLE_HANDSHAKE},
 };
-use downpour::rtmp::{amf0::Value, server::ServerSettings};
+use downpour::rtmp::listener::ServerSettings;
+use downpour_media::amf0::Value;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_are_small_and_counted() {

@@ -11,14 +11,12 @@ use crate::common::{
     rtmp_node::{RawEncoder, RtmpServer, ffmpeg, ffmpeg_command, make_flv},
 };
 use bytes::BytesMut;
-use downpour::{
-    flv::{Tag, TagKind},
-    rtmp::{
-        chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO},
-        client::{ClientError, Publisher},
-        server::{Server, ServerSettings},
-    },
+use downpour::rtmp::{
+    client::{ClientError, Publisher},
+    listener::{Server, ServerSettings},
 };
+use downpour_media::flv::{Tag, TagKind};
+use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ffmpeg_pushes_h264_and_aac_and_every_tag_arrives() {
@@ -243,7 +241,7 @@ async fn a_key_can_be_published_again_on_the_same_connection() {
         ..ServerSettings::default()
     });
     let mut encoder = RawEncoder::publish(server.addr, "live", "x");
-    let name = || [downpour::rtmp::amf0::Value::Null, "x".into()];
+    let name = || [downpour_media::amf0::Value::Null, "x".into()];
     encoder.command(0, "FCUnpublish", 4.0, &name());
     encoder.command(1, "publish", 5.0, &name());
     encoder.message(AUDIO, 7, &[0xaf, 1]);

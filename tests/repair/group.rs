@@ -7,15 +7,15 @@ use std::{
 
 use crate::common::repair_node::{Cloud, Edge, Feed, edge_settings, until};
 use bytes::Bytes;
-use downpour::{
-    origin::Origin,
-    repair::{
-        client::{RepairClientSettings, RepairEvent},
-        message::Nack,
-        server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
+use downpour_distribution::{
+    downstream::{
+        outgoing::OutgoingStreams,
+        repair_server::{GroupSender, RepairServer, RepairServerMetrics, RepairServerSettings},
     },
     tls::Identity,
+    upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
+use downpour_repair::message::Nack;
 use prometheus::Registry;
 
 const OURS: &str = "239.0.0.1:5222";
@@ -37,7 +37,7 @@ impl GroupSender for Sent {
 fn start(sent: &Arc<Sent>) -> Cloud {
     let identity = Arc::new(Identity::generate().unwrap());
     let metrics = RepairServerMetrics::register(&Registry::new()).unwrap();
-    let origin = Origin::new();
+    let origin = OutgoingStreams::new();
     let server = RepairServer::bind(
         "127.0.0.1:0".parse().unwrap(),
         &identity,

@@ -8,10 +8,8 @@ use std::{
 };
 
 use crate::common::repair_node::{Cloud, Edge, Feed, edge_settings};
-use downpour::{
-    repair::{client::RepairEvent, message::Nack},
-    rtp::Seq,
-};
+use downpour_distribution::upstream::repair_client::RepairEvent;
+use downpour_repair::{message::Nack, rtp::Seq};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{net::UdpSocket, sync::mpsc, time::sleep_until};
 

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use downpour::{
-    flv::{Tag, TagKind},
-    impair::{Blackout, LinkSettings},
-    repair::receiver::{Event, GRACE, Path, Receiver, Settings},
+use downpour_media::flv::{Tag, TagKind};
+use downpour_netem::{Blackout, LinkSettings};
+use downpour_repair::{
+    receiver::{Event, GRACE, Path, Receiver, Settings},
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 

@@ -8,17 +8,22 @@ use std::{
 
 use crate::common::repair_node::{Cloud, Edge, edge_settings, until};
 use bytes::Bytes;
-use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Headers, Origin, OriginStream},
-    repair::{
-        client::RepairEvent,
-        control::{MAX_REPORTED, Report, StreamPattern, StreamReport},
-        history::History,
-        server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
+use downpour_distribution::{
+    downstream::{
+        outgoing::{OutgoingStream, OutgoingStreams},
+        repair_server::{EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics},
     },
-    rtp::Ssrc,
     tls::Identity,
+    upstream::repair_client::RepairEvent,
+};
+use downpour_media::{
+    StreamPattern,
+    flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    control::{MAX_REPORTED, Report, StreamReport},
+    history::History,
+    rtp::Ssrc,
 };
 use prometheus::Registry;
 
@@ -51,14 +56,14 @@ impl EdgeSession for Ledger {
 /// takes in before it must be read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_edge_with_thousands_of_streams_reports_all_of_them() {
-    let origin = Origin::new();
+    let origin = OutgoingStreams::new();
     let body = Bytes::from(vec![0x17; 1000]);
     let headers =
         Headers { video: Some(Tag::new(TagKind::Video, 0, &body).unwrap()), ..Headers::default() };
     for ssrc in 0..STREAMS {
         let history = History::new(1, std::time::Duration::from_secs(1));
         let key = format!("live/{ssrc}").parse().unwrap();
-        let stream = OriginStream::new(key, Ssrc(ssrc), 0, history);
+        let stream = OutgoingStream::new(key, Ssrc(ssrc), 0, history);
         stream.set_headers(headers.clone());
         origin.insert(Arc::new(stream));
     }

@@ -4,10 +4,8 @@
 
 use std::time::Duration;
 
-use downpour::{
-    impair::{Bursts, LinkSettings},
-    repair::receiver::DELAY_BOUNDS_MS,
-};
+use downpour_netem::{Bursts, LinkSettings};
+use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 use crate::common::repair_sim::{Run, lossy};
 

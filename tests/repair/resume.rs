@@ -8,16 +8,13 @@ use std::{
 };
 
 use crate::common::repair_node::{Cloud, Edge, Feed, edge_settings, until};
-use downpour::{
-    impair::{LinkSettings, RelaySettings, UdpRelay},
-    origin::Origin,
-    repair::{
-        client::{RepairClientSettings, RepairEvent},
-        control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport},
-        server::RepairServerSettings,
-    },
+use downpour_distribution::{
+    downstream::{outgoing::OutgoingStreams, repair_server::RepairServerSettings},
     tls::{Identity, Trust},
+    upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
+use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
+use downpour_repair::control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamReport};
 
 const ROUND_TRIP: Duration = Duration::from_millis(400);
 
@@ -78,7 +75,7 @@ async fn an_edge_is_back_within_one_round_trip() {
 
     // The resumed connection is as good as any.
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
-    edge.handle.nack(downpour::repair::message::Nack {
+    edge.handle.nack(downpour_repair::message::Nack {
         ssrc: feed.ssrc(),
         copies: 1,
         slack_ms: 2000,
@@ -149,7 +146,8 @@ async fn a_changed_certificate_is_refused_though_there_was_a_session() {
     edge.disconnected().await;
     let identity = Arc::new(Identity::generate().unwrap());
     let cloud =
-        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
+        Cloud::restart_at(addr, identity, OutgoingStreams::new(), RepairServerSettings::default())
+            .await;
     let refusal = edge
         .wait(|event| match event {
             RepairEvent::Disconnected { reason } if reason.contains("is pinned") => Some(reason),

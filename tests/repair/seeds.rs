@@ -6,10 +6,8 @@ use std::{
     time::Duration,
 };
 
-use downpour::{
-    impair::{Blackout, Bursts, LinkSettings},
-    repair::receiver::{GRACE, Settings},
-};
+use downpour_netem::{Blackout, Bursts, LinkSettings};
+use downpour_repair::receiver::{GRACE, Settings};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::common::repair_sim::{Run, lossy};

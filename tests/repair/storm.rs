@@ -12,14 +12,11 @@ use crate::common::{
     process::resident_bytes,
     repair_node::{Cloud, Edge, Feed, edge_settings, within},
 };
-use downpour::{
-    repair::{
-        client::{RepairClientSettings, RepairEvent},
-        message::Nack,
-        server::RepairServerSettings,
-    },
-    rtp::Seq,
+use downpour_distribution::{
+    downstream::repair_server::RepairServerSettings,
+    upstream::repair_client::{RepairClientSettings, RepairEvent},
 };
+use downpour_repair::{message::Nack, rtp::Seq};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -147,7 +144,7 @@ async fn weather(
     let mut missing = HashSet::new();
     let mut retry = interval(Duration::from_millis(100));
     let mut out = Outcome { asked: 0, answered: 0, bytes: 0, lasted: Duration::ZERO };
-    let ssrc = downpour::rtp::Ssrc(1);
+    let ssrc = downpour_repair::rtp::Ssrc(1);
     loop {
         let storming = began.elapsed() < STORM;
         if (!storming && (greedy || missing.is_empty())) || began.elapsed() > STORM * 2 {

@@ -6,16 +6,15 @@ use std::time::Duration;
 use crate::common::repair_node::{
     Cloud, Edge, Feed, dial, edge_settings, quic_client, until, within,
 };
-use downpour::{
-    origin::Origin,
-    repair::{
-        Protocol,
-        client::{ProtocolChoice, RepairClientSettings, RepairEvent},
-        message::Nack,
-        server::RepairServerSettings,
-    },
-    rtp::{Seq, Ssrc},
+use downpour_distribution::{
+    downstream::{outgoing::OutgoingStreams, repair_server::RepairServerSettings},
+    protocol::Protocol,
     tls::Identity,
+    upstream::repair_client::{ProtocolChoice, RepairClientSettings, RepairEvent},
+};
+use downpour_repair::{
+    message::Nack,
+    rtp::{Seq, Ssrc},
 };
 use quinn::{Connection, RecvStream, SendStream, TransportConfig};
 use tokio::{sync::mpsc, time::sleep};
@@ -359,7 +358,7 @@ struct OldCloud {
 }
 
 impl OldCloud {
-    fn start(origin: Origin) -> Self {
+    fn start(origin: OutgoingStreams) -> Self {
         let config = Identity::generate().unwrap().server_config(&[b"quic-echo-server"]).unwrap();
         let endpoint = quinn::Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
         let (seen, requests) = mpsc::unbounded_channel();
@@ -376,7 +375,7 @@ impl OldCloud {
 
 async fn serve_old(
     connection: Connection,
-    origin: Origin,
+    origin: OutgoingStreams,
     seen: mpsc::UnboundedSender<Result<(u32, u16), &'static str>>,
 ) {
     let (mut data, _data_recv) = connection.open_bi().await.unwrap();
@@ -411,7 +410,7 @@ async fn serve_old(
 
 #[tokio::test]
 async fn our_edge_is_gentle_with_an_existing_cloud() {
-    let origin = Origin::new();
+    let origin = OutgoingStreams::new();
     let mut feed = Feed::start(&origin, "live/a", 7);
     let seqs = feed.push(300);
     let mut cloud = OldCloud::start(origin);

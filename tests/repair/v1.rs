@@ -13,26 +13,31 @@ use crate::common::repair_node::{
     Cloud, Edge, Feed, dial, edge_settings, quic_client, until, within,
 };
 use bytes::Bytes;
-use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Headers, Origin},
-    repair::{
-        Protocol,
-        client::{
-            ClientError, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
-        },
-        control::{
-            CloudMessage, ControlReader, EdgeMessage, Hello, Report, StreamInfo, StreamPattern,
-            StreamReport, encode_control,
-        },
-        message::{Gone, Heartbeat, Message, Nack, encode_repair},
-        server::{
+use downpour_distribution::{
+    downstream::{
+        outgoing::OutgoingStreams,
+        repair_server::{
             EdgeHandler, EdgeHello, EdgeSession, RepairServer, RepairServerMetrics,
             RepairServerSettings,
         },
     },
-    rtp::{Seq, Ssrc},
+    protocol::Protocol,
     tls::{Fingerprint, Identity, Trust},
+    upstream::repair_client::{
+        ClientError, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
+    },
+};
+use downpour_media::{
+    StreamPattern,
+    flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    control::{
+        CloudMessage, ControlReader, EdgeMessage, Hello, Report, StreamInfo, StreamReport,
+        encode_control,
+    },
+    message::{Gone, Heartbeat, Message, Nack, encode_repair},
+    rtp::{Seq, Ssrc},
 };
 use prometheus::Registry;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, TransportConfig};
@@ -560,13 +565,13 @@ async fn edges_are_admitted_and_followed() {
     let server = RepairServer::bind(
         "127.0.0.1:0".parse().unwrap(),
         &identity,
-        Origin::new(),
+        OutgoingStreams::new(),
         settings,
         metrics.clone(),
     )
     .unwrap()
     .with_handler(Arc::new(doorman.clone()));
-    let cloud = Cloud::run(server, Origin::new(), identity, metrics);
+    let cloud = Cloud::run(server, OutgoingStreams::new(), identity, metrics);
 
     let settings = edge_settings(cloud.addr);
     for token in [None, Some("Secret".to_owned())] {
@@ -682,7 +687,8 @@ async fn trust_on_first_use_refuses_a_changed_certificate() {
 
     let identity = Arc::new(Identity::generate().unwrap());
     let _cloud =
-        Cloud::restart_at(addr, identity, Origin::new(), RepairServerSettings::default()).await;
+        Cloud::restart_at(addr, identity, OutgoingStreams::new(), RepairServerSettings::default())
+            .await;
     let refusal = edge
         .wait(|event| match event {
             RepairEvent::Disconnected { reason } if reason.contains("changed") => Some(reason),
@@ -704,7 +710,8 @@ async fn an_authority_vouches_for_the_host_name() {
     let paths = ["cert.pem", "key.pem"].map(|name| dir.path().join(name));
     let identity = Arc::new(Identity::load_or_create(&paths[0], &paths[1]).unwrap());
     let addr = "127.0.0.1:0".parse().unwrap();
-    let cloud = Cloud::start_at(addr, identity, Origin::new(), RepairServerSettings::default());
+    let cloud =
+        Cloud::start_at(addr, identity, OutgoingStreams::new(), RepairServerSettings::default());
     let settings = |host: &str, ca: &Path| RepairClientSettings {
         cloud: format!("{host}:{}", cloud.addr.port()),
         trust: Trust::Ca(ca.into()),

@@ -27,7 +27,8 @@ use common::{
     rtmp::Peer,
     wait_for,
 };
-use downpour::{cli::push::Clip, impair::LinkSettings, rtmp::client::Publisher};
+use downpour::{cli::push::Clip, rtmp::client::Publisher};
+use downpour_netem::LinkSettings;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 #[test]

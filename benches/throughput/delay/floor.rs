@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-use downpour::udp;
+use downpour_sys::udp;
 use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use socket2::{Domain, Socket, Type};
 

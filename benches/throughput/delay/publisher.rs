@@ -9,10 +9,8 @@ use std::{
     time::Duration,
 };
 
-use downpour::{
-    flv::{Tag, TagKind},
-    rtmp::session::{ClientEvent, ClientSession, Purpose},
-};
+use downpour_media::flv::{Tag, TagKind};
+use downpour_rtmp::session::{ClientEvent, ClientSession, Purpose};
 
 use super::{
     Way,

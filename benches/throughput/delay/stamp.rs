@@ -1,6 +1,6 @@
 //! What a tag's body says of itself.
 
-use downpour::flv::TagKind;
+use downpour_media::flv::TagKind;
 
 /// When a tag was handed to the kernel, and which of its kind it is in its stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

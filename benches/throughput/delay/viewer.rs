@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::flv::{FlvReader, TagKind};
+use downpour_media::flv::{FlvReader, TagKind};
 
 use super::{Way, clock::now, stamp};
 

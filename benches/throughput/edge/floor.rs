@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::udp;
+use downpour_sys::udp;
 use quinn_udp::{UdpSockRef, UdpSocketState};
 
 /// Reads at `address` until it is asked how many datagrams there were, and prints that.

@@ -13,13 +13,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    flv::{Tag, TagKind},
-    origin::{Headers, Origin, OriginStream},
-    repair::history::History,
+use downpour_distribution::downstream::outgoing::{OutgoingStream, OutgoingStreams};
+use downpour_media::flv::{Headers, Tag, TagKind};
+use downpour_repair::{
+    history::History,
     rtp::{Burst, Packetizer, Ssrc},
-    udp::{self, MulticastOut, Port},
 };
+use downpour_sys::udp::{self, MulticastOut, Port};
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -48,7 +48,11 @@ pub enum Target {
 impl Source {
     /// Publishes `count` streams at `origin` and sends them to the edge, the first of `targets`;
     /// when it is the floor's turn, the same to the floor, while the publications stand still.
-    pub fn start(count: u32, origin: &Origin, targets: [SocketAddr; 2]) -> io::Result<Self> {
+    pub fn start(
+        count: u32,
+        origin: &OutgoingStreams,
+        targets: [SocketAddr; 2],
+    ) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let mut sender = Sender::new(shared.clone(), targets)?;
         let tags = Tags::new()?;
@@ -59,7 +63,7 @@ impl Source {
         for number in 0..count {
             let history = History::new(5000, Duration::from_secs(10));
             let key = format!("live/{number}").parse().map_err(io::Error::other)?;
-            let stream = Arc::new(OriginStream::new(key, Ssrc(number + 1), 0, history));
+            let stream = Arc::new(OutgoingStream::new(key, Ssrc(number + 1), 0, history));
             stream.set_headers(tags.headers.clone());
             origin.insert(stream.clone());
             let packetizer = || Packetizer::new(Ssrc(number + 1), PAYLOAD);

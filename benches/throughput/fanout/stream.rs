@@ -11,11 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    fanout::routes::Target,
-    flv::{Tag, TagKind},
-    rtp::{Burst, Packetizer, Ssrc},
-};
+use downpour_distribution::downstream::routes::Target;
+use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::rtp::{Burst, Packetizer, Ssrc};
 
 use super::threads::join;
 use crate::{common::cpu, table::median};
@@ -174,7 +172,8 @@ impl Listener {
             while !stop.load(Ordering::Acquire) {
                 if let Ok(12..) = socket.recv(&mut packet) {
                     let seq = u16::from_be_bytes([packet[2], packet[3]]);
-                    let at = downpour::rtp::Seq(seq).distance_from(downpour::rtp::Seq::FIRST);
+                    let at = downpour_repair::rtp::Seq(seq)
+                        .distance_from(downpour_repair::rtp::Seq::FIRST);
                     times[current.load(Ordering::Acquire)].came(at as usize);
                 }
             }

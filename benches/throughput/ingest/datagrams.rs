@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::udp;
+use downpour_sys::udp;
 
 use super::media::{Media, Timeline};
 

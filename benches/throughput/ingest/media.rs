@@ -3,11 +3,9 @@
 use std::{io, time::Duration};
 
 use bytes::BytesMut;
-use downpour::{
-    flv::{Tag, TagKind},
-    rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO},
-    rtp::{Packetizer, Ssrc},
-};
+use downpour_media::flv::{Tag, TagKind};
+use downpour_repair::rtp::{Packetizer, Ssrc};
+use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};
 
 /// One group of pictures, played again and again: 25 pictures and 43 AAC frames a second, 212 kbit/s
 /// of tag bodies.
@@ -177,7 +175,7 @@ const KEY_BYTES: usize = 7_000;
 /// On average.
 const INTER_BYTES: usize = 623;
 const AUDIO_BYTES: usize = 180;
-/// What [`downpour::rtmp::session::ClientSession`] announces.
+/// What [`downpour_rtmp::session::ClientSession`] announces.
 const CHUNK_SIZE: u32 = 4096;
 /// The default of `rtp_payload_max`.
 const PAYLOAD: usize = 1120;

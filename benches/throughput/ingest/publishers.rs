@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::rtmp::session::{ClientEvent, ClientSession, Purpose};
+use downpour_rtmp::session::{ClientEvent, ClientSession, Purpose};
 
 use super::media::{Media, Timeline};
 

@@ -25,7 +25,7 @@ pub fn run(address: SocketAddr) -> io::Result<()> {
     let mut bytes = Vec::new();
     for due in Media::new() {
         bytes.extend_from_slice(due.tag.framed());
-        if due.tag.kind() != downpour::flv::TagKind::Video {
+        if due.tag.kind() != downpour_media::flv::TagKind::Video {
             continue;
         }
         let now = Instant::now();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use downpour::flv::{Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind};
 
 /// A tag and when it is due, counted from the stream's beginning.
 pub struct Due {

@@ -10,9 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use downpour::{
-    origin::{Headers, Origin, OriginStream},
-    repair::history::History,
+use downpour_distribution::downstream::outgoing::{OutgoingStream, OutgoingStreams};
+use downpour_media::flv::Headers;
+use downpour_repair::{
+    history::History,
     rtp::{Packetizer, Ssrc},
 };
 use tokio_util::sync::CancellationToken;
@@ -24,14 +25,14 @@ use crate::common::repair::Repair;
 pub struct Source {
     /// Where it answers.
     pub quic: SocketAddr,
-    origin: Origin,
+    origin: OutgoingStreams,
     stop: Arc<AtomicBool>,
     _repair: Repair,
 }
 
 impl Source {
     pub fn new() -> io::Result<Self> {
-        let (repair, origin) = (Repair::new()?, Origin::new());
+        let (repair, origin) = (Repair::new()?, OutgoingStreams::new());
         let quic = repair.serve(&origin, CancellationToken::new())?;
         Ok(Self { quic, origin, stop: Arc::default(), _repair: repair })
     }
@@ -40,7 +41,7 @@ impl Source {
     pub fn publish(&self, edges: Vec<SocketAddr>) -> io::Result<()> {
         let history = History::new(5000, Duration::from_secs(10));
         let key = "live/movie".parse().map_err(io::Error::other)?;
-        let stream = Arc::new(OriginStream::new(key, SSRC, 0, history));
+        let stream = Arc::new(OutgoingStream::new(key, SSRC, 0, history));
         stream.set_headers(Headers {
             video: Some(Media::video_header()),
             audio: Some(Media::audio_header()),

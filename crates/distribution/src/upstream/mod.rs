@@ -1,0 +1,11 @@
+//! The source that receives streams from another node: RTP in, repair by request.
+
+pub mod ingress;
+pub mod intake;
+pub mod livestat;
+mod parity;
+pub mod prober;
+mod receive;
+pub mod repair_client;
+pub mod socket;
+pub mod stats;

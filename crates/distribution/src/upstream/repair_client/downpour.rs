@@ -1,0 +1,228 @@
+//! `downpour/1` with the cloud.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::{Connection, SendDatagramError};
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+
+use super::{
+    Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
+};
+use crate::{
+    control_stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
+    transport::CLIENT_UNI_STREAMS,
+};
+use downpour_media::StreamPattern;
+use downpour_repair::{
+    control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
+    message::{Message, MessageError, Nack},
+};
+
+/// A control stream on which hello has been said.
+pub(super) struct Greeted {
+    control: ControlStream,
+    /// The patterns that the cloud was told.
+    told: Vec<StreamPattern>,
+}
+
+/// Opens the control stream with this edge's hello, which wants the streams in `told`.
+pub(super) async fn say_hello(
+    settings: &RepairClientSettings,
+    told: Vec<StreamPattern>,
+    connection: &Connection,
+) -> Result<Greeted, Disconnect> {
+    let (send, recv) = connection.open_bi().await?;
+    let mut control = ControlStream::new(send, recv, MAX_CONTROL_LEN);
+    let hello = EdgeMessage::Hello(Hello {
+        version: VERSION,
+        node: settings.node.clone(),
+        token: settings.token.clone(),
+        rtp_port: settings.rtp_port,
+        rtp_paths: settings.rtp_paths,
+        group: settings.group,
+        parity: settings.parity,
+        latency_ms: settings.latency.as_millis().try_into().unwrap_or(u32::MAX),
+        streams: told.clone(),
+    });
+    control.send(&hello).await?;
+    Ok(Greeted { control, told })
+}
+
+/// Speaks until the connection ends; `Ok` on shutdown. `greeted` is there if hello has been said.
+pub(super) async fn run(
+    client: &mut RepairClient,
+    connection: &Connection,
+    greeted: Option<Greeted>,
+) -> Result<(), Disconnect> {
+    client.inbox.forget(&client.metrics);
+    let RepairClient { settings, inbox, events, metrics, shutdown, .. } = client;
+    let opening = async {
+        let wanted = || inbox.wishes.borrow().clone();
+        let mut greeted = match greeted {
+            Some(greeted) => greeted,
+            None => say_hello(settings, wanted(), connection).await?,
+        };
+        match timeout(WELCOME_TIMEOUT, greeted.control.receive()).await {
+            Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok((greeted, welcome)),
+            Ok(Ok(Some(CloudMessage::Error { code, message }))) => {
+                Err(Disconnect::Refused { token: code == "token", message })
+            }
+            Ok(Ok(_)) => Err(Disconnect::Malformed("the first message was not welcome".into())),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(Disconnect::Timeout("the cloud did not say welcome in time")),
+        }
+    };
+    let (Greeted { mut control, mut told }, welcome) = tokio::select! {
+        opened = opening => opened?,
+        error = connection.closed() => return Err(error.into()),
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    events.send(RepairEvent::Welcome(welcome)).await?;
+
+    let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
+    let result = tokio::select! {
+        result = tell(&mut control.sender, &mut told, &mut inbox.reports, &mut inbox.wishes) => result,
+        result = hear(&mut control.receiver, events) => result,
+        result = receive(connection, stream_rx, events) => result,
+        error = read_messages(connection, stream_tx) => Err(error.into()),
+        result = ask(connection, &mut inbox.nacks, metrics) => result,
+        () = shutdown.cancelled() => Ok(()),
+        // Wherever the others are.
+        error = connection.closed() => Err(error.into()),
+    };
+    Disconnect::explain(result, connection).await
+}
+
+impl From<StreamError> for Disconnect {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Message(error) => Self::Malformed(error.to_string()),
+            error => Self::Lost(error.to_string()),
+        }
+    }
+}
+
+/// What the edge tells on the control stream.
+///
+/// Apart from what it hears there: an end that writes what the other has no room for, and does not
+/// read meanwhile, could wait for an end that does the same.
+async fn tell(
+    control: &mut ControlSender,
+    told: &mut Vec<StreamPattern>,
+    reports: &mut watch::Receiver<Report>,
+    wishes: &mut watch::Receiver<Vec<StreamPattern>>,
+) -> Result<(), Disconnect> {
+    loop {
+        tokio::select! {
+            Ok(()) = reports.changed() => {
+                let report = reports.borrow_and_update().clone();
+                for part in report.split() {
+                    control.send(&EdgeMessage::Report(part)).await?;
+                }
+            }
+            Ok(()) = wishes.changed() => {
+                let wanted = wishes.borrow_and_update().clone();
+                let without = |of: &[StreamPattern], these: &[StreamPattern]| -> Vec<_> {
+                    of.iter().filter(|pattern| !these.contains(pattern)).cloned().collect()
+                };
+                let (more, fewer) = (without(&wanted, told), without(told, &wanted));
+                // First, so that the two together never exceed what the cloud takes.
+                if !fewer.is_empty() {
+                    control.send(&EdgeMessage::Unsubscribe { streams: fewer }).await?;
+                }
+                if !more.is_empty() {
+                    control.send(&EdgeMessage::Subscribe { streams: more }).await?;
+                }
+                *told = wanted;
+            }
+            // The handle is gone; the events still matter.
+            else => std::future::pending().await,
+        }
+    }
+}
+
+/// What the cloud tells on the control stream.
+async fn hear(control: &mut ControlReceiver, events: &EventSender) -> Result<(), Disconnect> {
+    loop {
+        match control.receive().await? {
+            Some(CloudMessage::StreamUp(info)) => events.send(RepairEvent::StreamUp(info)).await?,
+            Some(CloudMessage::StreamUpdate { ssrc, headers }) => {
+                events.send(RepairEvent::StreamUpdate { ssrc, headers }).await?;
+            }
+            Some(CloudMessage::StreamEnd { ssrc, last_seq }) => {
+                events.send(RepairEvent::StreamEnd { ssrc, last_seq }).await?;
+            }
+            Some(CloudMessage::PathUp { path, address }) => {
+                events.send(RepairEvent::PathUp { path, address }).await?;
+            }
+            Some(CloudMessage::Error { message, .. }) => return Err(Disconnect::Lost(message)),
+            Some(CloudMessage::Welcome(_)) => {
+                return Err(Disconnect::Malformed("welcome came twice".into()));
+            }
+            Some(CloudMessage::Unknown) => {}
+            None => return Err(Disconnect::Lost("the cloud ended the conversation".into())),
+        }
+    }
+}
+
+/// What comes on datagrams, and on streams instead of datagrams.
+async fn receive(
+    connection: &Connection,
+    mut streams: mpsc::Receiver<Result<Bytes, MessageError>>,
+    events: &EventSender,
+) -> Result<(), Disconnect> {
+    loop {
+        let message = tokio::select! {
+            datagram = connection.read_datagram() => Ok(datagram?),
+            Some(message) = streams.recv() => message,
+        };
+        match message.and_then(Message::parse) {
+            Ok(Message::Repair(packet)) => events.offer(RepairEvent::Repair(packet))?,
+            Ok(Message::Gone(gone)) => events.offer(RepairEvent::Gone(gone))?,
+            Ok(Message::Heartbeats(beats)) => events.offer(RepairEvent::Heartbeats(beats))?,
+            Ok(Message::Nack(_)) => {
+                return Err(Disconnect::Malformed("a nack, which only an edge sends".into()));
+            }
+            // Of a later version.
+            Err(MessageError::UnknownType(_)) => {}
+            Err(error) => return Err(Disconnect::Malformed(error.to_string())),
+        }
+    }
+}
+
+/// What the edge asks for.
+async fn ask(
+    connection: &Connection,
+    nacks: &mut mpsc::Receiver<Nack>,
+    metrics: &RepairClientMetrics,
+) -> Result<(), Disconnect> {
+    loop {
+        let Some(nack) = nacks.recv().await else {
+            // The handle is gone; the events still matter.
+            return Err(connection.closed().await.into());
+        };
+        let Some(max_len) = connection.max_datagram_size() else {
+            return Err(Disconnect::Malformed("the cloud takes no datagrams".into()));
+        };
+        metrics.asked.inc_by(nack.seqs.len() as u64);
+        for datagram in nack.encode(max_len) {
+            // Without this check quinn would make room by dropping older ones, uncounted.
+            if connection.datagram_send_buffer_space() < datagram.len() {
+                metrics.dropped_backlog.inc();
+                continue;
+            }
+            match connection.send_datagram(datagram) {
+                Ok(()) => {}
+                Err(SendDatagramError::ConnectionLost(error)) => return Err(error.into()),
+                // The path became smaller this very moment; what is missing is asked for again.
+                Err(_) => metrics.dropped_backlog.inc(),
+            }
+        }
+    }
+}
+
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,0 +1,506 @@
+use std::{collections::VecDeque, time::Duration};
+
+use proptest::{collection::vec, prelude::*};
+
+use super::{
+    log::{AUDIO_ONLY_AFTER_MS, ENTRY_OVERHEAD},
+    *,
+};
+use downpour_media::flv::TagKind;
+
+#[test]
+fn a_reader_starts_at_the_newest_gop_with_the_headers_in_effect_there() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    for tag in [
+        script(0, 1),
+        video_header(0, 1),
+        audio_header(0, 1),
+        key_frame(0, 1),
+        inter(40, 2),
+        video_header(80, 2),
+        key_frame(80, 3),
+        audio(90, 4),
+        video_header(120, 3),
+        inter(120, 5),
+    ] {
+        publisher.push(tag);
+    }
+    let mut reader = hub.subscribe("live/movie").unwrap();
+    assert_eq!(
+        drain(&mut reader),
+        [
+            script(80, 1),
+            video_header(80, 2),
+            audio_header(80, 1),
+            key_frame(80, 3),
+            audio(90, 4),
+            video_header(120, 3),
+            inter(120, 5),
+        ]
+    );
+    assert_eq!(reader.try_read(&mut Vec::new(), 1), ReadOutcome::Pending);
+}
+
+#[test]
+fn video_without_a_key_frame_is_waited_for() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    let mut early = hub.subscribe(&key()).unwrap();
+    publisher.set_headers(None, Some(video_header(0, 1)), Some(audio_header(0, 1)));
+    publisher.push(audio(0, 1));
+    publisher.push(inter(5, 2));
+    assert_eq!(early.try_read(&mut Vec::new(), 1), ReadOutcome::Pending);
+    publisher.push(key_frame(10, 3));
+    let expected = [video_header(10, 1), audio_header(10, 1), key_frame(10, 3)];
+    assert_eq!(drain(&mut early), expected);
+    assert_eq!(drain(&mut hub.subscribe(&key()).unwrap()), expected);
+}
+
+#[test]
+fn a_stream_without_video_is_joined_a_little_back() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(audio_header(0, 1));
+    for i in 0..100 {
+        publisher.push(audio(i * 23, i as u8));
+    }
+    let tags = drain(&mut hub.subscribe(&key()).unwrap());
+    assert_eq!(tags[0], audio_header(tags[1].timestamp(), 1));
+    assert!((1..=500).contains(&(99 * 23 - tags[1].timestamp())), "{tags:?}");
+    assert_eq!(tags.last(), Some(&audio(99 * 23, 99)));
+}
+
+#[test]
+fn a_reader_that_began_with_audio_gets_no_frames_before_a_key_frame() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    let mut reader = hub.subscribe(&key()).unwrap();
+    publisher.push(audio(0, 1));
+    assert_eq!(drain(&mut reader), [audio(0, 1)]);
+    publisher.push(inter(10, 2));
+    publisher.push(video_header(20, 1));
+    publisher.push(inter(30, 3));
+    publisher.push(key_frame(40, 4));
+    publisher.push(inter(50, 5));
+    assert_eq!(drain(&mut reader), [video_header(20, 1), key_frame(40, 4), inter(50, 5)]);
+}
+
+#[test]
+fn a_reader_over_its_backlog_skips_to_the_newest_key_frame_and_is_counted() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(video_header(0, 1));
+    publisher.push(key_frame(0, 0));
+    let limit = MaxLag { max_ms: 100, ..MaxLag::UNLIMITED };
+    let mut reader = hub.subscribe(&key()).unwrap().with_max_lag(limit);
+    assert_eq!(drain(&mut reader).len(), 2);
+    for i in 1..=4 {
+        publisher.push(inter(i * 40, i as u8));
+    }
+    // Over the limit, but there is no key frame ahead to skip to.
+    assert!(matches!(
+        reader.try_read(&mut Vec::new(), 1),
+        ReadOutcome::Read(ReadCount { tags: 1, skipped: 0, .. })
+    ));
+    publisher.push(key_frame(200, 9));
+    let mut out = Vec::new();
+    let outcome = reader.try_read(&mut out, usize::MAX);
+    assert!(matches!(outcome, ReadOutcome::Read(ReadCount { skipped: 3, tags: 1, .. })));
+    assert_eq!(out, [key_frame(200, 9)]);
+    assert_eq!(publisher.stream().counters().skipped_tags.load(Ordering::Relaxed), 3);
+}
+
+#[test]
+fn a_gop_longer_than_the_log_leaves_readers_waiting_for_the_next_key_frame() {
+    let hub = Hub::new(LogLimits { max_bytes: 10 * (ENTRY_OVERHEAD + 22), max_age: 60_000 });
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(key_frame(0, 0));
+    let (mut fast, mut slow) = (hub.subscribe(&key()).unwrap(), hub.subscribe(&key()).unwrap());
+    drain(&mut fast);
+    drain(&mut slow);
+    for i in 1..=50 {
+        publisher.push(inter(i * 40, i as u8));
+        assert_eq!(drain(&mut fast), [inter(i * 40, i as u8)]);
+    }
+    let (tags, bytes) = publisher.stream().held();
+    assert!(tags <= 10 && bytes <= 10 * (ENTRY_OVERHEAD + 22));
+    let mut late = hub.subscribe(&key()).unwrap();
+    assert_eq!(drain(&mut late), []);
+    assert_eq!(drain(&mut slow), []);
+    publisher.push(key_frame(3000, 51));
+    for reader in [&mut fast, &mut slow, &mut late] {
+        assert_eq!(drain(reader), [key_frame(3000, 51)]);
+    }
+    assert_eq!(publisher.stream().counters().skipped_tags.load(Ordering::Relaxed), 50);
+}
+
+#[test]
+fn age_is_media_time_across_the_wrap_and_across_jumps() {
+    let hub = Hub::new(LogLimits { max_bytes: usize::MAX, max_age: 1_000 });
+    let mut publisher = hub.publish(key()).unwrap();
+    let start = u32::MAX - 990;
+    for i in 0..100 {
+        publisher.push(audio(start.wrapping_add(i * 20), 0));
+    }
+    // Up to a second, of which a thirty-second part goes at a time.
+    let held = publisher.stream().held().0;
+    assert!((49..=51).contains(&held), "{held}");
+    // An encoder that starts over from 0 and one whose clock jumps forget at most the past.
+    publisher.push(audio(0, 1));
+    publisher.push(audio(20, 2));
+    assert_eq!(publisher.stream().held().0, held + 2);
+    publisher.push(audio(4_000_000, 3));
+    publisher.push(audio(4_000_020, 4));
+    assert_eq!(publisher.stream().held().0, 2);
+}
+
+#[test]
+fn one_publisher_at_a_time_and_readers_drain_before_the_end() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    assert_eq!(hub.publish(key()).err(), Some(AlreadyLive(key())));
+    publisher.push(key_frame(0, 1));
+    let mut reader = hub.subscribe(&key()).unwrap();
+    let mut late = publisher.stream().subscribe();
+    drop(publisher);
+    assert!(hub.stream(&key()).is_none());
+    let _second = hub.publish(key()).unwrap();
+    for reader in [&mut reader, &mut late] {
+        assert_eq!(drain(reader), [key_frame(0, 1)]);
+        assert_eq!(reader.try_read(&mut Vec::new(), 1), ReadOutcome::Ended);
+    }
+    assert_eq!(hub.len(), 1);
+}
+
+#[test]
+fn headers_told_after_the_first_tag_go_to_running_readers() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(video_header(0, 1));
+    publisher.push(key_frame(7, 1));
+    let mut reader = hub.subscribe(&key()).unwrap();
+    drain(&mut reader);
+    publisher.set_headers(Some(script(0, 1)), Some(video_header(0, 2)), Some(audio_header(0, 1)));
+    publisher.set_headers(Some(script(0, 1)), None, None);
+    assert_eq!(drain(&mut reader), [script(7, 1), audio_header(7, 1)]);
+    assert_eq!(publisher.stream().headers().video, Some(video_header(0, 1)));
+}
+
+#[tokio::test]
+async fn readers_and_early_viewers_are_woken() {
+    let hub = hub();
+    let soon = tokio::time::Instant::now() + Duration::from_millis(20);
+    assert!(hub.wait_for("live/movie", soon).await.is_none());
+    let far = tokio::time::Instant::now() + Duration::from_secs(20);
+    let waiting = tokio::spawn({
+        let hub = hub.clone();
+        async move {
+            let mut reader = hub.wait_for("live/movie", far).await.unwrap().subscribe();
+            let mut out = Vec::new();
+            while reader.read(&mut out, usize::MAX).await.is_ok() {}
+            out
+        }
+    });
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(key_frame(0, 1));
+    tokio::task::yield_now().await;
+    publisher.push(inter(40, 2));
+    let holds_it = publisher.stream().clone();
+    while Arc::strong_count(&holds_it) < 3 {
+        tokio::task::yield_now().await;
+    }
+    drop(publisher);
+    assert_eq!(waiting.await.unwrap(), [key_frame(0, 1), inter(40, 2)]);
+}
+
+#[tokio::test]
+async fn audio_rides_along_with_video() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    let mut reader = hub.subscribe(&key()).unwrap().waking_with_video();
+    let mut woken = |publisher: &mut Publisher, tag: Tag| {
+        publisher.push(tag);
+        let woken = reader.wake.has_changed().unwrap();
+        reader.wake.mark_unchanged();
+        woken
+    };
+    // Without video, each tag wakes.
+    assert!(woken(&mut publisher, audio_header(0, 1)));
+    assert!(woken(&mut publisher, audio(0, 1)));
+    assert!(woken(&mut publisher, audio(1, 2)));
+    assert!(woken(&mut publisher, video_header(10, 1)));
+    assert!(woken(&mut publisher, key_frame(10, 1)));
+    for at in [20, 43, 59] {
+        assert!(!woken(&mut publisher, audio(at, 1)), "{at}");
+    }
+    assert!(woken(&mut publisher, inter(59, 2)));
+    // The next frame is late, or does not come.
+    assert!(!woken(&mut publisher, audio(108, 1)));
+    assert!(woken(&mut publisher, audio(109, 2)));
+    assert!(!woken(&mut publisher, audio(132, 3)));
+    // Headers do not wait.
+    assert!(woken(&mut publisher, script(133, 1)));
+    // The video is gone for long: this is a stream of audio now.
+    assert!(woken(&mut publisher, audio(10_059, 4)));
+    assert!(!woken(&mut publisher, audio(10_059, 5)));
+    assert!(woken(&mut publisher, audio(10_060, 6)));
+    assert!(woken(&mut publisher, audio(10_061, 7)));
+    let read = drain(&mut reader);
+    assert_eq!(read.last(), Some(&audio(10_061, 7)));
+    drop(publisher);
+    reader.woken().await;
+    reader.stream().over().await;
+    assert_eq!(reader.try_read(&mut Vec::new(), 1), ReadOutcome::Ended);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_wake_is_lost_to_readers_that_come_and_go() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(key_frame(0, 0));
+    for i in 1..2_000u32 {
+        let stream = publisher.stream().clone();
+        let reading = tokio::spawn(async move {
+            let mut reader = stream.subscribe();
+            if i % 2 == 0 {
+                reader = reader.waking_with_video();
+            }
+            let mut out = Vec::new();
+            while !out.contains(&inter(i, 1)) {
+                reader.read(&mut out, usize::MAX).await.unwrap();
+            }
+        });
+        if i % 3 == 0 {
+            tokio::task::yield_now().await;
+        }
+        publisher.push(inter(i, 1));
+        let read = tokio::time::timeout(Duration::from_secs(20), reading).await;
+        read.expect("woken").unwrap();
+        if i % 100 == 0 {
+            publisher.push(key_frame(i, 0));
+        }
+    }
+}
+
+proptest! {
+    /// Whatever is pushed and however slowly it is read: tags come in order, gaps are reported
+    /// exactly and end at a key frame, and a decoder always has the headers in effect.
+    #[test]
+    fn a_reader_sees_a_decodable_subsequence(
+        ops in vec(op(), 1..300),
+        max_tags in 4usize..40,
+        max_ms in 50u64..4_000,
+        start in any::<u32>(),
+    ) {
+        let limits =
+            LogLimits { max_bytes: max_tags * (ENTRY_OVERHEAD + 24), max_age: 3_000 };
+        let hub = Hub::new(limits);
+        let mut publisher = Some(hub.publish(key()).unwrap());
+        let mut slow = Model::new(
+            hub.subscribe(&key()).unwrap()
+                .with_max_lag(MaxLag { max_ms, ..MaxLag::UNLIMITED }),
+        );
+        let mut fast = Model::new(hub.subscribe(&key()).unwrap());
+        let mut pushed = Vec::new();
+        let mut timestamp = start;
+        for op in ops {
+            match op {
+                Op::Push(what, step) => {
+                    timestamp = timestamp.wrapping_add(step);
+                    let tag = match what {
+                        0 => video_header(timestamp, (step % 3) as u8),
+                        1 => audio_header(timestamp, (step % 3) as u8),
+                        2 => script(timestamp, (step % 3) as u8),
+                        3 | 4 => key_frame(timestamp, 0),
+                        5..9 => audio(timestamp, 0),
+                        _ => inter(timestamp, 0),
+                    };
+                    pushed.push(tag.clone());
+                    if let Some(publisher) = &mut publisher {
+                        publisher.push(tag);
+                    }
+                    fast.read(&pushed, usize::MAX);
+                    prop_assert_eq!(fast.skipped, 0);
+                }
+                Op::Read(bytes) => slow.read(&pushed, bytes),
+            }
+        }
+        drop(publisher.take());
+        for model in [&mut slow, &mut fast] {
+            model.read(&pushed, usize::MAX);
+            prop_assert_eq!(model.reader.try_read(&mut Vec::new(), 1), ReadOutcome::Ended);
+            prop_assert_eq!(model.reader.cursor as usize, pushed.len());
+            if !model.lost {
+                model.read(&pushed, 1);
+            }
+        }
+    }
+}
+
+/// Follows a reader in the list of all tags that were pushed.
+struct Model {
+    reader: Reader,
+    next: Option<usize>,
+    key_frame_seen: bool,
+    given: Headers,
+    skipped: u64,
+    /// Lost its place and found none until the end.
+    lost: bool,
+}
+
+impl Model {
+    fn new(reader: Reader) -> Self {
+        Self {
+            reader,
+            next: None,
+            key_frame_seen: false,
+            given: Headers::default(),
+            skipped: 0,
+            lost: false,
+        }
+    }
+
+    fn read(&mut self, pushed: &[Tag], max_bytes: usize) {
+        // Frames that nothing can decode may have followed the last tag that was given.
+        let cursor = self.reader.cursor as usize;
+        if let Some(next) = &mut self.next {
+            assert!(pushed[*next..cursor].iter().all(|tag| {
+                !self.key_frame_seen && tag.kind() == TagKind::Video && !is_header(tag)
+            }));
+            *next = cursor;
+        }
+        let before = self.reader.stream().counters.skipped_tags.load(Ordering::Relaxed);
+        let mut out = VecDeque::new();
+        let ReadOutcome::Read(count) = self.reader.try_read(&mut out, max_bytes) else {
+            let after = self.reader.stream().counters.skipped_tags.load(Ordering::Relaxed);
+            self.lost |= after > before;
+            return;
+        };
+        assert_eq!(count.tags, out.len());
+        assert_eq!(count.bytes, out.iter().map(|tag| tag.framed().len()).sum::<usize>());
+        self.skipped += count.skipped;
+        if self.next.is_none() || count.skipped > 0 {
+            while out.front().is_some_and(is_header) {
+                note(&mut self.given, &out.pop_front().unwrap());
+            }
+            let resume = out.front().expect("headers never come alone");
+            self.key_frame_seen = resume.is_key_frame();
+            let index = pushed.iter().rposition(|tag| same(tag, resume)).unwrap();
+            if let Some(next) = self.next {
+                assert_eq!(index as u64, next as u64 + count.skipped);
+            }
+            assert!(
+                resume.is_key_frame()
+                    || pushed[..index].iter().all(|tag| tag.kind() != TagKind::Video)
+                    || video_is_long_ago(&pushed[..=index])
+            );
+            self.next = Some(index);
+        }
+        let mut next = self.next.unwrap();
+        for tag in out {
+            while !same(&pushed[next], &tag) {
+                assert!(!self.key_frame_seen, "{tag:?} where {:?} was due", pushed[next]);
+                assert!(pushed[next].kind() == TagKind::Video && !is_header(&pushed[next]));
+                next += 1;
+            }
+            self.key_frame_seen |= tag.is_key_frame();
+            if is_header(&tag) {
+                note(&mut self.given, &tag);
+            } else {
+                let mut due = Headers::default();
+                pushed[..next].iter().filter(|tag| is_header(tag)).for_each(|tag| {
+                    note(&mut due, tag);
+                });
+                for (given, due) in [
+                    (&self.given.video, due.video),
+                    (&self.given.audio, due.audio),
+                    (&self.given.metadata, due.metadata),
+                ] {
+                    assert_eq!(
+                        given.as_ref().map(|tag| tag.body()),
+                        due.as_ref().map(|tag| tag.body())
+                    );
+                }
+            }
+            next += 1;
+        }
+        self.next = Some(next);
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Push(u8, u32),
+    Read(usize),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0u8..16, 0u32..200).prop_map(|(what, step)| Op::Push(what, step)),
+        1 => (1usize..400).prop_map(Op::Read),
+    ]
+}
+
+/// The same tag, not an equal one: the log shares memory with what was pushed.
+fn same(a: &Tag, b: &Tag) -> bool {
+    a.framed().as_ptr() == b.framed().as_ptr()
+}
+
+fn is_header(tag: &Tag) -> bool {
+    tag.is_header()
+}
+
+fn video_is_long_ago(tags: &[Tag]) -> bool {
+    let at = tags.last().map_or(0, Tag::timestamp);
+    tags.iter()
+        .rfind(|tag| tag.kind() == TagKind::Video)
+        .is_some_and(|tag| u64::from(at.wrapping_sub(tag.timestamp())) > AUDIO_ONLY_AFTER_MS)
+}
+
+fn note(headers: &mut Headers, tag: &Tag) {
+    match tag.kind() {
+        TagKind::Video => headers.video = Some(tag.clone()),
+        TagKind::Audio => headers.audio = Some(tag.clone()),
+        TagKind::Script => headers.metadata = Some(tag.clone()),
+    }
+}
+
+fn drain(reader: &mut Reader) -> Vec<Tag> {
+    let mut out = Vec::new();
+    while let ReadOutcome::Read(_) = reader.try_read(&mut out, 1) {}
+    out
+}
+
+fn hub() -> Hub {
+    Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 })
+}
+
+fn key() -> StreamKey {
+    "live/movie".parse().unwrap()
+}
+
+fn video_header(timestamp: u32, id: u8) -> Tag {
+    Tag::new(TagKind::Video, timestamp, &[0x17, 0, 0, 0, 0, id]).unwrap()
+}
+
+fn audio_header(timestamp: u32, id: u8) -> Tag {
+    Tag::new(TagKind::Audio, timestamp, &[0xaf, 0, id]).unwrap()
+}
+
+fn script(timestamp: u32, id: u8) -> Tag {
+    let body = [&b"\x02\x00\x0aonMetaData"[..], &[id]].concat();
+    Tag::new(TagKind::Script, timestamp, &body).unwrap()
+}
+
+fn key_frame(timestamp: u32, id: u8) -> Tag {
+    Tag::new(TagKind::Video, timestamp, &[0x17, 1, 0, 0, 0, id]).unwrap()
+}
+
+fn inter(timestamp: u32, id: u8) -> Tag {
+    Tag::new(TagKind::Video, timestamp, &[0x27, 1, 0, 0, 0, id]).unwrap()
+}
+
+fn audio(timestamp: u32, id: u8) -> Tag {
+    Tag::new(TagKind::Audio, timestamp, &[0xaf, 1, id]).unwrap()
+}

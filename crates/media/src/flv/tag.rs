@@ -1,0 +1,353 @@
+//! One FLV tag: the unit of media everywhere in Downpour.
+
+use std::fmt;
+
+use downpour_sys::buffer::{Buffer, BufferMut};
+
+/// What a tag carries (FLV 10.1 §E.4.1, `TagType`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum TagKind {
+    /// `TagType` 8.
+    Audio = 8,
+    /// `TagType` 9.
+    Video = 9,
+    /// `TagType` 18: AMF0 script data, in a live stream `onMetaData`.
+    Script = 18,
+}
+
+impl TagKind {
+    /// The kind with this `TagType`, if there is one. The filter bit (0x20) must be clear.
+    pub fn from_type(value: u8) -> Option<Self> {
+        match value {
+            8 => Some(Self::Audio),
+            9 => Some(Self::Video),
+            18 => Some(Self::Script),
+            _ => None,
+        }
+    }
+}
+
+/// One audio, video or script tag with its FLV framing already around it.
+///
+/// The bytes are held once, as they stand in an FLV file: an 11-byte tag header, the body, and the
+/// 4-byte `PreviousTagSize` that follows it. The RTP packetizer slices the first two parts, viewers
+/// and recordings write all three, and every clone shares the same memory.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Tag {
+    framed: Buffer,
+    kind: TagKind,
+    timestamp: u32,
+}
+
+impl Tag {
+    /// Bytes of the tag header in front of the body.
+    pub const HEADER_LEN: usize = 11;
+    /// Bytes of `PreviousTagSize` behind the body.
+    pub const TRAILER_LEN: usize = 4;
+    /// The longest body that the 24-bit `DataSize` can tell: 16,777,215 bytes.
+    pub const MAX_BODY_LEN: usize = 0xff_ffff;
+
+    /// Frames a copy of `body`. `timestamp` is in milliseconds and wraps at 2³².
+    ///
+    /// # Errors
+    /// [`TagError::TooLong`] if the body is over [`Tag::MAX_BODY_LEN`].
+    pub fn new(kind: TagKind, timestamp: u32, body: &[u8]) -> Result<Self, TagError> {
+        let mut buffer = Self::buffer_for(body.len());
+        buffer.put_slice(body);
+        Self::from_buffer(kind, timestamp, buffer)
+    }
+
+    /// An empty buffer with the header's room in front and the trailer's reserved behind, so that
+    /// a body of `body_len` bytes can be assembled in place and framed with [`Tag::from_buffer`].
+    pub fn buffer_for(body_len: usize) -> BufferMut {
+        let mut buffer = BufferMut::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
+        buffer.put_slice(&[0; Self::HEADER_LEN]);
+        buffer
+    }
+
+    /// Frames a body that was assembled behind [`Tag::HEADER_LEN`] bytes of room, without a copy
+    /// when the buffer came from [`Tag::buffer_for`].
+    ///
+    /// # Errors
+    /// [`TagError::TooLong`] over [`Tag::MAX_BODY_LEN`], [`TagError::Truncated`] without the room.
+    pub fn from_buffer(
+        kind: TagKind,
+        timestamp: u32,
+        mut buffer: BufferMut,
+    ) -> Result<Self, TagError> {
+        let body_len = buffer.len().checked_sub(Self::HEADER_LEN).ok_or(TagError::Truncated)?;
+        if body_len > Self::MAX_BODY_LEN {
+            return Err(TagError::TooLong(body_len));
+        }
+        let head = header(kind, timestamp, body_len as u32);
+        buffer[..Self::HEADER_LEN].copy_from_slice(&head);
+        buffer.put_slice(&((Self::HEADER_LEN + body_len) as u32).to_be_bytes());
+        Ok(Self { framed: buffer.freeze(), kind, timestamp })
+    }
+
+    /// Takes a tag header and body as they came over the wire, in one buffer, and adds the trailer.
+    ///
+    /// # Errors
+    /// If the type is none of 8, 9 and 18, or the length in the header is not the body's.
+    pub fn from_unit(mut unit: BufferMut) -> Result<Self, TagError> {
+        let head = TagHeader::parse(&unit)?;
+        if unit.len() != Self::HEADER_LEN + head.body_len {
+            return Err(TagError::Truncated);
+        }
+        // The stream id is always 0 (§E.4.1); whatever a peer put there is not carried on.
+        unit[8..11].fill(0);
+        unit.put_slice(&((Self::HEADER_LEN + head.body_len) as u32).to_be_bytes());
+        Ok(Self { framed: unit.freeze(), kind: head.kind, timestamp: head.timestamp })
+    }
+
+    /// The same body at another time; copies the body.
+    pub fn with_timestamp(&self, timestamp: u32) -> Self {
+        if timestamp == self.timestamp {
+            return self.clone();
+        }
+        let mut framed = BufferMut::from(&self.framed[..]);
+        framed[..Self::HEADER_LEN].copy_from_slice(&self.header_at(timestamp));
+        Self { framed: framed.freeze(), kind: self.kind, timestamp }
+    }
+
+    /// The same in memory of its own, for what outlives the tags that came with it: short ones share
+    /// blocks of it.
+    pub fn detached(&self) -> Self {
+        let Self { kind, timestamp, .. } = *self;
+        Self { framed: BufferMut::from(&self.framed[..]).freeze(), kind, timestamp }
+    }
+
+    /// The tag header as it would be at another time.
+    pub fn header_at(&self, timestamp: u32) -> [u8; Self::HEADER_LEN] {
+        header(self.kind, timestamp, self.body().len() as u32)
+    }
+
+    /// What the tag carries.
+    pub fn kind(&self) -> TagKind {
+        self.kind
+    }
+
+    /// Decoding time in milliseconds, wrapping at 2³².
+    pub fn timestamp(&self) -> u32 {
+        self.timestamp
+    }
+
+    /// The body alone.
+    pub fn body(&self) -> &[u8] {
+        &self.framed[Self::HEADER_LEN..self.framed.len() - Self::TRAILER_LEN]
+    }
+
+    /// Header and body: what wire v0 carries in RTP.
+    pub fn unit(&self) -> &[u8] {
+        &self.framed[..self.framed.len() - Self::TRAILER_LEN]
+    }
+
+    /// Header, body and `PreviousTagSize`: what stands in an FLV file.
+    pub fn framed(&self) -> &Buffer {
+        &self.framed
+    }
+
+    /// Whether this is a video frame from which decoding can start: not a sequence header, nor an
+    /// end of sequence, nor anything else that only carries the key frame's mark.
+    pub fn is_key_frame(&self) -> bool {
+        let body = self.body();
+        let (TagKind::Video, Some(&first)) = (self.kind, body.first()) else { return false };
+        if (first >> 4) & 0x7 != FRAME_TYPE_KEY {
+            return false;
+        }
+        match ex_video_packet_type(body) {
+            Some(kind) => matches!(kind, Some(EX_CODED_FRAMES | EX_CODED_FRAMES_X)),
+            // AVC, and HEVC under the unofficial codec id 12 with the same layout, say what it is.
+            None if is_avc_like(first) => body.get(1) == Some(&AVC_NALU),
+            None => body.len() > 1,
+        }
+    }
+
+    /// Whether this carries a decoder's configuration: `AVCDecoderConfigurationRecord`,
+    /// `AudioSpecificConfig`, or an Enhanced RTMP `SequenceStart`.
+    pub fn is_sequence_header(&self) -> bool {
+        let body = self.body();
+        let Some(&first) = body.first() else { return false };
+        match self.kind {
+            TagKind::Video => match ex_video_packet_type(body) {
+                Some(kind) => kind == Some(EX_SEQUENCE_START),
+                None => is_avc_like(first) && body.get(1) == Some(&AVC_SEQUENCE_HEADER),
+            },
+            TagKind::Audio => match first >> 4 {
+                SOUND_FORMAT_AAC => body.get(1) == Some(&0),
+                SOUND_FORMAT_EX_HEADER => {
+                    ex_packet_type(body, EX_AUDIO_MULTITRACK) == Some(EX_SEQUENCE_START)
+                }
+                _ => false,
+            },
+            TagKind::Script => false,
+        }
+    }
+
+    /// Whether this is what [`Headers`](super::Headers) hold: metadata, or a sequence header.
+    pub fn is_header(&self) -> bool {
+        self.is_metadata() || self.is_sequence_header()
+    }
+
+    /// Whether this is the stream's metadata, and not a caption, a cue point or other script data.
+    pub fn is_metadata(&self) -> bool {
+        // AMF0: a string's marker and length, then its bytes.
+        self.kind == TagKind::Script && self.body().starts_with(b"\x02\x00\x0aonMetaData")
+    }
+}
+
+impl fmt::Debug for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}@{}ms[{}]", self.kind, self.timestamp, self.body().len())
+    }
+}
+
+/// The 11 bytes in front of a tag's body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TagHeader {
+    /// What the tag carries.
+    pub kind: TagKind,
+    /// Bytes of body that follow.
+    pub body_len: usize,
+    /// Milliseconds, with the extension byte as its top 8 bits.
+    pub timestamp: u32,
+}
+
+impl TagHeader {
+    /// Reads the first [`Tag::HEADER_LEN`] bytes of `input`. The stream id is ignored.
+    ///
+    /// # Errors
+    /// [`TagError::Truncated`] when there are fewer, [`TagError::UnknownType`] for another type.
+    pub fn parse(input: &[u8]) -> Result<Self, TagError> {
+        let Some(&[kind, s0, s1, s2, t0, t1, t2, t3, ..]) = input.first_chunk::<11>() else {
+            return Err(TagError::Truncated);
+        };
+        Ok(Self {
+            kind: TagKind::from_type(kind).ok_or(TagError::UnknownType(kind))?,
+            body_len: u32::from_be_bytes([0, s0, s1, s2]) as usize,
+            timestamp: u32::from_be_bytes([t3, t0, t1, t2]),
+        })
+    }
+}
+
+/// Why bytes are not an FLV tag.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TagError {
+    /// A body that `DataSize` cannot tell.
+    #[error("a tag body of {0} bytes is over the 16777215 that FLV can hold")]
+    TooLong(usize),
+    /// Fewer bytes than the header says.
+    #[error("the tag is cut short")]
+    Truncated,
+    /// A `TagType` that is not audio, video or script data.
+    #[error("unknown FLV tag type {0}")]
+    UnknownType(u8),
+}
+
+fn header(kind: TagKind, timestamp: u32, body_len: u32) -> [u8; Tag::HEADER_LEN] {
+    let [_, s0, s1, s2] = body_len.to_be_bytes();
+    let [t3, t0, t1, t2] = timestamp.to_be_bytes();
+    [kind as u8, s0, s1, s2, t0, t1, t2, t3, 0, 0, 0]
+}
+
+fn is_avc_like(first: u8) -> bool {
+    matches!(first & 0x0f, 7 | 12)
+}
+
+/// The packet type of an `ExVideoTagHeader`, which the first byte's high bit announces; the outer
+/// `None` is for a header of the old kind, the inner for one that is cut short.
+fn ex_video_packet_type(body: &[u8]) -> Option<Option<u8>> {
+    (body.first()? & 0x80 != 0).then(|| ex_packet_type(body, EX_VIDEO_MULTITRACK))
+}
+
+/// The packet type in the low half of the first byte (Enhanced RTMP v2), behind any `ModEx`
+/// prefixes, and of a multitrack packet that of its tracks.
+fn ex_packet_type(body: &[u8], multitrack: u8) -> Option<u8> {
+    let (first, mut rest) = body.split_first()?;
+    let mut kind = first & 0x0f;
+    while kind == EX_MOD_EX {
+        let (size, tail) = rest.split_first()?;
+        let (size, tail) = match size {
+            // 256 and more are told in two further bytes.
+            255 => {
+                let (size, tail) = tail.split_first_chunk()?;
+                (usize::from(u16::from_be_bytes(*size)) + 1, tail)
+            }
+            size => (usize::from(*size) + 1, tail),
+        };
+        let (next, tail) = tail.get(size..)?.split_first()?;
+        kind = next & 0x0f;
+        rest = tail;
+    }
+    match kind == multitrack {
+        true => rest.first().map(|tracks| tracks & 0x0f),
+        false => Some(kind),
+    }
+}
+
+const FRAME_TYPE_KEY: u8 = 1;
+const AVC_SEQUENCE_HEADER: u8 = 0;
+const AVC_NALU: u8 = 1;
+const EX_SEQUENCE_START: u8 = 0;
+const EX_CODED_FRAMES: u8 = 1;
+const EX_CODED_FRAMES_X: u8 = 3;
+const EX_AUDIO_MULTITRACK: u8 = 5;
+const EX_VIDEO_MULTITRACK: u8 = 6;
+const EX_MOD_EX: u8 = 7;
+const SOUND_FORMAT_AAC: u8 = 10;
+const SOUND_FORMAT_EX_HEADER: u8 = 9;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn framing_is_the_files_layout() {
+        let tag = Tag::new(TagKind::Video, 0x0102_0304, &[0x17, 1, 0, 0, 0]).unwrap();
+        assert_eq!(
+            &tag.framed()[..],
+            [9, 0, 0, 5, 2, 3, 4, 1, 0, 0, 0, 0x17, 1, 0, 0, 0, 0, 0, 0, 16]
+        );
+        assert!(tag.is_key_frame());
+        assert_eq!(Tag::from_unit(BufferMut::from(tag.unit())).unwrap(), tag);
+        assert_eq!(tag.with_timestamp(7).timestamp(), 7);
+    }
+
+    #[test]
+    fn sequence_headers_and_key_frames_are_told_apart() {
+        let video = |body: &[u8]| Tag::new(TagKind::Video, 0, body).unwrap();
+        let audio = |body: &[u8]| Tag::new(TagKind::Audio, 0, body).unwrap();
+        assert!(video(&[0x17, 0]).is_sequence_header() && !video(&[0x17, 0]).is_key_frame());
+        assert!(video(&[0x1c, 1]).is_key_frame());
+        assert!(!video(&[0x27, 1]).is_key_frame());
+        assert!(video(&[0x90, b'h', b'v', b'c', b'1']).is_sequence_header());
+        assert!(video(&[0x91, b'h', b'v', b'c', b'1']).is_key_frame());
+        assert!(!video(&[0x94, b'h', b'v', b'c', b'1']).is_key_frame());
+        assert!(audio(&[0xaf, 0]).is_sequence_header() && !audio(&[0xaf, 1]).is_sequence_header());
+        assert!(!audio(&[0x2f]).is_sequence_header());
+        assert!(!video(&[]).is_key_frame());
+        // ffmpeg's end of sequence, a body cut short, and an end of sequence of Enhanced RTMP.
+        for ends in [&[0x17, 2, 0, 0, 0][..], &[0x17], &[0x92, b'h', b'v', b'c', b'1']] {
+            assert!(!video(ends).is_key_frame() && !video(ends).is_sequence_header());
+        }
+        // A codec of the old kind, CodedFramesX, one track of several, and a timestamp offset.
+        for starts in [&[0x12, 0][..], &[0x93, b'a'], &[0x96, 0x01], &[0x97, 2, 0, 0, 0, 0x01]] {
+            assert!(video(starts).is_key_frame());
+        }
+        assert!(video(&[0x96, 0x00]).is_sequence_header());
+        assert!(audio(&[0x95, 0x00]).is_sequence_header());
+        assert!(!video(&[0x97, 255, 0]).is_key_frame());
+        let script = |body: &[u8]| Tag::new(TagKind::Script, 0, body).unwrap();
+        assert!(script(b"\x02\x00\x0aonMetaData\x08").is_metadata());
+        assert!(!script(b"\x02\x00\x0aonTextData\x08").is_metadata());
+    }
+
+    #[test]
+    fn lengths_that_lie_are_refused() {
+        assert_eq!(Tag::from_unit(BufferMut::from(&[9u8, 0, 0, 5][..])), Err(TagError::Truncated));
+        let mut unit = BufferMut::from(Tag::new(TagKind::Audio, 1, &[1, 2]).unwrap().unit());
+        unit[3] = 3;
+        assert_eq!(Tag::from_unit(unit), Err(TagError::Truncated));
+    }
+}

@@ -1,0 +1,3 @@
+//! What every listener shares: threads for connections.
+
+pub mod shards;
