@@ -609,7 +609,7 @@ mod tests {
         }
     }
 
-    impl Way for Fake {
+    impl SendSocket for Fake {
         fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize> {
             let count = self.next(messages.len() - first)?;
             let lengths = messages.lengths().skip(first).take(count).map(|(len, _)| len);
