@@ -35,7 +35,7 @@ fn viewers_of_the_cloud_get_every_tag() {
         let pulled = viewer.until_end(PUSH);
         let from = assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
         let joined = without_script(&media::short().tags)[from].timestamp();
-        assert_eq!(joined, 0, "a viewer from the start gets the first group of pictures");
+        assert!(joined < 500, "a viewer from the start was served from {joined} ms on");
         assert_eq!(metadata(&pulled), metadata(&media::short().tags), "metadata");
     }
     for viewer in late {
@@ -63,12 +63,12 @@ fn viewers_of_the_cloud_end_with_their_publisher() {
         let pulled = viewer.until_end(SOON);
         assert_same_while_it_lasted(&media::full_at(2).tags, &pulled, Timestamps::Exact);
     }
-    // The next publication of the same name serves the next viewer from its first tag.
+    // The next publication of the same name serves the next viewer from its first group on.
     let viewer = watch(&site);
     site.push(media::short(), KEY).until_done(PUSH);
     let from =
         assert_same_to_the_end(&media::short().tags, &viewer.until_end(PUSH), Timestamps::Exact);
-    assert_eq!(without_script(&media::short().tags)[from].timestamp(), 0);
+    assert!(without_script(&media::short().tags)[from].timestamp() < 500);
 }
 
 #[test]

@@ -112,8 +112,11 @@ async fn slow_decision_about_one_encoder_delays_no_other() {
     eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
 
     // One thread serves both connections: each tag must pass while the decision is open.
-    let received =
-        |count: usize| server.recorder.recorded("live/fast", |all| all[0].tags.len() == count);
+    let received = |count: usize| {
+        server
+            .recorder
+            .recorded("live/fast", |all| all.first().is_some_and(|live| live.tags.len() == count))
+    };
     for number in 1..=30 {
         live.send(&audio(number)).await.unwrap();
         let got = || received(number as usize);
