@@ -7,7 +7,7 @@ use std::time::Duration;
 use downpour_netem::{Bursts, LinkSettings};
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
-use crate::common::repair_sim::{Run, lossy};
+use crate::sim::{Run, lossy};
 
 /// Per cent lost for good at 2, 3, 4 and 6 round trips, and the most bytes over media at 2 and 3,
 /// and at 4 and 6: what SRT 1.5.1 was measured to need, times 1.5 at the shorter budgets.
