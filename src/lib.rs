@@ -8,11 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
-pub mod cloud;
 pub mod config;
-pub mod edge;
 pub mod http;
-mod net;
+pub mod net;
 pub mod node;
 pub mod record;
 pub mod rtmp;

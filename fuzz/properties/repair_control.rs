@@ -1,4 +1,4 @@
-//! The control stream of `downpour/1`, at either end.
+//! The control stream of `downpour/1` at both ends.
 
 use std::fmt::Debug;
 
@@ -9,8 +9,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{flv::check_tag, memory, pieces};
 
-/// The messages do not depend on how the stream is cut, what is held is bounded by what came, and
-/// every message written again is the same.
+/// Messages do not depend on how the stream is cut, memory is bounded by the input, and every message
+/// round-trips.
 pub fn check(data: &[u8]) {
     check_as::<EdgeMessage>(data);
     for message in check_as::<CloudMessage>(data) {
@@ -30,12 +30,12 @@ where
     T: Serialize + DeserializeOwned + PartialEq + Debug,
 {
     let (whole, held) = memory::peak(|| read::<T>([data]));
-    // JSON's shortest values, of two bytes, become the largest structs.
+    // The shortest JSON values, of two bytes, become the largest structs.
     assert!(held <= 256 * data.len() + (16 << 10), "{held} bytes held for {}", data.len());
     assert_eq!(read::<T>(pieces(data)), whole);
     let (messages, _) = whole;
     for message in &messages {
-        let frame = encode_control(message).expect("what was read can be written");
+        let frame = encode_control(message).expect("a parsed message can be encoded");
         let (again, error) = read::<T>([&frame[..]]);
         assert_eq!((again.as_slice(), error), (std::slice::from_ref(message), None));
     }
@@ -45,7 +45,7 @@ where
 fn read<'a, T: DeserializeOwned>(
     pieces: impl IntoIterator<Item = &'a [u8]>,
 ) -> (Vec<T>, Option<ControlError>) {
-    // What the cloud takes from an edge.
+    // The limit of the cloud for messages of an edge.
     let mut reader = ControlReader::new(256 << 10);
     let mut messages = Vec::new();
     for piece in pieces {

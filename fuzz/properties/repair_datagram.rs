@@ -10,7 +10,7 @@ use downpour_repair::{
 
 use super::{Random, memory};
 
-/// What can be read can be written again, in datagrams of any length, and means the same.
+/// A parsed message can be encoded into datagrams of any length and keeps its meaning.
 pub fn check(data: &[u8]) {
     let datagram = Bytes::copy_from_slice(data);
     let (parsed, held) = memory::peak(|| Message::parse(datagram));
@@ -59,23 +59,23 @@ pub fn check(data: &[u8]) {
     }
 }
 
-/// Sent and read again, the numbers are the same ones, and come in an order that stays.
+/// Encoded and parsed, the sequence numbers are the same, and their order is stable.
 fn check_pairs(
     seqs: &[Seq],
     len: usize,
     max_len: usize,
-    resend: impl Fn(Vec<Seq>, usize) -> Vec<Seq>,
+    round_trip: impl Fn(Vec<Seq>, usize) -> Vec<Seq>,
 ) {
     assert!(seqs.len() <= len / 4 * 17, "{} numbers in {len} bytes", seqs.len());
-    let sent = resend(seqs.to_vec(), max_len);
+    let sent = round_trip(seqs.to_vec(), max_len);
     let set = |seqs: &[Seq]| seqs.iter().copied().collect::<HashSet<_>>();
     assert_eq!(set(&sent), set(seqs));
-    assert_eq!(sent.first(), seqs.first(), "the most urgent stays in front");
-    assert_eq!(resend(sent.clone(), Message::MAX_LEN), sent);
+    assert_eq!(sent.first(), seqs.first(), "the most urgent stays first");
+    assert_eq!(round_trip(sent.clone(), Message::MAX_LEN), sent);
 }
 
 fn reread(datagram: Bytes, max_len: usize) -> Message {
-    // A head and one pair is the least.
+    // At least a head and one pair.
     assert!(datagram.len() <= max_len.clamp(12, Message::MAX_LEN));
-    Message::parse(datagram).expect("what was written can be read")
+    Message::parse(datagram).expect("an encoded message can be parsed")
 }

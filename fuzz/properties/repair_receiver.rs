@@ -13,15 +13,16 @@ use downpour_repair::{
 
 use super::take;
 
-/// Numbers leave in order, each as a packet that came or as a loss, and none is left in the end.
-/// The window is not exceeded, only what is missing is asked for, and the next timer lies ahead.
+/// Sequence numbers are handed on in order, each as a received packet or as a loss, and none remains at
+/// the end. The window stays within its limit, only missing packets are requested, and timers lie in
+/// the future.
 ///
-/// The first four bytes are the settings, every further four an event: what, how, and two for the
-/// sequence number, the time, or both.
+/// The first four bytes are the settings. Every further four are an event: kind, variant, and two bytes
+/// for sequence number or time.
 pub fn check(mut data: &[u8]) {
     let Some([window, latency, join, first]) = take(&mut data) else { return };
     let settings = Settings {
-        // Small ones fill up sooner, and are quicker to walk.
+        // Small windows fill up sooner.
         window: 1 << (window % 11),
         latency: Duration::from_millis(u64::from(latency) * 4),
         join_latency: Duration::from_millis(u64::from(join) * 4),
@@ -33,12 +34,12 @@ pub fn check(mut data: &[u8]) {
         _ => (Receiver::starting_at(settings, newest), Some(newest)),
     };
     let window = settings.window;
-    let mut run = Run { receiver, now: Instant::now(), window, next, came: HashSet::new() };
-    let (mut given, mut number) = (0, 0);
-    while let Some([kind, how, high, low]) = take(&mut data) {
+    let mut run = Run { receiver, now: Instant::now(), window, next, received: HashSet::new() };
+    let (mut passed, mut number) = (0, 0);
+    while let Some([kind, variant, high, low]) = take(&mut data) {
         let argument = u16::from_be_bytes([high, low]);
-        // Near the newest number or anywhere.
-        let seq = match how & 1 {
+        // Near the newest number, or anywhere.
+        let seq = match variant & 1 {
             0 => newest.plus(usize::from(argument % 8)),
             _ => Seq(argument),
         };
@@ -49,17 +50,17 @@ pub fn check(mut data: &[u8]) {
                 if path == Path::Live(0) {
                     newest = seq;
                 }
-                run.came.insert((seq.0, number));
-                given += 1;
-                let short = path == Path::Live(0) && how & 2 != 0;
-                match short && run.receiver.handle_next(run.now, seq, 0) {
+                run.received.insert((seq.0, number));
+                passed += 1;
+                let offer = path == Path::Live(0) && variant & 2 != 0;
+                match offer && run.receiver.handle_next(run.now, seq, 0) {
                     true => run.handed_on(&packet(seq, number)),
                     false => run.receiver.handle_packet(run.now, packet(seq, number), path),
                 }
             }
             4 => _ = run.receiver.handle_heartbeat(run.now, seq),
             5 => {
-                let gone = (0..usize::from(how)).map(|i| seq.plus(i));
+                let gone = (0..usize::from(variant)).map(|i| seq.plus(i));
                 run.receiver.handle_gone(run.now, gone);
             }
             6 => {
@@ -67,31 +68,25 @@ pub fn check(mut data: &[u8]) {
                 run.receiver.set_round_trip(run.now, trip, trip / 4);
             }
             _ => {
-                run.now += Duration::from_millis(u64::from(how)) + Duration::from_micros(10);
+                run.now += Duration::from_millis(u64::from(variant)) + Duration::from_micros(10);
                 run.receiver.handle_timeout(run.now);
             }
         }
         run.poll();
-        assert_eq!(run.receiver.stats().received, given);
+        assert_eq!(run.receiver.stats().received, passed);
     }
     run.now += settings.latency.max(settings.join_latency) + Duration::from_secs(1);
-    run.receiver.handle_timeout(run.now);
-    run.poll();
-    assert_eq!((run.receiver.pending(), run.receiver.missing()), (0, 0));
-    if let Some(Seq(next)) = run.next {
-        assert!(run.receiver.is_done_through(Seq(next.wrapping_sub(1))));
-        assert!(!run.receiver.is_done_through(Seq(next)));
-    }
+    run.finish();
 }
 
 struct Run {
     receiver: Receiver,
     now: Instant,
     window: usize,
-    /// What must be handed on next, once that is known.
+    /// The next sequence number to be handed on, once it is known.
     next: Option<Seq>,
-    /// Sequence number and content of packets that were given and have not come back.
-    came: HashSet<(u16, u32)>,
+    /// Sequence number and content of packets passed in and not handed on yet.
+    received: HashSet<(u16, u32)>,
 }
 
 impl Run {
@@ -99,7 +94,7 @@ impl Run {
         let seq = packet.header.seq;
         assert!(self.next.is_none_or(|next| next == seq), "{seq} is out of order");
         let known = (seq.0, packet.header.timestamp);
-        assert!(self.came.remove(&known), "{seq} was not given, or comes twice");
+        assert!(self.received.remove(&known), "{seq} was not passed in, or is handed on twice");
         self.next = Some(seq.plus(1));
     }
 
@@ -124,16 +119,27 @@ impl Run {
             }
             if let (Some(next), Some(first)) = (self.next, request.seqs.first()) {
                 let ahead = first.distance_from(next);
-                assert!((0..self.window as i32).contains(&ahead), "{first} is not missing");
+                assert!((0..self.window as i32).contains(&ahead), "{first} is outside the window");
             }
         }
         if let Some(timeout) = self.receiver.poll_timeout() {
-            assert!(timeout > self.now, "a timer in the past would keep a node busy");
+            assert!(timeout > self.now, "a timer in the past");
+        }
+    }
+
+    /// Checks that nothing is left once all latencies have passed.
+    fn finish(&mut self) {
+        self.receiver.handle_timeout(self.now);
+        self.poll();
+        assert_eq!((self.receiver.pending(), self.receiver.missing()), (0, 0));
+        if let Some(Seq(next)) = self.next {
+            assert!(self.receiver.is_done_through(Seq(next.wrapping_sub(1))));
+            assert!(!self.receiver.is_done_through(Seq(next)));
         }
     }
 }
 
-/// `number` tells packets with the same sequence number apart.
+/// Returns a packet; `number` distinguishes packets with the same sequence number.
 fn packet(seq: Seq, number: u32) -> Packet {
     let header = Header { marker: false, payload_type: 100, seq, timestamp: number, ssrc: Ssrc(1) };
     Packet { header, payload: Bytes::new() }

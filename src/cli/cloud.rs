@@ -2,10 +2,9 @@
 
 use super::{CloudArgs, Failure, block_on, needs, start_failure};
 use crate::{
-    cloud::Cloud,
     config::{CloudConfig, Loaded},
     node::{
-        limits,
+        DownstreamAddrs, Node, NodeSettings, limits,
         logging::{self, LogFile},
     },
 };
@@ -22,22 +21,24 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
         tracing::warn!("{finding}");
     }
     block_on(|shutdown| async move {
-        let cloud =
-            Cloud::bind(&config).await.map_err(|error| start_failure(file.as_deref(), &error))?;
+        let cloud = Node::bind(NodeSettings::from(&config))
+            .map_err(|error| start_failure(file.as_deref(), &error))?;
         let addrs = cloud.addrs();
         tracing::info!(
-            "cloud {} is up: RTMP on {}, repair on {}, API on {}",
-            env!("CARGO_PKG_VERSION"),
-            addrs.rtmp,
-            addrs.quic,
-            addrs.api
+            version = env!("CARGO_PKG_VERSION"),
+            rtmp = addrs.rtmp.map(tracing::field::display),
+            quic = addrs.downstream.map(|addrs| tracing::field::display(addrs.quic)),
+            http = %addrs.http,
+            "cloud started"
         );
-        tracing::info!("the certificate's fingerprint, for edges to pin: {}", addrs.fingerprint);
-        if config.debug {
+        if let Some(DownstreamAddrs { fingerprint, .. }) = addrs.downstream {
+            tracing::info!(%fingerprint, "edges can pin this certificate");
+        }
+        if config.downstream.debug {
             tracing::warn!("debug is true: no RTP is sent");
         }
         cloud.run(shutdown).await?;
-        tracing::info!("the cloud has ended in order");
+        tracing::info!("cloud stopped");
         Ok(())
     })
 }

@@ -16,10 +16,8 @@ use super::{
     push::{self, Clip},
 };
 use crate::{
-    cloud::Cloud,
-    config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
-    edge::{Edge, EdgeAddrs},
-    node::{StartError, logging},
+    config::{CloudConfig, DownstreamConfig, EdgeConfig, ListenAddr, LogLevel},
+    node::{DownstreamAddrs, Node, NodeAddrs, NodeSettings, StartError, logging},
 };
 use downpour_distribution::upstream::stats::{ReceiveMetrics, StreamStats};
 use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
@@ -42,11 +40,14 @@ pub fn run(args: &DemoArgs) -> Result<(), Failure> {
 async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Result<(), Failure> {
     let scratch = Scratch::new()?;
     let failed = |error: StartError| Failure::Run(error.to_string());
-    let cloud = Cloud::bind(&cloud_config(&scratch)).await.map_err(failed)?;
-    let addrs = cloud.addrs();
+    let cloud = Node::bind(NodeSettings::from(&cloud_config(&scratch))).map_err(failed)?;
+    let addrs = cloud.addrs().clone();
+    let (Some(rtmp), Some(downstream)) = (addrs.rtmp, addrs.downstream) else {
+        return Err(Failure::Run("the demo's cloud lacks a part".into()));
+    };
     let mut edges = Vec::new();
     for i in 0..args.edges {
-        edges.push(DemoEdge::start(i, args.loss, &cloud).await?);
+        edges.push(DemoEdge::start(i, args.loss, addrs.http, downstream)?);
     }
 
     println!("A cloud and {} on this machine. Watch:", count(edges.len(), "edge"));
@@ -54,23 +55,24 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
         println!("    ffplay http://{}/{STREAM}.flv", edge.addrs.http);
     }
     println!("Push a stream of your own:");
-    println!("    ffmpeg -re -i FILE -c copy -f flv rtmp://{}/live/NAME", addrs.rtmp);
+    println!("    ffmpeg -re -i FILE -c copy -f flv rtmp://{rtmp}/live/NAME");
     println!("Look inside:");
-    println!("    http://{}/stat/livestat   http://{0}/metrics", addrs.api);
+    println!("    http://{}/stat/livestat   http://{0}/metrics", addrs.http);
     println!("    http://{}/metrics", edges[0].addrs.http);
     println!("Between them {} % of all packets are lost, both ways. Ctrl-C ends it.\n", {
         (args.loss * 1000.0).round() / 10.0
     });
 
     let relays: Vec<UdpRelay> = edges.iter_mut().flat_map(|edge| edge.relays.drain(..)).collect();
-    let metrics: Vec<ReceiveMetrics> = edges.iter().map(|edge| edge.edge.metrics()).collect();
+    let metrics: Vec<ReceiveMetrics> =
+        edges.iter().filter_map(|edge| edge.edge.received()).collect();
     let nodes_stop = CancellationToken::new();
     let mut nodes = JoinSet::new();
     nodes.spawn(cloud.run(nodes_stop.clone()));
     for edge in edges {
         nodes.spawn(edge.edge.run(nodes_stop.clone()));
     }
-    let url = format!("rtmp://{}/{STREAM}", addrs.rtmp)
+    let url = format!("rtmp://{rtmp}/{STREAM}")
         .parse()
         .map_err(|error| Failure::Run(format!("the test stream's URL: {error}")))?;
     let stop = shutdown.clone();
@@ -98,26 +100,31 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
 
 /// One edge and the bad network in front of it.
 struct DemoEdge {
-    edge: Edge,
-    addrs: EdgeAddrs,
+    edge: Node,
+    addrs: NodeAddrs,
     relays: Vec<UdpRelay>,
 }
 
 impl DemoEdge {
-    async fn start(number: usize, loss: f64, cloud: &Cloud) -> Result<Self, Failure> {
+    fn start(
+        number: usize,
+        loss: f64,
+        cloud_http: SocketAddr,
+        cloud: DownstreamAddrs,
+    ) -> Result<Self, Failure> {
         let relay = |upstream, seed| {
             let settings = RelaySettings::symmetric(LinkSettings::lossy(loss), seed);
             UdpRelay::start(upstream, settings)
                 .map_err(|error| Failure::Run(format!("the bad network: {error}")))
         };
         let mut relays = Vec::new();
-        let mut quic = cloud.addrs().quic;
+        let mut quic = cloud.quic;
         let mut cloud_rtp_addr = None;
         if loss > 0.0 {
             let repair = relay(quic, 2 * number as u64)?;
             quic = repair.local_addr();
             relays.push(repair);
-            if let Some(port) = cloud.addrs().rtp {
+            if let Some(port) = cloud.rtp {
                 let media = relay((Ipv4Addr::LOCALHOST, port).into(), 2 * number as u64 + 1)?;
                 cloud_rtp_addr = Some(media.local_addr().into());
                 relays.push(media);
@@ -129,15 +136,16 @@ impl DemoEdge {
             cloud_host: Ipv4Addr::LOCALHOST.to_string(),
             quic_addr: loopback(quic.port()),
             cloud_rtp_addr,
-            api_addr: loopback(cloud.addrs().api.port()),
-            fingerprint: Some(cloud.addrs().fingerprint),
+            api_addr: loopback(cloud_http.port()),
+            fingerprint: Some(cloud.fingerprint),
             node_name: format!("demo-{number}"),
             // What every kernel gives, so that the demo begins without a warning.
             udp_recv_buffer: 1 << 17,
             ..EdgeConfig::default()
         };
-        let edge = Edge::bind(&config).await.map_err(|error| Failure::Run(error.to_string()))?;
-        let addrs = edge.addrs();
+        let edge = Node::bind(NodeSettings::from(&config))
+            .map_err(|error| Failure::Run(error.to_string()))?;
+        let addrs = edge.addrs().clone();
         Ok(Self { edge, addrs, relays })
     }
 }
@@ -166,11 +174,14 @@ fn cloud_config(scratch: &Scratch) -> CloudConfig {
     CloudConfig {
         rtmp_addr: usual_tcp(usual.rtmp_addr.port()),
         api_addr: usual_tcp(usual.api_addr.port()),
-        quic_addr: usual_udp(usual.quic_addr.port()),
-        rtp_port: usual_udp(usual.rtp_port).port(),
-        client_addr_list: Vec::new(),
-        cert_file: scratch.0.join("cloud.crt"),
-        key_file: scratch.0.join("cloud.key"),
+        downstream: DownstreamConfig {
+            quic_addr: usual_udp(usual.downstream.quic_addr.port()),
+            rtp_port: usual_udp(usual.downstream.rtp_port).port(),
+            targets: Vec::new(),
+            cert_file: scratch.0.join("cloud.crt"),
+            key_file: scratch.0.join("cloud.key"),
+            ..usual.downstream
+        },
         ..usual
     }
 }

@@ -3,9 +3,8 @@
 use super::{EdgeArgs, Failure, block_on, needs, start_failure};
 use crate::{
     config::{EdgeConfig, Loaded},
-    edge::Edge,
     node::{
-        limits,
+        Node, NodeSettings, limits,
         logging::{self, LogFile},
     },
 };
@@ -22,20 +21,21 @@ pub fn run(args: &EdgeArgs) -> Result<(), Failure> {
         tracing::warn!("{finding}");
     }
     block_on(|shutdown| async move {
-        let edge =
-            Edge::bind(&config).await.map_err(|error| start_failure(file.as_deref(), &error))?;
+        let edge = Node::bind(NodeSettings::from(&config))
+            .map_err(|error| start_failure(file.as_deref(), &error))?;
         let addrs = edge.addrs();
         tracing::info!(
-            "edge {} is up: RTP on {}, viewers on http://{}/APP/NAME.flv",
-            env!("CARGO_PKG_VERSION"),
-            addrs.rtp,
-            addrs.http
+            version = env!("CARGO_PKG_VERSION"),
+            rtp = ?addrs.rtp_in,
+            http = %addrs.http,
+            quic = addrs.downstream.map(|addrs| tracing::field::display(addrs.quic)),
+            "edge started"
         );
         if config.cloud_host.is_empty() {
-            tracing::info!("cloud_host is empty: waiting for the cloud's first datagram");
+            tracing::info!("cloud_host is empty: waiting for a datagram of the cloud");
         }
         edge.run(shutdown).await?;
-        tracing::info!("the edge has ended in order");
+        tracing::info!("edge stopped");
         Ok(())
     })
 }

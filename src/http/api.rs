@@ -29,59 +29,52 @@ use downpour_distribution::downstream::{
 use downpour_hub::Hub;
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
-/// What a cloud's API answers from.
+/// What a node's API answers from.
 #[derive(Clone)]
-pub struct CloudState {
-    /// The streams that are published.
+pub struct ApiState {
+    /// The streams that are live here.
     pub hub: Hub,
-    /// The streams that are sent to edges.
-    pub origin: OutgoingStreams,
-    /// The edges that are connected.
-    pub edges: Edges,
-    /// What `/metrics` tells.
+    /// What `/metrics` shows.
     pub registry: Registry,
     /// When the node started.
     pub started: Instant,
+    /// On a node that serves others.
+    pub downstream: Option<DownstreamApi>,
+}
+
+/// What nodes below ask for.
+#[derive(Clone)]
+pub struct DownstreamApi {
+    /// The streams that are sent to edges.
+    pub outgoing: OutgoingStreams,
+    /// The edges that are connected.
+    pub edges: Edges,
     /// Port of the RTMP listener: part of each publisher's `url` in `/stat/livestat`.
     pub rtmp_port: u16,
 }
 
-/// What an edge's API answers from.
-#[derive(Clone)]
-pub struct EdgeState {
-    /// The streams that are received.
-    pub hub: Hub,
-    /// What `/metrics` tells.
-    pub registry: Registry,
-    /// When the node started.
-    pub started: Instant,
-}
-
-/// `/stat/livestat`, `/api/v1/edges`, `/healthz` and `/metrics`.
-pub fn cloud_router(state: CloudState) -> Router {
-    let common = common_router(state.hub.clone(), state.registry.clone(), state.started);
-    Router::new()
-        .route("/stat/livestat", get(live_stat))
-        .route("/api/v1/edges", get(edges))
-        .with_state(Arc::new(state))
-        .merge(common)
-        .fallback(not_found)
-}
-
-/// `/stats/time`, `/healthz` and `/metrics`.
-pub fn edge_router(state: EdgeState) -> Router {
-    Router::new()
+/// `/stats/time`, `/healthz` and `/metrics`; on a node that serves others `/stat/livestat` and
+/// `/api/v1/edges`, too.
+pub fn router(state: ApiState) -> Router {
+    let ApiState { hub, registry, started, downstream } = state;
+    let healthy = hub.clone();
+    let mut router = Router::new()
         .route("/stats/time", get(stream_time).options(preflight))
-        .with_state(state.hub.clone())
-        .merge(common_router(state.hub, state.registry, state.started))
-        .fallback(not_found)
+        .with_state(hub.clone())
+        .route("/healthz", get(move || async move { health(&healthy, started) }))
+        .route("/metrics", get(move || async move { scrape(&registry) }));
+    if let Some(downstream) = downstream {
+        let serving = Router::new()
+            .route("/stat/livestat", get(live_stat))
+            .route("/api/v1/edges", get(edges))
+            .with_state(Arc::new((hub, downstream)));
+        router = router.merge(serving);
+    }
+    router.fallback(not_found)
 }
 
-fn common_router(hub: Hub, registry: Registry, started: Instant) -> Router {
-    Router::new()
-        .route("/healthz", get(move || async move { health(&hub, started) }))
-        .route("/metrics", get(move || async move { scrape(&registry) }))
-}
+/// The state of what nodes below ask for.
+type Serving = State<Arc<(Hub, DownstreamApi)>>;
 
 /// Wire v0's answer of both APIs: the HTTP status again, and what was asked for or a message.
 #[derive(Serialize)]
@@ -118,21 +111,22 @@ struct LiveStatQuery {
 }
 
 async fn live_stat(
-    State(state): State<Arc<CloudState>>,
+    State(state): Serving,
     Query(query): Query<LiveStatQuery>,
     headers: HeaderMap,
 ) -> Response {
     let host = headers.get(HOST).and_then(|host| host.to_str().ok()).map_or("localhost", host_name);
     let room = query.room.as_deref().map(|room| room.trim_matches('/'));
-    let mut publishers: Vec<_> = state
-        .origin
+    let (hub, downstream) = &*state;
+    let mut publishers: Vec<_> = downstream
+        .outgoing
         .streams()
         .iter()
         .filter(|stream| !stream.ended())
         .filter(|stream| room.is_none_or(|room| room == stream.key().as_str()))
         .map(|stream| {
             let key = stream.key();
-            let live = state.hub.stream(key);
+            let live = hub.stream(key);
             let counted = live.as_ref().map(|live| {
                 let counters = live.counters();
                 (
@@ -143,7 +137,7 @@ async fn live_stat(
             let (video_total_bytes, audio_total_bytes) = counted.unwrap_or_default();
             StreamStat {
                 key: key.to_string(),
-                url: format!("rtmp://{host}:{}/{key}", state.rtmp_port),
+                url: format!("rtmp://{host}:{}/{key}", downstream.rtmp_port),
                 start_time: stream.start_unix_ms(),
                 ssrc: stream.ssrc().0,
                 stream_id: RTMP_MESSAGE_STREAM,
@@ -175,10 +169,10 @@ struct EdgeList {
     edges: Vec<EdgeInfo>,
 }
 
-async fn edges(State(state): State<Arc<CloudState>>) -> Response {
+async fn edges(State(state): Serving) -> Response {
     // Not for any web page that somebody in the network opens.
     let headers = [(CACHE_CONTROL, "no-store")];
-    let list = EdgeList { delay_bounds_ms: &DELAY_BOUNDS_MS, edges: state.edges.list() };
+    let list = EdgeList { delay_bounds_ms: &DELAY_BOUNDS_MS, edges: state.1.edges.list() };
     (headers, Json(list)).into_response()
 }
 
@@ -277,24 +271,40 @@ mod tests {
 
     use super::*;
     use downpour_distribution::downstream::{edges::StreamInfo, outgoing::OutgoingStream};
-    use downpour_hub::LogLimits;
+    use downpour_hub::{Admission, LogLimits, PublicationInfo, admission};
     use downpour_media::flv::{Tag, TagKind};
     use downpour_repair::{
         control::StreamReport, history::History, path_validation::PathState, rtp::Ssrc,
     };
 
+    /// The API of a node that serves others.
+    fn serving(hub: &Hub, outgoing: &OutgoingStreams, edges: Edges, rtmp_port: u16) -> Router {
+        let outgoing = outgoing.clone();
+        let downstream = DownstreamApi { outgoing, edges, rtmp_port };
+        router(state(hub, Some(downstream)))
+    }
+
+    /// The API of a node that serves viewers alone.
+    fn alone(hub: &Hub) -> Router {
+        router(state(hub, None))
+    }
+
+    fn state(hub: &Hub, downstream: Option<DownstreamApi>) -> ApiState {
+        let admission = Admission::new(hub.clone(), admission::Settings::default());
+        let outgoing = downstream.as_ref().map(|downstream| downstream.outgoing.clone());
+        ApiState {
+            hub: hub.clone(),
+            registry: metrics::registry(&admission, outgoing).unwrap(),
+            started: Instant::now(),
+            downstream,
+        }
+    }
+
     #[tokio::test]
     async fn live_stat_is_wire_v0() {
         let hub = hub();
         let origin = OutgoingStreams::new();
-        let router = cloud_router(CloudState {
-            hub: hub.clone(),
-            origin: origin.clone(),
-            edges: Edges::default(),
-            registry: metrics::registry(hub.clone(), Some(origin.clone())).unwrap(),
-            started: Instant::now(),
-            rtmp_port: 1935,
-        });
+        let router = serving(&hub, &origin, Edges::default(), 1935);
         assert_eq!(
             get_json(&router, "/stat/livestat").await,
             (200, json!({"status": 200, "data": {"publishers": null, "players": []}}))
@@ -336,14 +346,7 @@ mod tests {
     #[tokio::test]
     async fn edges_are_listed_with_all_that_they_told() {
         let (hub, origin, edges) = (hub(), OutgoingStreams::new(), Edges::default());
-        let router = cloud_router(CloudState {
-            hub: hub.clone(),
-            origin: origin.clone(),
-            edges: edges.clone(),
-            registry: metrics::registry(hub, Some(origin)).unwrap(),
-            started: Instant::now(),
-            rtmp_port: 1935,
-        });
+        let router = serving(&hub, &origin, edges.clone(), 1935);
         let (status, none) = get_json(&router, "/api/v1/edges").await;
         assert_eq!((status, &none["edges"]), (200, &json!([])));
         let mut info = EdgeInfo::new("10.0.0.7:4000".parse().unwrap(), "downpour");
@@ -383,12 +386,9 @@ mod tests {
     #[tokio::test]
     async fn an_edge_tells_when_a_stream_began() {
         let hub = hub();
-        let router = edge_router(EdgeState {
-            hub: hub.clone(),
-            registry: metrics::registry(hub.clone(), None).unwrap(),
-            started: Instant::now(),
-        });
-        let _publisher = hub.publish_at("live/movie".parse().unwrap(), 1_700_000_000_000).unwrap();
+        let router = alone(&hub);
+        let info = PublicationInfo::starting_at(1_700_000_000_000);
+        let _publisher = hub.publish_with("live/movie".parse().unwrap(), info).unwrap();
         assert_eq!(
             get_json(&router, "/stats/time?stream=live/movie").await,
             (

@@ -157,7 +157,8 @@ impl Viewers {
         self.spawn(group.run());
     }
 
-    fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
+    /// Runs `work` until its end, or until [`Viewers::cut`].
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         // Without a runtime, which is the case while it shuts down, there is nothing to be served.
         let Ok(runtime) = Handle::try_current() else { return };
         let cut = self.cut.clone();
@@ -209,13 +210,13 @@ impl GroupHandle {
     }
 }
 
-/// Says so when the task that has it panics: viewers were lost to a bug.
+/// Logs an error when the task that holds it panics: connections were lost to a bug.
 struct PanicLog;
 
 impl Drop for PanicLog {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            tracing::error!("a task of viewers failed; they are cut off");
+            tracing::error!("a task of HTTP connections panicked; they are closed");
         }
     }
 }

@@ -2,26 +2,18 @@
 
 use std::{io, str::FromStr, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{
-    Request, Response, StatusCode, Uri,
-    body::Incoming,
-    client::conn::http1,
-    header::{CONNECTION, HOST, USER_AGENT},
-};
-use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
+use hyper::{StatusCode, Uri};
+use tokio::time::timeout;
 
+use downpour_distribution::http_client::{self, Answer, HttpClientError};
 use downpour_media::flv::{FlvError, FlvReader, Tag};
 
 /// One HTTP-FLV stream that is being received.
 #[derive(Debug)]
 pub struct FlvClient {
-    body: Incoming,
+    answer: Answer,
     reader: FlvReader,
     idle: Duration,
-    connection: JoinHandle<()>,
 }
 
 impl FlvClient {
@@ -31,33 +23,13 @@ impl FlvClient {
     /// # Errors
     /// If there is no such server, or its answer is not 200.
     pub async fn connect(url: &FlvUrl, idle: Duration) -> Result<Self, FlvClientError> {
-        timeout(ANSWER_TIMEOUT, Self::ask(url, idle)).await.map_err(|_| FlvClientError::Silent)?
-    }
-
-    async fn ask(url: &FlvUrl, idle: Duration) -> Result<Self, FlvClientError> {
-        let socket =
-            TcpStream::connect((url.host(), url.port())).await.map_err(FlvClientError::Connect)?;
-        socket.set_nodelay(true).map_err(FlvClientError::Connect)?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
-        let connection = tokio::spawn(async move {
-            // Its failure is told by the body, too.
-            let _ = connection.await;
-        });
         let path = url.uri.path_and_query().map_or("/", |path| path.as_str());
         let authority = url.uri.authority().map_or("", |authority| authority.as_str());
-        let request = Request::get(path)
-            .header(HOST, authority)
-            .header(USER_AGENT, concat!("downpour/", env!("CARGO_PKG_VERSION")))
-            .header(CONNECTION, "close")
-            .body(Empty::<Bytes>::new())
-            .map_err(|_| {
-                FlvClientError::Url(InvalidFlvUrl("it has a path that HTTP cannot tell"))
-            })?;
-        let response = sender.send_request(request).await?;
-        if response.status() != StatusCode::OK {
-            return Err(refusal(response).await);
+        let answer = http_client::get((url.host(), url.port()), authority, path).await?;
+        if answer.status() != StatusCode::OK {
+            return Err(refusal(answer).await);
         }
-        Ok(Self { body: response.into_body(), reader: FlvReader::new(), idle, connection })
+        Ok(Self { answer, reader: FlvReader::new(), idle })
     }
 
     /// The next tag; `None` when the server has ended the stream. Cancel-safe.
@@ -69,23 +41,13 @@ impl FlvClient {
             if let Some(tag) = self.reader.next_tag()? {
                 return Ok(Some(tag));
             }
-            let frame = timeout(self.idle, self.body.frame());
-            match frame.await.map_err(|_| FlvClientError::Silent)? {
-                Some(frame) => {
-                    if let Ok(bytes) = frame?.into_data() {
-                        self.reader.push(&bytes);
-                    }
-                }
+            let chunk = timeout(self.idle, self.answer.chunk());
+            match chunk.await.map_err(|_| FlvClientError::Silent)?? {
+                Some(bytes) => self.reader.push(&bytes),
                 None if self.reader.is_inside_tag() => return Err(FlvClientError::CutShort),
                 None => return Ok(None),
             }
         }
-    }
-}
-
-impl Drop for FlvClient {
-    fn drop(&mut self) {
-        self.connection.abort();
     }
 }
 
@@ -170,16 +132,29 @@ pub enum FlvClientError {
     Silent,
 }
 
-async fn refusal(response: Response<Incoming>) -> FlvClientError {
-    let status = response.status();
-    let body = Limited::new(response.into_body(), MAX_REFUSAL_LEN).collect().await;
-    let text = body.map(|body| body.to_bytes()).unwrap_or_default();
+impl From<HttpClientError> for FlvClientError {
+    fn from(error: HttpClientError) -> Self {
+        match error {
+            HttpClientError::Connect(error) => Self::Connect(error),
+            HttpClientError::Http(error) => Self::Http(error),
+            HttpClientError::Silent | HttpClientError::TooLong => Self::Silent,
+            HttpClientError::InvalidTarget => {
+                Self::Url(InvalidFlvUrl("it has a path that HTTP does not allow"))
+            }
+        }
+    }
+}
+
+async fn refusal(answer: Answer) -> FlvClientError {
+    let status = answer.status();
+    let body = timeout(REFUSAL_TIMEOUT, answer.body(MAX_REFUSAL_LEN)).await;
+    let text = body.ok().and_then(Result::ok).unwrap_or_default();
     let text: String = String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).collect();
     let text = if text.is_empty() { text } else { format!(": {text}") };
     FlvClientError::Refused { status, text }
 }
 
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_REFUSAL_LEN: usize = 1024;
 
 #[cfg(test)]

@@ -206,7 +206,7 @@ impl Group {
         self.checked = Instant::now();
         let mut next = 0;
         while let Some(member) = self.members.get(next) {
-            match member.viewer.check() {
+            match member.viewer.check_all() {
                 Ok(()) => next += 1,
                 Err(closed) => self.close(next, &closed),
             }
@@ -259,14 +259,14 @@ mod tests {
     use std::{net::Ipv4Addr, sync::atomic::Ordering};
 
     use prometheus::Registry;
-    use tokio::{
-        net::{TcpListener, TcpStream},
-        sync::Semaphore,
-    };
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
-    use crate::http::{HttpMetrics, ViewerSettings, viewer::Connection};
-    use downpour_hub::{Hub, LogLimits, MaxLag, Publisher};
+    use crate::{
+        http::{HttpMetrics, ViewerSettings, connection::play_request, viewer::Connection},
+        net::Slot,
+    };
+    use downpour_hub::{Admission, Hub, LogLimits, MaxLag, Publisher, admission};
     use downpour_media::flv::{Tag, TagKind};
 
     #[tokio::test]
@@ -321,6 +321,7 @@ mod tests {
     /// A stream of 25 frames a second, and those who watch it.
     struct Site {
         audience: Arc<Viewers>,
+        admission: Admission,
         publisher: Publisher,
         /// The viewers' own ends.
         clients: Vec<TcpStream>,
@@ -337,7 +338,8 @@ mod tests {
             let metrics = HttpMetrics::register(&Registry::new()).unwrap();
             let audience = Arc::new(Viewers::new(settings, metrics));
             let publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
-            Self { audience, publisher, clients: Vec::new(), frame_bytes: 100 }
+            let admission = Admission::new(hub, admission::Settings::default());
+            Self { audience, admission, publisher, clients: Vec::new(), frame_bytes: 100 }
         }
 
         fn push(&mut self, frames: std::ops::Range<u32>) {
@@ -357,10 +359,9 @@ mod tests {
             socket2::SockRef::from(&socket).set_send_buffer_size(1 << 20).unwrap();
             self.clients.push(client.unwrap());
             let (stream, metrics) = (self.publisher.stream(), &self.audience.metrics);
-            let places = Arc::new(Semaphore::new(2));
-            let permit = || places.clone().try_acquire_owned().unwrap();
-            let connection = Connection::new(peer, permit(), metrics);
-            let viewer = Viewer::new(socket, connection, stream, permit(), metrics);
+            let playback = self.admission.play(play_request(peer, stream.key(), "")).await.unwrap();
+            let connection = Connection::new(peer, Slot::alone(), metrics);
+            let viewer = Viewer::new(socket, connection, playback, metrics);
             let mut reader = stream.subscribe().with_max_lag(self.audience.settings.backlog);
             while let ReadOutcome::Read(_) = reader.try_read_each(usize::MAX, |_, _| {}) {}
             CaughtUp { viewer, reader }

@@ -1,13 +1,26 @@
-//! The head of a request, as far as it must be known to tell viewers from the rest.
+//! The head of a request, as far as the server needs it before it knows who answers.
+
+use percent_encoding::percent_decode_str;
 
 use downpour_media::StreamKey;
 
-/// What the bytes of a connection so far ask for.
+/// The head of one request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    pub(super) request: Request,
+    /// Bytes of the head, the empty line included.
+    pub(super) len: usize,
+    pub(super) body: BodyLen,
+    /// `true` if the client wants to send another request on the connection (RFC 9112 §9.3).
+    pub(super) keep_alive: bool,
+}
+
+/// What a request asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Request {
     /// `/{app}/{name}.flv`
-    Flv { method: Method, key: StreamKey },
-    /// A whole head that asks for something else.
+    Flv { method: Method, key: StreamKey, query: String },
+    /// Something else.
     Other,
 }
 
@@ -16,11 +29,22 @@ pub(super) enum Method {
     Get,
     Head,
     Options,
-    /// None that a stream answers to.
+    /// Not one that a stream answers to.
     Other,
 }
 
-/// Why a head will never be a good one: the status to answer with.
+/// How long the body of a request is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BodyLen {
+    /// In bytes.
+    Known(u64),
+    /// Only hyper can tell: the body is chunked, the length is ambiguous, or the connection changes
+    /// its protocol. No request may follow it on the connection, because a mistake about where it
+    /// begins would be request smuggling (RFC 9112 §11.2).
+    Unknown,
+}
+
+/// Why a head is not one of HTTP: the status to answer with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadHead {
     #[error("400 Bad Request")]
@@ -29,26 +53,67 @@ pub(super) enum BadHead {
     TooLarge,
 }
 
-/// Reads a head (RFC 9112 §2.1); `None` while it is not whole.
-pub(super) fn parse(bytes: &[u8]) -> Result<Option<Request>, BadHead> {
+/// Reads the head at the beginning of `bytes` (RFC 9112 §2.1); `None` while it is not complete.
+pub(super) fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
-    match request.parse(bytes) {
-        Ok(httparse::Status::Complete(_)) => {}
+    let len = match request.parse(bytes) {
+        Ok(httparse::Status::Complete(len)) => len,
         Ok(httparse::Status::Partial) if bytes.len() < MAX_HEAD_LEN => return Ok(None),
         Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
             return Err(BadHead::TooLarge);
         }
         Err(_) => return Err(BadHead::Malformed),
-    }
-    let Some(key) = request.path.and_then(flv_key) else { return Ok(Some(Request::Other)) };
-    let method = match request.method {
-        Some("GET") => Method::Get,
-        Some("HEAD") => Method::Head,
-        Some("OPTIONS") => Method::Options,
-        _ => Method::Other,
     };
-    Ok(Some(Request::Flv { method, key }))
+    let asked = match request.path.and_then(flv_key) {
+        Some(key) => {
+            let method = match request.method {
+                Some("GET") => Method::Get,
+                Some("HEAD") => Method::Head,
+                Some("OPTIONS") => Method::Options,
+                _ => Method::Other,
+            };
+            let query = request.path.and_then(|path| path.split_once('?'));
+            let query = query.map_or_else(String::new, |(_, query)| query.to_owned());
+            Request::Flv { method, key, query }
+        }
+        None => Request::Other,
+    };
+    let body = match request.method {
+        Some("CONNECT") => BodyLen::Unknown,
+        _ => body_len(request.headers),
+    };
+    let keep_alive = request.version == Some(1) && !asks_to_close(request.headers);
+    Ok(Some(Head { request: asked, len, body, keep_alive }))
+}
+
+/// The length of the body that these header fields announce (RFC 9112 §6.3).
+fn body_len(headers: &[httparse::Header<'_>]) -> BodyLen {
+    let mut length = None;
+    for header in headers {
+        let name = header.name;
+        if name.eq_ignore_ascii_case("transfer-encoding") || name.eq_ignore_ascii_case("upgrade") {
+            return BodyLen::Unknown;
+        }
+        if name.eq_ignore_ascii_case("content-length") {
+            let value = std::str::from_utf8(header.value).ok().map(str::trim);
+            let digits = value.filter(|value| value.bytes().all(|b| b.is_ascii_digit()));
+            match (length, digits.and_then(|digits| digits.parse().ok())) {
+                (None, Some(value)) => length = Some(value),
+                _ => return BodyLen::Unknown,
+            }
+        }
+    }
+    BodyLen::Known(length.unwrap_or(0))
+}
+
+fn asks_to_close(headers: &[httparse::Header<'_>]) -> bool {
+    headers.iter().filter(|header| header.name.eq_ignore_ascii_case("connection")).any(|header| {
+        header
+            .value
+            .split(|b| *b == b',')
+            .any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close"))
+    })
 }
 
 /// The key in a request target in origin form or absolute form (RFC 9112 §3.2), if it names one.
@@ -59,20 +124,8 @@ fn flv_key(target: &str) -> Option<StreamKey> {
     };
     let path = path.split(['?', '#']).next()?.strip_suffix(".flv")?;
     let (app, name) = path.split_once('/')?;
-    StreamKey::new(&percent_decode(app)?, &percent_decode(name)?).ok()
-}
-
-/// Decodes `%XX` (RFC 3986 §2.1); `None` if that is cut short, no number, or not UTF-8 in the end.
-fn percent_decode(text: &str) -> Option<String> {
-    let mut parts = text.split('%');
-    let mut decoded = parts.next()?.as_bytes().to_vec();
-    for part in parts {
-        let digits =
-            part.get(..2).filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        decoded.push(u8::from_str_radix(digits, 16).ok()?);
-        decoded.extend_from_slice(part.get(2..)?.as_bytes());
-    }
-    String::from_utf8(decoded).ok()
+    let decode = |text| percent_decode_str(text).decode_utf8().ok();
+    StreamKey::new(&decode(app)?, &decode(name)?).ok()
 }
 
 /// The longest head that is read: players send a few hundred bytes, browsers with cookies a few KB.
@@ -92,14 +145,14 @@ mod tests {
         assert_eq!(key("/live/a/b.flv?token=1.flv").as_deref(), Some("live/a/b"));
         assert_eq!(key("http://edge:8080/live/movie.flv").as_deref(), Some("live/movie"));
         assert_eq!(key("/live/%e6%b0%b4.flv").as_deref(), Some("live/水"));
+        // A % without two hexadecimal digits stands for itself (URL standard, "percent-decode").
+        assert_eq!(key("/live/%2.flv").as_deref(), Some("live/%2"));
+        assert_eq!(key("/live/%zz%+1.flv").as_deref(), Some("live/%zz%+1"));
         for target in [
             "/live.flv",
             "/live/.flv",
             "/live/movie.m3u8",
             "/live/%2e%2e.flv",
-            "/live/%2.flv",
-            "/live/%zz.flv",
-            "/live/%+1.flv",
             "/live/%ff.flv",
             "/live/a%20b.flv",
             "*",
@@ -111,20 +164,62 @@ mod tests {
     }
 
     #[test]
-    fn heads() {
+    fn a_head_is_read_once_it_is_complete() {
         let head = b"HEAD /live/movie.flv HTTP/1.1\r\nHost: x\r\n\r\n";
         let key: StreamKey = "live/movie".parse().unwrap();
-        assert_eq!(parse(head), Ok(Some(Request::Flv { method: Method::Head, key })));
+        let expected = Head {
+            request: Request::Flv { method: Method::Head, key, query: String::new() },
+            len: head.len(),
+            body: BodyLen::Known(0),
+            keep_alive: true,
+        };
+        let followed = [head, &b"GET /"[..]].concat();
+        assert_eq!(parse(&followed), Ok(Some(expected)));
         for len in 0..head.len() {
             assert_eq!(parse(&head[..len]), Ok(None));
         }
-        assert_eq!(parse(b"GET /metrics HTTP/1.1\r\n\r\n"), Ok(Some(Request::Other)));
+    }
+
+    #[test]
+    fn what_is_not_a_head_is_refused() {
         assert_eq!(parse(b"\x16\x03\x01\x02\x00"), Err(BadHead::Malformed));
         let mut endless = b"GET / HTTP/1.1\r\nA: ".to_vec();
         endless.resize(MAX_HEAD_LEN, b'a');
         assert_eq!(parse(&endless), Err(BadHead::TooLarge));
         let many = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(MAX_HEADERS + 1));
         assert_eq!(parse(many.as_bytes()), Err(BadHead::TooLarge));
+    }
+
+    fn head(line: &str, fields: &[&str]) -> Head {
+        let head = format!("{line}\r\n{}\r\n\r\n", fields.join("\r\n"));
+        parse(head.as_bytes()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn body_lengths() {
+        let body = |fields: &[&str]| head("POST /a HTTP/1.1", fields).body;
+        assert_eq!(body(&["A: b"]), BodyLen::Known(0));
+        assert_eq!(body(&["content-length: 12 "]), BodyLen::Known(12));
+        for unknown in [
+            &["Transfer-Encoding: chunked"][..],
+            &["Content-Length: 1", "Transfer-Encoding: chunked"],
+            &["Content-Length: 1", "Content-Length: 1"],
+            &["Content-Length: +1"],
+            &["Content-Length: 1, 1"],
+            &["Content-Length: 99999999999999999999"],
+            &["Upgrade: websocket"],
+        ] {
+            assert_eq!(body(unknown), BodyLen::Unknown, "{unknown:?}");
+        }
+        assert_eq!(head("CONNECT host:1 HTTP/1.1", &["A: b"]).body, BodyLen::Unknown);
+    }
+
+    #[test]
+    fn connections_that_are_kept_alive() {
+        let keep = |version, field| head(&format!("GET / HTTP/1.{version}"), &[field]).keep_alive;
+        assert!(keep(1, "A: b") && keep(1, "Connection: keep-alive, TE"));
+        assert!(!keep(1, "Connection: close") && !keep(1, "connection: TE , Close"));
+        assert!(!keep(0, "A: b"));
     }
 
     proptest! {

@@ -6,12 +6,17 @@ use prometheus::{
 };
 
 use super::viewer::Closed;
+use crate::net::AcceptCounters;
 
 /// What HTTP connections and viewers do.
 #[derive(Debug, Clone)]
 pub struct HttpMetrics {
     /// Connections now, viewers included.
     pub connections: IntGauge,
+    /// Connections that were ever accepted, those included that were then refused.
+    pub accepted: IntCounter,
+    /// Idle connections that were closed because a new one needed their slot.
+    pub displaced: IntCounter,
     /// Viewers now.
     pub viewers: IntGauge,
     /// Viewers now that are not up with their stream, each served by itself: they have just come, or
@@ -34,6 +39,7 @@ pub(super) struct ClosedCounters {
     ended: IntCounter,
     client: IntCounter,
     timeout: IntCounter,
+    revoked: IntCounter,
     error: IntCounter,
     pub(super) cut: IntCounter,
 }
@@ -42,7 +48,9 @@ pub(super) struct ClosedCounters {
 pub(super) struct RefusedCounters {
     pub(super) not_live: IntCounter,
     pub(super) viewers_full: IntCounter,
+    pub(super) unauthorized: IntCounter,
     pub(super) connections_full: IntCounter,
+    pub(super) address_full: IntCounter,
     pub(super) bad_request: IntCounter,
     pub(super) head_timeout: IntCounter,
 }
@@ -69,6 +77,11 @@ impl HttpMetrics {
         )?;
         Ok(Self {
             connections: gauge("downpour_http_connections", "HTTP connections now.")?,
+            accepted: counter("downpour_http_connections_total", "HTTP connections accepted.")?,
+            displaced: counter(
+                "downpour_http_displaced_total",
+                "Idle HTTP connections closed because a new one needed their slot.",
+            )?,
             viewers: gauge("downpour_http_viewers", "HTTP-FLV viewers now.")?,
             viewers_behind: gauge(
                 "downpour_http_viewers_behind",
@@ -88,17 +101,30 @@ impl HttpMetrics {
                 ended: closed.with_label_values(&["ended"]),
                 client: closed.with_label_values(&["client"]),
                 timeout: closed.with_label_values(&["timeout"]),
+                revoked: closed.with_label_values(&["revoked"]),
                 error: closed.with_label_values(&["error"]),
                 cut: closed.with_label_values(&["cut"]),
             },
             refused: RefusedCounters {
                 not_live: refused.with_label_values(&["not_live"]),
                 viewers_full: refused.with_label_values(&["viewers_full"]),
+                unauthorized: refused.with_label_values(&["unauthorized"]),
                 connections_full: refused.with_label_values(&["connections_full"]),
+                address_full: refused.with_label_values(&["address_full"]),
                 bad_request: refused.with_label_values(&["bad_request"]),
                 head_timeout: refused.with_label_values(&["head_timeout"]),
             },
         })
+    }
+
+    pub(super) fn accept_counters(&self) -> AcceptCounters {
+        AcceptCounters {
+            accepted: self.accepted.clone(),
+            errors: self.accept_errors.clone(),
+            refused_total: self.refused.connections_full.clone(),
+            refused_address: self.refused.address_full.clone(),
+            displaced: self.displaced.clone(),
+        }
     }
 }
 
@@ -108,6 +134,7 @@ impl ClosedCounters {
             Closed::Ended => &self.ended,
             Closed::Client => &self.client,
             Closed::Timeout => &self.timeout,
+            Closed::Revoked => &self.revoked,
             Closed::Error(_) => &self.error,
         }
         .inc();

@@ -3,10 +3,12 @@
 pub mod api;
 mod audience;
 pub mod client;
+mod connection;
 mod group;
 mod head;
 pub mod listener;
 mod metrics;
+mod routed;
 pub mod viewer;
 
 pub(crate) use listener::CONNECTIONS_BESIDE_VIEWERS;

@@ -3,25 +3,27 @@
 use std::{
     io::{self, IoSlice},
     net::SocketAddr,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use prometheus::{IntCounter, IntGauge};
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit, task::coop};
+use tokio::{net::TcpStream, task::coop};
 
 use super::metrics::HttpMetrics;
-use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard};
+use crate::net::Slot;
+use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard, admission::Playback};
 use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
 use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// What a viewer may take, and how long it may take for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ViewerSettings {
-    /// How many viewers there may be at a time; one more is answered with 503.
+    /// How many viewers there may be at a time, which the slots for connections are made for; admission
+    /// enforces it.
     pub max_viewers: usize,
-    /// How long a viewer waits for a stream that is not live before it is answered with 404.
-    pub stream_wait: Duration,
+    /// How many connections that are no viewer's one client address may have, at least 1; `None` is
+    /// half of all connections. Loopback addresses have no such limit.
+    pub max_connections_per_address: Option<usize>,
     /// How far a viewer may fall behind before it skips to the newest key frame.
     pub backlog: MaxLag,
     /// A viewer that takes no byte for this long is closed.
@@ -41,7 +43,7 @@ impl Default for ViewerSettings {
     fn default() -> Self {
         Self {
             max_viewers: 10_000,
-            stream_wait: Duration::from_secs(2),
+            max_connections_per_address: None,
             backlog: MaxLag { max_bytes: u64::MAX, max_ms: 5_000 },
             write_timeout: Duration::from_secs(30),
             merge_write: Duration::ZERO,
@@ -51,21 +53,17 @@ impl Default for ViewerSettings {
     }
 }
 
-/// A connection that is counted, and takes one of the places for connections, until it is dropped.
+/// The client's address and the slot of a connection, which is counted until this is dropped.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
+    pub(super) slot: Slot,
     _counted: Counted,
-    _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
-    pub(super) fn new(
-        peer: SocketAddr,
-        permit: OwnedSemaphorePermit,
-        metrics: &HttpMetrics,
-    ) -> Self {
-        Self { peer, _counted: Counted::new(&metrics.connections), _permit: permit }
+    pub(super) fn new(peer: SocketAddr, slot: Slot, metrics: &HttpMetrics) -> Self {
+        Self { peer, slot, _counted: Counted::new(&metrics.connections) }
     }
 }
 
@@ -85,19 +83,18 @@ pub(super) struct Viewer {
     told: bool,
     cut: IntCounter,
     _counted: Counted,
-    _permit: OwnedSemaphorePermit,
+    playback: Playback,
 }
 
 impl Viewer {
-    /// `permit` is one of the places for viewers.
     pub(super) fn new(
         socket: TcpStream,
         connection: Connection,
-        stream: &Arc<Stream>,
-        permit: OwnedSemaphorePermit,
+        playback: Playback,
         metrics: &HttpMetrics,
     ) -> Self {
         metrics.viewers_total.inc();
+        let stream = playback.stream();
         tracing::debug!(peer = %connection.peer, stream = %stream.key(), "a viewer came");
         Self {
             socket,
@@ -109,7 +106,7 @@ impl Viewer {
             told: false,
             cut: metrics.closed.cut.clone(),
             _counted: Counted::new(&metrics.viewers),
-            _permit: permit,
+            playback,
         }
     }
 
@@ -141,6 +138,9 @@ impl Viewer {
                     }
                     Err(error) => return Err(error.into()),
                 }
+            }
+            if self.playback.is_revoked() {
+                return Err(Closed::Revoked);
             }
             coop::consume_budget().await;
             match batch.refill(reader, &mut self.joined) {
@@ -180,6 +180,14 @@ impl Viewer {
         }
     }
 
+    /// The same, and whether the viewer was revoked: for now and then, since this is in cold memory.
+    pub(super) fn check_all(&self) -> Result<(), Closed> {
+        if self.playback.is_revoked() {
+            return Err(Closed::Revoked);
+        }
+        self.check()
+    }
+
     /// Closes the connection, and says why.
     pub(super) fn close(mut self, reason: &Closed, metrics: &HttpMetrics) {
         metrics.closed.count(reason);
@@ -217,6 +225,8 @@ pub(super) enum Closed {
     Client,
     #[error("the viewer took nothing for too long")]
     Timeout,
+    #[error("the node ended the playback")]
+    Revoked,
     #[error(transparent)]
     Error(io::Error),
 }

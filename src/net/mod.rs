@@ -1,3 +1,8 @@
-//! What every listener shares: threads for connections.
+//! What listeners of all protocols share: the accept loop, connection slots, and threads.
 
+mod accept;
 pub mod shards;
+mod slots;
+
+pub use accept::{AcceptCounters, AcceptLoop, AcceptSettings, Accepted, bind};
+pub use slots::{Idle, Slot, SlotLimits, share};

@@ -79,7 +79,7 @@ impl Advice {
     /// The kernel gives UDP sockets smaller buffers than were asked for. `sysctl` is the setting
     /// that bounds them.
     pub fn small_buffer(sysctl: &str, wanted: u64, granted: u64) -> Self {
-        Self(downpour_sys::udp::small_buffer(sysctl, wanted, granted))
+        Self(downpour_sys::udp::small_buffer_warning(sysctl, wanted, granted))
     }
 }
 

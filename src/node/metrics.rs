@@ -3,20 +3,23 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus::{
-    GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::{Collector, Desc},
     process_collector::ProcessCollector,
     proto::MetricFamily,
 };
 
 use downpour_distribution::downstream::outgoing::{OutgoingStream, OutgoingStreams};
-use downpour_hub::{Hub, Stream};
+use downpour_hub::{Admission, Hub, Stream};
 
 /// A registry with the process's metrics, the build, and those of each stream that is live.
 ///
 /// # Errors
 /// None in practice: the names are distinct.
-pub fn registry(hub: Hub, origin: Option<OutgoingStreams>) -> prometheus::Result<Registry> {
+pub fn registry(
+    admission: &Admission,
+    outgoing: Option<OutgoingStreams>,
+) -> prometheus::Result<Registry> {
     let registry = Registry::new();
     registry.register(Box::new(ProcessCollector::for_self()))?;
     let build = IntGauge::with_opts(
@@ -25,8 +28,37 @@ pub fn registry(hub: Hub, origin: Option<OutgoingStreams>) -> prometheus::Result
     )?;
     build.set(1);
     registry.register(Box::new(build))?;
-    registry.register(Box::new(StreamCollector::new(hub, origin)?))?;
+    registry.register(Box::new(StreamCollector::new(admission.hub().clone(), outgoing)?))?;
+    registry.register(Box::new(AdmissionCollector::new(admission.clone())?))?;
     Ok(registry)
+}
+
+/// Reads the counters of admission when it is scraped.
+struct AdmissionCollector {
+    admission: Admission,
+    takeovers: IntCounter,
+}
+
+impl AdmissionCollector {
+    fn new(admission: Admission) -> prometheus::Result<Self> {
+        let takeovers = IntCounter::new(
+            "downpour_publisher_takeovers_total",
+            "Publishers that took a key over from a silent one",
+        )?;
+        Ok(Self { admission, takeovers })
+    }
+}
+
+impl Collector for AdmissionCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.takeovers.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let total = load(&self.admission.counters().takeovers);
+        self.takeovers.inc_by(total.saturating_sub(self.takeovers.get()));
+        self.takeovers.collect()
+    }
 }
 
 /// All metrics of `registry` in Prometheus's text format, version 0.0.4.
@@ -250,7 +282,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use downpour_hub::LogLimits;
+    use downpour_hub::{LogLimits, admission};
     use downpour_media::{
         StreamKey,
         flv::{Tag, TagKind},
@@ -261,7 +293,11 @@ mod tests {
     fn a_streams_series_come_and_go_with_it() {
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
         let origin = OutgoingStreams::new();
-        let registry = registry(hub.clone(), Some(origin.clone())).unwrap();
+        let registry = registry(
+            &Admission::new(hub.clone(), admission::Settings::default()),
+            Some(origin.clone()),
+        )
+        .unwrap();
         let key: StreamKey = "live/movie".parse().unwrap();
         let mut publisher = hub.publish(key.clone()).unwrap();
         publisher.push(Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0]).unwrap());

@@ -1,18 +1,20 @@
 //! What both roles do the same way: bind addresses, fail with the setting's name, run tasks.
 
+pub mod assemble;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
+pub mod settings;
+pub mod upstream;
+
+pub use assemble::{DownstreamAddrs, Node, NodeAddrs, NodeSettings};
 
 use std::{fmt::Display, future::Future, io, net::SocketAddr};
 
-use tokio::{
-    net::{TcpListener, TcpSocket},
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::ListenAddr;
+use crate::{config::ListenAddr, net};
 
 /// Why a node cannot start: the setting at fault, and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -72,13 +74,7 @@ pub fn listen(
     connections: usize,
 ) -> Result<TcpListener, StartError> {
     let resolved = resolve(key, addr)?;
-    let bind = || {
-        let socket = if resolved.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        socket.set_reuseaddr(true)?;
-        socket.bind(resolved)?;
-        socket.listen(limits::backlog(connections))
-    };
-    bind().map_err(|error| StartError::listen(key, resolved, &error))
+    net::bind(resolved, connections).map_err(|error| StartError::listen(key, resolved, &error))
 }
 
 /// What this machine calls itself, if it says.

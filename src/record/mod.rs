@@ -15,7 +15,7 @@ use prometheus::{
 use tokio::{runtime::Handle, task::spawn_blocking, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use downpour_hub::{Ended, ReadCount, ReadOutcome, Reader, Stream};
+use downpour_hub::{Ended, ReadCount, ReadOutcome, Reader, Sink, Stream, Tap};
 use downpour_media::{
     StreamKey,
     flv::{FlvWriter, Tag},
@@ -64,7 +64,7 @@ impl Recorder {
         }
     }
 
-    /// Records a stream from here to its end, in a task of its own.
+    /// Records a stream from here to its end, in a task.
     pub fn record(&self, stream: &Arc<Stream>) {
         // Subscribed here and now: the publisher may already have gone when the task gets to run.
         let reader = stream.subscribe();
@@ -79,6 +79,13 @@ impl Recorder {
         self.shared.drain.cancel();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
+    }
+}
+
+impl Sink for Recorder {
+    fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
+        self.record(stream);
+        None
     }
 }
 

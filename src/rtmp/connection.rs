@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{SockRef, TcpKeepalive};
+use parking_lot::Mutex;
 use tokio::{
     io::AsyncWriteExt,
     net::TcpStream,
@@ -28,13 +28,17 @@ use super::{
     },
 };
 use crate::rtmp::listener::ServerSettings;
-use crate::rtmp::socket;
-use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
+use crate::{net::Slot, rtmp::socket};
+use downpour_hub::{
+    Admission,
+    admission::{self, Publication},
+};
 use downpour_media::StreamKey;
 use downpour_rtmp::session::{
     PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,
     SessionSettings,
 };
+use downpour_sys::KeyedLogLimit;
 
 pub struct Connection {
     stream: TcpStream,
@@ -42,12 +46,15 @@ pub struct Connection {
 }
 
 impl Connection {
+    #[expect(clippy::too_many_arguments, reason = "one caller, and each is another's")]
     pub fn new(
         stream: TcpStream,
         peer: SocketAddr,
+        slot: Slot,
         settings: ServerSettings,
-        handler: Arc<dyn PublishHandler>,
+        admission: Admission,
         metrics: ServerMetrics,
+        log: Arc<CloseLog>,
         shutdown: CancellationToken,
     ) -> Self {
         metrics.connections.inc();
@@ -60,11 +67,14 @@ impl Connection {
             stream,
             intake: ConnectionState {
                 session: ServerSession::new(session, rand::random()),
+                unread: Vec::new(),
                 publication: None,
                 last_key: None,
                 peer,
+                slot,
                 settings,
-                handler,
+                admission,
+                log,
                 kick: shutdown.child_token(),
                 shutdown,
                 opened: now,
@@ -80,10 +90,7 @@ impl Connection {
     /// Serves until either side has had enough.
     pub async fn run(mut self) {
         debug!(peer = %self.intake.peer, "RTMP connection open");
-        let close = match self.prepare() {
-            Ok(()) => self.serve().await,
-            Err(error) => Close::Io(error),
-        };
+        let close = self.serve().await;
         // The stream is over for its viewers now, however long the goodbye takes.
         self.intake.publication = None;
         self.intake.count_close(&close);
@@ -99,15 +106,15 @@ impl Connection {
         }
     }
 
-    fn prepare(&self) -> io::Result<()> {
-        self.stream.set_nodelay(true)?;
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
-        SockRef::from(&self.stream).set_tcp_keepalive(&keepalive)
-    }
-
     async fn serve(&mut self) -> Close {
         let Self { stream, intake } = self;
-        let mut cancelled = pin!(intake.kick.clone().cancelled_owned());
+        let (kicked, displaced) = (intake.kick.clone(), intake.slot.displaced());
+        let mut cancelled = pin!(async move {
+            tokio::select! {
+                () = kicked.cancelled() => {}
+                () = displaced => {}
+            }
+        });
         // Set again only when it fires, not at each read.
         let mut due = intake.deadline();
         let mut timer = pin!(time::sleep_until(due));
@@ -134,8 +141,23 @@ impl Connection {
             });
             match wake.await {
                 Wake::Cancelled => return intake.cancelled(),
-                Wake::Read(Ok(Some(Ok(None)))) => {}
-                Wake::Read(Ok(Some(Ok(Some(close))))) => return close,
+                Wake::Read(Ok(Some(Ok(Step::Continue)))) => {}
+                Wake::Read(Ok(Some(Ok(Step::Close(close))))) => return close,
+                Wake::Read(Ok(Some(Ok(Step::Admit(intent))))) => {
+                    // Outside of the read: a decision may take its time.
+                    let admitted = tokio::select! {
+                        biased;
+                        () = &mut cancelled => return intake.cancelled(),
+                        admitted = intake.admit(intent) => admitted,
+                    };
+                    match admitted {
+                        Ok(None) => {}
+                        Ok(Some(close)) => return close,
+                        Err(error) => return Close::Protocol(error),
+                    }
+                    // It was polled without the alarm's waker.
+                    alarm.ring();
+                }
                 Wake::Read(Ok(Some(Err(error)))) => return Close::Protocol(error),
                 Wake::Read(Ok(None)) => return Close::Eof,
                 Wake::Read(Err(error)) => return Close::Io(error),
@@ -193,19 +215,34 @@ impl Connection {
 /// Why a connection's task runs.
 enum Wake {
     Cancelled,
-    Read(io::Result<Option<Result<Option<Close>, SessionError>>>),
+    Read(io::Result<Option<Result<Step, SessionError>>>),
     Timer,
+}
+
+/// What follows from bytes that came.
+enum Step {
+    /// To read on.
+    Continue,
+    /// The connection is over.
+    Close(Close),
+    /// The encoder wants to publish; the bytes behind its request wait.
+    Admit(PublishIntent),
 }
 
 /// Everything about a connection but its socket.
 struct ConnectionState {
     session: ServerSession,
-    publication: Option<Box<dyn Publication>>,
+    /// Bytes behind a `publish` that is being decided on.
+    unread: Vec<u8>,
+    publication: Option<Publication>,
     /// What is or was last published, for the log.
     last_key: Option<StreamKey>,
     peer: SocketAddr,
+    /// Pinned in a publication.
+    slot: Slot,
     settings: ServerSettings,
-    handler: Arc<dyn PublishHandler>,
+    admission: Admission,
+    log: Arc<CloseLog>,
     /// Cancelled by the node's handler, or with `shutdown`.
     kick: CancellationToken,
     /// The server's end.
@@ -222,31 +259,29 @@ struct ConnectionState {
 }
 
 impl ConnectionState {
-    /// Works on what came. `Some` closes the connection.
-    fn take(&mut self, mut bytes: &[u8]) -> Result<Option<Close>, SessionError> {
+    /// Works on bytes that came.
+    fn take(&mut self, bytes: &[u8]) -> Result<Step, SessionError> {
         self.last_read = Instant::now();
         self.received += bytes.len() as u64;
         self.metrics.received_bytes.inc_by(bytes.len() as u64);
-        let close = loop {
+        self.work_on(bytes)
+    }
+
+    fn work_on(&mut self, mut bytes: &[u8]) -> Result<Step, SessionError> {
+        let step = loop {
             match self.session.receive(&mut bytes)? {
-                None => break None,
+                None => break Step::Continue,
                 Some(ServerEvent::Tag(tag)) => {
                     self.metrics.tags(tag.kind()).inc();
                     if let Some(publication) = &mut self.publication {
-                        publication.tag(tag);
+                        publication.push(tag);
                     }
                 }
                 Some(ServerEvent::Publish(intent)) => {
-                    if let Some(close) = self.publish(intent)? {
-                        break Some(close);
-                    }
+                    self.unread = bytes.to_vec();
+                    break Step::Admit(intent);
                 }
-                Some(ServerEvent::Unpublish) => {
-                    self.publication = None;
-                    self.waiting_since = self.last_read;
-                    let stream = self.last_key.as_ref().map(tracing::field::display);
-                    info!(peer = %self.peer, stream, "RTMP publication ended");
-                }
+                Some(ServerEvent::Unpublish) => self.unpublish(),
                 Some(ServerEvent::Refused(refusal)) => {
                     let label = match refusal {
                         Refusal::Play => REFUSED_PLAY,
@@ -255,7 +290,7 @@ impl ConnectionState {
                         Refusal::TooMany => REFUSED_TOO_MANY,
                     };
                     self.metrics.refused.with_label_values(&[label]).inc();
-                    break Some(Close::Refused(refusal.to_string()));
+                    break Step::Close(Close::Refused(refusal.to_string()));
                 }
             }
         };
@@ -263,32 +298,75 @@ impl ConnectionState {
             0 => {}
             ignored => self.metrics.ignored_messages.inc_by(ignored),
         }
-        Ok(close)
+        Ok(step)
     }
 
-    fn publish(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
+    fn unpublish(&mut self) {
+        self.publication = None;
+        self.waiting_since = self.last_read;
+        self.slot.unpin(self.last_read.into_std(), self.peer.ip());
+        let stream = self.last_key.as_ref().map(tracing::field::display);
+        info!(peer = %self.peer, stream, "RTMP publication ended");
+    }
+
+    /// Decides about a `publish`, and works on the bytes behind it. `Some` closes the connection.
+    ///
+    /// Nothing is read meanwhile, so an encoder that sends on fills its own socket, not memory here.
+    async fn admit(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
+        let mut intent = intent;
+        loop {
+            if let Some(close) = self.publish(intent).await? {
+                return Ok(Some(close));
+            }
+            let bytes = std::mem::take(&mut self.unread);
+            match self.work_on(&bytes)? {
+                Step::Continue => return Ok(None),
+                Step::Close(close) => return Ok(Some(close)),
+                Step::Admit(next) => intent = next,
+            }
+        }
+    }
+
+    async fn publish(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
         let PublishIntent { key, query } = intent;
         self.last_key = Some(key.clone());
-        let request =
-            PublishRequest { key: key.clone(), query, peer: self.peer, kick: self.kick.clone() };
-        match self.handler.publish(request) {
-            Ok(publication) => {
+        if !self.slot.pin() {
+            return Ok(Some(Close::Displaced));
+        }
+        let request = admission::Request {
+            action: admission::Action::Publish,
+            key: key.clone(),
+            protocol: "rtmp",
+            peer: self.peer,
+            query,
+            encrypted: false,
+            revoked: Some(self.kick.clone()),
+        };
+        let decision = self.admission.publish(request);
+        match time::timeout(self.settings.publish_timeout, decision).await {
+            Err(_) => Ok(Some(Close::PublishTimeout)),
+            Ok(Ok(publication)) => {
                 self.publication = Some(publication);
+                self.last_read = Instant::now();
                 self.session.accept()?;
                 info!(peer = %self.peer, stream = %key, "RTMP publication began");
                 Ok(None)
             }
-            Err(error) => {
-                let (label, reason) = match error {
-                    PublishError::AlreadyLive(_) => (REFUSED_ALREADY_LIVE, PublishRefusal::BadName),
-                    PublishError::Unauthorized(_) => {
+            Ok(Err(refusal)) => {
+                let (label, reason) = match refusal {
+                    admission::Refusal::AlreadyLive(_) => {
+                        (REFUSED_ALREADY_LIVE, PublishRefusal::BadName)
+                    }
+                    admission::Refusal::Unauthorized(_) => {
                         (REFUSED_UNAUTHORIZED, PublishRefusal::Unauthorized)
                     }
-                    PublishError::Full(_) => (REFUSED_FULL, PublishRefusal::Failed),
+                    admission::Refusal::Full(_) | admission::Refusal::NotLive(_) => {
+                        (REFUSED_FULL, PublishRefusal::Failed)
+                    }
                 };
                 self.metrics.refused.with_label_values(&[label]).inc();
-                self.session.refuse(reason, &error.to_string())?;
-                Ok(Some(Close::Refused(error.to_string())))
+                self.session.refuse(reason, &refusal.to_string())?;
+                Ok(Some(Close::Refused(refusal.to_string())))
             }
         }
     }
@@ -305,9 +383,13 @@ impl ConnectionState {
         if self.publication.is_some() { Close::IdleTimeout } else { Close::PublishTimeout }
     }
 
-    /// Tells the server's end from a kick.
+    /// Why `kick` or the slot has ended the connection.
     fn cancelled(&self) -> Close {
-        if self.shutdown.is_cancelled() { Close::Shutdown } else { Close::Kicked }
+        match () {
+            () if self.shutdown.is_cancelled() => Close::Shutdown,
+            () if self.slot.is_displaced() => Close::Displaced,
+            () => Close::Kicked,
+        }
     }
 
     fn count_close(&mut self, close: &Close) {
@@ -320,15 +402,16 @@ impl ConnectionState {
         let stream = self.last_key.as_ref().map(tracing::field::display);
         let seconds = self.opened.elapsed().as_secs_f64();
         let bytes = self.received;
-        match close {
-            Close::Protocol(error) if !matches!(error, SessionError::Handshake(_)) => {
-                warn!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
-            }
-            // Port scans and health checks.
-            Close::Eof | Close::Io(_) | Close::PublishTimeout if self.last_key.is_none() => {
-                debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
-            }
-            _ => info!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed"),
+        let Some(missed) = self.log.due(close, self.last_key.is_some()) else {
+            debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
+            return;
+        };
+        // A handshake that fails is seldom an encoder's.
+        let by_encoder = |error: &SessionError| !matches!(error, SessionError::Handshake(_));
+        if matches!(close, Close::Protocol(error) if by_encoder(error)) {
+            warn!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
+        } else {
+            info!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
         }
     }
 }
@@ -340,6 +423,31 @@ impl Drop for ConnectionState {
             // A panic in the handler, or a runtime that stops.
             self.metrics.closed.with_label_values(&[CLOSED_ABORTED]).inc();
         }
+    }
+}
+
+/// Keeps connections that publish nothing from flooding the log: one line per reason and 10 s.
+#[derive(Debug)]
+pub struct CloseLog(Mutex<KeyedLogLimit<&'static str>>);
+
+impl CloseLog {
+    /// As [`LogLimit::due`](downpour_sys::LogLimit::due). `published` is whether the connection asked
+    /// to publish a stream.
+    fn due(&self, close: &Close, published: bool) -> Option<u64> {
+        match close {
+            Close::Refused(_) | Close::Protocol(_) => {}
+            // Port scans and health checks.
+            Close::Eof | Close::Io(_) | Close::PublishTimeout if !published => return None,
+            _ if published => return Some(0),
+            _ => {}
+        }
+        self.0.lock().due(std::time::Instant::now(), close.label())
+    }
+}
+
+impl Default for CloseLog {
+    fn default() -> Self {
+        Self(Mutex::new(KeyedLogLimit::new(CLOSE_LABELS.len())))
     }
 }
 
@@ -364,6 +472,8 @@ enum Close {
     Kicked,
     #[error("the node is shutting down")]
     Shutdown,
+    #[error("another connection needed its slot")]
+    Displaced,
 }
 
 impl Close {
@@ -378,12 +488,13 @@ impl Close {
             Self::WriteTimeout => "write_timeout",
             Self::Kicked => "kicked",
             Self::Shutdown => "shutdown",
+            Self::Displaced => "displaced",
         }
     }
 }
 
 /// All reasons that are counted.
-pub const CLOSE_LABELS: [&str; 10] = [
+pub const CLOSE_LABELS: [&str; 11] = [
     "eof",
     "io",
     "refused",
@@ -393,11 +504,37 @@ pub const CLOSE_LABELS: [&str; 10] = [
     "write_timeout",
     "kicked",
     "shutdown",
+    "displaced",
     CLOSED_ABORTED,
 ];
 
 const CLOSED_ABORTED: &str = "aborted";
-const KEEPALIVE: Duration = Duration::from_secs(15);
 /// For the last words, and for the encoder to close after them.
 const GOODBYE: Duration = Duration::from_secs(1);
 const GOODBYE_BYTES: usize = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn junk_connections_make_one_log_line_per_reason() {
+        let log = CloseLog::default();
+        let lines = (0..300).filter(|i| {
+            let close = match i % 3 {
+                0 => Close::Refused("already live".into()),
+                1 => Close::Eof,
+                _ => Close::WriteTimeout,
+            };
+            log.due(&close, false).is_some()
+        });
+        assert_eq!(lines.count(), 2);
+    }
+
+    #[test]
+    fn the_end_of_each_publication_is_logged() {
+        let log = CloseLog::default();
+        let lines = (0..300).filter(|_| log.due(&Close::Eof, true).is_some());
+        assert_eq!(lines.count(), 300);
+    }
+}

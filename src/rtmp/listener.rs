@@ -3,26 +3,22 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use prometheus::Registry;
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
-    sync::Semaphore,
-    time::{self, Instant},
-};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 pub use super::metrics::ServerMetrics;
 
-use crate::node::limits;
+use crate::net::{self, AcceptLoop, AcceptSettings, Accepted, SlotLimits};
 use crate::{
     net::shards::Shards,
-    rtmp::{connection::Connection, metrics::REFUSED_CONNECTIONS},
+    rtmp::connection::{CloseLog, Connection},
 };
-use downpour_hub::admission::PublishHandler;
+use downpour_hub::Admission;
 use downpour_media::flv::Tag;
 
-/// A listening RTMP server. Each connection is a task of its own, on one of a few threads; its
-/// failure ends it alone.
+/// A listening RTMP server. Each connection is a task on one of a few threads; a failure ends that
+/// connection only.
 #[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
@@ -37,11 +33,8 @@ impl Server {
     /// # Errors
     /// If the address cannot be had, or no threads.
     pub fn bind(addr: SocketAddr, settings: ServerSettings) -> io::Result<Self> {
-        let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        socket.set_reuseaddr(true)?;
-        socket.bind(addr)?;
+        let listener = net::bind(addr, settings.max_connections)?;
         let metrics = ServerMetrics::register(&Registry::new()).map_err(io::Error::other)?;
-        let listener = socket.listen(limits::backlog(settings.max_connections))?;
         Ok(Self { listener, shards: Shards::spawn(settings.threads)?, settings, metrics })
     }
 
@@ -58,77 +51,50 @@ impl Server {
         self.listener.local_addr()
     }
 
-    /// Serves until `shutdown` is cancelled, then closes all connections, whose encoders are told,
-    /// and returns when they are gone: within two seconds or so. Returns early if one of its threads
+    /// Serves until `shutdown` is cancelled, then notifies the encoders, closes all connections, and
+    /// returns when they are gone: within about two seconds. Returns early if one of its threads
     /// fails.
-    pub async fn run(self, handler: Arc<dyn PublishHandler>, shutdown: CancellationToken) {
+    pub async fn run(self, admission: Admission, shutdown: CancellationToken) {
         let Self { listener, shards, settings, metrics } = self;
         // Ends the connections of the other threads where one has failed.
         let shutdown = shutdown.child_token();
-        let slots = Arc::new(Semaphore::new(settings.max_connections));
-        let (mut full, mut failing) = (RareLog::default(), RareLog::default());
-        let mut backoff = MIN_BACKOFF;
-        loop {
-            let accepted = tokio::select! {
-                biased;
-                () = shutdown.cancelled() => break,
-                () = shards.failed() => {
-                    error!("a thread of the RTMP server has failed");
-                    shutdown.cancel();
-                    break;
-                }
-                accepted = listener.accept() => accepted,
+        let accept = AcceptSettings {
+            protocol: "RTMP",
+            limits: SlotLimits::new(settings.max_connections, settings.max_connections_per_address),
+            keepalive: KEEPALIVE,
+        };
+        let accept = AcceptLoop::new(listener, accept, metrics.accept_counters());
+        let log = Arc::new(CloseLog::default());
+        let serve = |Accepted { stream, peer, slot }: Accepted| {
+            // It leaves this runtime's event loop for another one.
+            let Ok(stream) = stream.into_std() else {
+                metrics.accept_errors.inc();
+                return;
             };
-            match accepted {
-                Ok((stream, peer)) => {
-                    backoff = MIN_BACKOFF;
-                    metrics.accepted.inc();
-                    let Ok(slot) = slots.clone().try_acquire_owned() else {
-                        metrics.refused.with_label_values(&[REFUSED_CONNECTIONS]).inc();
-                        if let Some(missed) = full.due(Instant::now()) {
-                            let limit = settings.max_connections;
-                            warn!(%peer, limit, missed, "RTMP connection refused: too many");
-                        }
-                        continue;
-                    };
-                    // It leaves this runtime's event loop for another one.
-                    let Ok(stream) = stream.into_std() else {
+            let (admission, metrics, log) = (admission.clone(), metrics.clone(), log.clone());
+            let shutdown = shutdown.clone();
+            shards.run(Box::pin(async move {
+                match TcpStream::from_std(stream) {
+                    Ok(stream) => {
+                        let connection = Connection::new(
+                            stream, peer, slot, settings, admission, metrics, log, shutdown,
+                        );
+                        connection.run().await;
+                    }
+                    Err(error) => {
                         metrics.accept_errors.inc();
-                        continue;
-                    };
-                    let (handler, metrics) = (handler.clone(), metrics.clone());
-                    let shutdown = shutdown.clone();
-                    shards.run(Box::pin(async move {
-                        let _slot = slot;
-                        match TcpStream::from_std(stream) {
-                            Ok(stream) => {
-                                let connection = Connection::new(
-                                    stream, peer, settings, handler, metrics, shutdown,
-                                );
-                                connection.run().await;
-                            }
-                            Err(error) => {
-                                metrics.accept_errors.inc();
-                                warn!(%peer, %error, "RTMP connection lost");
-                            }
-                        }
-                    }));
-                }
-                Err(error) => {
-                    // Out of descriptors, most likely: that passes, and accepting again at once
-                    // would only burn the processor.
-                    metrics.accept_errors.inc();
-                    if let Some(missed) = failing.due(Instant::now()) {
-                        warn!(%error, missed, "cannot accept RTMP connections");
-                    }
-                    tokio::select! {
-                        () = shutdown.cancelled() => break,
-                        () = time::sleep(backoff) => backoff = (backoff * 2).min(MAX_BACKOFF),
+                        warn!(%peer, %error, "RTMP connection lost");
                     }
                 }
+            }));
+        };
+        tokio::select! {
+            () = accept.run(shutdown.clone(), serve) => {}
+            () = shards.failed() => {
+                error!("a thread of the RTMP server has failed");
+                shutdown.cancel();
             }
         }
-        drop(listener);
         shards.join().await;
     }
 }
@@ -136,8 +102,12 @@ impl Server {
 /// What an operator may set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServerSettings {
-    /// Connections at a time; more are closed at once. Default 8192.
+    /// Connections at a time, at least 1. One more takes the slot of the connection that has been
+    /// open longest without a publication, or is closed at once if there is none. Default 8192.
     pub max_connections: usize,
+    /// Connections at a time that one client address may have without a publication, at least 1;
+    /// `None`, the default, is half of `max_connections`. Loopback addresses have no such limit.
+    pub max_connections_per_address: Option<usize>,
     /// From the connection, or from the end of a publication, to the next publication. Default
     /// 10 s.
     pub publish_timeout: Duration,
@@ -159,6 +129,7 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             max_connections: 8192,
+            max_connections_per_address: None,
             publish_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(10),
@@ -170,40 +141,7 @@ impl Default for ServerSettings {
     }
 }
 
-/// Keeps a warning that a flood of connections causes from flooding the log.
-#[derive(Debug, Default)]
-struct RareLog {
-    last: Option<Instant>,
-    missed: u64,
-}
-
-impl RareLog {
-    /// Whether to log now, and how often it was not logged since the last time.
-    fn due(&mut self, now: Instant) -> Option<u64> {
-        if self.last.is_some_and(|last| now - last < LOG_INTERVAL) {
-            self.missed += 1;
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.missed))
-    }
-}
-
 /// One serves some ten thousand encoders of 200 kbit/s.
 const MAX_THREADS: usize = 16;
-const MIN_BACKOFF: Duration = Duration::from_millis(10);
-const MAX_BACKOFF: Duration = Duration::from_secs(1);
-const LOG_INTERVAL: Duration = Duration::from_secs(10);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_repeated_warning_is_logged_every_ten_seconds_with_what_was_missed() {
-        let (mut log, now) = (RareLog::default(), Instant::now());
-        assert_eq!(log.due(now), Some(0));
-        assert_eq!((log.due(now), log.due(now)), (None, None));
-        assert_eq!((log.due(now + LOG_INTERVAL), log.due(now)), (Some(2), None));
-    }
-}
+/// Time without data after which TCP probes a connection.
+const KEEPALIVE: Duration = Duration::from_secs(15);

@@ -6,6 +6,7 @@ use prometheus::{
 };
 
 use super::connection::CLOSE_LABELS;
+use crate::net::AcceptCounters;
 use downpour_media::flv::TagKind;
 use downpour_rtmp::session::SessionError;
 
@@ -15,6 +16,7 @@ pub struct ServerMetrics {
     pub(super) connections: IntGauge,
     pub(super) accepted: IntCounter,
     pub(super) accept_errors: IntCounter,
+    displaced: IntCounter,
     pub(super) refused: IntCounterVec,
     pub(super) closed: IntCounterVec,
     pub(super) protocol_errors: IntCounterVec,
@@ -56,6 +58,10 @@ impl ServerMetrics {
                 "downpour_rtmp_accept_errors_total",
                 "Failures to accept an RTMP connection",
             )?,
+            displaced: counter(
+                "downpour_rtmp_displaced_total",
+                "RTMP connections without a publication closed because a new one needed their slot",
+            )?,
             refused: family(
                 "downpour_rtmp_refused_total",
                 "RTMP connections and publications refused, by reason",
@@ -88,6 +94,16 @@ impl ServerMetrics {
         })
     }
 
+    pub(super) fn accept_counters(&self) -> AcceptCounters {
+        AcceptCounters {
+            accepted: self.accepted.clone(),
+            errors: self.accept_errors.clone(),
+            refused_total: self.refused.with_label_values(&[REFUSED_CONNECTIONS]),
+            refused_address: self.refused.with_label_values(&[REFUSED_ADDRESS]),
+            displaced: self.displaced.clone(),
+        }
+    }
+
     pub(super) fn tags(&self, kind: TagKind) -> &IntCounter {
         match kind {
             TagKind::Audio => &self.audio_tags,
@@ -97,7 +113,8 @@ impl ServerMetrics {
     }
 }
 
-pub(super) const REFUSED_CONNECTIONS: &str = "connections";
+const REFUSED_CONNECTIONS: &str = "connections";
+const REFUSED_ADDRESS: &str = "address";
 pub(super) const REFUSED_ALREADY_LIVE: &str = "already_live";
 pub(super) const REFUSED_UNAUTHORIZED: &str = "unauthorized";
 pub(super) const REFUSED_FULL: &str = "full";
@@ -106,8 +123,9 @@ pub(super) const REFUSED_PLAY: &str = "play";
 pub(super) const REFUSED_NOT_CONNECTED: &str = "not_connected";
 pub(super) const REFUSED_TOO_MANY: &str = "too_many";
 
-const REFUSED_LABELS: [&str; 8] = [
+const REFUSED_LABELS: [&str; 9] = [
     REFUSED_CONNECTIONS,
+    REFUSED_ADDRESS,
     REFUSED_ALREADY_LIVE,
     REFUSED_UNAUTHORIZED,
     REFUSED_FULL,

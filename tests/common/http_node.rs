@@ -8,11 +8,11 @@ use std::{
 use downpour::{
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
-        api::{EdgeState, edge_router},
+        api::{self, ApiState},
     },
     node::metrics,
 };
-use downpour_hub::{Hub, LogLimits, Publisher};
+use downpour_hub::{Admission, Hub, LogLimits, Publisher, admission};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
 use prometheus::Registry;
 use tokio::{
@@ -29,6 +29,7 @@ use super::{SOON, eventually};
 pub struct HttpNode {
     pub address: SocketAddr,
     pub hub: Hub,
+    pub admission: Admission,
     pub metrics: HttpMetrics,
     pub shutdown: CancellationToken,
     pub server: JoinHandle<()>,
@@ -36,22 +37,32 @@ pub struct HttpNode {
 }
 
 impl HttpNode {
+    /// A node whose players do not wait for a stream that is not live.
     pub async fn start(settings: ViewerSettings) -> Self {
+        Self::start_with(settings, Duration::ZERO).await
+    }
+
+    /// The same, with players that wait for `stream_wait`.
+    pub async fn start_with(settings: ViewerSettings, stream_wait: Duration) -> Self {
         let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let registry = metrics::registry(hub.clone(), None).unwrap();
+        let max_players = settings.max_viewers;
+        let limits = admission::Settings { max_players, stream_wait, ..Default::default() };
+        let admission = Admission::new(hub.clone(), limits);
+        let registry = metrics::registry(&admission, None).unwrap();
         let metrics = HttpMetrics::register(&registry).unwrap();
-        let router = edge_router(EdgeState {
+        let router = api::router(ApiState {
             hub: hub.clone(),
             registry: registry.clone(),
             started: Instant::now(),
+            downstream: None,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server =
-            HttpServer::new(listener, Some(hub.clone()), router, settings, metrics.clone());
+            HttpServer::new(listener, Some(admission.clone()), router, settings, metrics.clone());
         let shutdown = CancellationToken::new();
         let server = tokio::spawn(server.run(shutdown.clone(), DRAIN));
-        Self { address, hub, metrics, shutdown, server, registry }
+        Self { address, hub, admission, metrics, shutdown, server, registry }
     }
 
     /// Publishes `live/movie`.
@@ -72,7 +83,8 @@ impl HttpNode {
 
     /// The whole answer to a request, until the server closes.
     pub async fn ask(&self, request: &str) -> String {
-        let mut socket = self.connect(request).await;
+        let request = request.replacen(" HTTP/1.1\r\n", " HTTP/1.1\r\nConnection: close\r\n", 1);
+        let mut socket = self.connect(&request).await;
         let mut answer = Vec::new();
         timeout(SOON, socket.read_to_end(&mut answer)).await.expect("an answer").unwrap();
         String::from_utf8(answer).unwrap()

@@ -7,6 +7,7 @@ use std::{
     path::Path,
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use bytes::BytesMut;
@@ -14,7 +15,10 @@ use downpour::rtmp::{
     ServerMetrics,
     listener::{Server, ServerSettings},
 };
-use downpour_hub::admission::{Publication, PublishError, PublishHandler, PublishRequest};
+use downpour_hub::{
+    Admission, Hub, LogLimits, Sink, Stream, Tap,
+    admission::{self, Decision, Policy, Refusal, Request},
+};
 use downpour_media::{
     StreamKey,
     amf0::{Decoder, Value},
@@ -46,7 +50,13 @@ impl RtmpServer {
             .with_metrics(ServerMetrics::register(&registry).unwrap());
         let addr = server.local_addr().unwrap();
         let (recorder, shutdown) = (Arc::new(Recorder::default()), CancellationToken::new());
-        let task = tokio::spawn(server.run(Arc::new(Handler(recorder.clone())), shutdown.clone()));
+        let hub = Hub::new(LogLimits { max_bytes: 0, max_age: 0 });
+        let handler = Arc::new(Handler(recorder.clone()));
+        hub.add_sink(handler.clone());
+        let limits = admission::Settings { max_streams: usize::MAX, ..Default::default() };
+        let admission = Admission::new(hub, limits);
+        admission.add_policy(handler);
+        let task = tokio::spawn(server.run(admission, shutdown.clone()));
         Self { addr, recorder, shutdown, task: Some(task), registry }
     }
 
@@ -76,10 +86,12 @@ impl Drop for RtmpServer {
     }
 }
 
-/// Takes one publisher a key and keeps what it sends.
+/// Takes one publisher per key and keeps what it sends.
 #[derive(Default)]
 pub struct Recorder {
     streams: Mutex<HashMap<String, Vec<Recorded>>>,
+    /// Query and revocation of the newest request per key.
+    requests: Mutex<HashMap<String, (String, CancellationToken)>>,
 }
 
 /// One publication.
@@ -108,32 +120,36 @@ impl Recorder {
     }
 }
 
-/// What the server calls.
+/// What the server asks and where tags go.
 struct Handler(Arc<Recorder>);
 
 /// A publication's place in the node.
 struct Recording(Arc<Recorder>, StreamKey, usize);
 
-impl PublishHandler for Handler {
-    fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError> {
-        if request.query.contains("denied") {
-            return Err(PublishError::Unauthorized("not you".into()));
-        }
+impl Policy for Handler {
+    fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a> {
+        let decided = match request.query.contains("denied") {
+            true => Err(Refusal::Unauthorized("not you".into())),
+            false => Ok(()),
+        };
         assert!(!request.key.name().starts_with("panic"), "a test asks for it");
+        let revoked = request.revoked.clone().expect("encoders can be revoked");
+        let asked = (request.query.clone(), revoked);
+        self.0.requests.lock().unwrap().insert(request.key.to_string(), asked);
+        Box::pin(async move { decided })
+    }
+}
+
+impl Sink for Handler {
+    fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
+        let key = stream.key();
+        let (query, kick) = self.0.requests.lock().unwrap()[key.as_str()].clone();
         let mut streams = self.0.lock();
-        let recorded = streams.entry(request.key.to_string()).or_default();
-        if recorded.last().is_some_and(|last| !last.ended) {
-            return Err(PublishError::AlreadyLive(request.key));
-        }
+        let recorded = streams.entry(key.to_string()).or_default();
+        assert!(recorded.last().is_none_or(|last| last.ended), "one publisher at a time");
         let index = recorded.len();
-        recorded.push(Recorded {
-            tags: Vec::new(),
-            query: request.query,
-            kick: request.kick,
-            ended: false,
-        });
-        drop(streams);
-        Ok(Box::new(Recording(self.0.clone(), request.key, index)))
+        recorded.push(Recorded { tags: Vec::new(), query, kick, ended: false });
+        Some(Box::new(Recording(self.0.clone(), key.clone(), index)))
     }
 }
 
@@ -148,9 +164,9 @@ impl Recording {
     }
 }
 
-impl Publication for Recording {
-    fn tag(&mut self, tag: Tag) {
-        self.with(|recorded| recorded.tags.push(tag));
+impl Tap for Recording {
+    fn push(&mut self, _: Instant, tag: &Tag) {
+        self.with(|recorded| recorded.tags.push(tag.clone()));
     }
 }
 

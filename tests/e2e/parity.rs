@@ -75,7 +75,7 @@ fn auto_begins_when_an_edge_reports_loss() {
         (overhead > 0.01).then_some(())
     });
     let log = site.cloud.node.log_text();
-    assert!(log.contains("parity is adapted"), "{log}");
+    assert!(log.contains("parity adapted"), "{log}");
 
     site.edges[0].node.terminate();
     let built = || site.cloud.node.metrics().sum("downpour_rtp_packets_total", &[]);

@@ -46,9 +46,7 @@ async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
 
 #[tokio::test]
 async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again() {
-    let node =
-        HttpNode::start(ViewerSettings { stream_wait: Duration::from_secs(20), ..settings() })
-            .await;
+    let node = HttpNode::start_with(settings(), Duration::from_secs(20)).await;
     let mut early = node.connect("GET /live/movie.flv HTTP/1.0\r\n\r\n").await;
     for round in 0..2 {
         let mut publisher = node.publish();
@@ -237,5 +235,5 @@ async fn shutting_down_lets_viewers_finish_and_cuts_the_rest() {
 }
 
 fn settings() -> ViewerSettings {
-    ViewerSettings { stream_wait: Duration::ZERO, ..ViewerSettings::default() }
+    ViewerSettings::default()
 }

@@ -5,6 +5,7 @@ mod common;
 
 mod http_client;
 mod http_flv;
+mod http_keep_alive;
 mod http_viewers;
 mod push_pull;
 mod rtmp_claimed_lengths;

@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
@@ -13,10 +12,7 @@ use downpour::{
     http::ViewerSettings,
     rtmp::listener::{Server, ServerSettings},
 };
-use downpour_hub::{
-    self, Hub,
-    admission::{Publication, PublishError, PublishHandler, PublishRequest},
-};
+use downpour_hub::Hub;
 use downpour_media::flv::{FlvTags, FlvWriter, Tag, TagKind};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -104,11 +100,11 @@ type Outcome = Result<(pull::Totals, String), Failure>;
 impl PushPull {
     async fn start() -> Self {
         let http = HttpNode::start(ViewerSettings::default()).await;
-        let (hub, shutdown) = (http.hub.clone(), http.shutdown.clone());
+        let hub = http.hub.clone();
         let rtmp_server =
             Server::bind("127.0.0.1:0".parse().unwrap(), ServerSettings::default()).unwrap();
         let rtmp = rtmp_server.local_addr().unwrap().to_string();
-        tokio::spawn(rtmp_server.run(Arc::new(IntoHub(hub.clone())), shutdown.clone()));
+        tokio::spawn(rtmp_server.run(http.admission.clone(), http.shutdown.clone()));
         Self { hub, dir: tempfile::tempdir().unwrap(), http, rtmp }
     }
 
@@ -143,25 +139,6 @@ impl PushPull {
             let totals = pull::receive_all(&args, CancellationToken::new(), &mut out).await?;
             Ok((totals, String::from_utf8(out).unwrap()))
         })
-    }
-}
-
-struct IntoHub(Hub);
-
-impl PublishHandler for IntoHub {
-    fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError> {
-        match self.0.publish(request.key) {
-            Ok(publisher) => Ok(Box::new(Live(publisher))),
-            Err(downpour_hub::AlreadyLive(key)) => Err(PublishError::AlreadyLive(key)),
-        }
-    }
-}
-
-struct Live(downpour_hub::Publisher);
-
-impl Publication for Live {
-    fn tag(&mut self, tag: Tag) {
-        self.0.push(tag);
     }
 }
 

@@ -1,4 +1,4 @@
-//! What many edges of one multicast group miss at once is sent to the group once.
+//! A packet missing at many edges of a multicast group is sent to the group once.
 
 use std::{
     net::SocketAddr,
@@ -20,7 +20,7 @@ use prometheus::Registry;
 
 const OURS: &str = "239.0.0.1:5222";
 
-/// Sends to one group, and keeps what it sent.
+/// Accepts one group and records the packets sent to it.
 #[derive(Default)]
 struct Sent(Mutex<Vec<Bytes>>);
 
@@ -64,7 +64,7 @@ async fn edges(cloud: &Cloud, count: usize, group: Option<&str>) -> Vec<Edge> {
 }
 
 #[tokio::test]
-async fn eight_edges_of_a_group_that_miss_the_same_are_answered_once() {
+async fn eight_edges_of_a_group_with_the_same_loss_are_answered_once() {
     let sent = Arc::new(Sent::default());
     let cloud = start(&sent);
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
@@ -79,7 +79,7 @@ async fn eight_edges_of_a_group_that_miss_the_same_are_answered_once() {
 
     let metrics = &cloud.metrics;
     until(|| metrics.downpour.asked.get() == 27).await;
-    // Who listens to no group is answered as ever, copies and all.
+    // An edge without a group is answered by unicast, with copies.
     for i in 0..6 {
         assert_eq!(alone.repair().await, feed.packet(seqs[i % 3]));
     }
@@ -87,23 +87,22 @@ async fn eight_edges_of_a_group_that_miss_the_same_are_answered_once() {
     let group: Vec<_> = sent.0.lock().unwrap().clone();
     for seq in &seqs {
         let times = group.iter().filter(|packet| **packet == feed.packet(*seq)).count();
-        // Twice as it was asked for; on a machine that stalls for a moment there may be a second
-        // such moment.
+        // Two copies as requested. On a machine that stalls, the requests may count as two losses.
         assert!((2..=4).contains(&times), "{times}");
     }
     assert_eq!(metrics.group_bytes.get(), group.iter().map(|p| p.len() as u64).sum::<u64>());
-    // Two of the eight are answered by themselves for each packet, the rest by the group.
+    // Per packet, two of the eight are answered by unicast, the rest by multicast.
     assert!(metrics.answered_by_group.get() >= 6, "{:?}", metrics.answered_by_group);
     let unicast = metrics.downpour.repairs.get();
     assert!((6..=24).contains(&unicast), "{unicast}");
 }
 
 #[tokio::test]
-async fn a_group_that_the_cloud_does_not_send_to_is_never_sent_to() {
+async fn a_group_unknown_to_the_cloud_gets_no_repairs() {
     let sent = Arc::new(Sent::default());
     let cloud = start(&sent);
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
-    // No group, and no multicast address at all.
+    // An unknown group, and an address that is not multicast.
     for (claim, times) in [("239.9.9.9:5222", 1), ("127.0.0.1:5222", 0)] {
         let mut members = edges(&cloud, 5, Some(claim)).await;
         let seqs = feed.push(2);

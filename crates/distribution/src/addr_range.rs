@@ -2,89 +2,69 @@
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
-/// One address, or all that share a prefix (RFC 4632 §3.1, RFC 4291 §2.3).
+use ipnet::IpNet;
+
+/// One IP address, or all addresses with a common prefix (RFC 4632 §3.1, RFC 4291 §2.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AddrRange {
-    base: IpAddr,
-    /// Bits that must agree: 0..=32 or 0..=128.
-    prefix: u8,
-}
+pub struct AddrRange(IpNet);
 
 impl AddrRange {
-    /// Whether an address is in the range. An IPv4 address that an IPv6 socket tells of
-    /// (`::ffff:192.0.2.1`) is the IPv4 address.
+    /// `true` if `address` is in the range. An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, from a
+    /// dual-stack socket) counts as the IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
-        let address = address.to_canonical();
-        address.is_ipv4() == self.base.is_ipv4()
-            && (bits(address) ^ bits(self.base)) & mask(self.prefix) == 0
+        self.0.contains(&address.to_canonical())
     }
 }
 
 impl FromStr for AddrRange {
     type Err = InvalidRange;
 
+    /// Parses an address, or an address and a prefix length. Unlike [`IpNet`], refuses bits behind the
+    /// prefix.
     fn from_str(text: &str) -> Result<Self, InvalidRange> {
         let (address, prefix) = match text.split_once('/') {
             Some((address, prefix)) => (address, Some(prefix)),
             None => (text, None),
         };
-        let base: IpAddr = address.parse().map_err(|_| InvalidRange::Address)?;
-        let longest = length(&base);
-        let prefix = match prefix {
-            None => longest,
-            // `parse` alone would take `+8`.
+        let address: IpAddr = address.parse().map_err(|_| InvalidRange::Address)?;
+        let host = IpNet::from(address);
+        let range = match prefix {
+            None => host,
+            // `u8::from_str` alone would accept `+8`.
             Some(digits) => Some(digits)
                 .filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()))
                 .and_then(|digits| digits.parse().ok())
-                .filter(|prefix| *prefix <= longest)
-                .ok_or(InvalidRange::Prefix(longest))?,
+                .and_then(|prefix| IpNet::new(address, prefix).ok())
+                .ok_or(InvalidRange::Prefix(host.max_prefix_len()))?,
         };
-        if bits(base) & !mask(prefix) != 0 {
+        if range.network() != address {
             return Err(InvalidRange::HostBits);
         }
-        Ok(Self { base, prefix })
+        Ok(Self(range))
     }
 }
 
 impl fmt::Display for AddrRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.prefix == length(&self.base) {
-            true => self.base.fmt(f),
-            false => write!(f, "{}/{}", self.base, self.prefix),
+        match self.0.prefix_len() == self.0.max_prefix_len() {
+            true => self.0.addr().fmt(f),
+            false => self.0.fmt(f),
         }
     }
 }
 
-/// Why a text is no [`AddrRange`].
+/// Why a text is not an [`AddrRange`]. The message names what is expected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidRange {
-    /// No IP address.
-    #[error("an IP address or a prefix of some, such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")]
+    /// The text has no valid IP address.
+    #[error("an IP address or a prefix, such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")]
     Address,
-    /// A prefix length that is no number, or too long.
+    /// The prefix length is not a number, or exceeds this maximum.
     #[error("a prefix length from 0 to {0} behind the slash")]
     Prefix(u8),
-    /// `192.0.2.7/24`, of which one cannot tell what is meant.
-    #[error("a prefix without bits behind it, as in 192.0.2.0/24, or the address without a slash")]
+    /// Bits behind the prefix are set, as in `192.0.2.7/24`, which is ambiguous.
+    #[error("a prefix whose other bits are 0, as in 192.0.2.0/24, or an address without a slash")]
     HostBits,
-}
-
-fn length(address: &IpAddr) -> u8 {
-    if address.is_ipv4() { 32 } else { 128 }
-}
-
-/// The address, left-aligned.
-fn bits(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(address) => u128::from(address.to_bits()) << 96,
-        IpAddr::V6(address) => address.to_bits(),
-    }
-}
-
-/// The bits of a prefix.
-fn mask(prefix: u8) -> u128 {
-    // A shift by all 128 bits is not defined.
-    u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -98,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_and_what_is_not() {
+    fn a_range_contains_the_addresses_with_its_prefix() {
         for (text, inside, outside) in [
             ("192.0.2.0/24", "192.0.2.255", "192.0.3.0"),
             ("192.0.2.7", "192.0.2.7", "192.0.2.6"),
@@ -116,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_range_says_what_would_be() {
+    fn invalid_text_names_the_expected_form() {
         for text in ["", "/", "host", "192.0.2", "192.0.2.0:80", "[::1]", "192.0.2.300/8"] {
             assert_eq!(text.parse::<AddrRange>(), Err(InvalidRange::Address), "{text}");
         }
@@ -131,7 +111,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_back_and_holds_its_base(address: u32, prefix in 0u8..=32) {
+        fn display_and_parse_round_trip(address: u32, prefix in 0u8..=32) {
             let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
             let base = IpAddr::from((address & mask).to_be_bytes());
             let range: AddrRange = format!("{base}/{prefix}").parse().unwrap();

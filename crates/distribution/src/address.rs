@@ -1,4 +1,4 @@
-//! Where to send: a host and a port.
+//! Destinations: a host and a port.
 
 use std::{
     fmt, io,
@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-/// Where to send: `10.0.0.7:5222`, `[2001:db8::7]:5222`, a group such as `239.0.0.1:5222`, or
+/// A destination: `10.0.0.7:5222`, `[2001:db8::7]:5222`, a multicast group such as `239.0.0.1:5222`, or
 /// `host:5222`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Destination {
@@ -15,12 +15,12 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// An IPv4 address and port.
+    /// The destination of an IPv4 address and a port.
     pub fn ip(address: [u8; 4], port: u16) -> Self {
         SocketAddr::from((address, port)).into()
     }
 
-    /// The part in front of the port, without brackets.
+    /// The host: a name or an IP address without brackets.
     pub fn host(&self) -> &str {
         &self.host
     }
@@ -30,10 +30,10 @@ impl Destination {
         self.port
     }
 
-    /// The address to send to; looks a host name up, which blocks.
+    /// Resolves the host. A host name needs a DNS lookup, which blocks.
     ///
     /// # Errors
-    /// If the name is not found.
+    /// If the lookup fails.
     pub fn resolve(&self) -> io::Result<SocketAddr> {
         lookup(&self.host, self.port)
     }
@@ -44,8 +44,8 @@ impl FromStr for Destination {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         let (host, port) = host_and_port(text).ok_or(())?;
-        let somewhere = host.parse::<IpAddr>().map_or(!host.is_empty(), |ip| !ip.is_unspecified());
-        (somewhere && port != 0).then(|| Self { host: host.into(), port }).ok_or(())
+        let specified = host.parse::<IpAddr>().map_or(!host.is_empty(), |ip| !ip.is_unspecified());
+        (specified && port != 0).then(|| Self { host: host.into(), port }).ok_or(())
     }
 }
 
@@ -61,10 +61,11 @@ impl fmt::Display for Destination {
     }
 }
 
-/// The host, without brackets, and the port of `host:port`; the host may be empty.
+/// Splits `host:port` into the host, without brackets, and the port. The host may be empty. Returns
+/// `None` if the text is malformed.
 pub fn host_and_port(text: &str) -> Option<(&str, u16)> {
     let (host, port) = text.rsplit_once(':')?;
-    // `parse` alone would take `+1`.
+    // `u16::from_str` alone would accept `+1`.
     if port.is_empty() || !port.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
@@ -77,14 +78,14 @@ pub fn host_and_port(text: &str) -> Option<(&str, u16)> {
     (host.is_empty() || is_name_or_v4(host)).then_some((host, port))
 }
 
-/// Whether `host` is a name or an address, without port or brackets.
+/// `true` if `host` is a host name or an IP address, without port or brackets.
 pub fn is_host(host: &str) -> bool {
     host.parse::<IpAddr>().is_ok() || is_name_or_v4(host)
 }
 
 fn is_name_or_v4(host: &str) -> bool {
     let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    // Digits and dots that are no address (`10.0.0.300`) would go to a name server.
+    // A malformed IPv4 address (`10.0.0.300`) is not a name: it would cause a DNS lookup.
     let numeric = host.bytes().all(|b| b.is_ascii_digit() || b == b'.');
     !host.is_empty()
         && host.len() <= HOST_MAX
@@ -92,10 +93,11 @@ fn is_name_or_v4(host: &str) -> bool {
         && (!numeric || host.parse::<Ipv4Addr>().is_ok())
 }
 
-/// The first address of `host`, IPv4 if it has one; looks a name up, which blocks.
+/// Resolves `host`. Prefers IPv4, as the other defaults do. A host name needs a DNS lookup, which
+/// blocks.
 ///
 /// # Errors
-/// If the name is not found.
+/// If the lookup fails or finds no address.
 pub fn lookup(host: &str, port: u16) -> io::Result<SocketAddr> {
     if let Ok(ip) = host.parse::<IpAddr>() {
         return Ok((ip, port).into());
@@ -104,7 +106,6 @@ pub fn lookup(host: &str, port: u16) -> io::Result<SocketAddr> {
         .to_socket_addrs()
         .map_err(|error| io::Error::new(error.kind(), format!("cannot look up {host}: {error}")))?
         .collect();
-    // IPv4 first, which the rest of the defaults speak.
     let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
     first
         .copied()
@@ -119,5 +120,5 @@ pub fn write_address(f: &mut fmt::Formatter<'_>, host: &str, port: u16) -> fmt::
     if host.contains(':') { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
 }
 
-/// Bytes of a host name (RFC 1035 §2.3.4).
+/// Most bytes of a host name (RFC 1035 §2.3.4).
 const HOST_MAX: usize = 255;

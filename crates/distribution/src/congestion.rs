@@ -1,9 +1,24 @@
-//! Congestion control for the repair connection.
+//! Congestion control of the repair connection.
 //!
-//! Repairs are asked for because packets were lost, on paths where loss is often not congestion. A
-//! controller that takes every loss for congestion starves them: with Cubic at 5 % loss and 100 ms,
-//! 90 % of repairs miss four round trips. This one yields to what congestion does and random loss
-//! does not: round trips that grow and stay grown, ECN marks, and the loss of most of what is sent.
+//! Repairs follow packet loss, on paths where loss is often not congestion. A controller that treats
+//! every loss as congestion starves them: with Cubic, at 5 % loss and a round trip of 100 ms, 90 % of
+//! repairs take more than four round trips. This controller reacts only to signals that random loss does
+//! not cause: sustained growth of the round trip, ECN marks, and the loss of most packets.
+//!
+//! | state | window | leaves it |
+//! |---|---|---|
+//! | startup | grows by each acknowledged byte while the window is used (doubles per round trip) | first cut |
+//! | cautious | grows by 1/8 of each acknowledged byte while the window is used | – |
+//!
+//! | event | cut to |
+//! |---|---|
+//! | round trip above its limit for 50 ms or one round trip, then again per such period | 3/4 |
+//! | persistent congestion: nothing arrived for several timeouts | 1/2 |
+//! | ECN CE mark | 4/5 |
+//! | more bytes lost than acknowledged within a round trip | 7/10 |
+//!
+//! Invariants: the window stays between [`RepairControl::FLOOR`] and [`RepairControl::CEILING`]; packets
+//! sent before a cut cause no further cut.
 
 use std::{
     any::Any,
@@ -14,7 +29,7 @@ use std::{
 use quinn::congestion::{Controller, ControllerFactory};
 use quinn_proto::RttEstimator;
 
-/// Builds a [`RepairControl`] for each path.
+/// Factory that builds a [`RepairControl`] per path.
 #[derive(Debug, Default)]
 pub struct RepairControlFactory;
 
@@ -24,31 +39,30 @@ impl ControllerFactory for RepairControlFactory {
     }
 }
 
-/// A window between [`RepairControl::FLOOR`] and [`RepairControl::CEILING`] bytes that random loss
-/// does not shrink.
+/// Congestion controller with a window that random loss does not shrink.
 #[derive(Debug, Clone)]
 pub struct RepairControl {
     window: u64,
-    /// When the window was last cut: what was sent before says nothing about the window since.
+    /// Time of the latest cut. Packets sent before it carry no information about the current window.
     cut_at: Instant,
-    /// Whether the window was ever cut; until then it doubles each round trip that fills it.
+    /// `true` once the window was cut: `cautious` rather than `startup`.
     was_cut: bool,
     base: BaseRtt,
-    /// Since when the round trip is over its limit.
+    /// Since when the round trip has been above its limit.
     slow_since: Option<Instant>,
     round: Round,
 }
 
 impl RepairControl {
-    /// The window that every path gets, in bytes: a key frame's worth of repairs.
+    /// The smallest window in bytes: the repairs of a key frame.
     pub const FLOOR: u64 = 64 * 1024;
-    /// The widest window, in bytes: 320 Mbit/s at 100 ms.
+    /// The largest window in bytes: 320 Mbit/s at a round trip of 100 ms.
     pub const CEILING: u64 = 4 * 1024 * 1024;
-    /// The first window, in bytes: half a second of 16 Mbit/s, which is missing all at once where a
-    /// path was cut for so long.
+    /// The initial window in bytes: half a second of 16 Mbit/s, all of which is requested at once after
+    /// an outage of that length.
     pub const INITIAL: u64 = 1024 * 1024;
 
-    /// A path on which nothing was sent yet.
+    /// The controller of a new path.
     pub fn new(now: Instant) -> Self {
         Self {
             window: Self::INITIAL,
@@ -60,9 +74,9 @@ impl RepairControl {
         }
     }
 
-    /// `bytes` that were sent at `sent` have arrived; `rtt` is the smoothed round trip.
+    /// `bytes` sent at `sent` are acknowledged. `rtt` is the smoothed round trip.
     fn acked(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: Duration) {
-        // Not the estimator's value: until its first sample that is the initial guess.
+        // Not the estimator's minimum: before its first sample, that is the initial guess.
         let base = self.base.update(now, now.saturating_duration_since(sent));
         self.round.acked += bytes;
         if now.saturating_duration_since(self.round.began) > rtt {
@@ -79,7 +93,7 @@ impl RepairControl {
         }
         let since = *self.slow_since.get_or_insert(now);
         if now.saturating_duration_since(since) >= SUSTAINED.max(rtt) {
-            // The clock of "sustained" starts afresh: one cut for each further stretch.
+            // Restart the period: one cut per period.
             self.slow_since = Some(now);
             self.cut(now, 3, 4);
         }
@@ -91,13 +105,13 @@ impl RepairControl {
             return;
         }
         if persistent {
-            // Nothing got through for several timeouts: the path changed or is gone.
+            // Nothing arrived for several timeouts: the path has changed or failed.
             self.cut(now, 1, 2);
         } else if bytes == 0 {
-            // ECN CE: the one loss signal that random loss cannot forge.
+            // An ECN CE mark, which random loss cannot cause.
             self.cut(now, 4, 5);
         } else if self.round.lost > self.round.acked && self.round.lost >= COLLAPSE_MIN {
-            // Over half is lost: a queue too short to show in round trips is overflowing.
+            // More than half is lost: a queue overflows that is too short to show in the round trip.
             self.cut(now, 7, 10);
         }
     }
@@ -151,8 +165,8 @@ impl Controller for RepairControl {
     }
 }
 
-/// The least round trip of the last one to two windows of time, so that a path that became longer
-/// is not taken for a queue for ever.
+/// Minimum round trip over the last one to two periods of [`BASE_WINDOW`], so that a path that became
+/// longer is not mistaken for a queue forever.
 #[derive(Debug, Clone)]
 struct BaseRtt {
     current: Duration,
@@ -175,7 +189,7 @@ impl BaseRtt {
     }
 }
 
-/// What arrived and what was lost in about one round trip, in bytes.
+/// Bytes acknowledged and lost within about one round trip.
 #[derive(Debug, Clone)]
 struct Round {
     began: Instant,
@@ -183,14 +197,15 @@ struct Round {
     lost: u64,
 }
 
-/// Growth of the round trip that is still jitter.
+/// Growth of the round trip that counts as jitter.
 const QUEUE_MIN: Duration = Duration::from_millis(25);
-/// How long round trips must stay grown, if a round trip is shorter than that.
+/// How long the round trip must stay above its limit; at least one round trip.
 const SUSTAINED: Duration = Duration::from_millis(50);
+/// Period of the minimum filter of the round trip.
 const BASE_WINDOW: Duration = Duration::from_secs(20);
-/// After a cut the window grows by an eighth for each round trip that fills it.
+/// Divisor of the growth after a cut: the window grows by 1/8 per round trip.
 const CAUTIOUS_GROWTH: u64 = 8;
-/// Fewer lost bytes than this, 40 packets or so, are no proof of a collapse.
+/// Fewest lost bytes, about 40 packets, that count as a collapse.
 const COLLAPSE_MIN: u64 = 48 * 1024;
 
 #[cfg(test)]
@@ -201,7 +216,7 @@ mod tests {
 
     const PACKET: u64 = 1200;
 
-    /// Sends a packet each millisecond for `ms` milliseconds, its fate `rtt` later.
+    /// Sends one packet per millisecond for `ms` milliseconds. Each is acknowledged or lost after `rtt`.
     fn run(
         control: &mut RepairControl,
         start: Instant,
@@ -244,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn grown_round_trips_shrink_it_to_the_floor_and_it_recovers() {
+    fn sustained_growth_of_the_round_trip_shrinks_the_window_to_the_floor() {
         let start = Instant::now();
         let mut control = RepairControl::new(start);
         let now = run(&mut control, start, 500, flat, |_| false);
@@ -259,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_spike_and_jitter_are_not_congestion() {
+    fn short_spikes_and_jitter_do_not_shrink_the_window() {
         let start = Instant::now();
         let mut control = RepairControl::new(start);
         let spiky = |i| Duration::from_millis(if i % 400 < 40 { 190 } else { 100 + i % 20 });
@@ -268,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_became_longer_is_believed_in_the_end() {
+    fn a_longer_path_becomes_the_new_base() {
         let start = Instant::now();
         let mut control = RepairControl::new(start);
         let now = run(&mut control, start, 1000, flat, |_| false);
@@ -281,7 +296,7 @@ mod tests {
 
     /// The first packets are acknowledged before the estimator has its first sample.
     #[test]
-    fn the_estimators_first_guess_is_no_base() {
+    fn the_initial_guess_of_the_estimator_is_not_the_base() {
         let start = Instant::now();
         let mut control = RepairControl::new(start);
         let long = |_| Duration::from_millis(200);
@@ -291,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_and_collapse_count_once_a_round_trip() {
+    fn marks_and_collapse_cut_once_per_round_trip() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut control = RepairControl::new(start);

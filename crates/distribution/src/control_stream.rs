@@ -1,4 +1,4 @@
-//! The streams of `downpour/1`, the same at both ends.
+//! QUIC streams of `downpour/1`: the control stream, and streams of one long message. Used by both ends.
 
 use std::time::Duration;
 
@@ -14,25 +14,23 @@ use downpour_repair::{
     message::{Message, MessageError},
 };
 
-/// The control stream, message by message.
+/// Control stream that carries JSON messages.
 pub(super) struct ControlStream {
-    /// The half that sends.
     pub(super) sender: ControlSender,
-    /// The half that receives.
     pub(super) receiver: ControlReceiver,
 }
 
-/// One half of a [`ControlStream`].
+/// Sending half of a [`ControlStream`].
 pub(super) struct ControlSender(SendStream);
 
-/// The other half.
+/// Receiving half of a [`ControlStream`].
 pub(super) struct ControlReceiver {
     recv: RecvStream,
     reader: ControlReader,
 }
 
 impl ControlStream {
-    /// Takes messages of up to `max_len` bytes.
+    /// A control stream that accepts messages of up to `max_len` bytes.
     pub(super) fn new(send: SendStream, recv: RecvStream, max_len: usize) -> Self {
         Self {
             sender: ControlSender(send),
@@ -50,7 +48,7 @@ impl ControlStream {
         self.sender.send(message).await
     }
 
-    /// Ends the stream and waits a little for the peer to have all of it.
+    /// Finishes the stream, and waits a short time until the peer has acknowledged all of it.
     pub(super) async fn finish(&mut self) {
         let send = &mut self.sender.0;
         if send.finish().is_ok() {
@@ -60,7 +58,7 @@ impl ControlStream {
 }
 
 impl ControlReceiver {
-    /// The next message; none at the stream's end. Loses nothing when cancelled.
+    /// Returns the next message, or `None` at the end of the stream. Cancel safe.
     pub(super) async fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, StreamError> {
         loop {
             if let Some(message) = self.reader.next_message()? {
@@ -76,13 +74,13 @@ impl ControlReceiver {
 }
 
 impl ControlSender {
-    /// Sends a message; waits while the peer does not read.
+    /// Sends a message. Waits while the peer does not read.
     pub(super) async fn send(&mut self, message: &impl Serialize) -> Result<(), StreamError> {
         Ok(self.0.write_all(&encode_control(message)?).await?)
     }
 }
 
-/// Why a control stream cannot be used on.
+/// Why a control stream failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StreamError {
     #[error(transparent)]
@@ -93,8 +91,8 @@ pub(super) enum StreamError {
     Message(#[from] ControlError),
 }
 
-/// Reads messages that are too long for a datagram, each from a stream of its own, until the
-/// connection ends. The number of streams that the peer may have open bounds what this holds.
+/// Reads messages that are too long for a datagram, one per unidirectional stream, until the connection
+/// ends. The limit of open streams bounds the memory.
 pub(super) async fn read_messages(
     connection: &Connection,
     messages: mpsc::Sender<Result<Bytes, MessageError>>,
@@ -114,15 +112,15 @@ pub(super) async fn read_messages(
                 Ok(Err(ReadToEndError::TooLong)) => {
                     Err(MessageError::TooLong(Message::MAX_LEN + 1))
                 }
-                // Reset, or too slow to be of use.
+                // The stream was reset, or is too slow for the message to be of use.
                 Ok(Err(ReadToEndError::Read(_))) | Err(_) => return,
             };
-            // An error says that the connection is no longer served.
+            // Fails once the session has ended.
             let _ = messages.send(message).await;
         });
     }
 }
 
-/// A message on a stream of its own is of no use later than this.
+/// Time after which a message on a unidirectional stream is useless.
 pub(super) const STREAM_TIMEOUT: Duration = Duration::from_secs(2);
 const FINISH_TIMEOUT: Duration = Duration::from_millis(500);

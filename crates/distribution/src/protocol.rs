@@ -1,21 +1,21 @@
-//! What the repair connection speaks, and the codes with which it closes.
+//! Protocols of the repair connection, and the codes that close it.
 
-/// What the repair connection speaks, by ALPN.
+/// Protocol of a repair connection, negotiated by ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
-    /// `quic-echo-server`: the existing nodes' one request at a time.
+    /// `quic-echo-server`, the protocol of the existing Go nodes: one request at a time.
     V0,
     /// `downpour/1`.
     Downpour,
 }
 
 impl Protocol {
-    /// The protocol that the two ends agreed on, if it is one of ours.
+    /// The negotiated protocol of a connection; `None` if it is unknown.
     pub fn of(connection: &quinn::Connection) -> Option<Self> {
         Self::of_handshake(connection.handshake_data()?)
     }
 
-    /// The same, where the handshake is still under way.
+    /// As [`Protocol::of`], during the handshake.
     pub(crate) fn of_handshake(data: Box<dyn std::any::Any>) -> Option<Self> {
         let data = data.downcast::<quinn::crypto::rustls::HandshakeData>().ok()?;
         [Self::V0, Self::Downpour]
@@ -23,7 +23,7 @@ impl Protocol {
             .find(|protocol| data.protocol.as_deref() == Some(protocol.alpn()))
     }
 
-    /// The name in the TLS handshake (RFC 7301).
+    /// The ALPN name (RFC 7301).
     pub fn alpn(self) -> &'static [u8] {
         match self {
             Self::V0 => b"quic-echo-server",
@@ -40,17 +40,17 @@ impl Protocol {
     }
 }
 
-/// Application error codes with which either end closes a `downpour/1` connection (RFC 9000 §20.2).
+/// Application error codes that close a `downpour/1` connection (RFC 9000 §20.2).
 pub mod close {
     use quinn::VarInt;
 
-    /// Nothing is wrong.
+    /// No error.
     pub const DONE: VarInt = VarInt::from_u32(0);
-    /// The peer broke the protocol.
+    /// The peer violated the protocol.
     pub const MALFORMED: VarInt = VarInt::from_u32(1);
-    /// The peer was too slow to say hello or welcome.
+    /// No `hello` or `welcome` arrived in time.
     pub const TIMEOUT: VarInt = VarInt::from_u32(2);
-    /// The edge may not subscribe.
+    /// The cloud refuses the edge.
     pub const REFUSED: VarInt = VarInt::from_u32(3);
     /// The node is shutting down.
     pub const SHUTDOWN: VarInt = VarInt::from_u32(4);

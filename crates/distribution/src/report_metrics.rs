@@ -1,4 +1,4 @@
-//! How streams fare at edges, as Prometheus is told: the same series on both ends.
+//! Prometheus series of stream reports. The cloud and the edges export the same series.
 
 use prometheus::{
     core::Desc,
@@ -10,45 +10,45 @@ use downpour_repair::{
     receiver::DELAY_BOUNDS_MS,
 };
 
-/// The series of stream reports, under one prefix and with one set of labels.
+/// Descriptors of the series of stream reports, with a common prefix and common labels.
 pub struct ReportSeries {
     descs: Vec<Desc>,
     labels: &'static [&'static str],
 }
 
 impl ReportSeries {
-    /// Series named `{prefix}_packets` and so on, with `labels` on each.
+    /// Series named `{prefix}_packets` and so on, each with `labels`.
     ///
     /// # Errors
-    /// If these are no names for metrics.
+    /// If `prefix` or a label is not a valid name.
     pub fn new(prefix: &str, labels: &'static [&'static str]) -> prometheus::Result<Self> {
         let desc = |(suffix, help, more): (&str, &str, &[&str])| {
             let names = labels.iter().chain(more).map(|label| (*label).to_owned()).collect();
             Desc::new(format!("{prefix}_{suffix}"), help.to_owned(), names, Default::default())
         };
         let descs = [
-            (
-                "packets",
-                "RTP packets of a live stream since it came up, by what became of them",
-                &["fate"][..],
-            ),
+            ("packets", "RTP packets of a live stream since its start, by fate", &["fate"][..]),
             ("path_packets", "RTP packets of a live stream by path", &["path", "fate"]),
             (
                 "delay_seconds",
-                "How long after they were due packets came, repairs included; in order is 0",
+                "Delay of packets, repairs included: arrival after the time at which they were due; in order is 0",
                 &[],
             ),
-            ("wait_seconds", "How long after they were due packets were handed on, in order", &[]),
+            (
+                "wait_seconds",
+                "Wait of packets in the reorder window: delivery in order after the time at which they were due",
+                &[],
+            ),
         ];
         Ok(Self { descs: descs.into_iter().map(desc).collect::<Result<_, _>>()?, labels })
     }
 
-    /// For `prometheus::core::Collector`.
+    /// The descriptors, for [`Collector::desc`](prometheus::core::Collector::desc).
     pub fn descs(&self) -> Vec<&Desc> {
         self.descs.iter().collect()
     }
 
-    /// All series of these reports, each with the values of its labels.
+    /// Builds the metric families of `reports`, which are pairs of label values and report.
     pub fn collect<'a>(
         &self,
         reports: impl Iterator<Item = (Vec<String>, &'a StreamReport)>,
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_reads_as_prometheus_wants_it() {
+    fn a_report_is_exported_in_the_text_format() {
         let mut report = StreamReport { received: 7, repaired: [3, 2, 1], ..Default::default() };
         report.delays = DelayReport { counts: vec![4, 0, 0, 1], sum_us: 12_000 };
         report.paths[1].received = 7;

@@ -12,15 +12,15 @@ use quinn_proto::RandomConnectionIdGenerator;
 
 use super::congestion::RepairControlFactory;
 
-/// The cloud's end.
+/// Transport settings of the cloud.
 ///
-/// It keeps no connection alive by itself: an existing Go edge that waits for a data stream which
-/// will not come is freed by the idle timeout alone.
+/// It sends no keep-alives: a v0 edge that waits for a data stream which never opens is freed only by
+/// the idle timeout.
 pub fn server() -> TransportConfig {
     let mut config = common();
     config
-        // The true timeout is the lesser of both ends': 10 s with our edges. Existing edges dial
-        // again when theirs has gone idle, which costs them a repair, so they get quic-go's 30 s.
+        // The smaller timeout of both ends applies: 10 s with our edges. v0 edges get quic-go's 30 s,
+        // because they reconnect after an idle timeout and lose a repair by it.
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(30_000))))
         .max_concurrent_bidi_streams(VarInt::from_u32(SERVER_BIDI_STREAMS))
         .max_concurrent_uni_streams(VarInt::from_u32(SERVER_UNI_STREAMS))
@@ -32,7 +32,7 @@ pub fn server() -> TransportConfig {
     config
 }
 
-/// The edge's end.
+/// Transport settings of an edge.
 pub fn client() -> TransportConfig {
     let mut config = common();
     config
@@ -48,19 +48,20 @@ pub fn client() -> TransportConfig {
     config
 }
 
-/// What an edge's endpoint is made with: connection ids of two bytes, for it has a connection or two
-/// and the id is in each repair. (None at all would tie a connection to the cloud's address, which
-/// the one before it takes along when it goes.)
+/// Endpoint settings of an edge: connection IDs of two bytes, which suffice for one or two connections,
+/// because each repair carries the ID. (With empty IDs, packets would be matched to connections by the
+/// cloud's address, and a reconnect would share that with the previous connection.)
 pub(super) fn edge_endpoint() -> EndpointConfig {
     let mut config = EndpointConfig::default();
     config.cid_generator(|| Box::new(RandomConnectionIdGenerator::new(2)));
     config
 }
 
-/// A UDP socket with room for a burst of nacks or repairs. An IPv6 wildcard takes IPv4 too.
+/// Binds a UDP socket with buffers for a burst of NACKs or repairs. An IPv6 wildcard address accepts
+/// IPv4 too.
 ///
 /// # Errors
-/// What the system said.
+/// The error of the system call.
 pub(super) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     let socket = socket2::Socket::new(
         socket2::Domain::for_address(addr),
@@ -70,26 +71,28 @@ pub(super) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     if addr.is_ipv6() {
         socket.set_only_v6(false)?;
     }
-    // The kernel gives what its limits allow, which is not worth failing for.
+    // Best effort: the kernel limits the sizes.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.bind(&addr.into())?;
     Ok(socket.into())
 }
 
-/// `min_mtu` and the MTU discovery stay at their defaults: under random loss the black-hole
-/// detector falls back to 1200 bytes, so a datagram must always be ready to meet that size.
+/// Transport settings of both ends.
+///
+/// `min_mtu` and MTU discovery keep their defaults: under random loss, black-hole detection falls back
+/// to 1200 bytes, so every datagram must be able to shrink to that size.
 fn common() -> TransportConfig {
     let mut acks = AckFrequencyConfig::default();
-    // Nothing waits for an ack: what is lost is asked for again by number, and answers time the round
-    // trip. One an answer would cost a tenth of the answers.
+    // Nothing waits for an ACK: lost packets are requested again by number, and repairs measure the
+    // round trip. One ACK per repair would cost a tenth of the repairs' bandwidth.
     acks.ack_eliciting_threshold(VarInt::from_u32(16))
         .reordering_threshold(VarInt::from_u32(0))
         .max_ack_delay(Some(ACK_DELAY));
     let mut config = TransportConfig::default();
     config
         .congestion_controller_factory(Arc::new(RepairControlFactory))
-        // A lost first packet is sent again after three times this.
+        // A lost first packet is retransmitted after three times this value.
         .initial_rtt(Duration::from_millis(100))
         .ack_frequency_config(Some(acks));
     config
@@ -97,11 +100,11 @@ fn common() -> TransportConfig {
 
 const ACK_DELAY: Duration = Duration::from_millis(20);
 const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
-/// Streams that an edge may have open: the control or info stream, and its successors.
+/// Bidirectional streams of an edge: the control or info stream, and its successors.
 const SERVER_BIDI_STREAMS: u32 = 4;
-/// Bytes of datagrams that wait for the congestion window.
+/// Bytes of datagrams that may wait for the congestion window.
 pub(super) const SERVER_DATAGRAM_BUFFER: usize = 1024 * 1024;
-/// Nacks too long for a datagram.
+/// Unidirectional streams of an edge, for NACKs too long for a datagram.
 pub(super) const SERVER_UNI_STREAMS: u32 = 16;
-/// Repairs too long for a datagram.
+/// Unidirectional streams of the cloud, for repairs too long for a datagram.
 pub(super) const CLIENT_UNI_STREAMS: u32 = 128;

@@ -1,49 +1,445 @@
-//! What an RTMP server needs from the node behind it to take a publication.
+//! Who may publish and play, decided in one place for every protocol.
+//!
+//! A publication, from the request to its end:
+//!
+//! ```text
+//! publish(Request) ── policies ── claim of the key ─► Waiting ── first audio or video ─► Live ─► Ended
+//!                  └─► Refusal                          └────── dropped, revoked, taken over ──────┘
+//! ```
+//!
+//! Invariants: a key is claimed by one source at a time; a stream is in the hub only while its
+//! publication is live; after a revocation or a take-over returned, the old publication is over.
 
-use std::net::SocketAddr;
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
+use downpour_media::{
+    StreamKey,
+    flv::{Tag, TagKind},
+};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use downpour_media::{StreamKey, flv::Tag};
+use crate::{
+    Hub, PublicationInfo, Publisher, Stream, Wanted,
+    claims::{Claim, ClaimError, EndReason, Holder},
+    unix_ms,
+};
 
-/// Decides who may publish and takes what they send. Shared by all connections.
-pub trait PublishHandler: Send + Sync + 'static {
-    /// Admits a publication or refuses it, before anything about it is announced.
-    ///
-    /// When `request.kick` is cancelled the server closes the connection: a newer publisher took
-    /// the key over, or the node is shutting down.
-    fn publish(&self, request: PublishRequest) -> Result<Box<dyn Publication>, PublishError>;
+/// Admits publishers and players of all protocols. Cloning shares it.
+#[derive(Clone)]
+pub struct Admission {
+    shared: Arc<Shared>,
 }
 
-/// One admitted publication; dropping it ends the stream.
-pub trait Publication: Send {
-    /// Takes the next tag, in the order of arrival. Script tags come without `@setDataFrame`.
-    fn tag(&mut self, tag: Tag);
+struct Shared {
+    hub: Hub,
+    settings: Settings,
+    policies: RwLock<Vec<Arc<dyn Policy>>>,
+    counters: Counters,
+    /// Places for players.
+    places: Arc<Semaphore>,
+    playbacks: Mutex<HashMap<u64, Arc<Playing>>>,
+    next_playback: AtomicU64,
 }
 
-/// Who wants to publish what.
+/// What bounds admission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// A publisher that has sent nothing for this long loses its key to the next one.
+    pub publisher_silence: Duration,
+    /// Streams at one time.
+    pub max_streams: usize,
+    /// Players at one time, of all protocols.
+    pub max_players: usize,
+    /// How long a player waits for its stream to start.
+    pub stream_wait: Duration,
+}
+
+impl Default for Settings {
+    /// 5 s of silence, 1000 streams, 10,000 players, a wait of 2 s.
+    fn default() -> Self {
+        Self {
+            publisher_silence: Duration::from_secs(5),
+            max_streams: 1000,
+            max_players: 10_000,
+            stream_wait: Duration::from_secs(2),
+        }
+    }
+}
+
+/// What somebody asks for.
 #[derive(Debug, Clone)]
-pub struct PublishRequest {
+pub struct Request {
+    /// To publish or to play.
+    pub action: Action,
     /// The stream's name.
     pub key: StreamKey,
-    /// What stood behind `?` in the application, the `tcUrl` or the stream name; may be empty.
-    pub query: String,
-    /// The encoder's address.
+    /// The protocol, for policies and logs, in small letters: `rtmp`, `http-flv`.
+    pub protocol: &'static str,
+    /// The peer's address.
     pub peer: SocketAddr,
-    /// Cancelled by the handler to end the connection.
-    pub kick: CancellationToken,
+    /// The query of the URL, without `?`; may be empty.
+    pub query: String,
+    /// Whether the transport is encrypted.
+    pub encrypted: bool,
+    /// Cancelled when what was admitted is revoked: the connection is to end then. A player that looks
+    /// at [`Playback::is_revoked`] from time to time needs none.
+    pub revoked: Option<CancellationToken>,
 }
 
-/// Why a publication is refused.
+/// What a [`Request`] wants to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Send a stream.
+    Publish,
+    /// Receive a stream.
+    Play,
+}
+
+/// Why a request is refused. Each protocol answers in its own words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PublishError {
-    /// Another encoder is live on the key: `NetStream.Publish.BadName`.
+pub enum Refusal {
+    /// Another source holds the key.
     #[error("{0} already has a live publisher")]
     AlreadyLive(StreamKey),
-    /// The publisher may not: `NetStream.Publish.Unauthorized`.
-    #[error("publishing is not allowed: {0}")]
+    /// The peer may not do this.
+    #[error("not allowed: {0}")]
     Unauthorized(String),
-    /// The node has no room for another stream: `NetStream.Publish.Failed`.
+    /// The node has no room.
     #[error("the node is full: {0}")]
     Full(String),
+    /// There is no such stream, and none came in time.
+    #[error("the stream {0} is not live")]
+    NotLive(StreamKey),
 }
+
+/// A future of a policy's decision.
+pub type Decision<'a> = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send + 'a>>;
+
+/// A rule about who may publish and play: keys, signed URLs, hooks, a directory.
+pub trait Policy: Send + Sync {
+    /// Decides about a request, before anything about it is announced or answered. It may take its
+    /// time: nobody else waits for it. The future is dropped when the peer has gone.
+    fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a>;
+}
+
+/// What admission has done since the start.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Publishers that took a key over from a silent one.
+    pub takeovers: AtomicU64,
+}
+
+impl Admission {
+    /// Admits everybody to `hub`, within the limits of `settings`.
+    pub fn new(hub: Hub, settings: Settings) -> Self {
+        let places = Arc::new(Semaphore::new(settings.max_players.min(Semaphore::MAX_PERMITS)));
+        let shared = Shared {
+            hub,
+            settings,
+            policies: RwLock::default(),
+            counters: Counters::default(),
+            places,
+            playbacks: Mutex::default(),
+            next_playback: AtomicU64::new(0),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Adds a policy: what one policy refuses, none admits.
+    pub fn add_policy(&self, policy: Arc<dyn Policy>) {
+        self.shared.policies.write().push(policy);
+    }
+
+    /// The streams that are published and played here.
+    pub fn hub(&self) -> &Hub {
+        &self.shared.hub
+    }
+
+    /// What has been done since the start.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Admits a publication and claims its key, for all protocols.
+    ///
+    /// # Errors
+    /// [`Refusal::AlreadyLive`] while another source holds the key and is not silent,
+    /// [`Refusal::Full`] at the limit of streams, and what policies refuse.
+    pub async fn publish(&self, request: Request) -> Result<Publication, Refusal> {
+        self.decide(&request).await?;
+        let Request { key, peer, revoked, .. } = request;
+        let settings = self.shared.settings;
+        let live = Arc::new(Live {
+            revoked,
+            state: Mutex::new(State::Waiting { metadata: None, since: Instant::now() }),
+        });
+        let claims = &self.shared.hub.shared.claims;
+        let (claim, silent) = claims
+            .claim_for(&key, Some(live.clone()), settings.publisher_silence, settings.max_streams)
+            .map_err(|error| match error {
+                ClaimError::AlreadyLive(error) => Refusal::AlreadyLive(error.0),
+                ClaimError::Full => {
+                    Refusal::Full(format!("max_streams is {}", settings.max_streams))
+                }
+            })?;
+        if let Some(silent) = silent {
+            self.shared.counters.takeovers.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(
+                stream = %key,
+                %peer,
+                silent_s = silent.as_secs(),
+                "publisher replaced a silent one"
+            );
+        }
+        Ok(Publication { hub: self.shared.hub.clone(), key, live, _claim: claim })
+    }
+
+    /// Admits a player, and waits for its stream to start.
+    ///
+    /// # Errors
+    /// [`Refusal::Full`] at the limit of players, [`Refusal::NotLive`] if the stream has not started
+    /// in time, and what policies refuse.
+    pub async fn play(&self, request: Request) -> Result<Playback, Refusal> {
+        self.decide(&request).await?;
+        let Ok(place) = self.shared.places.clone().try_acquire_owned() else {
+            let limit = self.shared.settings.max_players;
+            return Err(Refusal::Full(format!("max_viewers is {limit}")));
+        };
+        let Request { key, peer, protocol, revoked, .. } = request;
+        let hub = &self.shared.hub;
+        let wanted = hub.want(&key);
+        let deadline = tokio::time::Instant::now() + self.shared.settings.stream_wait;
+        let Some(stream) = hub.wait_for(&key, deadline).await else {
+            return Err(Refusal::NotLive(key));
+        };
+        let id = self.shared.next_playback.fetch_add(1, Ordering::Relaxed);
+        let is_revoked = AtomicBool::new(false);
+        let playing = Arc::new(Playing { stream, peer, protocol, revoked, is_revoked });
+        self.shared.playbacks.lock().insert(id, playing.clone());
+        let admission = self.clone();
+        Ok(Playback { playing, id, admission, _place: place, _wanted: wanted })
+    }
+
+    async fn decide(&self, request: &Request) -> Result<(), Refusal> {
+        let policies = self.shared.policies.read().clone();
+        for policy in policies {
+            policy.decide(request).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends the publication on `key` here and now. Returns `false` if there is none.
+    pub fn revoke_publication(&self, key: &StreamKey) -> bool {
+        self.shared.hub.shared.claims.end(key)
+    }
+
+    /// Ends all publications, and returns how many those were.
+    pub fn end_all(&self) -> usize {
+        self.shared.hub.shared.claims.end_all()
+    }
+
+    /// All playbacks, in no order.
+    pub fn playbacks(&self) -> Vec<PlaybackInfo> {
+        let playbacks = self.shared.playbacks.lock();
+        let info = |(id, playing): (&u64, &Arc<Playing>)| PlaybackInfo {
+            id: *id,
+            key: playing.stream.key().clone(),
+            peer: playing.peer,
+            protocol: playing.protocol,
+        };
+        playbacks.iter().map(info).collect()
+    }
+
+    /// Ends a playback, within a second or so. Returns `false` if there is none of this number.
+    pub fn revoke_playback(&self, id: u64) -> bool {
+        let playbacks = self.shared.playbacks.lock();
+        let Some(playing) = playbacks.get(&id) else { return false };
+        playing.is_revoked.store(true, Ordering::Release);
+        if let Some(revoked) = &playing.revoked {
+            revoked.cancel();
+        }
+        true
+    }
+}
+
+impl fmt::Debug for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admission").field("settings", &self.shared.settings).finish_non_exhaustive()
+    }
+}
+
+/// One admitted publication. Dropping it ends the stream and frees the key.
+///
+/// After a take-over or a revocation it takes tags and drops them, until its connection notices.
+pub struct Publication {
+    hub: Hub,
+    key: StreamKey,
+    live: Arc<Live>,
+    _claim: Claim,
+}
+
+impl Publication {
+    /// Takes the next tag, in the order of arrival. Script tags come without `@setDataFrame`.
+    ///
+    /// The stream starts with the first audio or video tag.
+    pub fn push(&mut self, tag: Tag) {
+        let now = Instant::now();
+        let mut state = self.live.state.lock();
+        match &mut *state {
+            State::Live { publisher, newest } => {
+                *newest = now;
+                publisher.push_at(now, tag);
+            }
+            State::Waiting { metadata, since } if tag.kind() == TagKind::Script => {
+                *since = now;
+                if tag.is_metadata() {
+                    *metadata = Some(tag);
+                }
+            }
+            State::Waiting { metadata, .. } => {
+                let metadata = metadata.take();
+                let mut publisher = self.start(&tag, metadata.clone());
+                metadata.into_iter().chain([tag]).for_each(|tag| publisher.push_at(now, tag));
+                *state = State::Live { publisher, newest: now };
+            }
+            State::Ended => {}
+        }
+    }
+
+    /// Starts the stream. Media time 0 is before the first tag by the tag's timestamp.
+    fn start(&self, first: &Tag, metadata: Option<Tag>) -> Publisher {
+        let start = unix_ms().saturating_sub(u64::from(first.timestamp()));
+        let mut info = PublicationInfo::starting_at(start);
+        info.headers.metadata = metadata;
+        self.hub.start(self.key.clone(), info, None)
+    }
+
+    /// The stream's name.
+    pub fn key(&self) -> &StreamKey {
+        &self.key
+    }
+}
+
+impl Drop for Publication {
+    fn drop(&mut self) {
+        self.live.finish();
+    }
+}
+
+/// What a publication shares with the claims, so that it can be ended from outside.
+struct Live {
+    revoked: Option<CancellationToken>,
+    state: Mutex<State>,
+}
+
+enum State {
+    /// Nothing but script tags has come.
+    Waiting { metadata: Option<Tag>, since: Instant },
+    /// The stream is in the hub.
+    Live { publisher: Publisher, newest: Instant },
+    /// Dropped, taken over or revoked.
+    Ended,
+}
+
+impl Live {
+    fn finish(&self) {
+        let ended = std::mem::replace(&mut *self.state.lock(), State::Ended);
+        // Taps and readers hear of the end outside the lock.
+        drop(ended);
+    }
+}
+
+impl Holder for Live {
+    fn silent_for(&self) -> Duration {
+        match &*self.state.lock() {
+            State::Waiting { since, .. } => since.elapsed(),
+            State::Live { newest, .. } => newest.elapsed(),
+            State::Ended => Duration::MAX,
+        }
+    }
+
+    fn end(&self, reason: EndReason) {
+        tracing::debug!(?reason, "publication ended by the node");
+        if let Some(revoked) = &self.revoked {
+            revoked.cancel();
+        }
+        self.finish();
+    }
+}
+
+/// One admitted player. Dropping it frees the player's place.
+pub struct Playback {
+    playing: Arc<Playing>,
+    id: u64,
+    admission: Admission,
+    _place: OwnedSemaphorePermit,
+    _wanted: Option<Wanted>,
+}
+
+impl Playback {
+    /// The stream to play.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.playing.stream
+    }
+
+    /// Its number in [`Admission::playbacks`].
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// `true` once [`Admission::revoke_playback`] was called: for whoever serves many players in one
+    /// task. Others wait for [`Request::revoked`].
+    pub fn is_revoked(&self) -> bool {
+        self.playing.is_revoked.load(Ordering::Acquire)
+    }
+}
+
+impl fmt::Debug for Playback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Playback").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Playback {
+    fn drop(&mut self) {
+        self.admission.shared.playbacks.lock().remove(&self.id);
+    }
+}
+
+/// One playback in [`Admission::playbacks`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlaybackInfo {
+    /// Its number, for [`Admission::revoke_playback`].
+    pub id: u64,
+    /// The stream.
+    pub key: StreamKey,
+    /// The player's address.
+    pub peer: SocketAddr,
+    /// The protocol, as in [`Request::protocol`].
+    pub protocol: &'static str,
+}
+
+/// A playback, as its player and [`Admission::playbacks`] share it.
+struct Playing {
+    stream: Arc<Stream>,
+    peer: SocketAddr,
+    protocol: &'static str,
+    revoked: Option<CancellationToken>,
+    is_revoked: AtomicBool,
+}
+
+#[cfg(test)]
+mod tests;

@@ -77,7 +77,8 @@ impl TagLog {
         }
     }
 
-    pub(super) fn push(&mut self, tag: Tag) {
+    /// Adds a tag. Of a stream that nobody reads, what lies before the newest start point is dropped.
+    pub(super) fn push(&mut self, tag: Tag, watched: bool) {
         let at = self.clock.advance(tag.timestamp());
         if tag.kind() == TagKind::Video {
             self.saw_video(at);
@@ -98,6 +99,9 @@ impl TagLog {
             self.oldest_at = at;
         }
         self.entries.push_back(entry);
+        if !watched {
+            self.drop_before_start_point();
+        }
         self.trim(at);
     }
 
@@ -108,12 +112,9 @@ impl TagLog {
         newest.as_ptr_range().end
     }
 
-    pub(super) fn set_headers(
-        &mut self,
-        metadata: Option<Tag>,
-        video: Option<Tag>,
-        audio: Option<Tag>,
-    ) {
+    /// Learns headers before the first tag. Later, returns those that are news, as tags to push.
+    pub(super) fn set_headers(&mut self, headers: Headers) -> Vec<Tag> {
+        let Headers { metadata, video, audio } = headers;
         let Some(newest) = self.entries.back() else {
             if video.is_some() {
                 self.saw_video(self.clock.now);
@@ -121,7 +122,7 @@ impl TagLog {
             for tag in [metadata, video, audio].into_iter().flatten() {
                 self.learn(&tag);
             }
-            return;
+            return Vec::new();
         };
         let timestamp = newest.tag.timestamp();
         let changed = |known: &Option<Tag>, tag: &Tag| {
@@ -130,9 +131,8 @@ impl TagLog {
         let metadata = metadata.filter(|tag| changed(&self.headers.metadata, tag));
         let video = video.filter(|_| self.headers.video.is_none());
         let audio = audio.filter(|_| self.headers.audio.is_none());
-        for tag in [metadata, video, audio].into_iter().flatten() {
-            self.push(tag.with_timestamp(timestamp));
-        }
+        let news = [metadata, video, audio].into_iter().flatten();
+        news.map(|tag| tag.with_timestamp(timestamp)).collect()
     }
 
     /// Whether those are to be woken who read with the video; asked once after each change.
@@ -224,6 +224,20 @@ impl TagLog {
         }
         if self.join.as_ref().is_some_and(|join| join.index < self.first) {
             self.join = None;
+        }
+    }
+
+    /// Drops what no reader would begin with: they only ever go to the newest start point.
+    fn drop_before_start_point(&mut self) {
+        let Some(first) = self.join.as_ref().map(|join| join.index) else { return };
+        while self.first < first
+            && let Some(oldest) = self.entries.pop_front()
+        {
+            self.bytes -= oldest.cost();
+            self.first += 1;
+        }
+        if let Some(oldest) = self.entries.front() {
+            self.oldest_at = oldest.at;
         }
     }
 

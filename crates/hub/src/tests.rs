@@ -1,4 +1,4 @@
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::atomic::Ordering, time::Duration};
 
 use proptest::{collection::vec, prelude::*};
 
@@ -6,7 +6,7 @@ use super::{
     log::{AUDIO_ONLY_AFTER_MS, ENTRY_OVERHEAD},
     *,
 };
-use downpour_media::flv::TagKind;
+use downpour_media::flv::{Tag, TagKind};
 
 #[test]
 fn a_reader_starts_at_the_newest_gop_with_the_headers_in_effect_there() {
@@ -47,7 +47,7 @@ fn video_without_a_key_frame_is_waited_for() {
     let hub = hub();
     let mut publisher = hub.publish(key()).unwrap();
     let mut early = hub.subscribe(&key()).unwrap();
-    publisher.set_headers(None, Some(video_header(0, 1)), Some(audio_header(0, 1)));
+    publisher.set_headers(headers(None, Some(video_header(0, 1)), Some(audio_header(0, 1))));
     publisher.push(audio(0, 1));
     publisher.push(inter(5, 2));
     assert_eq!(early.try_read(&mut Vec::new(), 1), ReadOutcome::Pending);
@@ -136,9 +136,38 @@ fn a_gop_longer_than_the_log_leaves_readers_waiting_for_the_next_key_frame() {
 }
 
 #[test]
+fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    let push_gop = |publisher: &mut Publisher, start: u32| {
+        publisher.push(key_frame(start, 0));
+        (1..10).for_each(|i| publisher.push(inter(start + 40 * i, 0)));
+    };
+    push_gop(&mut publisher, 0);
+    push_gop(&mut publisher, 400);
+    assert_eq!(publisher.stream().held().0, 10);
+    let mut slow = publisher.stream().subscribe();
+    assert_eq!(
+        slow.try_read(&mut Vec::new(), 1),
+        ReadOutcome::Read(ReadCount {
+            tags: 1,
+            bytes: key_frame(400, 0).framed().len(),
+            skipped: 0,
+        })
+    );
+    push_gop(&mut publisher, 800);
+    assert_eq!(publisher.stream().held().0, 20, "a reader may need them");
+    assert_eq!(drain(&mut slow).len(), 19);
+    drop(slow);
+    push_gop(&mut publisher, 1200);
+    assert_eq!(publisher.stream().held().0, 10);
+}
+
+#[test]
 fn age_is_media_time_across_the_wrap_and_across_jumps() {
     let hub = Hub::new(LogLimits { max_bytes: usize::MAX, max_age: 1_000 });
     let mut publisher = hub.publish(key()).unwrap();
+    let _watched = publisher.stream().subscribe();
     let start = u32::MAX - 990;
     for i in 0..100 {
         publisher.push(audio(start.wrapping_add(i * 20), 0));
@@ -181,8 +210,12 @@ fn headers_told_after_the_first_tag_go_to_running_readers() {
     publisher.push(key_frame(7, 1));
     let mut reader = hub.subscribe(&key()).unwrap();
     drain(&mut reader);
-    publisher.set_headers(Some(script(0, 1)), Some(video_header(0, 2)), Some(audio_header(0, 1)));
-    publisher.set_headers(Some(script(0, 1)), None, None);
+    publisher.set_headers(headers(
+        Some(script(0, 1)),
+        Some(video_header(0, 2)),
+        Some(audio_header(0, 1)),
+    ));
+    publisher.set_headers(headers(Some(script(0, 1)), None, None));
     assert_eq!(drain(&mut reader), [script(7, 1), audio_header(7, 1)]);
     assert_eq!(publisher.stream().headers().video, Some(video_header(0, 1)));
 }
@@ -470,6 +503,10 @@ fn drain(reader: &mut Reader) -> Vec<Tag> {
     let mut out = Vec::new();
     while let ReadOutcome::Read(_) = reader.try_read(&mut out, 1) {}
     out
+}
+
+fn headers(metadata: Option<Tag>, video: Option<Tag>, audio: Option<Tag>) -> Headers {
+    Headers { metadata, video, audio }
 }
 
 fn hub() -> Hub {

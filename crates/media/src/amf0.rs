@@ -1,20 +1,20 @@
-//! AMF0: the encoding of RTMP commands and of FLV script data.
+//! AMF0, the encoding of RTMP commands and FLV script data.
 //!
-//! Source: *Action Message Format – AMF 0*, Adobe 2007. Section numbers below are its.
+//! Source: *Action Message Format – AMF 0*, Adobe 2007. Section numbers refer to it.
 
 use bytes::{BufMut, BytesMut};
 
 /// One AMF0 value.
 ///
-/// Objects keep their properties in the order of the wire; names may repeat, the first one counts.
+/// Objects keep their properties in wire order. Names may repeat; lookups return the first.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// §2.2.
     Number(f64),
     /// §2.3.
     Boolean(bool),
-    /// §2.4, and the long string of §2.14, which is chosen by length. Bytes that are not UTF-8
-    /// are replaced: older encoders send the system's code page.
+    /// §2.4, or the long string of §2.14 for 65,536 bytes and more. Decoding replaces bytes that
+    /// are not UTF-8: older encoders send the system's code page.
     String(String),
     /// §2.5.
     Object(Vec<(String, Value)>),
@@ -22,7 +22,7 @@ pub enum Value {
     Null,
     /// §2.8.
     Undefined,
-    /// §2.10: named values. The count on the wire is a hint and is not kept.
+    /// §2.10: named values. The count on the wire is only a hint and is discarded.
     EcmaArray(Vec<(String, Value)>),
     /// §2.12.
     StrictArray(Vec<Value>),
@@ -37,7 +37,7 @@ pub enum Value {
     Xml(String),
     /// §2.18.
     TypedObject {
-        /// The registered class.
+        /// The name of the registered class.
         class: String,
         /// As in [`Value::Object`].
         properties: Vec<(String, Value)>,
@@ -45,21 +45,21 @@ pub enum Value {
 }
 
 impl Value {
-    /// An object with the given properties.
+    /// Returns an object with the given properties.
     pub fn object<const N: usize>(properties: [(&str, Value); N]) -> Self {
         Self::Object(properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
-    /// Appends the value's encoding.
+    /// Appends the value's encoding to `out`.
     ///
     /// # Errors
-    /// [`Amf0Error::TooDeep`] over [`MAX_DEPTH`] levels, [`Amf0Error::TooLong`] for a name over
-    /// 65,535 bytes. `out` then holds a part of the value.
+    /// [`Amf0Error::TooDeep`] over [`MAX_DEPTH`] levels of nesting, [`Amf0Error::TooLong`] for a
+    /// property name over 65,535 bytes. `out` then holds a part of the value.
     pub fn encode(&self, out: &mut BytesMut) -> Result<(), Amf0Error> {
         self.encode_at(0, out)
     }
 
-    /// The text of a string.
+    /// Returns the text, if this is a string.
     pub fn as_str(&self) -> Option<&str> {
         match self {
             Self::String(text) => Some(text),
@@ -67,7 +67,7 @@ impl Value {
         }
     }
 
-    /// The number.
+    /// Returns the number, if this is one.
     pub fn as_number(&self) -> Option<f64> {
         match self {
             Self::Number(number) => Some(*number),
@@ -75,7 +75,7 @@ impl Value {
         }
     }
 
-    /// The properties of an object, a typed object or an ECMA array.
+    /// Returns the properties of an object, a typed object or an ECMA array.
     pub fn properties(&self) -> Option<&[(String, Value)]> {
         match self {
             Self::Object(properties)
@@ -85,7 +85,7 @@ impl Value {
         }
     }
 
-    /// The property called `name`.
+    /// Returns the value of the property `name`.
     pub fn property(&self, name: &str) -> Option<&Value> {
         self.properties()?.iter().find(|(key, _)| key == name).map(|(_, value)| value)
     }
@@ -154,10 +154,10 @@ impl From<f64> for Value {
     }
 }
 
-/// Reads the values that stand one after another in a message. After an error there are no more.
+/// Iterator over the consecutive values of a message. Ends after the first error.
 ///
-/// What a peer can make it do is bounded: [`MAX_DEPTH`] levels, [`MAX_VALUES`] values, [`MAX_LEN`]
-/// bytes, and no allocation is sized by a count that only the peer claims.
+/// Safe on hostile input: at most [`MAX_DEPTH`] levels of nesting, [`MAX_VALUES`] values and
+/// [`MAX_LEN`] bytes, and no allocation is sized by a count from the input.
 #[derive(Debug, Clone)]
 pub struct Decoder<'a> {
     input: &'a [u8],
@@ -165,12 +165,12 @@ pub struct Decoder<'a> {
 }
 
 impl<'a> Decoder<'a> {
-    /// Starts at the beginning of `input`.
+    /// A decoder at the start of `input`.
     pub fn new(input: &'a [u8]) -> Self {
         Self { input, values: 0 }
     }
 
-    /// What has not been read yet.
+    /// Returns the input that has not been decoded yet.
     pub fn remaining(&self) -> &'a [u8] {
         self.input
     }
@@ -192,13 +192,13 @@ impl<'a> Decoder<'a> {
             NULL => Value::Null,
             UNDEFINED | UNSUPPORTED => Value::Undefined,
             ECMA_ARRAY => {
-                // §2.10: the count is a hint, the end marker ends it.
+                // §2.10: the count is a hint; the end marker decides.
                 self.array::<4>()?;
                 Value::EcmaArray(self.properties(depth)?)
             }
             STRICT_ARRAY => {
                 let count = u32::from_be_bytes(self.array()?) as usize;
-                // A value takes a byte at least: a count beyond what is there is a lie.
+                // Each value takes at least one byte, so a larger count is false.
                 if count > self.input.len() {
                     return Err(Amf0Error::Truncated);
                 }
@@ -277,8 +277,8 @@ impl Iterator for Decoder<'_> {
     }
 }
 
-/// The string that `input` begins with, and what follows it: the name of a data message, read
-/// without decoding the rest.
+/// Splits `input` after its leading string, the name of a data message, without decoding the rest.
+/// Returns `None` if it does not begin with a string.
 pub fn leading_string(input: &[u8]) -> Option<(&[u8], &[u8])> {
     let (&[marker, high, low], rest) = input.split_first_chunk()?;
     if marker != STRING {
@@ -287,31 +287,31 @@ pub fn leading_string(input: &[u8]) -> Option<(&[u8], &[u8])> {
     rest.split_at_checked(u16::from_be_bytes([high, low]).into())
 }
 
-/// Why bytes are not AMF0 that we take, or a value cannot be written.
+/// Why AMF0 cannot be decoded or encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Amf0Error {
     /// The input ends inside a value.
-    #[error("an AMF0 value is cut short")]
+    #[error("an AMF0 value is truncated")]
     Truncated,
-    /// Nested deeper than [`MAX_DEPTH`].
+    /// More than [`MAX_DEPTH`] levels of nesting.
     #[error("AMF0 values are nested deeper than {MAX_DEPTH} levels")]
     TooDeep,
-    /// More than [`MAX_VALUES`].
+    /// More than [`MAX_VALUES`] values.
     #[error("there are more than {MAX_VALUES} AMF0 values")]
     TooMany,
-    /// More than [`MAX_LEN`] bytes to decode, or a text that its length field cannot tell.
+    /// More than [`MAX_LEN`] bytes of input, or a text longer than its length field can express.
     #[error("the AMF0 data is too long")]
     TooLong,
-    /// A movie clip, a reference, a record set, an AMF3 value, or no marker at all.
+    /// A movie clip, reference, record set or AMF3 value, or an undefined marker.
     #[error("AMF0 marker {0:#04x} is not supported")]
     Unsupported(u8),
 }
 
-/// Levels of nesting that are read and written: more could exhaust the stack.
+/// Levels of nesting that are decoded and encoded. Unlimited nesting could exhaust the stack.
 pub const MAX_DEPTH: usize = 16;
-/// Values in one message, those inside others included.
+/// Values per message, nested ones included.
 pub const MAX_VALUES: usize = 4096;
-/// Bytes of input that a [`Decoder`] accepts.
+/// Bytes of input per [`Decoder`].
 pub const MAX_LEN: usize = 1 << 20;
 
 fn put_properties(
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting_beyond_the_limit_is_an_error_and_not_a_stack_overflow() {
+    fn nesting_beyond_the_limit_is_an_error() {
         let mut arrays = [STRICT_ARRAY, 0, 0, 0, 1].repeat(100_000);
         arrays.push(NULL);
         assert_eq!(decode(&arrays), Err(Amf0Error::TooDeep));
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn claimed_counts_are_not_believed() {
+    fn false_counts_allocate_nothing() {
         assert_eq!(decode(&[STRICT_ARRAY, 255, 255, 255, 255, NULL]), Err(Amf0Error::Truncated));
         assert_eq!(decode(&[LONG_STRING, 255, 255, 255, 255, b'a']), Err(Amf0Error::Truncated));
         assert_eq!(
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn unsupported_markers_are_named() {
+    fn an_unsupported_marker_is_named_in_the_error() {
         for marker in [0x04, 0x07, 0x0e, 0x11, 0x12, 0xff] {
             assert_eq!(decode(&[marker, 0, 0]), Err(Amf0Error::Unsupported(marker)));
         }
@@ -433,14 +433,14 @@ mod tests {
     }
 
     #[test]
-    fn the_leading_string_is_told_from_the_rest() {
+    fn leading_string_splits_off_the_name() {
         assert_eq!(leading_string(b"\x02\0\x01ab"), Some((&b"a"[..], &b"b"[..])));
         assert_eq!(leading_string(b"\x02\0\x02a"), None);
         assert_eq!(leading_string(b"\x05\0\0"), None);
     }
 
     #[test]
-    fn long_strings_take_the_long_form() {
+    fn strings_over_65535_bytes_use_the_long_form() {
         let long = Value::String("x".repeat(65_536));
         assert_eq!(encode(&long)[0], LONG_STRING);
         assert_eq!(decode(&encode(&long)), Ok(vec![long]));
@@ -475,7 +475,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn decoding_undoes_encoding(values in vec(value(), 0..4)) {
+        fn decoding_reverses_encoding(values in vec(value(), 0..4)) {
             let mut out = BytesMut::new();
             for value in &values {
                 value.encode(&mut out).unwrap();
@@ -484,9 +484,9 @@ mod tests {
         }
 
         #[test]
-        fn a_value_cut_short_is_an_error(value in value(), cut: prop::sample::Index) {
+        fn a_truncated_value_is_an_error(value in value(), cut: prop::sample::Index) {
             let out = encode(&value);
-            // A single byte has no place to cut.
+            // A single byte cannot be truncated to a non-empty prefix.
             if out.len() == 1 {
                 return Ok(());
             }
@@ -495,7 +495,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_a_value_or_an_error(input in vec(0u8..=0x12, 0..200)) {
+        fn arbitrary_bytes_decode_or_fail_cleanly(input in vec(0u8..=0x12, 0..200)) {
             for value in Decoder::new(&input) {
                 let Ok(value) = value else { break };
                 prop_assert!(value.encode(&mut BytesMut::new()).is_ok());

@@ -1,12 +1,13 @@
-//! What a live stream is made of: keys, tags, codec headers, FLV, AMF0 and timelines.
-//!
-//! Nothing here knows sockets, clocks or tasks: bytes in, values out.
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs, unreachable_pub)]
 
 pub mod amf0;
 pub mod flv;
+mod publication_id;
 mod stream_key;
 mod stream_pattern;
 pub mod timeline;
 
+pub use publication_id::{InvalidPublicationId, PublicationId};
 pub use stream_key::{InvalidStreamKey, StreamKey};
 pub use stream_pattern::{InvalidPattern, StreamPattern};

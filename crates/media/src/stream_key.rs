@@ -1,12 +1,12 @@
-//! The name of a stream.
+//! Stream names.
 
 use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
-/// A stream's name, `app/name`: what an encoder publishes to and a viewer asks for.
+/// A stream's name, `app/name`: the target of an encoder's publish and a viewer's play.
 ///
-/// Both halves are non-empty, at most [`StreamKey::MAX_LEN`] bytes together, and hold no control
-/// characters, white space, `..` segment, `\` or `?`: a key is safe as a path below a directory
-/// and as a metric label. `name` may itself contain `/`.
+/// Safe as a path below a directory and as a metric label: both halves are non-empty, the key has
+/// at most [`StreamKey::MAX_LEN`] bytes and no control characters, white space, `\`, `?`, `#`, or
+/// empty, `.` or `..` segments. `name` may contain `/`. Clones share the text.
 ///
 /// ```
 /// use downpour_media::StreamKey;
@@ -19,10 +19,13 @@ use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 pub struct StreamKey(Arc<str>);
 
 impl StreamKey {
-    /// The longest key, in bytes: a limit on what a peer can make us store and log.
+    /// The longest key in bytes: bounds the memory and log lines that a peer can cause.
     pub const MAX_LEN: usize = 256;
 
-    /// Joins an application and a stream name, trimming slashes at both ends of each.
+    /// Joins an application and a stream name. Slashes at the ends of either are removed.
+    ///
+    /// # Errors
+    /// If the result breaks one of the rules above.
     pub fn new(app: &str, name: &str) -> Result<Self, InvalidStreamKey> {
         let (app, name) = (app.trim_matches('/'), name.trim_matches('/'));
         if app.is_empty() || name.is_empty() {
@@ -42,17 +45,17 @@ impl StreamKey {
         Ok(Self(key.into()))
     }
 
-    /// The part before the first slash.
+    /// Returns the application: the part before the first slash.
     pub fn app(&self) -> &str {
         self.0.split_once('/').map_or("", |(app, _)| app)
     }
 
-    /// The part after the first slash.
+    /// Returns the name: the part after the first slash.
     pub fn name(&self) -> &str {
         self.0.split_once('/').map_or("", |(_, name)| name)
     }
 
-    /// The whole key, `app/name`.
+    /// Returns the whole key, `app/name`.
     pub fn as_str(&self) -> &str {
         &self.0
     }

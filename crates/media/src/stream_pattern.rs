@@ -1,4 +1,4 @@
-//! Which streams somebody wants: one, all of an application, or all.
+//! Patterns over stream keys.
 
 use std::{fmt, str::FromStr};
 
@@ -6,7 +6,14 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::StreamKey;
 
-/// Which streams: `app/name`, `app/*`, or `*` for all.
+/// A set of streams: `app/name` for one, `app/*` for an application, `*` for all.
+///
+/// ```
+/// use downpour_media::StreamPattern;
+/// let pattern: StreamPattern = "live/*".parse().unwrap();
+/// assert!(pattern.matches(&"live/movie".parse().unwrap()));
+/// assert!(!pattern.matches(&"vod/movie".parse().unwrap()));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum StreamPattern {
     /// All streams.
@@ -18,7 +25,7 @@ pub enum StreamPattern {
 }
 
 impl StreamPattern {
-    /// Whether the pattern means this stream.
+    /// Returns `true` if the pattern covers `key`.
     pub fn matches(&self, key: &StreamKey) -> bool {
         match self {
             Self::All => true,
@@ -35,7 +42,7 @@ impl FromStr for StreamPattern {
         if text == "*" {
             return Ok(Self::All);
         }
-        // The rules for an application's name are those of a key that has it.
+        // An application is valid if a key with it is.
         let app = text.strip_suffix("/*");
         let key = match app {
             Some(app) => StreamKey::new(app, "x"),
@@ -73,7 +80,7 @@ impl<'de> Deserialize<'de> for StreamPattern {
     }
 }
 
-/// A text that is no [`StreamPattern`].
+/// The error for a text that is not a [`StreamPattern`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a stream pattern: write app/name, app/* or *")]
 pub struct InvalidPattern;
@@ -83,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns_mean_what_they_say() {
+    fn patterns_match_by_segment() {
         let key = |text: &str| text.parse::<StreamKey>().unwrap();
         let pattern = |text: &str| text.parse::<StreamPattern>();
         assert!(pattern("*").unwrap().matches(&key("live/a")));
@@ -91,11 +98,19 @@ mod tests {
         assert!(!pattern("live/*").unwrap().matches(&key("alive/a")));
         assert!(pattern("live/a").unwrap().matches(&key("live/a")));
         assert!(!pattern("live/a").unwrap().matches(&key("live/ab")));
+    }
+
+    #[test]
+    fn malformed_patterns_are_refused() {
         for bad in ["", "/", "live", "**", "*/a", "li*e/*", "a/b/*", "live/..", "live/a*"] {
-            assert_eq!(pattern(bad), Err(InvalidPattern), "{bad:?}");
+            assert_eq!(bad.parse::<StreamPattern>(), Err(InvalidPattern), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn patterns_print_as_they_parse() {
         for good in ["*", "live/*", "live/a/b"] {
-            assert_eq!(pattern(good).unwrap().to_string(), good);
+            assert_eq!(good.parse::<StreamPattern>().unwrap().to_string(), good);
         }
     }
 }

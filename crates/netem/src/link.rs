@@ -1,4 +1,4 @@
-//! One direction of a network path, in virtual time.
+//! One direction of a network path, without a clock.
 
 use std::{
     cmp::Ordering,
@@ -9,12 +9,14 @@ use std::{
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-/// A path that loses, delays, doubles and reorders datagrams, the same way for the same seed,
-/// settings and input.
+/// One direction of a path that loses, delays, duplicates and reorders datagrams. The outcome is a
+/// function of seed, settings and input.
 ///
-/// A datagram meets, in this order: blackouts, bursts, random loss, the rate limit's queue,
-/// duplication, delay and jitter, reordering. Without reordering the order is kept, whatever the
-/// jitter.
+/// Stages in order: blackouts, burst loss, random loss, duplication, the rate limit's queue, delay
+/// and jitter, reordering. Jitter alone keeps the order.
+///
+/// The caller passes the time: [`Link::send`] puts a datagram on the path, [`Link::poll_output`]
+/// returns those that have arrived, [`Link::next_deadline`] is the time of the next arrival.
 #[derive(Debug)]
 pub struct Link {
     settings: LinkSettings,
@@ -22,18 +24,19 @@ pub struct Link {
     rng: SmallRng,
     in_flight: BinaryHeap<InFlight>,
     in_flight_bytes: usize,
+    /// Sequence number of the next datagram in flight: breaks ties between equal arrival times.
     next_order: u64,
-    /// When the rate-limited sender has sent all that it holds.
+    /// When the rate limit's queue is empty.
     line_free: Option<Instant>,
-    /// When the newest datagram that was not reordered arrives.
+    /// Arrival of the last datagram that was not reordered.
     last_due: Option<Instant>,
-    /// The first datagram under these settings: blackouts count from here.
+    /// Time of the first datagram under these settings, from which blackouts count.
     epoch: Option<Instant>,
     burst: Option<BurstState>,
 }
 
 impl Link {
-    /// An empty path. `seed` decides every draw.
+    /// An empty path. `seed` determines all random draws.
     pub fn new(settings: LinkSettings, seed: u64) -> Self {
         Self {
             settings,
@@ -49,7 +52,7 @@ impl Link {
         }
     }
 
-    /// Puts a datagram on the path. `now` must not go back.
+    /// Puts a datagram on the path. `now` must not decrease.
     pub fn send(&mut self, now: Instant, datagram: Bytes) {
         self.stats.sent += 1;
         let epoch = *self.epoch.get_or_insert(now);
@@ -73,7 +76,7 @@ impl Link {
         self.transmit(now, datagram);
     }
 
-    /// The next datagram that has arrived by `now`, in the order of arrival.
+    /// Returns the next datagram that has arrived by `now`, in order of arrival.
     pub fn poll_output(&mut self, now: Instant) -> Option<Bytes> {
         if self.next_deadline()? > now {
             return None;
@@ -84,29 +87,29 @@ impl Link {
         Some(arrived.datagram)
     }
 
-    /// Replaces the settings. What is on its way already arrives as it would have.
+    /// Replaces the settings. Datagrams in flight keep their arrival times.
     pub fn set_settings(&mut self, settings: LinkSettings) {
         self.settings = settings;
         self.epoch = None;
         self.burst = None;
     }
 
-    /// What happened since the last call, or since the start.
+    /// Returns the counters and resets them.
     pub fn take_stats(&mut self) -> LinkStats {
         std::mem::take(&mut self.stats)
     }
 
-    /// When [`Link::poll_output`] has something next.
+    /// Returns the time at which [`Link::poll_output`] has the next datagram.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.in_flight.peek().map(|first| first.due)
     }
 
-    /// What happened since the start, or since the last [`Link::take_stats`].
+    /// Returns the counters since the start or the last [`Link::take_stats`].
     pub fn stats(&self) -> &LinkStats {
         &self.stats
     }
 
-    /// Sends one copy, if there is room for it.
+    /// Sends one copy, unless a queue is full.
     fn transmit(&mut self, now: Instant, datagram: Bytes) {
         let Some(departs) = self.depart(now, datagram.len()) else {
             self.stats.dropped_queue += 1;
@@ -128,13 +131,13 @@ impl Link {
         self.next_order += 1;
     }
 
-    /// When the last bit leaves the sender; `None` when its queue is full.
+    /// Returns the time at which the last bit leaves the sender, or `None` if its queue is full.
     fn depart(&mut self, now: Instant, len: usize) -> Option<Instant> {
-        if self.in_flight_bytes + len > IN_FLIGHT_MAX {
+        if self.in_flight_bytes + len > MAX_IN_FLIGHT {
             return None;
         }
         let Some(rate) = self.settings.rate_bps else {
-            // A datagram under an earlier limit may still be leaving.
+            // A datagram sent under an earlier rate limit may still be leaving.
             return Some(self.line_free.map_or(now, |free| free.max(now)));
         };
         let starts = self.line_free.map_or(now, |free| free.max(now));
@@ -157,46 +160,46 @@ impl Link {
         state.bad && self.chance(bursts.loss)
     }
 
-    /// Draws only where the outcome is open. So a path without random loss has the same bursts at
-    /// the same times whatever is sent over it, and one that was clean before loses the same
-    /// datagrams from the change on, however many had passed.
+    /// Draws only if the outcome is open. Without random loss, bursts are therefore independent of
+    /// the traffic; and after a change of settings, the losses do not depend on the datagrams
+    /// before it.
     fn chance(&mut self, probability: f64) -> bool {
         probability >= 1.0 || probability > 0.0 && self.rng.random::<f64>() < probability
     }
 }
 
-/// What a [`Link`] does. The default is a perfect path.
+/// The impairments of a [`Link`]. The default is a perfect path.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LinkSettings {
-    /// Share of datagrams lost, each on its own, 0 to 1.
+    /// Share of datagrams lost independently of each other, 0 to 1.
     pub loss: f64,
-    /// Loss in bursts, besides.
+    /// Burst loss, in addition.
     pub bursts: Option<Bursts>,
     /// Share of datagrams that arrive twice, 0 to 1.
     pub duplicate: f64,
-    /// Share of datagrams that later ones overtake, 0 to 1.
+    /// Share of datagrams delayed so that later ones overtake them, 0 to 1.
     pub reorder: f64,
-    /// How much later those arrive.
+    /// Additional delay of reordered datagrams.
     pub reorder_delay: Duration,
     /// One-way delay of every datagram.
     pub delay: Duration,
-    /// Up to this much more, uniformly drawn; the order stays.
+    /// The largest additional delay, drawn uniformly. Keeps the order.
     pub jitter: Duration,
-    /// Bits a second of payload that the path carries; `None` is no limit.
+    /// Rate limit in payload bits per second; `None` is unlimited.
     pub rate_bps: Option<u64>,
-    /// Bytes that wait for the rate limit; what comes on top is dropped.
+    /// Queue of the rate limit in bytes. A datagram that does not fit is dropped.
     pub queue_bytes: usize,
-    /// When nothing gets through at all.
+    /// Periods in which every datagram is lost.
     pub blackouts: Vec<Blackout>,
 }
 
 impl LinkSettings {
-    /// A path that loses this share of datagrams at random.
+    /// A path with random loss, 0 to 1.
     pub fn lossy(loss: f64) -> Self {
         Self { loss, ..Self::default() }
     }
 
-    /// A path that is cut.
+    /// A path that loses every datagram.
     pub fn cut() -> Self {
         Self::lossy(1.0)
     }
@@ -219,22 +222,22 @@ impl Default for LinkSettings {
     }
 }
 
-/// The Gilbert-Elliott model: a path that is good, and for short times bad.
+/// Gilbert-Elliott burst loss: the path alternates between a good and a bad state.
 ///
-/// Time drives it, not the count of datagrams: driven by count, a sparse flow (repair requests)
-/// would stay in a burst for seconds, which no real path does.
+/// Time drives the transitions, not the number of datagrams. Driven by datagrams, a sparse flow
+/// such as repair requests would stay in a burst for seconds, which real paths do not do.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bursts {
-    /// Mean time between two bursts; exponentially distributed.
+    /// Mean time between two bursts, exponentially distributed.
     pub mean_gap: Duration,
-    /// Mean length of a burst; exponentially distributed.
+    /// Mean length of a burst, exponentially distributed.
     pub mean_length: Duration,
-    /// Share of datagrams lost during one, 0 to 1.
+    /// Share of datagrams lost during a burst, 0 to 1.
     pub loss: f64,
 }
 
 impl Bursts {
-    /// Bursts of this mean length that lose everything and cover `share` of the time, 0 to 1.
+    /// Bursts of total loss that cover `share` of the time, 0 to 1.
     pub fn covering(share: f64, mean_length: Duration) -> Self {
         let share = share.clamp(1e-6, 1.0);
         let mean_gap = mean_length.mul_f64((1.0 - share) / share);
@@ -242,14 +245,14 @@ impl Bursts {
     }
 }
 
-/// A time in which a link delivers nothing, counted from the first datagram under its settings.
+/// A period of total loss, relative to the first datagram under the settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Blackout {
-    /// When it begins.
+    /// Start of the first period.
     pub start: Duration,
-    /// How long it lasts.
+    /// Length of a period.
     pub length: Duration,
-    /// How often it comes back, from start to start; `None` is once.
+    /// Time from one start to the next; `None` for a single period.
     pub period: Option<Duration>,
 }
 
@@ -263,12 +266,12 @@ impl Blackout {
     }
 }
 
-/// What became of the datagrams of one direction.
+/// Counters of a [`Link`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LinkStats {
-    /// Datagrams put in.
+    /// Datagrams sent.
     pub sent: u64,
-    /// Datagrams that came out, copies included.
+    /// Datagrams delivered, duplicates included.
     pub delivered: u64,
     /// Lost to [`LinkSettings::loss`].
     pub dropped_random: u64,
@@ -276,16 +279,16 @@ pub struct LinkStats {
     pub dropped_burst: u64,
     /// Lost to [`LinkSettings::blackouts`].
     pub dropped_blackout: u64,
-    /// Lost to a full queue, of the rate limit or of the link's own memory bound.
+    /// Lost to a full queue: the rate limit's, or the link's bound of 64 MiB in flight.
     pub dropped_queue: u64,
-    /// Second copies made; like the first, one may be lost to a full queue.
+    /// Duplicates sent. Like the original, a duplicate can be lost to a full queue.
     pub duplicated: u64,
-    /// Datagrams held back so that later ones overtake them.
+    /// Datagrams delayed so that later ones overtake them.
     pub reordered: u64,
 }
 
 impl LinkStats {
-    /// All that was lost, for whatever cause.
+    /// Returns the number of lost datagrams of all causes.
     pub fn dropped(&self) -> u64 {
         self.dropped_random + self.dropped_burst + self.dropped_blackout + self.dropped_queue
     }
@@ -312,7 +315,7 @@ struct InFlight {
 }
 
 impl Ord for InFlight {
-    /// The earliest is the greatest, for `BinaryHeap` gives out the greatest.
+    /// Reversed, because `BinaryHeap` pops the greatest and the earliest must come first.
     fn cmp(&self, other: &Self) -> Ordering {
         (other.due, other.order).cmp(&(self.due, self.order))
     }
@@ -335,323 +338,44 @@ impl Eq for InFlight {}
 #[derive(Debug)]
 struct BurstState {
     bad: bool,
+    /// Time of the next transition.
     until: Instant,
 }
 
 impl BurstState {
-    /// A state drawn from the long-run shares of both.
+    /// Draws a state from the stationary distribution.
     fn stationary(bursts: &Bursts, now: Instant, rng: &mut SmallRng) -> Self {
         let cycle = bursts.mean_gap + bursts.mean_length;
         let share = bursts.mean_length.as_secs_f64() / cycle.as_secs_f64().max(f64::MIN_POSITIVE);
         let bad = rng.random::<f64>() < share;
         let mut state = Self { bad, until: now };
-        state.until += state.stay(bursts, rng);
+        state.until += state.draw_stay(bursts, rng);
         state
     }
 
     fn advance(&mut self, bursts: &Bursts, now: Instant, rng: &mut SmallRng) {
-        // After a long silence the state depends no more on the old one; this bounds the loop.
+        // After a long silence the old state is irrelevant. This bounds the loop.
         let cycle = bursts.mean_gap + bursts.mean_length;
         if now.saturating_duration_since(self.until) > cycle.saturating_mul(64) {
             *self = Self::stationary(bursts, now, rng);
         }
         while self.until <= now {
             self.bad = !self.bad;
-            self.until += self.stay(bursts, rng);
+            self.until += self.draw_stay(bursts, rng);
         }
     }
 
-    fn stay(&self, bursts: &Bursts, rng: &mut SmallRng) -> Duration {
+    /// Draws the time that the current state lasts.
+    fn draw_stay(&self, bursts: &Bursts, rng: &mut SmallRng) -> Duration {
         let mean = if self.bad { bursts.mean_length } else { bursts.mean_gap };
         let length = mean.as_secs_f64() * -(1.0 - rng.random::<f64>()).ln();
-        // Never zero, so that every change of state takes time and `advance` ends.
+        // Never zero, so that the loop in `advance` ends.
         Duration::from_secs_f64(length.min(1e6)).max(Duration::from_micros(1))
     }
 }
 
-/// Bytes on the way at most: a delay of seconds must not eat the machine's memory.
-const IN_FLIGHT_MAX: usize = 64 << 20;
+/// Bytes in flight per link: bounds the memory of a path with seconds of delay.
+const MAX_IN_FLIGHT: usize = 64 << 20;
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const STEP: Duration = Duration::from_millis(1);
-
-    /// Sends `count` numbered datagrams of 100 bytes, one a millisecond, and takes all that arrives
-    /// with its time of arrival, counted from the first one's sending.
-    fn run(settings: LinkSettings, seed: u64, count: u32) -> (Vec<(u32, Duration)>, LinkStats) {
-        let mut link = Link::new(settings, seed);
-        let start = Instant::now();
-        let mut arrived = Vec::new();
-        let mut take = |link: &mut Link, now: Instant| {
-            while let Some(deadline) = link.next_deadline().filter(|deadline| *deadline <= now) {
-                let datagram = link.poll_output(deadline).unwrap();
-                let number = u32::from_be_bytes(*datagram.first_chunk().unwrap());
-                arrived.push((number, deadline - start));
-            }
-        };
-        for number in 0..count {
-            let now = start + STEP * number;
-            take(&mut link, now);
-            let mut datagram = vec![0; 100];
-            datagram[..4].copy_from_slice(&number.to_be_bytes());
-            link.send(now, datagram.into());
-        }
-        take(&mut link, start + STEP * count + Duration::from_secs(60));
-        assert!(link.next_deadline().is_none());
-        let stats = *link.stats();
-        assert_eq!(stats.delivered, arrived.len() as u64);
-        assert_eq!(stats.sent + stats.duplicated, stats.delivered + stats.dropped());
-        (arrived, stats)
-    }
-
-    #[test]
-    fn a_perfect_path_changes_nothing() {
-        let (arrived, stats) = run(LinkSettings::default(), 1, 1000);
-        assert!(arrived.iter().enumerate().all(|(i, a)| *a == (i as u32, STEP * i as u32)));
-        assert_eq!(stats.dropped(), 0);
-    }
-
-    #[test]
-    fn a_seed_decides_everything_and_seeds_differ() {
-        let settings = LinkSettings {
-            loss: 0.1,
-            bursts: Some(Bursts::covering(0.05, Duration::from_millis(10))),
-            duplicate: 0.02,
-            reorder: 0.05,
-            delay: Duration::from_millis(20),
-            jitter: Duration::from_millis(5),
-            ..LinkSettings::default()
-        };
-        let first = run(settings.clone(), 7, 5000).0;
-        assert_eq!(first, run(settings.clone(), 7, 5000).0);
-        assert_ne!(first, run(settings, 8, 5000).0);
-    }
-
-    #[test]
-    fn random_loss_has_the_asked_share_and_no_memory() {
-        for (seed, loss) in [(1, 0.01), (2, 0.05), (3, 0.2), (4, 0.5)] {
-            let count = 100_000;
-            let (arrived, stats) = run(LinkSettings::lossy(loss), seed, count);
-            let share = stats.dropped_random as f64 / f64::from(count);
-            // Five standard deviations of a binomial share.
-            let bound = 5.0 * (loss * (1.0 - loss) / f64::from(count)).sqrt();
-            assert!((share - loss).abs() < bound, "{share} of {loss}");
-            // Losses come alone: runs of lost ones have the mean length 1 / (1 - p).
-            let gaps = arrived.windows(2).map(|w| w[1].0 - w[0].0 - 1).filter(|gap| *gap > 0);
-            let (runs, lost) = gaps.fold((0, 0), |(runs, lost), gap| (runs + 1, lost + gap));
-            let mean = f64::from(lost) / f64::from(runs);
-            assert!((mean - 1.0 / (1.0 - loss)).abs() < 0.05, "{mean} at {loss}");
-        }
-    }
-
-    #[test]
-    fn bursts_have_the_asked_share_and_length_in_time() {
-        let length = Duration::from_millis(20);
-        let settings = LinkSettings {
-            bursts: Some(Bursts::covering(0.05, length)),
-            ..LinkSettings::default()
-        };
-        let (arrived, stats) = run(settings, 11, 1_000_000);
-        let share = stats.dropped_burst as f64 / 1e6;
-        assert!((share - 0.05).abs() < 0.005, "{share}");
-        let gaps: Vec<u32> =
-            arrived.windows(2).map(|w| w[1].0 - w[0].0 - 1).filter(|gap| *gap > 0).collect();
-        // At one datagram a millisecond a burst loses as many as it lasts milliseconds; bursts too
-        // short to meet one are not seen, which lengthens the mean by half a datagram.
-        let mean = f64::from(gaps.iter().sum::<u32>()) / gaps.len() as f64;
-        assert!((mean - 20.5).abs() < 1.5, "{mean}");
-    }
-
-    #[test]
-    fn bursts_come_when_they_come_whatever_is_sent() {
-        let settings = LinkSettings {
-            bursts: Some(Bursts::covering(0.1, Duration::from_millis(20))),
-            ..LinkSettings::default()
-        };
-        let start = Instant::now();
-        let lost = |step: u32| -> Vec<bool> {
-            let mut link = Link::new(settings.clone(), 4);
-            let mut fates = Vec::new();
-            for i in (0..10_000).step_by(step as usize) {
-                let before = link.stats().dropped_burst;
-                link.send(start + STEP * i, Bytes::from_static(b"x"));
-                if i % 2 == 0 {
-                    fates.push(link.stats().dropped_burst > before);
-                }
-            }
-            fates
-        };
-        let dense = lost(1);
-        assert!(dense.iter().filter(|lost| **lost).count() > 100);
-        assert_eq!(dense, lost(2));
-    }
-
-    #[test]
-    fn a_sparse_flow_meets_no_longer_bursts_than_a_dense_one() {
-        let bursts = Bursts::covering(0.2, Duration::from_millis(20));
-        let mut link =
-            Link::new(LinkSettings { bursts: Some(bursts), ..LinkSettings::default() }, 3);
-        let start = Instant::now();
-        let count = 20_000u32;
-        // One datagram in ten seconds: each draw is independent of the one before.
-        let lost: Vec<bool> = (0..count)
-            .map(|i| {
-                let before = link.stats().dropped_burst;
-                link.send(start + Duration::from_secs(10) * i, Bytes::from_static(b"x"));
-                link.stats().dropped_burst > before
-            })
-            .collect();
-        let share = lost.iter().filter(|lost| **lost).count() as f64 / f64::from(count);
-        let pairs = lost.windows(2).filter(|w| w[0] && w[1]).count() as f64 / f64::from(count);
-        assert!((share - 0.2).abs() < 0.015, "{share}");
-        assert!((pairs - 0.04).abs() < 0.008, "{pairs}");
-    }
-
-    #[test]
-    fn delay_and_jitter_stay_in_their_bounds_and_keep_the_order() {
-        let (delay, jitter) = (Duration::from_millis(50), Duration::from_millis(30));
-        let (arrived, _) =
-            run(LinkSettings { delay, jitter, ..LinkSettings::default() }, 5, 10_000);
-        assert!(arrived.windows(2).all(|w| w[0].0 < w[1].0));
-        for (number, at) in &arrived {
-            let took = *at - STEP * *number;
-            assert!(took >= delay && took <= delay + jitter, "{took:?}");
-        }
-        let spread = arrived.iter().map(|(number, at)| *at - STEP * *number);
-        assert!(spread.clone().max().unwrap() - spread.min().unwrap() > jitter / 2);
-    }
-
-    #[test]
-    fn reordered_datagrams_come_late_and_only_they() {
-        let settings = LinkSettings {
-            reorder: 0.1,
-            reorder_delay: Duration::from_millis(5),
-            ..LinkSettings::default()
-        };
-        let (arrived, stats) = run(settings, 9, 50_000);
-        let late = arrived.iter().filter(|(number, at)| *at > STEP * *number).count() as u64;
-        assert_eq!(late, stats.reordered);
-        assert!((4600..5400).contains(&late), "{late}");
-        let overtaken = arrived.windows(2).filter(|w| w[0].0 > w[1].0).count();
-        assert!(overtaken > 3000, "{overtaken}");
-    }
-
-    #[test]
-    fn duplicates_arrive_twice() {
-        let (arrived, stats) =
-            run(LinkSettings { duplicate: 0.1, ..LinkSettings::default() }, 2, 50_000);
-        assert!((4600..5400).contains(&stats.duplicated), "{}", stats.duplicated);
-        assert_eq!(arrived.len() as u64, 50_000 + stats.duplicated);
-    }
-
-    #[test]
-    fn the_rate_limit_spaces_datagrams_and_its_queue_overflows() {
-        // 800 bits a millisecond are sent and 400 carried; ten datagrams wait at most.
-        let settings =
-            LinkSettings { rate_bps: Some(400_000), queue_bytes: 1000, ..LinkSettings::default() };
-        let (arrived, stats) = run(settings, 1, 10_000);
-        assert!((4980..5020).contains(&stats.dropped_queue), "{}", stats.dropped_queue);
-        assert!(arrived.windows(2).all(|w| w[1].1 - w[0].1 >= Duration::from_micros(1999)));
-        let longest = arrived.iter().map(|(number, at)| *at - STEP * *number).max().unwrap();
-        assert!(longest <= Duration::from_millis(21), "{longest:?}");
-    }
-
-    #[test]
-    fn blackouts_cut_once_or_again_and_again() {
-        let once = Blackout { start: STEP * 100, length: STEP * 50, period: None };
-        let again = Blackout { start: STEP * 1000, length: STEP * 10, period: Some(STEP * 100) };
-        let settings = LinkSettings { blackouts: vec![once, again], ..LinkSettings::default() };
-        let (arrived, stats) = run(settings, 1, 2000);
-        assert_eq!(stats.dropped_blackout, 50 + 10 * 10);
-        let seen = |number| arrived.iter().any(|(n, _)| *n == number);
-        assert!(seen(99) && !seen(100) && !seen(149) && seen(150));
-        assert!(!seen(1000) && seen(1010) && !seen(1105));
-    }
-
-    #[test]
-    fn settings_change_under_way() {
-        let delay = Duration::from_millis(10);
-        let mut link = Link::new(LinkSettings { delay, ..LinkSettings::default() }, 1);
-        let start = Instant::now();
-        link.send(start, Bytes::from_static(b"before"));
-        link.set_settings(LinkSettings::cut());
-        link.send(start, Bytes::from_static(b"during"));
-        link.set_settings(LinkSettings::default());
-        link.send(start, Bytes::from_static(b"after"));
-        assert_eq!(link.poll_output(start), None);
-        assert_eq!(link.poll_output(start + delay).unwrap(), "before");
-        // The path keeps its order even when its delay has shrunk.
-        assert_eq!(link.poll_output(start + delay).unwrap(), "after");
-        assert_eq!(link.next_deadline(), None);
-    }
-
-    #[test]
-    fn memory_is_bounded() {
-        let delay = Duration::from_secs(3600);
-        let mut link = Link::new(LinkSettings { delay, ..LinkSettings::default() }, 1);
-        let datagram = Bytes::from(vec![0; 60_000]);
-        let now = Instant::now();
-        (0..2000).for_each(|_| link.send(now, datagram.clone()));
-        assert_eq!(link.in_flight.len(), IN_FLIGHT_MAX / datagram.len());
-        assert_eq!(link.stats().dropped_queue as usize, 2000 - link.in_flight.len());
-    }
-
-    fn any_settings() -> impl Strategy<Value = LinkSettings> {
-        let share = || prop_oneof![Just(0.0), Just(1.0), 0.0..1.0f64];
-        let millis = |most: u64| (0..most).prop_map(Duration::from_millis);
-        let bursts = (millis(100), millis(100), share())
-            .prop_map(|(mean_gap, mean_length, loss)| Bursts { mean_gap, mean_length, loss });
-        let blackout = (millis(300), millis(100), prop::option::of(millis(200)))
-            .prop_map(|(start, length, period)| Blackout { start, length, period });
-        let path = (millis(50), millis(50), millis(50), prop::option::of(10_000..1_000_000u64));
-        (
-            (share(), share(), share()),
-            path,
-            prop::option::of(bursts),
-            prop::collection::vec(blackout, 0..3),
-            0..5000usize,
-        )
-            .prop_map(
-                |((loss, duplicate, reorder), path, bursts, blackouts, queue_bytes)| {
-                    let (delay, jitter, reorder_delay, rate_bps) = path;
-                    LinkSettings {
-                        loss,
-                        bursts,
-                        duplicate,
-                        reorder,
-                        reorder_delay,
-                        delay,
-                        jitter,
-                        rate_bps,
-                        queue_bytes,
-                        blackouts,
-                    }
-                },
-            )
-    }
-
-    proptest! {
-        /// `run` itself checks that each datagram is delivered or counted as lost.
-        #[test]
-        fn nothing_is_lost_uncounted_and_order_is_kept_unless_told_otherwise(
-            settings in any_settings(), seed: u64,
-        ) {
-            let (arrived, stats) = run(settings.clone(), seed, 400);
-            prop_assert!(stats.duplicated <= stats.sent && stats.reordered <= 2 * stats.sent);
-            if settings.reorder == 0.0 {
-                prop_assert!(arrived.windows(2).all(|w| w[0].0 <= w[1].0));
-            }
-            if settings.duplicate == 0.0 {
-                prop_assert!(arrived.iter().all(|(number, _)| *number < 400));
-                prop_assert_eq!(stats.duplicated, 0);
-            }
-            for (number, at) in arrived {
-                prop_assert!(at >= STEP * number + settings.delay);
-            }
-        }
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! A UDP relay with a bad network inside.
+//! A UDP relay with a [`Link`] per client and direction.
 
 use std::{
     collections::HashMap,
@@ -6,13 +6,14 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     pin::pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::UdpSocket,
@@ -23,12 +24,16 @@ use tracing::{debug, warn};
 
 use super::{Link, LinkSettings, LinkStats};
 
-/// Carries datagrams between clients and one upstream address, each direction of each client over
-/// a [`Link`] of its own.
+/// Relays datagrams between clients and one upstream address. Each direction of each client has its
+/// own [`Link`].
 ///
-/// To the upstream every client is a port of its own, as behind a NAT. Dropping the relay closes
-/// its sockets. Datagrams go one by one: the kernel splits a sender's GSO bursts before they
-/// arrive here.
+/// The upstream sees each client as a separate port, as behind a NAT. Dropping the relay closes its
+/// sockets. The kernel splits GSO batches before they reach the relay, so datagrams are impaired
+/// one by one.
+///
+/// One task reads the listening socket and passes datagrams to the client's task over a bounded
+/// channel; the client's task owns both links and the upstream socket. It ends after
+/// [`RelaySettings::idle_timeout`] or with the relay.
 #[derive(Debug)]
 pub struct UdpRelay {
     local_addr: SocketAddr,
@@ -41,15 +46,21 @@ impl UdpRelay {
     /// Listens on a free loopback port and relays to `upstream`.
     ///
     /// # Errors
-    /// If no socket can be had. Must be called inside a tokio runtime.
+    /// If no socket is available.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn start(upstream: SocketAddr, settings: RelaySettings) -> io::Result<Self> {
         Self::start_at(loopback(upstream.is_ipv6()), upstream, settings)
     }
 
-    /// Listens on `listen`, as [`Self::start`] does on a port of its choice.
+    /// Like [`UdpRelay::start`], but listens on `listen`.
     ///
     /// # Errors
-    /// If the address is taken.
+    /// If the address is in use.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn start_at(
         listen: SocketAddr,
         upstream: SocketAddr,
@@ -69,28 +80,28 @@ impl UdpRelay {
             shared: shared.clone(),
             paths: changes,
             clients: HashMap::new(),
-            known: 0,
+            seen: 0,
         };
         Ok(Self { local_addr, shared, paths, listener: tokio::spawn(listener.run()) })
     }
 
-    /// Changes both directions for all clients, those under way included. A blackout counts from
-    /// the next datagram.
+    /// Changes both directions for all present and future clients. Blackouts count from the next
+    /// datagram.
     pub fn set_settings(&self, to_upstream: LinkSettings, to_client: LinkSettings) {
         self.paths.send_replace(Paths { to_upstream, to_client });
     }
 
-    /// Where clients send to.
+    /// Returns the address that clients send to.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
-    /// What was carried, lost and changed so far, all clients together.
+    /// Returns the counters of all clients together.
     pub fn stats(&self) -> RelayStats {
-        let links = self.shared.links();
+        let Totals { to_upstream, to_client } = *self.shared.totals.lock();
         RelayStats {
-            to_upstream: links.0,
-            to_client: links.1,
+            to_upstream,
+            to_client,
             clients: self.shared.clients.load(Ordering::Relaxed),
             refused: self.shared.refused.load(Ordering::Relaxed),
             errors: self.shared.errors.load(Ordering::Relaxed),
@@ -100,23 +111,23 @@ impl UdpRelay {
 
 impl Drop for UdpRelay {
     fn drop(&mut self) {
-        // The clients' tasks end with the sender of their channel, which the listener owns.
+        // The listener owns the senders of the clients' channels, so their tasks end with it.
         self.listener.abort();
     }
 }
 
-/// How a [`UdpRelay`] treats its clients.
+/// Settings of a [`UdpRelay`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct RelaySettings {
     /// The path from a client to the upstream.
     pub to_upstream: LinkSettings,
     /// The path from the upstream to a client.
     pub to_client: LinkSettings,
-    /// Decides all draws, together with the order in which clients appear.
+    /// Determines all random draws, together with the order in which clients appear.
     pub seed: u64,
-    /// Clients at one time; datagrams of further ones are counted and dropped.
+    /// Clients at a time. Datagrams of further clients are dropped and counted.
     pub max_clients: usize,
-    /// A client that neither sends nor gets anything for this long is forgotten.
+    /// A client without traffic in either direction for this time is removed.
     pub idle_timeout: Duration,
 }
 
@@ -139,19 +150,19 @@ impl Default for RelaySettings {
     }
 }
 
-/// What a [`UdpRelay`] did, all clients together.
+/// Counters of a [`UdpRelay`], all clients together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RelayStats {
     /// From clients to the upstream.
     pub to_upstream: LinkStats,
     /// From the upstream to clients.
     pub to_client: LinkStats,
-    /// Clients known now.
+    /// Present clients.
     pub clients: usize,
-    /// Datagrams dropped because there were too many clients, or one sent faster than its task
-    /// could take.
+    /// Datagrams dropped because there were too many clients, or the queue of a client's task was
+    /// full.
     pub refused: u64,
-    /// Socket errors, such as an upstream whose port nobody listens on.
+    /// Socket errors, such as a closed upstream port.
     pub errors: u64,
 }
 
@@ -163,19 +174,19 @@ struct Paths {
 
 #[derive(Debug, Default)]
 struct Shared {
-    links: Mutex<(LinkStats, LinkStats)>,
+    totals: Mutex<Totals>,
     clients: AtomicUsize,
     refused: AtomicU64,
     errors: AtomicU64,
 }
 
-impl Shared {
-    fn links(&self) -> std::sync::MutexGuard<'_, (LinkStats, LinkStats)> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+#[derive(Debug, Default)]
+struct Totals {
+    to_upstream: LinkStats,
+    to_client: LinkStats,
 }
 
-/// Takes what clients send and hands it to their tasks.
+/// Reads the clients' datagrams and passes them to the clients' tasks.
 struct Listener {
     socket: Arc<UdpSocket>,
     upstream: SocketAddr,
@@ -183,20 +194,20 @@ struct Listener {
     shared: Arc<Shared>,
     paths: watch::Receiver<Paths>,
     clients: HashMap<SocketAddr, mpsc::Sender<Bytes>>,
-    /// Clients seen so far: part of each one's seed.
-    known: u64,
+    /// Clients seen so far: determines the seed of the next one.
+    seen: u64,
 }
 
 impl Listener {
     async fn run(mut self) {
-        let mut buffer = vec![0; DATAGRAM_MAX];
+        let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
             match self.socket.recv_from(&mut buffer).await {
                 Ok((len, client)) => self.datagram(client, Bytes::copy_from_slice(&buffer[..len])),
                 Err(error) => {
                     self.shared.errors.fetch_add(1, Ordering::Relaxed);
-                    debug!(%error, "relay cannot receive");
-                    // An error that stays must not turn into a busy loop.
+                    debug!(%error, "relay receive failed");
+                    // A persistent error must not cause a busy loop.
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
             }
@@ -219,19 +230,19 @@ impl Listener {
         let upstream = match self.connect() {
             Ok(upstream) => upstream,
             Err(error) => {
-                warn!(peer = %client, %error, "relay has no socket for a client");
+                warn!(peer = %client, %error, "relay socket for client failed");
                 self.shared.errors.fetch_add(1, Ordering::Relaxed);
                 return;
             }
         };
         let (queue, received) = mpsc::channel(CLIENT_QUEUE);
-        // The queue is empty: there is room.
+        // Cannot fail: the queue is empty.
         let _ = queue.try_send(datagram);
         self.clients.insert(client, queue);
         let mut paths = self.paths.clone();
         let Paths { to_upstream, to_client } = paths.borrow_and_update().clone();
-        let seed = self.settings.seed.wrapping_add(self.known.wrapping_mul(2));
-        self.known += 1;
+        let seed = self.settings.seed.wrapping_add(self.seen.wrapping_mul(2));
+        self.seen += 1;
         let task = Client {
             address: client,
             listen: self.socket.clone(),
@@ -261,7 +272,7 @@ impl Listener {
     }
 }
 
-/// One client's two directions.
+/// The task of one client: both directions.
 struct Client {
     address: SocketAddr,
     listen: Arc<UdpSocket>,
@@ -274,7 +285,7 @@ struct Client {
 
 impl Client {
     async fn run(mut self, mut received: mpsc::Receiver<Bytes>, mut paths: watch::Receiver<Paths>) {
-        let mut buffer = vec![0; DATAGRAM_MAX];
+        let mut buffer = vec![0; MAX_DATAGRAM];
         let mut batch = Vec::with_capacity(BATCH);
         let mut sleep = pin!(tokio::time::sleep(Duration::ZERO));
         let mut active = Instant::now();
@@ -283,8 +294,8 @@ impl Client {
             let next = [self.to_upstream.next_deadline(), self.to_client.next_deadline()];
             let wake = next.into_iter().flatten().fold(idle_at, Instant::min);
             sleep.as_mut().reset(wake.into());
-            // Changed settings are looked at first: a test that cuts the path means the datagrams
-            // that it sends afterwards.
+            // New settings come first: a test that cuts the path expects the cut to apply to the
+            // datagrams that it sends afterwards.
             tokio::select! {
                 biased;
                 changed = paths.changed() => {
@@ -320,8 +331,7 @@ impl Client {
         self.shared.clients.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Takes what the upstream has sent, a batch at most, so that the other direction gets its
-    /// turn.
+    /// Reads up to a batch of datagrams from the upstream, so that neither direction starves.
     async fn receive(&mut self, now: Instant, buffer: &mut [u8]) {
         for _ in 0..BATCH {
             match self.upstream.try_recv(buffer) {
@@ -336,7 +346,7 @@ impl Client {
         while let Some(datagram) = self.to_upstream.poll_output(now) {
             if let Err(error) = self.upstream.send(&datagram).await {
                 self.error(&error).await;
-                // The error was that of an earlier datagram, and this one has not been sent.
+                // The error belongs to an earlier datagram; this one has not been sent.
                 if error.kind() == io::ErrorKind::ConnectionRefused {
                     let _ = self.upstream.send(&datagram).await;
                 }
@@ -347,16 +357,16 @@ impl Client {
                 self.error(&error).await;
             }
         }
-        let mut links = self.shared.links();
-        links.0 += self.to_upstream.take_stats();
-        links.1 += self.to_client.take_stats();
+        let mut totals = self.shared.totals.lock();
+        totals.to_upstream += self.to_upstream.take_stats();
+        totals.to_client += self.to_client.take_stats();
     }
 
     async fn error(&self, error: &io::Error) {
         self.shared.errors.fetch_add(1, Ordering::Relaxed);
-        // Nobody listens there at the moment: ICMP says so, and the path goes on.
+        // ICMP port unreachable: the upstream may come back, so the path stays.
         if error.kind() != io::ErrorKind::ConnectionRefused {
-            debug!(peer = %self.address, %error, "relay socket");
+            debug!(peer = %self.address, %error, "relay socket failed");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -369,7 +379,7 @@ fn loopback(v6: bool) -> SocketAddr {
 
 fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-    // The kernel may give less; then bursts are lost here, which `LinkStats` cannot count.
+    // The kernel may grant less. Bursts can then overflow it, which `LinkStats` does not count.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.set_nonblocking(true)?;
@@ -377,13 +387,13 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::from_std(socket.into())
 }
 
-/// The longest UDP datagram.
-const DATAGRAM_MAX: usize = 65_535;
-/// Bytes of kernel buffer asked for, each direction.
+/// The longest UDP datagram in bytes.
+const MAX_DATAGRAM: usize = 65_535;
+/// Requested kernel buffer per direction, in bytes.
 const SOCKET_BUFFER: usize = 4 << 20;
-/// Datagrams that wait for a client's task.
+/// Datagrams queued for a client's task.
 const CLIENT_QUEUE: usize = 4096;
-/// Datagrams taken from one side before the other gets its turn.
+/// Datagrams read from one side before the other gets its turn.
 const BATCH: usize = 64;
 
 #[cfg(test)]
@@ -415,7 +425,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn clients_are_told_apart_and_get_their_own_answers() {
+    async fn each_client_gets_its_own_answers() {
         let upstream = socket().await;
         let relay =
             UdpRelay::start(upstream.local_addr().unwrap(), RelaySettings::default()).unwrap();
@@ -427,13 +437,14 @@ mod tests {
         }
         for (i, client) in clients.iter().enumerate() {
             let (datagram, from) = receive(client).await;
-            assert_eq!((datagram, from), (vec![i as u8 + 100], relay.local_addr()));
+            assert_eq!(datagram, [i as u8 + 100]);
+            assert_eq!(from, relay.local_addr());
         }
         until(&relay, |s| s.clients == 3 && s.to_client.delivered == 3).await;
     }
 
     #[tokio::test]
-    async fn a_path_is_cut_and_heals() {
+    async fn settings_apply_to_a_running_path() {
         let upstream = socket().await;
         let relay =
             UdpRelay::start(upstream.local_addr().unwrap(), RelaySettings::default()).unwrap();
@@ -449,7 +460,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn too_many_clients_are_refused_and_idle_ones_make_room() {
+    async fn clients_are_bounded_and_idle_ones_are_removed() {
         let upstream = socket().await;
         let settings = RelaySettings {
             max_clients: 1,
@@ -458,8 +469,7 @@ mod tests {
         };
         let relay = UdpRelay::start(upstream.local_addr().unwrap(), settings).unwrap();
         let (first, second) = (socket().await, socket().await);
-        // Both at once: the listener sees the second before the first can be idle for 50 ms, or
-        // else after it, when there is room; only the first case is refused.
+        // The second is refused unless the listener sees it after the first has timed out.
         first.send_to(b"1", relay.local_addr()).await.unwrap();
         second.send_to(b"2", relay.local_addr()).await.unwrap();
         assert_eq!(receive(&upstream).await.0, b"1");
@@ -474,7 +484,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_upstream_that_is_away_comes_back() {
+    async fn a_restarted_upstream_is_reached_again() {
         let gone = socket().await;
         let address = gone.local_addr().unwrap();
         drop(gone);
@@ -489,7 +499,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn it_carries_what_a_test_needs_and_loses_what_it_is_told_to() {
+    async fn relay_carries_20000_packets_per_second_with_the_requested_loss() {
         let upstream = socket().await;
         let settings = RelaySettings {
             to_upstream: LinkSettings {
@@ -519,7 +529,7 @@ mod tests {
             for _ in 0..20 {
                 client.send_to(&[7; 1132], relay.local_addr()).await.unwrap();
             }
-            // A busy machine slows the test down; it must not overflow the kernel's buffers.
+            // On a slow machine, wait rather than overflow the kernel's buffers.
             let done = || got.load(Ordering::Relaxed) + relay.stats().to_upstream.dropped();
             until(&relay, |_| done() + 1500 > sent).await;
         }
@@ -528,10 +538,11 @@ mod tests {
         until(&relay, |_| done() == count).await;
         reader.abort();
         let stats = relay.stats();
-        // Nothing is lost in the relay's own queues and sockets.
+        // Nothing is lost in the relay's queues and sockets.
         assert_eq!(stats.to_upstream.sent, count);
-        assert_eq!((stats.refused, stats.errors), (0, 0));
-        // One second when the machine is free: 20,000 packets a second.
+        assert_eq!(stats.refused, 0);
+        assert_eq!(stats.errors, 0);
+        // One second on an idle machine.
         assert!(took < Duration::from_secs(10), "{took:?}");
         let lost = stats.to_upstream.dropped_random;
         assert!((850..1150).contains(&lost), "{lost}");

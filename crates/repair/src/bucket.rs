@@ -1,26 +1,27 @@
-//! A token bucket.
+//! Token bucket.
 
 use std::time::{Duration, Instant};
 
-/// Tokens that come at a steady rate and are kept up to a burst.
+/// Token bucket: refills at a steady rate up to a burst.
 #[derive(Debug, Clone)]
 pub struct TokenBucket {
-    /// Tokens a second; 0 for no limit.
+    /// Tokens per second; 0 for no limit.
     rate: u64,
     burst: f64,
     tokens: f64,
-    filled: Instant,
+    filled_at: Instant,
 }
 
 impl TokenBucket {
-    /// A full bucket. `rate` 0 is no limit; `burst` is at least 1.
+    /// Creates a full bucket of `rate` tokens per second (0 for no limit) and `burst` tokens, at
+    /// least 1.
     pub fn new(now: Instant, rate: u64, burst: u64) -> Self {
         let burst = burst.max(1) as f64;
-        Self { rate, burst, tokens: burst, filled: now }
+        Self { rate, burst, tokens: burst, filled_at: now }
     }
 
-    /// Changes what flows in and what fits. The bucket stays as full as it was, in proportion, so
-    /// that no way of changing it back and forth makes tokens.
+    /// Changes rate and burst. The fill level stays the same in proportion to the burst, so that
+    /// repeated changes create no tokens.
     pub fn set(&mut self, now: Instant, rate: u64, burst: u64) {
         self.fill(now);
         let burst = burst.max(1) as f64;
@@ -29,13 +30,13 @@ impl TokenBucket {
         self.burst = burst;
     }
 
-    /// Takes `count` tokens if there are as many.
+    /// Takes `count` tokens. Returns `false` and takes none if there are fewer.
     pub fn take(&mut self, now: Instant, count: u64) -> bool {
         if self.rate == 0 {
             return true;
         }
         self.fill(now);
-        // What is over the whole burst would never be let through.
+        // A count above the burst would never pass.
         let count = (count as f64).min(self.burst);
         let enough = self.tokens >= count;
         if enough {
@@ -44,7 +45,7 @@ impl TokenBucket {
         enough
     }
 
-    /// Takes `count` tokens, on credit if need be, and tells how long to wait for them.
+    /// Takes `count` tokens, on credit if necessary. Returns the time until the credit is refilled.
     pub fn charge(&mut self, now: Instant, count: u64) -> Duration {
         if self.rate == 0 {
             return Duration::ZERO;
@@ -54,24 +55,24 @@ impl TokenBucket {
         Duration::from_secs_f64((-self.tokens).max(0.0) / self.rate as f64)
     }
 
-    /// When [`TokenBucket::take`] will find `count` tokens, if nobody takes any before.
+    /// Returns when [`TokenBucket::take`] will succeed for `count` tokens, if none are taken before.
     pub fn ready_at(&mut self, now: Instant, count: u64) -> Instant {
         if self.rate == 0 {
             return now;
         }
         self.fill(now);
-        let lacking = ((count as f64).min(self.burst) - self.tokens).max(0.0);
-        now + Duration::from_secs_f64((lacking / self.rate as f64).min(LONGEST_WAIT))
+        let missing = ((count as f64).min(self.burst) - self.tokens).max(0.0);
+        now + Duration::from_secs_f64((missing / self.rate as f64).min(LONGEST_WAIT))
     }
 
     fn fill(&mut self, now: Instant) {
-        let passed = now.saturating_duration_since(self.filled).as_secs_f64();
-        self.tokens = (self.tokens + passed * self.rate as f64).min(self.burst);
-        self.filled = now;
+        let elapsed = now.saturating_duration_since(self.filled_at).as_secs_f64();
+        self.tokens = (self.tokens + elapsed * self.rate as f64).min(self.burst);
+        self.filled_at = now;
     }
 }
 
-/// Seconds: a bound on the sum, not on the wait, since who waits looks again.
+/// Longest wait returned, in seconds; avoids overflow at tiny rates.
 const LONGEST_WAIT: f64 = 3600.0;
 
 #[cfg(test)]
@@ -79,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_holds_beyond_the_burst() {
+    fn throughput_is_burst_plus_rate() {
         let start = Instant::now();
         let mut bucket = TokenBucket::new(start, 1000, 100);
         let taken =
@@ -88,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn credit_is_waited_for() {
+    fn charge_returns_the_wait_for_its_credit() {
         let start = Instant::now();
         let mut bucket = TokenBucket::new(start, 1000, 100);
         assert_eq!(bucket.charge(start, 100), Duration::ZERO);
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_keeps_the_level_in_proportion() {
+    fn a_change_keeps_the_fill_level_in_proportion() {
         let now = Instant::now();
         let mut bucket = TokenBucket::new(now, 1000, 100);
         assert!(bucket.take(now, 50));
@@ -107,12 +108,12 @@ mod tests {
         assert_eq!(bucket.ready_at(now, 1), now + Duration::from_millis(100));
         bucket.set(now, 10, 100);
         bucket.set(now, 10, 1_000_000);
-        assert!(!bucket.take(now, 1), "nothing was made of nothing");
+        assert!(!bucket.take(now, 1), "changes create no tokens");
         assert_eq!(bucket.ready_at(now, u64::MAX), now + Duration::from_secs(3600));
     }
 
     #[test]
-    fn no_rate_is_no_limit() {
+    fn rate_zero_is_no_limit() {
         let now = Instant::now();
         let mut bucket = TokenBucket::new(now, 0, 0);
         assert!((0..1000).all(|_| bucket.take(now, u64::MAX)));

@@ -1,4 +1,4 @@
-//! The packets that one publication sent recently.
+//! The most recent packets of one publication, for retransmission.
 
 use std::{
     collections::VecDeque,
@@ -9,36 +9,38 @@ use bytes::Bytes;
 
 use crate::rtp::{Burst, Seq};
 
-/// A ring of bursts, bounded by a number of packets and by age, looked up by sequence number.
+/// Ring of bursts, bounded by packets and by age, indexed by sequence number.
 ///
-/// Bursts must be pushed in the order of their sequence numbers, without a gap.
+/// Bursts must be pushed in the order of their sequence numbers, without a gap. A packet is found by
+/// binary search over the bursts.
 #[derive(Debug)]
 pub struct History {
-    bursts: VecDeque<Held>,
+    bursts: VecDeque<Entry>,
     max_packets: usize,
     max_age: Duration,
-    /// When the first burst was pushed.
+    /// Reference of the entries' times: when the first burst was pushed.
     epoch: Option<Instant>,
     packets: usize,
     bytes: usize,
     /// Bytes ever pushed.
     total_bytes: u64,
-    /// Extended number of the next packet: sequence numbers seen so far, wraps included.
+    /// Extended sequence number of the next packet, wraps included.
     next: u64,
 }
 
-/// Kept small: there are some hundred a second of media.
+/// One burst. Kept small: a stream pushes about a hundred per second.
 #[derive(Debug)]
-struct Held {
+struct Entry {
     burst: Burst,
-    /// Milliseconds since the epoch, modulo 2³².
-    pushed: u32,
+    /// Push time in milliseconds since the epoch, modulo 2³².
+    pushed_ms: u32,
 }
 
 impl History {
-    /// Holds at most `max_packets` packets, none older than `max_age`, and always the newest burst.
+    /// Creates a history of at most `max_packets` packets (1..=32768), none older than `max_age`. The
+    /// newest burst is always kept.
     pub fn new(max_packets: usize, max_age: Duration) -> Self {
-        // A 16-bit sequence number names at most 32768 packets without ambiguity.
+        // 16-bit sequence numbers are unambiguous over at most 32768 packets.
         let max_packets = max_packets.clamp(1, 1 << 15);
         Self {
             bursts: VecDeque::new(),
@@ -52,15 +54,15 @@ impl History {
         }
     }
 
-    /// Adds the next burst and drops what is over either bound.
+    /// Adds the next burst and drops the oldest ones beyond either bound.
     pub fn push(&mut self, now: Instant, burst: Burst) {
-        debug_assert_eq!(burst.first_seq().0, self.next as u16, "bursts come in order");
+        debug_assert_eq!(burst.first_seq().0, self.next as u16, "bursts are pushed in order");
         let count = burst.count();
         self.packets += count;
         self.bytes += burst.bytes().len();
         self.total_bytes += burst.bytes().len() as u64;
-        let pushed = self.millis(now);
-        self.bursts.push_back(Held { burst, pushed });
+        let pushed_ms = self.millis(now);
+        self.bursts.push_back(Entry { burst, pushed_ms });
         self.next += count as u64;
         while self.packets > self.max_packets && self.bursts.len() > 1 {
             self.drop_oldest();
@@ -68,13 +70,13 @@ impl History {
         self.expire(now);
     }
 
-    /// Drops what is older than the age bound, the newest burst excepted.
+    /// Drops bursts older than the age bound, except the newest.
     pub fn expire(&mut self, now: Instant) {
         let (now, max_age) = (self.millis(now), self.max_age.as_millis());
         while self.bursts.len() > 1
             && self.bursts.front().is_some_and(|oldest| {
-                // A clock that is read by several threads may seem to go back a little.
-                let age = now.wrapping_sub(oldest.pushed) as i32;
+                // Several threads read the clock, so `now` may lie slightly before a push.
+                let age = now.wrapping_sub(oldest.pushed_ms) as i32;
                 u128::from(age.max(0).unsigned_abs()) > max_age
             })
         {
@@ -82,58 +84,58 @@ impl History {
         }
     }
 
-    /// Milliseconds since the epoch, which begins when this is first called.
+    /// Returns milliseconds since the epoch, which the first call sets.
     fn millis(&mut self, now: Instant) -> u32 {
         let epoch = *self.epoch.get_or_insert(now);
         now.saturating_duration_since(epoch).as_millis() as u32
     }
 
     fn drop_oldest(&mut self) {
-        if let Some(held) = self.bursts.pop_front() {
-            self.packets -= held.burst.count();
-            self.bytes -= held.burst.bytes().len();
+        if let Some(entry) = self.bursts.pop_front() {
+            self.packets -= entry.burst.count();
+            self.bytes -= entry.burst.bytes().len();
         }
     }
 
-    /// The packet with this sequence number, if it is still held.
+    /// Returns the packet with this sequence number, or `None` if it is not in the history.
     pub fn packet(&self, seq: Seq) -> Option<Bytes> {
         let newest = Seq(self.next.wrapping_sub(1) as u16);
         let behind = u16::try_from(newest.distance_from(seq)).ok()?;
-        // All that is held lies within the 32768 numbers up to the newest one.
+        // Every packet held is at most 32767 behind the newest one.
         let age = |burst: &Burst| newest.0.wrapping_sub(burst.first_seq().0);
         let index =
-            self.bursts.partition_point(|held| age(&held.burst) >= behind).checked_sub(1)?;
+            self.bursts.partition_point(|entry| age(&entry.burst) >= behind).checked_sub(1)?;
         let burst = &self.bursts.get(index)?.burst;
         burst.packet(usize::from(age(burst) - behind))
     }
 
-    /// Number of packets held.
+    /// Returns the number of packets held.
     pub fn len(&self) -> usize {
         self.packets
     }
 
-    /// Whether everything that was ever pushed is still held, and something was.
+    /// `true` if at least one packet was pushed and none has been dropped.
     pub fn is_complete(&self) -> bool {
         self.packets > 0 && self.pushed().0 == self.packets as u64
     }
 
-    /// Whether nothing was ever pushed.
+    /// `true` if nothing was ever pushed.
     pub fn is_empty(&self) -> bool {
         self.packets == 0
     }
 
-    /// Bytes of packets held.
+    /// Returns the bytes of all packets held.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Packets and bytes ever pushed.
+    /// Returns the packets and bytes ever pushed.
     pub fn pushed(&self) -> (u64, u64) {
         (self.next - u64::from(Seq::FIRST.0), self.total_bytes)
     }
 
-    /// The newest sequence number held.
+    /// Returns the newest sequence number, or `None` if nothing was pushed.
     pub fn newest_seq(&self) -> Option<Seq> {
-        self.bursts.back().map(|held| held.burst.last_seq())
+        self.bursts.back().map(|entry| entry.burst.last_seq())
     }
 }

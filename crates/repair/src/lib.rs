@@ -1,5 +1,5 @@
-//! RTP as Downpour uses it, and the recovery of lost packets, as state machines: packets and
-//! instants in, packets and events out; no socket, clock or task.
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs, unreachable_pub)]
 
 pub mod bucket;
 pub mod control;

@@ -1,7 +1,7 @@
-//! The datagrams of `downpour/1`: asking for packets, sending them again, saying what is gone.
+//! The datagrams of `downpour/1`: requests for packets, repairs, refusals and heartbeats.
 //!
-//! A datagram may also be the whole content of a unidirectional stream, for what does not fit the
-//! path's datagram size. All numbers are big-endian.
+//! A message that exceeds the path's datagram size is sent as the whole content of a unidirectional
+//! stream instead. All numbers are big-endian.
 //!
 //! | type | then |
 //! |---|---|
@@ -20,24 +20,24 @@ use crate::rtp::{Seq, Ssrc, packet::HEADER_LEN};
 /// One parsed datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
-    /// Edge to cloud: send these packets again.
+    /// Edge to cloud: a request to send packets again.
     Nack(Nack),
     /// Cloud to edge: one whole RTP packet, sent again.
     Repair(Bytes),
-    /// Cloud to edge: these are no longer held, or were never sent.
+    /// Cloud to edge: packets that the cloud no longer holds or never sent.
     Gone(Gone),
-    /// Cloud to edge: how far streams have come, so that a lost tail shows.
+    /// Cloud to edge: newest sequence numbers, which reveal loss at the tail of a stream.
     Heartbeats(Vec<Heartbeat>),
 }
 
 impl Message {
-    /// The longest datagram, in bytes: it bounds what one nack can ask for, 8670 packets.
+    /// The longest datagram, in bytes. It limits one nack to 8670 packets.
     pub const MAX_LEN: usize = 2048;
 
-    /// Reads one datagram. Never panics; what it allocates is bounded by [`Message::MAX_LEN`].
+    /// Parses one datagram. Allocation is bounded by [`Message::MAX_LEN`].
     ///
     /// # Errors
-    /// If the datagram is too long, of an unknown type, or not laid out as its type says.
+    /// If the datagram is empty, too long, of an unknown type, or malformed for its type.
     pub fn parse(datagram: Bytes) -> Result<Self, MessageError> {
         if datagram.len() > Self::MAX_LEN {
             return Err(MessageError::TooLong(datagram.len()));
@@ -65,7 +65,7 @@ impl Message {
                 let Some((_, beats)) = rest.split_first() else {
                     return Err(MessageError::Truncated);
                 };
-                match beats.as_chunks::<BEAT_LEN>() {
+                match beats.as_chunks::<HEARTBEAT_LEN>() {
                     ([], _) | (_, [_, ..]) => Err(MessageError::Truncated),
                     (beats, []) => {
                         Ok(Self::Heartbeats(beats.iter().copied().map(Heartbeat::from).collect()))
@@ -82,21 +82,21 @@ impl Message {
 pub struct Nack {
     /// The stream.
     pub ssrc: Ssrc,
-    /// How many copies of each packet to send, a few milliseconds apart: 1..=[`Nack::MAX_COPIES`].
+    /// Copies of each packet to send, a few milliseconds apart: 1..=[`Nack::MAX_COPIES`].
     pub copies: u8,
-    /// How much later than this the first of the packets is of no use any more, in milliseconds, as
-    /// the edge reckons it: what comes then should not have been sent.
+    /// Time until the edge gives up the first of the packets, in milliseconds from when the nack was
+    /// sent. A repair that would arrive later should not be sent.
     pub slack_ms: u16,
-    /// The packets asked for, in the order of urgency.
+    /// The packets requested, most urgent first.
     pub seqs: Vec<Seq>,
 }
 
 impl Nack {
-    /// The most copies that may be asked for: a limit on what a nack can amplify.
+    /// The most copies that may be requested: bounds the amplification of a nack.
     pub const MAX_COPIES: u8 = 3;
 
-    /// Datagrams of at most `max_len` bytes that together ask for all of [`Nack::seqs`].
-    /// `copies` outside its range is brought into it; no sequence number, no datagram.
+    /// Returns datagrams of at most `max_len` bytes that together request all of [`Nack::seqs`].
+    /// `copies` is clamped to its range. Returns none if there is no sequence number.
     pub fn encode(&self, max_len: usize) -> Vec<Bytes> {
         let copies = self.copies.clamp(1, Self::MAX_COPIES);
         let slack = self.slack_ms.to_be_bytes();
@@ -107,20 +107,20 @@ impl Nack {
 /// Packets of one stream that cannot be sent again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gone {
-    /// The stream, which may be unknown to the sender of this.
+    /// The stream; the cloud may not know it.
     pub ssrc: Ssrc,
-    /// The packets that were asked for in vain.
+    /// The packets that were requested and cannot be sent.
     pub seqs: Vec<Seq>,
 }
 
 impl Gone {
-    /// Datagrams of at most `max_len` bytes that together name all of [`Gone::seqs`].
+    /// Returns datagrams of at most `max_len` bytes that together name all of [`Gone::seqs`].
     pub fn encode(&self, max_len: usize) -> Vec<Bytes> {
         encode_pairs([TYPE_GONE, 0], self.ssrc, &[], &self.seqs, max_len)
     }
 }
 
-/// How far a stream has come.
+/// The position of one stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heartbeat {
     /// The stream.
@@ -130,11 +130,11 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Datagrams of at most `max_len` bytes each, or of one heartbeat where that is less.
+    /// Returns datagrams of at most `max_len` bytes, each with at least one heartbeat.
     pub fn encode(beats: &[Self], max_len: usize) -> impl Iterator<Item = Bytes> {
-        let room = max_len.min(Message::MAX_LEN).saturating_sub(2);
-        beats.chunks((room / BEAT_LEN).max(1)).map(|beats| {
-            let mut datagram = BytesMut::with_capacity(2 + beats.len() * BEAT_LEN);
+        let available = max_len.min(Message::MAX_LEN).saturating_sub(2);
+        beats.chunks((available / HEARTBEAT_LEN).max(1)).map(|beats| {
+            let mut datagram = BytesMut::with_capacity(2 + beats.len() * HEARTBEAT_LEN);
             datagram.put_slice(&[TYPE_HEARTBEAT, 0]);
             for Self { ssrc, last } in beats {
                 datagram.put_u32(ssrc.0);
@@ -145,14 +145,14 @@ impl Heartbeat {
     }
 }
 
-impl From<[u8; BEAT_LEN]> for Heartbeat {
-    fn from([s0, s1, s2, s3, l0, l1]: [u8; BEAT_LEN]) -> Self {
+impl From<[u8; HEARTBEAT_LEN]> for Heartbeat {
+    fn from([s0, s1, s2, s3, l0, l1]: [u8; HEARTBEAT_LEN]) -> Self {
         let ssrc = Ssrc(u32::from_be_bytes([s0, s1, s2, s3]));
         Self { ssrc, last: Seq(u16::from_be_bytes([l0, l1])) }
     }
 }
 
-/// The `repair` datagram around an RTP packet, which it copies.
+/// Returns the `repair` datagram with a copy of an RTP packet.
 pub fn encode_repair(packet: &[u8]) -> Bytes {
     let mut datagram = BytesMut::with_capacity(1 + packet.len());
     datagram.put_u8(TYPE_REPAIR);
@@ -165,13 +165,13 @@ pub fn encode_repair(packet: &[u8]) -> Bytes {
 pub struct Pair {
     /// A sequence number.
     pub pid: Seq,
-    /// Bit i says that `pid + i + 1` is meant too.
+    /// Bit i includes `pid + i + 1`.
     pub blp: u16,
 }
 
 impl Pair {
-    /// Packs sequence numbers, keeping their order as far as pairs can: a number joins the last
-    /// pair if it is up to 16 after that pair's first, across the wrap too, else begins a new one.
+    /// Packs sequence numbers and keeps their order as far as pairs allow. A number joins the last
+    /// pair if it is at most 16 after that pair's PID (modulo 2^16), and starts a new one otherwise.
     pub fn pack(seqs: &[Seq]) -> Vec<Self> {
         let mut pairs: Vec<Self> = Vec::new();
         for &seq in seqs {
@@ -185,7 +185,7 @@ impl Pair {
         pairs
     }
 
-    /// The sequence numbers meant, first to last.
+    /// Returns the sequence numbers of the pair, in ascending order.
     pub fn seqs(self) -> impl Iterator<Item = Seq> {
         std::iter::once(self.pid).chain(
             (0..16)
@@ -195,27 +195,27 @@ impl Pair {
     }
 }
 
-/// Why bytes are not a datagram of `downpour/1`.
+/// Error of parsing a datagram of `downpour/1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// Nothing at all.
-    #[error("an empty datagram")]
+    /// The datagram is empty.
+    #[error("empty datagram")]
     Empty,
-    /// Longer than [`Message::MAX_LEN`].
-    #[error("a datagram of {0} bytes is over the {max} allowed", max = Message::MAX_LEN)]
+    /// The datagram is longer than [`Message::MAX_LEN`].
+    #[error("datagram of {0} bytes; at most {max} are allowed", max = Message::MAX_LEN)]
     TooLong(usize),
-    /// A first byte that means nothing.
+    /// The first byte is not a known type.
     #[error("unknown datagram type {0}")]
     UnknownType(u8),
-    /// Not the length that the type needs.
-    #[error("the datagram's length does not fit its type")]
+    /// The length does not match the type.
+    #[error("datagram length does not match its type")]
     Truncated,
-    /// A copy count outside 1..=3.
-    #[error("a nack for {0} copies, when 1 to 3 may be asked for")]
+    /// The copy count of a nack is outside 1..=3.
+    #[error("nack for {0} copies; 1 to 3 are allowed")]
     Copies(u8),
 }
 
-/// The byte after the type, the SSRC, and what follows.
+/// Splits off the byte after the type and the SSRC. Returns both and the rest.
 fn split_head(rest: &[u8]) -> Result<(u8, Ssrc, &[u8]), MessageError> {
     match rest {
         [flag, s0, s1, s2, s3, tail @ ..] => {
@@ -242,11 +242,11 @@ fn parse_pairs(bytes: &[u8]) -> Result<Vec<Seq>, MessageError> {
 fn encode_pairs(
     head: [u8; 2],
     ssrc: Ssrc,
-    more: &[u8],
+    fixed: &[u8],
     seqs: &[Seq],
     max_len: usize,
 ) -> Vec<Bytes> {
-    let head_len = HEAD_LEN + more.len();
+    let head_len = HEAD_LEN + fixed.len();
     let per_datagram = (max_len.min(Message::MAX_LEN).saturating_sub(head_len) / PAIR_LEN).max(1);
     Pair::pack(seqs)
         .chunks(per_datagram)
@@ -254,7 +254,7 @@ fn encode_pairs(
             let mut datagram = BytesMut::with_capacity(head_len + pairs.len() * PAIR_LEN);
             datagram.put_slice(&head);
             datagram.put_u32(ssrc.0);
-            datagram.put_slice(more);
+            datagram.put_slice(fixed);
             for pair in pairs {
                 datagram.put_u16(pair.pid.0);
                 datagram.put_u16(pair.blp);
@@ -268,11 +268,11 @@ const TYPE_NACK: u8 = 1;
 const TYPE_REPAIR: u8 = 2;
 const TYPE_GONE: u8 = 3;
 const TYPE_HEARTBEAT: u8 = 4;
-/// Type, copies or reserved, SSRC.
+/// Type, copies or reserved byte, SSRC.
 const HEAD_LEN: usize = 6;
 const PAIR_LEN: usize = 4;
 /// SSRC, sequence number.
-const BEAT_LEN: usize = 6;
+const HEARTBEAT_LEN: usize = 6;
 
 #[cfg(test)]
 mod tests {
@@ -283,7 +283,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_nack_is_laid_out_as_rfc_4585_says() {
+    fn nack_has_the_layout_of_rfc_4585() {
         let seqs = [65534, 65535, 0, 14, 15].map(Seq).to_vec();
         let nack = Nack { ssrc: Ssrc(0x0a0b_0c0d), copies: 2, slack_ms: 0x0190, seqs };
         let datagrams = nack.encode(1200);
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_datagram_says_why() {
+    fn malformed_datagrams_are_refused_with_a_reason() {
         let parse = |bytes: &'static [u8]| Message::parse(Bytes::from_static(bytes));
         assert_eq!(parse(&[]), Err(MessageError::Empty));
         assert_eq!(parse(&[9]), Err(MessageError::UnknownType(9)));
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_small_ones_survive_the_trip() {
+    fn heartbeats_and_repairs_round_trip() {
         let beats = [7, 8, 9].map(|ssrc| Heartbeat { ssrc: Ssrc(ssrc), last: Seq(65000) });
         for (max_len, lens) in [(1200, vec![20]), (14, vec![14, 8]), (0, vec![8; 3])] {
             let datagrams: Vec<_> = Heartbeat::encode(&beats, max_len).collect();
@@ -334,7 +334,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_numbers_in_any_order_come_through(
+        fn any_sequence_numbers_in_any_order_round_trip(
             seqs in prop::collection::vec(any::<u16>().prop_map(Seq), 0..600),
             near in prop::collection::vec((65500u16..=65535).prop_map(Seq), 0..60),
             max_len in 0usize..1500,
@@ -354,7 +354,7 @@ mod tests {
         }
 
         #[test]
-        fn a_run_takes_a_seventeenth_of_the_pairs(first: u16, len in 1usize..2000) {
+        fn consecutive_numbers_take_one_pair_per_17(first: u16, len in 1usize..2000) {
             let seqs: Vec<_> = (0..len).map(|i| Seq(first).plus(i)).collect();
             let pairs = Pair::pack(&seqs);
             prop_assert_eq!(pairs.len(), len.div_ceil(17));
@@ -363,7 +363,7 @@ mod tests {
         }
 
         #[test]
-        fn parsing_is_total(bytes in prop::collection::vec(any::<u8>(), 0..2100), kind in 0u8..6) {
+        fn any_bytes_are_parsed_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..2100), kind in 0u8..6) {
             let mut bytes = bytes;
             if let Some(first) = bytes.first_mut() {
                 *first = kind;

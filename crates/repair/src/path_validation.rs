@@ -1,6 +1,4 @@
-//! Which addresses edges have proven to be their own, at the cloud.
-//!
-//! Datagrams and `Instant`s in, what to answer and what changed out.
+//! The cloud's side of path validation: which addresses edges have proven to be their own.
 
 use std::{
     collections::HashMap,
@@ -12,71 +10,81 @@ use ring::hmac;
 
 use super::{
     control::Nonce,
-    probe::{Cookie, MAX_PATHS, ProbeMessage, mark},
+    probe::{Cookie, MAX_PATHS, ProbeMessage, nonce_prefix},
 };
 
-/// The paths of all edges that are connected.
+/// Path states of all connected edges.
 ///
-/// A cookie is made from a secret, the edge, the path, the address and the time, so nothing is kept
-/// for an address that has not proven itself, and probes with forged sources displace nobody.
-pub struct PathTable {
+/// States of a path, and the events between them:
+///
+/// | from | event | to |
+/// |---|---|---|
+/// | `Waiting`, `Lost`, `Up(other address)` | probe | unchanged; a challenge is sent |
+/// | `Waiting`, `Lost`, `Up(other address)` | proof with a valid cookie | `Up(source address)` |
+/// | `Up(address)` | any message from `address` | `Up(address)`, kept alive |
+/// | `Up(address)` | silence for [`DEAD_AFTER`] | `Lost(address)` |
+///
+/// Invariant: a path is `Up` only at an address that returned a cookie sent to it. A cookie is an
+/// HMAC over edge, path, address and time. Unproven addresses therefore take no memory, and probes
+/// with forged sources displace no proven address.
+pub struct PathValidator {
     secret: hmac::Key,
-    /// Cookies' lifetimes are counted from here.
+    /// Start of the first cookie period.
     start: Instant,
     edges: HashMap<Nonce, [Option<Path>; MAX_PATHS as usize]>,
 }
 
-/// What came of a datagram.
+/// Result of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Send this back to where the datagram came from.
+    /// Send this challenge back to the source of the datagram.
     Challenge(ProbeMessage),
-    /// This edge gets RTP over this path at this address from now on.
+    /// The edge proved an address; RTP for this path goes there from now on.
     Proven {
         /// The edge.
         nonce: Nonce,
-        /// Its path.
+        /// Index of the path.
         path: u8,
-        /// Where the datagram came from.
+        /// Source of the datagram.
         address: SocketAddr,
     },
-    /// The edge is where it was.
+    /// The message came from the proven address and keeps it alive.
     Alive {
         /// The edge.
         nonce: Nonce,
-        /// Its path.
+        /// Index of the path.
         path: u8,
     },
-    /// A challenge went out on this path a moment ago.
+    /// Ignored: a challenge was sent for this path within the last 20 ms.
     TooSoon,
-    /// No edge has this nonce, or it did not ask for this path.
+    /// No edge has this nonce, or the edge did not request this path.
     UnknownNonce,
-    /// A proof with a cookie that is forged, too old, or was sent to another address.
+    /// A proof whose cookie is forged, expired, or was issued for another address.
     BadCookie,
-    /// A challenge, which only the cloud sends.
-    WrongWay,
+    /// A challenge, which only the cloud may send.
+    WrongDirection,
 }
 
-/// How a path stands.
+/// State of a path; see [`PathValidator`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PathState {
-    /// No address is proven yet.
+    /// No address has been proven.
     Waiting,
     /// RTP goes to this address.
     Up(SocketAddr),
-    /// RTP went to this address, until nothing was heard from it for [`DEAD_AFTER`].
+    /// The address was proven, then silent for [`DEAD_AFTER`]; RTP stopped.
     Lost(SocketAddr),
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Path {
     state: PathState,
-    heard: Instant,
-    challenged: Option<Instant>,
+    last_heard: Instant,
+    challenged_at: Option<Instant>,
 }
 
-impl PathTable {
-    /// No edge yet. The cookies' secret is to be random and nobody else's.
+impl PathValidator {
+    /// Creates a validator without edges. `secret` authenticates cookies and must be random.
     pub fn new(now: Instant, secret: [u8; 32]) -> Self {
         Self {
             secret: hmac::Key::new(hmac::HMAC_SHA256, &secret),
@@ -85,19 +93,19 @@ impl PathTable {
         }
     }
 
-    /// An edge that will prove `paths` addresses, at most [`MAX_PATHS`].
+    /// Adds an edge that will prove `paths` addresses, at most [`MAX_PATHS`].
     pub fn insert(&mut self, now: Instant, nonce: Nonce, paths: u8) {
-        let path = Path { state: PathState::Waiting, heard: now, challenged: None };
+        let path = Path { state: PathState::Waiting, last_heard: now, challenged_at: None };
         let paths = std::array::from_fn(|i| (i < usize::from(paths)).then_some(path));
         self.edges.insert(nonce, paths);
     }
 
-    /// Forgets an edge.
+    /// Removes an edge.
     pub fn remove(&mut self, nonce: &Nonce) {
         self.edges.remove(nonce);
     }
 
-    /// Takes a datagram that came from `from`.
+    /// Handles a message received from the address `from`.
     pub fn handle_message(
         &mut self,
         now: Instant,
@@ -107,51 +115,54 @@ impl PathTable {
         let (path, nonce, cookie) = match message {
             ProbeMessage::Probe { path, nonce } => (path, nonce, None),
             ProbeMessage::Proof { path, nonce, cookie } => (path, nonce, Some(cookie)),
-            ProbeMessage::Challenge { .. } => return Outcome::WrongWay,
+            ProbeMessage::Challenge { .. } => return Outcome::WrongDirection,
         };
-        let age = now.saturating_duration_since(self.start).as_secs() / COOKIE_LIFE.as_secs();
-        let of_age = |age| make_cookie(&self.secret, &nonce, path, from, age);
-        let held = self.edges.get_mut(&nonce).and_then(|paths| paths.get_mut(usize::from(path)));
-        let Some(Some(held)) = held else { return Outcome::UnknownNonce };
-        let known = held.state == PathState::Up(from);
+        let period = now.saturating_duration_since(self.start).as_secs() / COOKIE_PERIOD.as_secs();
+        let cookie_of = |period| make_cookie(&self.secret, &nonce, path, from, period);
+        let entry = self.edges.get_mut(&nonce).and_then(|paths| paths.get_mut(usize::from(path)));
+        let Some(Some(current)) = entry else { return Outcome::UnknownNonce };
+        let is_proven = current.state == PathState::Up(from);
         match cookie {
-            _ if known => {
-                held.heard = now;
+            _ if is_proven => {
+                current.last_heard = now;
                 Outcome::Alive { nonce, path }
             }
             Some(cookie) => {
-                // One from the end of the last period is still good.
-                if cookie != of_age(age) && Some(cookie) != age.checked_sub(1).map(of_age) {
+                // Cookies of the previous period are valid too.
+                if cookie != cookie_of(period)
+                    && Some(cookie) != period.checked_sub(1).map(cookie_of)
+                {
                     return Outcome::BadCookie;
                 }
-                held.state = PathState::Up(from);
-                held.heard = now;
+                current.state = PathState::Up(from);
+                current.last_heard = now;
                 Outcome::Proven { nonce, path, address: from }
             }
             None => {
-                // An edge could send probes with many sources, to have the cloud spray challenges.
-                let due = |at: Instant| now.saturating_duration_since(at) >= CHALLENGE_EVERY;
-                if !held.challenged.is_none_or(due) {
+                // Limits how many challenges an edge can reflect by probes with forged sources.
+                let due = |at: Instant| now.saturating_duration_since(at) >= CHALLENGE_INTERVAL;
+                if !current.challenged_at.is_none_or(due) {
                     return Outcome::TooSoon;
                 }
-                held.challenged = Some(now);
+                current.challenged_at = Some(now);
                 Outcome::Challenge(ProbeMessage::Challenge {
                     path,
-                    mark: mark(&nonce),
-                    cookie: of_age(age),
+                    nonce_prefix: nonce_prefix(&nonce),
+                    cookie: cookie_of(period),
                 })
             }
         }
     }
 
-    /// Takes down the paths from which nothing was heard for [`DEAD_AFTER`], and tells them.
+    /// Moves the paths that were silent for [`DEAD_AFTER`] to [`PathState::Lost`] and returns them:
+    /// edge, path index, address.
     pub fn handle_timeout(&mut self, now: Instant) -> Vec<(Nonce, u8, SocketAddr)> {
         let mut dead = Vec::new();
         for (nonce, paths) in &mut self.edges {
             for (i, path) in (0..).zip(paths) {
                 if let Some(path) = path
                     && let PathState::Up(address) = path.state
-                    && now.saturating_duration_since(path.heard) >= DEAD_AFTER
+                    && now.saturating_duration_since(path.last_heard) >= DEAD_AFTER
                 {
                     path.state = PathState::Lost(address);
                     dead.push((*nonce, i, address));
@@ -161,7 +172,7 @@ impl PathTable {
         dead
     }
 
-    /// The paths that an edge asked for, in order.
+    /// Returns the states of the paths that an edge requested, by index.
     pub fn states(&self, nonce: &Nonce) -> impl Iterator<Item = PathState> {
         self.edges.get(nonce).into_iter().flatten().flatten().map(|path| path.state)
     }
@@ -172,7 +183,7 @@ fn make_cookie(
     nonce: &Nonce,
     path: u8,
     address: SocketAddr,
-    age: u64,
+    period: u64,
 ) -> Cookie {
     let mut context = hmac::Context::with_key(secret);
     context.update(&nonce.0);
@@ -182,19 +193,18 @@ fn make_cookie(
         IpAddr::V6(ip) => context.update(&ip.octets()),
     }
     context.update(&address.port().to_be_bytes());
-    context.update(&age.to_be_bytes());
+    context.update(&period.to_be_bytes());
     let tag = context.sign();
     let head = tag.as_ref().first_chunk().copied().unwrap_or_default();
     Cookie(u64::from_be_bytes(head))
 }
 
-/// An address that is silent for so long gets nothing any more: four keep-alives of an edge were
-/// lost, or it is gone.
+/// A path is lost after this silence: the edge is gone, or four of its keep-alives were lost.
 pub const DEAD_AFTER: Duration = Duration::from_secs(20);
-/// A cookie is good for one to two of these.
-const COOKIE_LIFE: Duration = Duration::from_secs(10);
-/// Between two challenges on one path: an honest edge probes every 50 ms at most.
-const CHALLENGE_EVERY: Duration = Duration::from_millis(20);
+/// Length of a cookie period. A cookie is valid for the rest of its period and the next one.
+const COOKIE_PERIOD: Duration = Duration::from_secs(10);
+/// Shortest interval between challenges on one path. An honest edge probes at most every 50 ms.
+const CHALLENGE_INTERVAL: Duration = Duration::from_millis(20);
 
 #[cfg(test)]
 mod tests {
@@ -204,8 +214,8 @@ mod tests {
 
     const EDGE: Nonce = Nonce([7; 16]);
 
-    fn table(now: Instant, paths: u8) -> PathTable {
-        let mut table = PathTable::new(now, [1; 32]);
+    fn table(now: Instant, paths: u8) -> PathValidator {
+        let mut table = PathValidator::new(now, [1; 32]);
         table.insert(now, EDGE, paths);
         table
     }
@@ -222,12 +232,21 @@ mod tests {
         Duration::from_millis(count)
     }
 
-    /// What the cloud wants back from an address.
+    /// Probes from an address and returns the proof for the challenge.
     #[track_caller]
-    fn challenge(table: &mut PathTable, now: Instant, from: SocketAddr, path: u8) -> ProbeMessage {
+    fn challenge(
+        table: &mut PathValidator,
+        now: Instant,
+        from: SocketAddr,
+        path: u8,
+    ) -> ProbeMessage {
         match table.handle_message(now, from, probe(path)) {
-            Outcome::Challenge(ProbeMessage::Challenge { path: told, mark: part, cookie }) => {
-                assert_eq!((told, part), (path, mark(&EDGE)));
+            Outcome::Challenge(ProbeMessage::Challenge {
+                path: named,
+                nonce_prefix: prefix,
+                cookie,
+            }) => {
+                assert_eq!((named, prefix), (path, nonce_prefix(&EDGE)));
                 ProbeMessage::Proof { path, nonce: EDGE, cookie }
             }
             other => panic!("{other:?}"),
@@ -235,18 +254,18 @@ mod tests {
     }
 
     #[track_caller]
-    fn prove(table: &mut PathTable, now: Instant, from: SocketAddr, path: u8) {
+    fn prove(table: &mut PathValidator, now: Instant, from: SocketAddr, path: u8) {
         let proof = challenge(table, now, from, path);
         let proven = Outcome::Proven { nonce: EDGE, path, address: from };
         assert_eq!(table.handle_message(now, from, proof), proven);
     }
 
-    fn states(table: &PathTable) -> Vec<PathState> {
+    fn states(table: &PathValidator) -> Vec<PathState> {
         table.states(&EDGE).collect()
     }
 
     #[test]
-    fn an_address_is_sent_to_once_it_is_proven() {
+    fn an_address_is_up_once_it_is_proven() {
         let now = Instant::now();
         let mut table = table(now, 1);
         assert_eq!(states(&table), [PathState::Waiting]);
@@ -254,17 +273,17 @@ mod tests {
         assert_eq!(states(&table), [PathState::Up(address(1))]);
         let alive = Outcome::Alive { nonce: EDGE, path: 0 };
         assert_eq!(table.handle_message(now + ms(1), address(1), probe(0)), alive);
-        // The edge leaves: its nonce is worth nothing any more.
+        // The edge disconnects, and its nonce becomes invalid.
         table.remove(&EDGE);
         assert_eq!(table.handle_message(now, address(1), probe(0)), Outcome::UnknownNonce);
     }
 
     #[test]
-    fn a_subscriber_cannot_aim_a_stream_at_somebody_else() {
+    fn a_subscriber_cannot_aim_a_stream_at_another_address() {
         let now = Instant::now();
         let mut table = table(now, 1);
         let (own, victim) = (address(1), address(2));
-        // The victim gets a challenge, and nobody gets it to answer.
+        // The challenge goes to the victim, where the attacker cannot read it.
         challenge(&mut table, now, victim, 0);
         let proof = challenge(&mut table, now + ms(20), own, 0);
         assert_eq!(table.handle_message(now, victim, proof), Outcome::BadCookie);
@@ -276,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cookie_is_for_one_edge_one_path_and_a_short_time() {
+    fn a_cookie_is_valid_for_one_edge_one_path_and_a_short_time() {
         let now = Instant::now();
         let mut table = table(now, 2);
         let other = Nonce([8; 16]);
@@ -287,25 +306,29 @@ mod tests {
             let stolen = ProbeMessage::Proof { path, nonce, cookie };
             assert_eq!(table.handle_message(now, address(1), stolen), Outcome::BadCookie);
         }
-        let late = now + 2 * COOKIE_LIFE;
+        let late = now + 2 * COOKIE_PERIOD;
         assert_eq!(table.handle_message(late, address(1), proof), Outcome::BadCookie);
-        // A slow path has at least one period.
-        let proof = challenge(&mut table, now + COOKIE_LIFE - ms(1), address(1), 0);
-        let outcome = table.handle_message(now + 2 * COOKIE_LIFE - ms(1), address(1), proof);
+        // A slow path has at least one period to answer.
+        let proof = challenge(&mut table, now + COOKIE_PERIOD - ms(1), address(1), 0);
+        let outcome = table.handle_message(now + 2 * COOKIE_PERIOD - ms(1), address(1), proof);
         assert!(matches!(outcome, Outcome::Proven { .. }), "{outcome:?}");
     }
 
     #[test]
-    fn a_new_address_behind_a_nat_takes_over_when_it_is_proven() {
+    fn a_new_address_behind_a_nat_takes_over_once_it_is_proven() {
         let now = Instant::now();
         let mut table = table(now, 1);
         prove(&mut table, now, address(1), 0);
         let later = now + Duration::from_secs(5);
         let proof = challenge(&mut table, later, address(2), 0);
-        assert_eq!(states(&table), [PathState::Up(address(1))], "until it is proven");
+        assert_eq!(
+            states(&table),
+            [PathState::Up(address(1))],
+            "unchanged until the new address is proven"
+        );
         table.handle_message(later, address(2), proof);
         assert_eq!(states(&table), [PathState::Up(address(2))]);
-        // A straggler from the old one is challenged like any other.
+        // A late datagram from the old address is challenged like any other.
         assert!(matches!(
             table.handle_message(later + ms(20), address(1), probe(0)),
             Outcome::Challenge(_)
@@ -314,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_takes_a_path_down_and_a_proof_brings_it_back() {
+    fn a_silent_path_is_lost_until_it_is_proven_again() {
         let now = Instant::now();
         let mut table = table(now, 2);
         prove(&mut table, now, address(1), 0);
@@ -328,7 +351,7 @@ mod tests {
         assert_eq!(table.handle_timeout(later), [(EDGE, 1, address(2))]);
         assert_eq!(table.handle_timeout(later), []);
         assert_eq!(states(&table), [PathState::Up(address(1)), PathState::Lost(address(2))]);
-        // It must prove itself again: the address may be another's by now.
+        // A new proof is required: the address may have a new owner.
         prove(&mut table, later, address(2), 1);
     }
 
@@ -342,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn only_paths_that_were_asked_for_can_be_proven() {
+    fn only_requested_paths_can_be_proven() {
         let now = Instant::now();
         for (paths, path) in [(0, 0), (1, 1)] {
             let mut table = table(now, paths);
@@ -350,12 +373,16 @@ mod tests {
         }
         let mut table = table(now, 200);
         assert_eq!(states(&table).len(), 2);
-        let cookie = ProbeMessage::Challenge { path: 0, mark: mark(&EDGE), cookie: Cookie(1) };
-        assert_eq!(table.handle_message(now, address(1), cookie), Outcome::WrongWay);
+        let cookie = ProbeMessage::Challenge {
+            path: 0,
+            nonce_prefix: nonce_prefix(&EDGE),
+            cookie: Cookie(1),
+        };
+        assert_eq!(table.handle_message(now, address(1), cookie), Outcome::WrongDirection);
     }
 
     #[test]
-    fn challenges_are_few_however_many_probes_come() {
+    fn challenges_are_rate_limited() {
         let now = Instant::now();
         let mut table = table(now, 1);
         let sent = (0..10_000).filter(|i| {
@@ -363,22 +390,22 @@ mod tests {
             let from = address(*i as u16);
             matches!(table.handle_message(at, from, probe(0)), Outcome::Challenge(_))
         });
-        assert_eq!(sent.count(), 50, "in one second");
+        assert_eq!(sent.count(), 50, "challenges in one second");
     }
 
     proptest! {
-        /// Whatever comes in whatever order, an address is up only if its own cookie came from it.
+        /// An address is up only if it returned its own cookie, for any sequence of messages.
         #[test]
-        fn nothing_is_up_that_was_not_proven(
+        fn no_address_is_up_without_proof(
             steps in prop::collection::vec((0u64..3000, 0u16..3, 0u16..3, 0u8..2, 0..3), 0..200),
         ) {
             let mut now = Instant::now();
             let mut table = table(now, 2);
-            let mut told = HashMap::new();
+            let mut cookies = HashMap::new();
             for (wait, from, claimed, path, kind) in steps {
                 now += ms(wait);
                 let (from, claimed) = (address(from), address(claimed));
-                let cookie = told.get(&(claimed, path)).copied().unwrap_or(Cookie(5));
+                let cookie = cookies.get(&(claimed, path)).copied().unwrap_or(Cookie(5));
                 let message = match kind {
                     0 => probe(path),
                     1 => ProbeMessage::Proof { path, nonce: EDGE, cookie },
@@ -392,10 +419,10 @@ mod tests {
                 };
                 match table.handle_message(now, from, message) {
                     Outcome::Challenge(ProbeMessage::Challenge { cookie, .. }) => {
-                        told.insert((from, path), cookie);
+                        cookies.insert((from, path), cookie);
                     }
                     Outcome::Proven { address, .. } => {
-                        prop_assert_eq!(told.get(&(address, path)), Some(&cookie));
+                        prop_assert_eq!(cookies.get(&(address, path)), Some(&cookie));
                         prop_assert_eq!(address, from);
                     }
                     Outcome::Alive { .. } => {

@@ -1,64 +1,64 @@
-//! The datagrams with which an edge proves that RTP may be sent to an address: from its RTP sockets
-//! to the cloud's RTP port and back.
+//! Datagrams of path validation, exchanged between an edge's RTP sockets and the cloud's RTP port.
 //!
-//! Who sends from an address need not own it. So the cloud answers a probe with a cookie to the
-//! address that the probe came from, and sends RTP there only when the cookie comes back: return
-//! routability, as in the path validation of QUIC (RFC 9000 §8.2). Without it an edge could aim
-//! streams at somebody else.
+//! The source address of a datagram can be forged. The cloud therefore answers a probe with a cookie
+//! sent to the probe's source, and sends RTP there only after the cookie was returned. This proves
+//! return routability, as path validation in QUIC does (RFC 9000 §8.2), and prevents an edge from
+//! aiming streams at a victim.
 //!
-//! | type | direction | then |
+//! | type | direction | content |
 //! |---|---|---|
 //! | 1 probe | edge → cloud | path u8, the nonce of `welcome`, 16 bytes |
 //! | 2 challenge | cloud → edge | path u8, the nonce's first 8 bytes, cookie 8 bytes |
 //! | 3 proof | edge → cloud | path u8, nonce 16 bytes, cookie 8 bytes |
 //!
-//! Each begins with the letters `DP`, whose first byte says RTP version 1, and the type. A challenge
-//! is as long as a probe, so that a probe with a forged source is not made larger.
+//! Each datagram starts with the letters `DP` and the type. The first byte reads as RTP version 1, so
+//! that RTP receivers discard it. A challenge is as long as a probe: a probe with a forged source is
+//! not amplified.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::control::Nonce;
 
-/// One of the three datagrams.
+/// A datagram of path validation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeMessage {
-    /// Edge to cloud: this is where I take RTP.
+    /// Edge to cloud: the source address is where the edge receives RTP.
     Probe {
-        /// Which of the edge's paths, below [`MAX_PATHS`].
+        /// Index of the edge's path, below [`MAX_PATHS`].
         path: u8,
-        /// Which edge.
+        /// Identifies the edge.
         nonce: Nonce,
     },
-    /// Cloud to edge: show that you get what is sent there.
+    /// Cloud to edge: a request to prove that the edge receives at this address.
     Challenge {
-        /// The probe's.
+        /// Path of the probe.
         path: u8,
-        /// The first half of the probe's nonce: the edge knows by it that the cloud answers.
-        mark: [u8; MARK_LEN],
-        /// To be sent back.
+        /// First half of the probe's nonce, which authenticates the cloud.
+        nonce_prefix: [u8; NONCE_PREFIX_LEN],
+        /// The cookie to return.
         cookie: Cookie,
     },
-    /// Edge to cloud: I do.
+    /// Edge to cloud: returns the cookie of a challenge.
     Proof {
-        /// The challenge's.
+        /// Path of the challenge.
         path: u8,
-        /// Which edge.
+        /// Identifies the edge.
         nonce: Nonce,
-        /// The challenge's.
+        /// Cookie of the challenge.
         cookie: Cookie,
     },
 }
 
-/// What the cloud wants back from an address.
+/// A secret that the cloud sends to an address, and that a proof returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cookie(pub u64);
 
 impl ProbeMessage {
-    /// Reads the message at the start of `datagram` and gives what follows it: one read may bring
-    /// several datagrams of a sender that the kernel has put together (UDP GRO).
+    /// Parses the message at the start of `datagram`. Returns it and the remaining bytes, because one
+    /// read may contain several datagrams that the kernel coalesced (UDP GRO).
     ///
     /// # Errors
-    /// If it is none of the three, or cut short.
+    /// If the magic, type or path is invalid, or the message is truncated.
     pub fn parse(datagram: &[u8]) -> Result<(Self, &[u8]), ProbeError> {
         let Some((&[m0, m1, kind, path], rest)) = datagram.split_first_chunk::<HEAD_LEN>() else {
             return Err(ProbeError::Truncated);
@@ -78,10 +78,14 @@ impl ProbeMessage {
                 Ok((Self::Probe { path, nonce: Nonce(nonce) }, rest))
             }
             TYPE_CHALLENGE => {
-                let (mark, rest) = take(rest)?;
+                let (nonce_prefix, rest) = take(rest)?;
                 let (cookie, rest) = take(rest)?;
                 Ok((
-                    Self::Challenge { path, mark, cookie: Cookie(u64::from_be_bytes(cookie)) },
+                    Self::Challenge {
+                        path,
+                        nonce_prefix,
+                        cookie: Cookie(u64::from_be_bytes(cookie)),
+                    },
                     rest,
                 ))
             }
@@ -95,7 +99,7 @@ impl ProbeMessage {
         }
     }
 
-    /// The datagram: 20 bytes, a proof 28.
+    /// Encodes the datagram: 28 bytes for a proof, 20 for the others.
     pub fn encode(&self) -> Bytes {
         let mut datagram = BytesMut::with_capacity(MAX_LEN);
         datagram.put_slice(&MAGIC);
@@ -104,9 +108,9 @@ impl ProbeMessage {
                 datagram.put_slice(&[TYPE_PROBE, *path]);
                 datagram.put_slice(&nonce.0);
             }
-            Self::Challenge { path, mark, cookie } => {
+            Self::Challenge { path, nonce_prefix, cookie } => {
                 datagram.put_slice(&[TYPE_CHALLENGE, *path]);
-                datagram.put_slice(mark);
+                datagram.put_slice(nonce_prefix);
                 datagram.put_u64(cookie.0);
             }
             Self::Proof { path, nonce, cookie } => {
@@ -119,45 +123,46 @@ impl ProbeMessage {
     }
 }
 
-/// The part of a nonce that a challenge repeats.
-pub fn mark(nonce: &Nonce) -> [u8; MARK_LEN] {
+/// Returns the part of a nonce that a challenge repeats.
+pub fn nonce_prefix(nonce: &Nonce) -> [u8; NONCE_PREFIX_LEN] {
     let [a, b, c, d, e, f, g, h, ..] = nonce.0;
     [a, b, c, d, e, f, g, h]
 }
 
-/// Whether a datagram is one of these and no RTP.
+/// `true` if a datagram starts like a [`ProbeMessage`]; RTP never does.
+#[inline]
 pub fn is_probe_message(datagram: &[u8]) -> bool {
     datagram.starts_with(&MAGIC)
 }
 
-/// Why bytes are none of the three datagrams.
+/// Error of parsing a [`ProbeMessage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ProbeError {
-    /// Shorter than its type needs.
-    #[error("a probe message that is cut short")]
+    /// Shorter than the type requires.
+    #[error("truncated probe message")]
     Truncated,
-    /// Something else.
-    #[error("no probe message")]
+    /// The magic is missing.
+    #[error("not a probe message")]
     Magic,
-    /// A type that means nothing.
-    #[error("unknown probe message {0}")]
+    /// The type is unknown.
+    #[error("unknown probe message type {0}")]
     UnknownType(u8),
-    /// An edge has at most [`MAX_PATHS`].
-    #[error("path {0}, when there are 0 and 1")]
+    /// The path is not below [`MAX_PATHS`].
+    #[error("path {0}; only 0 and 1 exist")]
     Path(u8),
 }
 
-/// Addresses that one edge may prove.
+/// Paths, and thus proven addresses, per edge.
 pub const MAX_PATHS: u8 = 2;
-/// Bytes of a nonce that a challenge repeats.
-pub const MARK_LEN: usize = 8;
+/// Bytes of the nonce that a challenge repeats.
+pub const NONCE_PREFIX_LEN: usize = 8;
 const MAGIC: [u8; 2] = *b"DP";
 const TYPE_PROBE: u8 = 1;
 const TYPE_CHALLENGE: u8 = 2;
 const TYPE_PROOF: u8 = 3;
 /// Magic, type, path.
 const HEAD_LEN: usize = 4;
-/// Of a proof, the longest.
+/// Length of a proof, the longest message.
 const MAX_LEN: usize = HEAD_LEN + 16 + 8;
 
 #[cfg(test)]
@@ -167,28 +172,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn they_are_laid_out_as_the_wire_document_says() {
+    fn messages_have_the_layout_of_the_wire_document() {
         let nonce = Nonce(std::array::from_fn(|i| i as u8));
         let cookie = Cookie(0xa0a1_a2a3_a4a5_a6a7);
-        let hex = |message: ProbeMessage| -> String {
-            message.encode().iter().map(|byte| format!("{byte:02x}")).collect()
-        };
+        let to_hex = |message: ProbeMessage| hex::encode(message.encode());
         assert_eq!(
-            hex(ProbeMessage::Probe { path: 0, nonce }),
+            to_hex(ProbeMessage::Probe { path: 0, nonce }),
             "44500100000102030405060708090a0b0c0d0e0f"
         );
         assert_eq!(
-            hex(ProbeMessage::Challenge { path: 1, mark: mark(&nonce), cookie }),
+            to_hex(ProbeMessage::Challenge { path: 1, nonce_prefix: nonce_prefix(&nonce), cookie }),
             "445002010001020304050607a0a1a2a3a4a5a6a7"
         );
         assert_eq!(
-            hex(ProbeMessage::Proof { path: 1, nonce, cookie }),
+            to_hex(ProbeMessage::Proof { path: 1, nonce, cookie }),
             "44500301000102030405060708090a0b0c0d0e0fa0a1a2a3a4a5a6a7"
         );
     }
 
     #[test]
-    fn what_is_none_says_why() {
+    fn invalid_messages_are_refused_with_a_reason() {
         let parse = |bytes: &[u8]| ProbeMessage::parse(bytes).map(|_| ()).unwrap_err();
         assert_eq!(parse(b""), ProbeError::Truncated);
         assert_eq!(parse(b"0001abcd"), ProbeError::Magic);
@@ -203,7 +206,9 @@ mod tests {
                 let (nonce, cookie) = (Nonce(nonce), Cookie(cookie));
                 match kind {
                     0 => ProbeMessage::Probe { path, nonce },
-                    1 => ProbeMessage::Challenge { path, mark: mark(&nonce), cookie },
+                    1 => {
+                        ProbeMessage::Challenge { path, nonce_prefix: nonce_prefix(&nonce), cookie }
+                    }
                     _ => ProbeMessage::Proof { path, nonce, cookie },
                 }
             },
@@ -212,20 +217,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn several_in_one_read_come_apart_again(sent in prop::collection::vec(message(), 1..5)) {
+        fn coalesced_messages_are_parsed_one_by_one(sent in prop::collection::vec(message(), 1..5)) {
             let bytes: Vec<u8> = sent.iter().flat_map(|message| message.encode()).collect();
             let mut rest = &bytes[..];
-            let mut came = Vec::new();
+            let mut received = Vec::new();
             while !rest.is_empty() {
                 let (message, after) = ProbeMessage::parse(rest).unwrap();
-                came.push(message);
+                received.push(message);
                 rest = after;
             }
-            prop_assert_eq!(came, sent);
+            prop_assert_eq!(received, sent);
         }
 
         #[test]
-        fn parsing_is_total(bytes in prop::collection::vec(any::<u8>(), 0..64), kind in 0u8..5) {
+        fn any_bytes_are_parsed_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..64), kind in 0u8..5) {
             let mut bytes = bytes;
             for (byte, wanted) in bytes.iter_mut().zip([b'D', b'P', kind]) {
                 *byte = wanted;
@@ -233,17 +238,17 @@ mod tests {
             if let Ok((message, rest)) = ProbeMessage::parse(&bytes) {
                 let read = bytes.len() - rest.len();
                 prop_assert_eq!(&message.encode()[..], &bytes[..read]);
-                prop_assert_ne!(bytes[0] >> 6, 2, "it looks like RTP");
+                prop_assert_ne!(bytes[0] >> 6, 2, "it reads as RTP version 2");
             }
         }
 
-        /// A forged probe brings its victim no more bytes than it cost.
+        /// A forged probe is answered with at most as many bytes.
         #[test]
         fn a_challenge_is_no_longer_than_a_probe(path in 0u8..MAX_PATHS, nonce: [u8; 16], cookie: u64) {
             let nonce = Nonce(nonce);
             let probe = ProbeMessage::Probe { path, nonce }.encode();
             let challenge =
-                ProbeMessage::Challenge { path, mark: mark(&nonce), cookie: Cookie(cookie) };
+                ProbeMessage::Challenge { path, nonce_prefix: nonce_prefix(&nonce), cookie: Cookie(cookie) };
             prop_assert!(challenge.encode().len() <= probe.len());
         }
     }

@@ -1,4 +1,4 @@
-//! What is sent again to one edge, and when: the sender's half of repair, without socket or clock.
+//! Retransmission to one edge: the sender's half of repair.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -7,55 +7,61 @@ use std::{
 
 use crate::rtp::{Seq, Ssrc};
 
-/// Answers requests of one edge, each of them once.
+/// Decides which requests of one edge to answer, and schedules further copies.
 ///
-/// Edges say every request twice or more, milliseconds apart, in case one is lost: what has just
-/// been sent is not sent again before a new try can mean anything. `T` is what a packet is to the
-/// caller.
+/// An edge repeats each request some milliseconds later, in case the first was lost. A packet is
+/// therefore answered once per guard time of half a round trip: repetitions fall within it, the
+/// edge's next try after it. `T` is the caller's packet type.
+///
+/// States of a packet: idle → answered ([`Self::is_new`] returned `true`, or [`Self::sent`]) → idle
+/// when the guard time ends or [`Self::not_sent`] withdraws the answer. Copies are independent of
+/// that: scheduled by [`Self::schedule_copies`], returned by [`Self::poll_copy`]. Invariants: every
+/// entry of `answered` is in `order`; both and `copies` are bounded.
 #[derive(Debug)]
-pub struct Resender<T> {
-    /// Half the round trip, within bounds: shorter than any try is from the next.
+pub struct Retransmitter<T> {
+    /// Half the round trip, clamped: shorter than the interval between an edge's tries.
     guard: Duration,
+    /// When each packet was answered last.
     answered: HashMap<(Ssrc, Seq), Instant>,
-    /// The keys of `answered`, oldest first.
+    /// Answers, oldest first. An entry that differs from `answered` is outdated.
     order: VecDeque<(Instant, (Ssrc, Seq))>,
-    /// Further copies by their times, and by the order in which they were planned.
-    copies: BTreeMap<(Instant, u64), Copy<T>>,
-    planned: u64,
+    /// Scheduled copies by due time, then in the order of scheduling.
+    copies: BTreeMap<(Instant, u64), Copies<T>>,
+    next_serial: u64,
 }
 
 #[derive(Debug)]
-struct Copy<T> {
+struct Copies<T> {
     spacing: Duration,
     packet: T,
-    /// How many to send, this one included.
+    /// Copies left to send, at least 1.
     left: u8,
 }
 
-impl<T: Clone> Resender<T> {
-    /// Nothing has been answered yet.
+impl<T: Clone> Retransmitter<T> {
+    /// Creates a retransmitter that has answered nothing.
     pub fn new() -> Self {
         Self {
             guard: MIN_GUARD,
             answered: HashMap::new(),
             order: VecDeque::new(),
             copies: BTreeMap::new(),
-            planned: 0,
+            next_serial: 0,
         }
     }
 
-    /// Tells the round trip to the edge.
+    /// Sets the round trip to the edge.
     pub fn set_round_trip(&mut self, round_trip: Duration) {
         self.guard = (round_trip / 2).clamp(MIN_GUARD, MAX_GUARD);
     }
 
-    /// Whether a request for this packet is to be answered: it is not if it only repeats one that
-    /// was.
+    /// `true` if a request for this packet must be answered; marks it as answered. `false` if the
+    /// request repeats one that was answered within the guard time.
     pub fn is_new(&mut self, now: Instant, ssrc: Ssrc, seq: Seq) -> bool {
         while let Some((at, key)) = self.order.front()
             && (now.saturating_duration_since(*at) >= self.guard || self.order.len() > MAX_ANSWERED)
         {
-            // A later answer to the same key has an entry of its own further back.
+            // A later answer to the same packet has another entry further back.
             if self.answered.get(key) == Some(at) {
                 self.answered.remove(key);
             }
@@ -69,71 +75,77 @@ impl<T: Clone> Resender<T> {
         true
     }
 
-    /// Tells that a packet is being sent only now, after it waited: what is asked for from here on
-    /// counts from now.
+    /// Restarts the guard time of a packet that waited in a queue and is sent now.
     pub fn sent(&mut self, now: Instant, ssrc: Ssrc, seq: Seq) {
         if self.answered.insert((ssrc, seq), now) != Some(now) {
             self.order.push_back((now, (ssrc, seq)));
         }
     }
 
-    /// Takes back that a packet was answered: it could not be sent, so a repetition may.
+    /// Withdraws the answer for a packet that could not be sent, so that a repetition is answered.
     pub fn not_sent(&mut self, ssrc: Ssrc, seq: Seq) {
         self.answered.remove(&(ssrc, seq));
     }
 
-    /// Plans `further` copies of a packet that is being sent, all of them within so long. False if
-    /// too many wait already.
-    pub fn copy(&mut self, now: Instant, packet: T, further: u8, within: Duration) -> bool {
+    /// Schedules `further` copies of a packet that is being sent, evenly spaced and all due within
+    /// `within`. Returns `false` and schedules none if too many copies are waiting.
+    pub fn schedule_copies(
+        &mut self,
+        now: Instant,
+        packet: T,
+        further: u8,
+        within: Duration,
+    ) -> bool {
         if further == 0 {
             return true;
         }
-        let room = self.copies.len() < MAX_COPIES;
-        if room {
+        let accepted = self.copies.len() < MAX_COPIES;
+        if accepted {
             let spacing = SPACING.min(within / u32::from(further));
-            self.plan(now, Copy { spacing, packet, left: further });
+            self.schedule(now, Copies { spacing, packet, left: further });
         }
-        room
+        accepted
     }
 
-    /// The next copy that is due at `now`; call until it gives `None`.
+    /// Returns the next copy that is due at `now`. Call until it returns `None`.
     pub fn poll_copy(&mut self, now: Instant) -> Option<T> {
         let entry = self.copies.first_entry().filter(|entry| entry.key().0 <= now)?;
-        let mut copy = entry.remove();
-        copy.left -= 1;
-        let packet = copy.packet.clone();
-        if copy.left > 0 {
-            self.plan(now, copy);
+        let mut copies = entry.remove();
+        copies.left -= 1;
+        let packet = copies.packet.clone();
+        if copies.left > 0 {
+            self.schedule(now, copies);
         }
         Some(packet)
     }
 
-    /// When the next copy is due.
+    /// Returns when the next copy is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.copies.first_key_value().map(|((due, _), _)| *due)
     }
 
-    fn plan(&mut self, now: Instant, copy: Copy<T>) {
-        self.planned += 1;
-        self.copies.insert((now + copy.spacing, self.planned), copy);
+    fn schedule(&mut self, now: Instant, copies: Copies<T>) {
+        self.next_serial += 1;
+        self.copies.insert((now + copies.spacing, self.next_serial), copies);
     }
 }
 
-impl<T: Clone> Default for Resender<T> {
+impl<T: Clone> Default for Retransmitter<T> {
     fn default() -> Self {
         Self::new()
     }
 }
 
-/// How far apart copies of a packet are sent, and a request is repeated: the shortest bursts of loss
-/// take but one, and the last is hardly later than the first.
+/// Interval between copies of a packet, and between repetitions of a request. Long enough that a
+/// short loss burst hits only one of them, short enough that the last is hardly later than the first.
 pub const SPACING: Duration = Duration::from_millis(2);
-/// Above the repeats of a try, below the shortest time to the next (`receiver`).
+/// Longer than the repetitions of one try take, shorter than the interval between tries
+/// (`receiver`).
 const MIN_GUARD: Duration = Duration::from_millis(5);
 const MAX_GUARD: Duration = Duration::from_millis(100);
-/// Answers remembered: at 100,000 requests a second, the longest guard's worth.
+/// Answers remembered: the longest guard time at 100,000 requests per second.
 const MAX_ANSWERED: usize = 10_000;
-/// Copies that wait for their time: each holds on to the burst it is from.
+/// Packets with scheduled copies; each keeps its whole burst in memory.
 const MAX_COPIES: usize = 4096;
 
 #[cfg(test)]
@@ -141,47 +153,53 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_repeated_request_is_answered_once_and_a_new_try_again() {
+    fn a_repetition_is_ignored_and_a_new_try_answered() {
         let now = Instant::now();
-        let mut resender = Resender::<u32>::new();
-        resender.set_round_trip(Duration::from_millis(100));
+        let mut retransmitter = Retransmitter::<u32>::new();
+        retransmitter.set_round_trip(Duration::from_millis(100));
         let at = |ms| now + Duration::from_millis(ms);
-        assert!(resender.is_new(at(0), Ssrc(1), Seq(7)));
-        assert!(!resender.is_new(at(5), Ssrc(1), Seq(7)));
-        assert!(resender.is_new(at(5), Ssrc(2), Seq(7)));
-        assert!(resender.is_new(at(102), Ssrc(1), Seq(7)));
-        assert!(!resender.is_new(at(104), Ssrc(1), Seq(7)));
-        resender.not_sent(Ssrc(1), Seq(7));
-        assert!(resender.is_new(at(105), Ssrc(1), Seq(7)));
-        // One that waited 30 ms for budget counts from when it went.
-        resender.sent(at(135), Ssrc(1), Seq(7));
-        assert!(!resender.is_new(at(160), Ssrc(1), Seq(7)));
-        assert!(resender.is_new(at(1000), Ssrc(1), Seq(8)));
-        assert_eq!((resender.answered.len(), resender.order.len()), (1, 1));
+        assert!(retransmitter.is_new(at(0), Ssrc(1), Seq(7)));
+        assert!(!retransmitter.is_new(at(5), Ssrc(1), Seq(7)));
+        assert!(retransmitter.is_new(at(5), Ssrc(2), Seq(7)));
+        assert!(retransmitter.is_new(at(102), Ssrc(1), Seq(7)));
+        assert!(!retransmitter.is_new(at(104), Ssrc(1), Seq(7)));
+        retransmitter.not_sent(Ssrc(1), Seq(7));
+        assert!(retransmitter.is_new(at(105), Ssrc(1), Seq(7)));
+        // A repair that waited 30 ms for budget restarts its guard time when it is sent.
+        retransmitter.sent(at(135), Ssrc(1), Seq(7));
+        assert!(!retransmitter.is_new(at(160), Ssrc(1), Seq(7)));
+        assert!(retransmitter.is_new(at(1000), Ssrc(1), Seq(8)));
+        assert_eq!((retransmitter.answered.len(), retransmitter.order.len()), (1, 1));
     }
 
     #[test]
-    fn memory_is_bounded_whatever_is_asked() {
+    fn memory_is_bounded_for_any_requests() {
         let now = Instant::now();
-        let mut resender = Resender::new();
+        let mut retransmitter = Retransmitter::new();
         for i in 0..100_000u32 {
-            resender.is_new(now, Ssrc(i), Seq(i as u16));
-            resender.copy(now, i, 2, Duration::MAX);
+            retransmitter.is_new(now, Ssrc(i), Seq(i as u16));
+            retransmitter.schedule_copies(now, i, 2, Duration::MAX);
         }
-        assert!(resender.answered.len() <= MAX_ANSWERED + 2);
-        assert_eq!(resender.copies.len(), MAX_COPIES);
+        assert!(retransmitter.answered.len() <= MAX_ANSWERED + 2);
+        assert_eq!(retransmitter.copies.len(), MAX_COPIES);
     }
 
     #[test]
-    fn copies_come_spaced_and_in_time() {
+    fn copies_are_spaced_and_due_within_the_limit() {
         let now = Instant::now();
         let at = |ms| now + Duration::from_millis(ms);
-        let mut resender = Resender::new();
+        let mut retransmitter = Retransmitter::new();
         for (packet, further, within) in [('a', 2, 100), ('b', 1, 1), ('c', 0, 100), ('d', 2, 4)] {
-            assert!(resender.copy(now, packet, further, Duration::from_millis(within)));
+            assert!(retransmitter.schedule_copies(
+                now,
+                packet,
+                further,
+                Duration::from_millis(within)
+            ));
         }
-        let mut come = |ms| std::iter::from_fn(|| resender.poll_copy(at(ms))).collect::<String>();
-        assert_eq!([0, 1, 2, 3, 4].map(&mut come), ["", "b", "ad", "", "ad"]);
-        assert_eq!(resender.poll_timeout(), None);
+        let mut due =
+            |ms| std::iter::from_fn(|| retransmitter.poll_copy(at(ms))).collect::<String>();
+        assert_eq!([0, 1, 2, 3, 4].map(&mut due), ["", "b", "ad", "", "ad"]);
+        assert_eq!(retransmitter.poll_timeout(), None);
     }
 }

@@ -1,34 +1,42 @@
-//! The RTMP handshake, simple and with digests, for either side.
+//! The RTMP handshake, simple and with digests, for both sides.
 //!
-//! Source: *Adobe's Real Time Messaging Protocol* 1.0 §5.2 for the simple form. The digest form
-//! is not in the specification; every Flash-era peer knows it: 32 of the random bytes of C1 and S1
-//! are an HMAC-SHA256 over the others, at a place that four other bytes tell, and C2 and S2 are
-//! keyed with the other side's digest. Some players insist on it, so a server answers in kind.
+//! Source: *Adobe's Real Time Messaging Protocol* 1.0 §5.2 for the simple form. The digest form is
+//! not in the specification, but every Flash-era peer implements it: 32 of the random bytes of C1
+//! and S1 are an HMAC-SHA256 over the others, at an offset given by four of them, and C2 and S2 are
+//! signed under a key derived from the peer's digest. Some players require it, so a server answers
+//! a digest with a digest.
+//!
+//! # States
+//! - **greeting**: collects C0 and C1 (client: S0, S1). A version other than 3 is an error at the
+//!   first byte.
+//! - greeting → **answered**: they are complete; S0, S1 and S2 (client: C2) are queued. Collects C2
+//!   (client: S2).
+//! - answered → **done**: C2 (S2) is complete. Later input stays untouched.
 
 use bytes::{BufMut, BytesMut};
 use rand::RngCore;
 use ring::hmac;
 
-/// The server's side. Bytes in, bytes out.
+/// The server's side: bytes in, bytes out.
 #[derive(Debug)]
 pub struct ServerHandshake {
-    /// What has come of C0 and C1, later of C2.
+    /// Bytes of C0 and C1 received so far; once answered, bytes of C2.
     received: Vec<u8>,
-    /// C1 has come, and S0, S1 and S2 have gone out.
+    /// `true` once C1 is complete and S0, S1 and S2 are queued.
     answered: bool,
 }
 
 impl ServerHandshake {
-    /// Waits for C0.
+    /// A handshake that waits for C0.
     pub fn new() -> Self {
         Self { received: Vec::new(), answered: false }
     }
 
-    /// Takes bytes off `input`, appends what is to be sent to `out`, and says whether the
-    /// handshake is done. Bytes behind C2 stay in `input`.
+    /// Consumes `input` and appends the bytes to send to `out`. Returns `true` once the handshake
+    /// is done; bytes after C2 stay in `input`.
     ///
     /// # Errors
-    /// [`HandshakeError::Version`] if C0 asks for anything but plain RTMP.
+    /// [`HandshakeError::Version`] if C0 is not version 3, plain RTMP.
     pub fn receive(
         &mut self,
         input: &mut &[u8],
@@ -51,7 +59,7 @@ impl ServerHandshake {
             self.answered = true;
             self.received.clear();
         }
-        // C2 is read and not compared with S1: real encoders send something else (owncast #34).
+        // C2 is not compared with S1: some encoders send other bytes (owncast #34).
         Ok(fill(&mut self.received, input, PACKET_LEN))
     }
 }
@@ -62,15 +70,17 @@ impl Default for ServerHandshake {
     }
 }
 
-/// The client's side, with digests, which servers without them take for random bytes.
+/// The client's side, with digests. A server without digest support takes them for random bytes.
 #[derive(Debug)]
 pub struct ClientHandshake {
+    /// Bytes of S0 and S1 received so far; once answered, bytes of S2.
     received: Vec<u8>,
+    /// `true` once S1 is complete and C2 is queued.
     answered: bool,
 }
 
 impl ClientHandshake {
-    /// Appends C0 and C1 to `out` and waits for S0.
+    /// Appends C0 and C1 to `out` and returns a handshake that waits for S0.
     pub fn start(rng: &mut impl RngCore, out: &mut BytesMut) -> Self {
         let mut c1 = random_packet(rng);
         c1[4..8].copy_from_slice(&CLIENT_VERSION);
@@ -80,10 +90,11 @@ impl ClientHandshake {
         Self { received: Vec::new(), answered: false }
     }
 
-    /// As [`ServerHandshake::receive`], with S0, S1 and S2.
+    /// Consumes `input` and appends the bytes to send to `out`. Returns `true` once the handshake
+    /// is done; bytes after S2 stay in `input`.
     ///
     /// # Errors
-    /// [`HandshakeError::Version`] if S0 answers with another version.
+    /// [`HandshakeError::Version`] if S0 is not version 3.
     pub fn receive(
         &mut self,
         input: &mut &[u8],
@@ -108,16 +119,16 @@ impl ClientHandshake {
 /// Why a handshake fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
-    /// The first byte is not 3: an encrypted variant, or not RTMP at all.
+    /// The first byte is not 3: an encrypted variant of RTMP, or another protocol.
     #[error("the peer starts with byte {0:#04x}, not with RTMP version 3")]
     Version(u8),
 }
 
-/// Bytes of C1, S1, C2 and S2 each.
+/// Length of each of C1, S1, C2 and S2 in bytes.
 pub const PACKET_LEN: usize = 1536;
 
-/// Collects C0 and C1 (or S0 and S1) and yields the latter. The version byte is judged as soon as
-/// it is there, so that who speaks another protocol is not kept.
+/// Collects C0 and C1 (or S0 and S1) and returns C1 (S1) once it is complete. Checks the version
+/// byte at once, so that a peer with another protocol does not hold a connection.
 fn greeting<'a>(
     received: &'a mut Vec<u8>,
     input: &mut &[u8],
@@ -131,7 +142,7 @@ fn greeting<'a>(
     Ok(received.get(1..).and_then(|packet| packet.first_chunk()))
 }
 
-/// Moves bytes from `input` until `received` holds `len`, and says whether it does.
+/// Moves bytes from `input` to `received` until it has `len`. Returns `true` once it has.
 fn fill(received: &mut Vec<u8>, input: &mut &[u8], len: usize) -> bool {
     let (head, rest) = input.split_at(input.len().min(len - received.len()));
     received.extend_from_slice(head);
@@ -139,15 +150,15 @@ fn fill(received: &mut Vec<u8>, input: &mut &[u8], len: usize) -> bool {
     received.len() == len
 }
 
-/// Time 0, version 0, and random bytes.
+/// Returns a packet with time 0, version 0 and random bytes.
 fn random_packet(rng: &mut impl RngCore) -> [u8; PACKET_LEN] {
     let mut packet = [0; PACKET_LEN];
     rng.fill_bytes(&mut packet[8..]);
     packet
 }
 
-/// The digest of a packet that is signed with `key`, under either layout. A version of 0 says that
-/// there is none.
+/// Returns the digest of a packet signed with `key`, in either layout. A packet with version 0 has
+/// no digest.
 fn find_digest(packet: &[u8; PACKET_LEN], key: Key) -> Option<[u8; DIGEST_LEN]> {
     if packet[4..8] == [0; 4] {
         return None;
@@ -160,7 +171,7 @@ fn find_digest(packet: &[u8; PACKET_LEN], key: Key) -> Option<[u8; DIGEST_LEN]> 
     })
 }
 
-/// Puts a digest into a packet, in the layout that current encoders use.
+/// Signs a packet, in the layout of current encoders.
 fn sign(packet: &mut [u8; PACKET_LEN], key: Key) {
     let at = digest_offset(packet, DIGEST_BLOCKS[0]);
     let key = hmac::Key::new(hmac::HMAC_SHA256, key.name.as_bytes());
@@ -168,7 +179,7 @@ fn sign(packet: &mut [u8; PACKET_LEN], key: Key) {
     packet[at..at + DIGEST_LEN].copy_from_slice(&digest);
 }
 
-/// The HMAC of a packet without the 32 bytes at `at`.
+/// Returns the HMAC of a packet without the 32 bytes at `at`.
 fn digest(packet: &[u8; PACKET_LEN], at: usize, key: &hmac::Key) -> [u8; DIGEST_LEN] {
     let mut context = hmac::Context::with_key(key);
     context.update(&packet[..at]);
@@ -176,8 +187,8 @@ fn digest(packet: &[u8; PACKET_LEN], at: usize, key: &hmac::Key) -> [u8; DIGEST_
     bytes_of(context.sign())
 }
 
-/// C2 or S2: random bytes that end in an HMAC of themselves, under a key made from the peer's
-/// digest.
+/// Turns a random packet into C2 or S2: the last 32 bytes become an HMAC over the others, under a
+/// key derived from the peer's digest.
 fn keyed_answer(
     mut packet: [u8; PACKET_LEN],
     key: &[u8],
@@ -190,10 +201,10 @@ fn keyed_answer(
     packet
 }
 
-/// Where the digest stands: the four bytes at the block's start tell, modulo its free room.
+/// Returns the offset of the digest in the packet, computed from the first four bytes of its block.
 fn digest_offset(packet: &[u8; PACKET_LEN], block: usize) -> usize {
     let sum: usize = packet[block..block + 4].iter().map(|&b| usize::from(b)).sum();
-    block + 4 + sum % DIGEST_ROOM
+    block + 4 + sum % MAX_DIGEST_OFFSET
 }
 
 fn bytes_of(tag: hmac::Tag) -> [u8; DIGEST_LEN] {
@@ -202,7 +213,7 @@ fn bytes_of(tag: hmac::Tag) -> [u8; DIGEST_LEN] {
     bytes
 }
 
-/// A well-known key: its name alone signs C1 and S1, with the tail behind it C2 and S2.
+/// A well-known key. Its name signs C1 and S1; its name and [`KEY_TAIL`] sign C2 and S2.
 #[derive(Clone, Copy)]
 struct Key {
     name: &'static str,
@@ -224,10 +235,10 @@ const VERSION: u8 = 3;
 const CLIENT_VERSION: [u8; 4] = [9, 0, 124, 2];
 const SERVER_VERSION: [u8; 4] = [4, 5, 0, 1];
 const DIGEST_LEN: usize = 32;
-/// The two layouts: the digest's block comes first, or after a key block of 764 bytes.
+/// Offsets of the digest block in the two layouts: first, or after a key block of 764 bytes.
 const DIGEST_BLOCKS: [usize; 2] = [8, 8 + 764];
-/// 764 bytes of block, less the four of the offset and the 32 of the digest.
-const DIGEST_ROOM: usize = 764 - 4 - DIGEST_LEN;
+/// The block of 764 bytes, less 4 bytes of offset and 32 of digest.
+const MAX_DIGEST_OFFSET: usize = 764 - 4 - DIGEST_LEN;
 
 #[cfg(test)]
 mod tests {
@@ -240,7 +251,8 @@ mod tests {
         SmallRng::seed_from_u64(7)
     }
 
-    /// Runs `client`'s bytes through a server in pieces of `step` and returns what it sent.
+    /// Feeds `client` to a server in pieces of `step` bytes. Returns the output and the last
+    /// result.
     fn serve(client: &[u8], step: usize) -> (BytesMut, bool) {
         let (mut server, mut out) = (ServerHandshake::new(), BytesMut::new());
         let mut done = false;
@@ -253,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_simple_client_gets_its_bytes_echoed() {
+    fn the_server_echoes_the_bytes_of_a_simple_client() {
         let mut c = vec![3];
         c.extend([0u8; 8]);
         c.extend((0..1528u32).map(|i| i as u8));
@@ -266,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_of_both_layouts_are_answered_in_kind() {
+    fn the_server_answers_digests_of_both_layouts_with_digests() {
         for block in DIGEST_BLOCKS {
             let mut c1 = random_packet(&mut rng());
             c1[4..8].copy_from_slice(&CLIENT_VERSION);
@@ -284,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_version_without_a_digest_falls_back_to_the_simple_form() {
+    fn a_nonzero_version_without_a_digest_gets_the_simple_form() {
         let mut c1 = random_packet(&mut rng());
         c1[4..8].copy_from_slice(&CLIENT_VERSION);
         let (out, _) = serve(&[&[3][..], &c1].concat(), 1);
@@ -292,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn another_first_byte_is_refused_at_once() {
+    fn another_version_is_refused_at_the_first_byte() {
         for byte in [0, 2, 6, b'G', 0x16] {
             let mut server = ServerHandshake::new();
             let result = server.receive(&mut &[byte][..], &mut rng(), &mut BytesMut::new());
@@ -302,7 +314,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn client_and_server_meet_at_any_split(
+        fn client_and_server_finish_at_any_split(
             to_server in 1usize..4000,
             to_client in 1usize..4000,
         ) {
@@ -311,7 +323,7 @@ mod tests {
             let mut server = ServerHandshake::new();
             let (mut client_done, mut server_done) = (false, false);
             while !(client_done && server_done) {
-                prop_assert!(!(up.is_empty() && down.is_empty()), "both wait");
+                prop_assert!(!(up.is_empty() && down.is_empty()), "both sides wait");
                 let sent = up.split_to(up.len().min(to_server));
                 server_done |= server.receive(&mut &sent[..], &mut rng(), &mut down).unwrap();
                 let sent = down.split_to(down.len().min(to_client));
@@ -321,7 +333,7 @@ mod tests {
         }
 
         #[test]
-        fn what_follows_the_handshake_is_left_alone(extra in 1usize..100) {
+        fn bytes_after_the_handshake_stay_in_the_input(extra in 1usize..100) {
             let mut input = vec![3; 1 + 2 * PACKET_LEN + extra];
             input[5..9].fill(0);
             let mut input = &input[..];

@@ -1,7 +1,5 @@
-//! RTMP as state machines: bytes in, events and bytes out; no socket, clock or task.
-//!
-//! Source: *Adobe's Real Time Messaging Protocol* 1.0 (2012), and *Enhanced RTMP v2* for what
-//! `connect` says about extended codecs.
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs, unreachable_pub)]
 
 pub mod chunk;
 pub mod handshake;

@@ -1,10 +1,11 @@
-//! Where a stream is published to or played from.
+//! RTMP URLs.
 
 use std::{fmt, str::FromStr};
 
 /// An RTMP URL, `rtmp://host[:port]/app/name[?query]`.
 ///
-/// The application may have several segments: the last one is the stream's name.
+/// The last path segment is the stream's name, the ones before it are the application. The text is
+/// taken as it is: RTMP servers do not percent-decode it.
 ///
 /// ```
 /// use downpour_rtmp::url::RtmpUrl;
@@ -24,35 +25,35 @@ pub struct RtmpUrl {
 }
 
 impl RtmpUrl {
-    /// The port where the URL tells none.
+    /// The port of a URL without one.
     pub const DEFAULT_PORT: u16 = 1935;
 
-    /// A host name or an address, without brackets.
+    /// Returns the host name or address, without brackets.
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// The TCP port.
+    /// Returns the TCP port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The application, not empty.
+    /// Returns the application, which is not empty.
     pub fn app(&self) -> &str {
         &self.app
     }
 
-    /// The stream's name without its query, not empty.
+    /// Returns the stream's name without the query; it is not empty.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What stands behind `?`, or nothing.
+    /// Returns the part after `?`, empty if there is none.
     pub fn query(&self) -> &str {
         &self.query
     }
 
-    /// The URL of the application: `tcUrl` in `connect`.
+    /// Returns the URL of the application, the `tcUrl` of `connect`.
     pub fn tc_url(&self) -> String {
         let (open, close) = if self.host.contains(':') { ("[", "]") } else { ("", "") };
         match self.port {
@@ -61,7 +62,7 @@ impl RtmpUrl {
         }
     }
 
-    /// Name and query, as `publish` and `play` want them.
+    /// Returns name and query, the argument of `publish` and `play`.
     pub fn stream_name(&self) -> String {
         match self.query.as_str() {
             "" => self.name.clone(),
@@ -89,12 +90,15 @@ impl FromStr for RtmpUrl {
 
         let (host, port) = match authority.strip_prefix('[') {
             Some(rest) => {
-                let (host, rest) =
-                    rest.split_once(']').ok_or(InvalidRtmpUrl("a [ is not closed"))?;
+                let (host, rest) = rest
+                    .split_once(']')
+                    .ok_or(InvalidRtmpUrl("the [ of an IPv6 address is not closed"))?;
                 match rest.strip_prefix(':') {
                     Some(port) => (host, Some(port)),
                     None if rest.is_empty() => (host, None),
-                    None => return Err(InvalidRtmpUrl("a port must follow ] with a colon")),
+                    None => {
+                        return Err(InvalidRtmpUrl("after ] only a colon and a port may follow"));
+                    }
                 }
             }
             None => match authority.split_once(':') {
@@ -106,7 +110,7 @@ impl FromStr for RtmpUrl {
             return Err(InvalidRtmpUrl("it names no host"));
         }
         if host.contains('@') {
-            return Err(InvalidRtmpUrl("a user and a password have no place in it"));
+            return Err(InvalidRtmpUrl("a user name and password are not supported"));
         }
         let port = match port {
             Some(port) => match port.parse() {
@@ -131,7 +135,7 @@ impl fmt::Display for RtmpUrl {
     }
 }
 
-/// Why a text is not an RTMP URL.
+/// The error for a text that is not an RTMP URL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not an RTMP URL: {0}")]
 pub struct InvalidRtmpUrl(&'static str);
@@ -141,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_parsed_is_printed() {
+    fn urls_print_as_they_parse() {
         for text in [
             "rtmp://host/live/movie",
             "rtmp://127.0.0.1:1936/live/eu/movie?a=1&b=/x",
@@ -155,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn errors_name_the_mistake() {
         for (text, expected) in [
             ("rtmps://host/live/movie", "rtmp://"),
             ("rtmp:/", "rtmp://"),

@@ -1,4 +1,7 @@
-//! Memory that short pieces share.
+//! Reference-counted byte buffers, carved out of shared blocks.
+//!
+//! A [`BufferPool`] hands out [`BufferMut`]s; a `BufferMut` is filled and frozen into a [`Buffer`],
+//! which is immutable and cheap to clone.
 
 use std::{
     cell::UnsafeCell,
@@ -11,203 +14,208 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// Gives room for pieces that are needed for about the same time, such as one stream's tags: many
-/// short ones come out of one block of memory, which is freed with the last of them. To allocate and
-/// free each by itself costs more than to copy it.
+/// Allocates buffers with similar lifetimes, such as the tags of one stream, from shared blocks.
+///
+/// A block is freed with its last buffer. One allocation per block is cheaper than one per buffer,
+/// even with the copy into the block.
 #[derive(Debug)]
 pub struct BufferPool {
-    memory: Arc<Memory>,
-    /// Bytes of it that are given away.
+    block: Arc<Block>,
+    /// Bytes of `block` that have been handed out.
     used: usize,
-    most: usize,
+    max_block_len: usize,
 }
 
-/// Bytes that many share; each part of them is written once, by the one [`BufferMut`] that has it, and
-/// only then read, by the [`Buffer`]s that it becomes.
-struct Memory(Box<[Slot]>);
+/// Memory shared by many buffers. Each part is written by one [`BufferMut`] and then only read, by
+/// the [`Buffer`]s made from it.
+struct Block(Box<[Slot]>);
 
 #[repr(transparent)]
 struct Slot(UnsafeCell<MaybeUninit<u8>>);
 
-// SAFETY: `BufferMut`s do not overlap, and nothing else writes; nothing reads what a `BufferMut` still has.
+// SAFETY: `BufferMut`s do not overlap and are the only writers. While a `BufferMut` owns a slot,
+// nothing else reads it.
 unsafe impl Sync for Slot {}
 
 impl BufferPool {
-    /// Blocks will have up to `most` bytes; what is over a quarter of that has memory of its own.
-    pub fn new(most: usize) -> Self {
-        Self { memory: Arc::new(Memory(Box::default())), used: 0, most }
+    /// A pool with blocks of up to `max_block_len` bytes. A buffer over a quarter of that gets an
+    /// allocation for itself.
+    pub fn new(max_block_len: usize) -> Self {
+        Self { block: Arc::new(Block(Box::default())), used: 0, max_block_len }
     }
 
-    /// Room for `len` bytes.
+    /// Returns an empty buffer with a capacity of `len` bytes.
     #[inline]
-    pub fn room(&mut self, len: usize) -> BufferMut {
-        if len > self.most / 4 {
+    pub fn take(&mut self, len: usize) -> BufferMut {
+        if len > self.max_block_len / 4 {
             return BufferMut::with_capacity(len);
         }
-        if self.memory.0.len() - self.used < len {
-            // Not more than some pieces of that length, for there may be thousands of slow streams.
-            let wanted = (len * PIECES).next_power_of_two();
-            self.memory = Arc::new(Memory::new(wanted.min(self.most)));
+        if self.block.0.len() - self.used < len {
+            // Sized by the buffer, because there may be thousands of low-bitrate streams.
+            let wanted = (len * BUFFERS_PER_BLOCK).next_power_of_two();
+            self.block = Arc::new(Block::new(wanted.min(self.max_block_len)));
             self.used = 0;
         }
         let start = self.used;
         self.used += len;
-        BufferMut { memory: self.memory.clone(), start, len: 0, end: self.used }
+        BufferMut { block: self.block.clone(), start, len: 0, end: self.used }
     }
 
-    /// Address of the next piece, most of the time.
+    /// Address of the next buffer, as a prefetch hint: wrong when the next buffer needs a new
+    /// block.
     #[inline]
-    pub fn next_place(&self) -> usize {
-        self.memory.0.as_ptr().addr() + self.used
+    pub fn next_address(&self) -> usize {
+        self.block.0.as_ptr().addr() + self.used
     }
 
-    /// Address of what is written for each piece besides.
+    /// Address of the block's reference counts, as a prefetch hint: every [`BufferPool::take`]
+    /// writes to them.
     #[inline]
-    pub fn count(&self) -> usize {
-        Arc::as_ptr(&self.memory).addr() - COUNTS_BYTES
+    pub fn refcount_address(&self) -> usize {
+        Arc::as_ptr(&self.block).addr() - REFCOUNT_BYTES
     }
 }
 
-/// Bytes in front of what an [`Arc`] points to, where it counts.
-const COUNTS_BYTES: usize = 2 * size_of::<usize>();
+/// Bytes of reference counts in front of the value that an [`Arc`] points to.
+const REFCOUNT_BYTES: usize = 2 * size_of::<usize>();
 
-impl Memory {
+impl Block {
     fn new(len: usize) -> Self {
-        let idle = if Self::keeps(len) { IDLE.lock().take(len) } else { None };
+        let idle = if Self::is_recycled(len) { IDLE.lock().take(len) } else { None };
         Self(idle.unwrap_or_else(|| {
             let slots = Box::<[Slot]>::new_uninit_slice(len);
-            // SAFETY: a slot is initialised whatever is in it.
+            // SAFETY: a slot is `MaybeUninit`, which is valid without initialisation.
             unsafe { slots.assume_init() }
         }))
     }
 
-    /// Whether memory of that length is kept when it is idle: long blocks, which are of few lengths.
-    fn keeps(len: usize) -> bool {
-        (IDLE_LEAST..=IDLE_MOST).contains(&len) && len.is_power_of_two()
+    /// `true` if blocks of `len` bytes are kept for reuse: long ones, which have few lengths.
+    fn is_recycled(len: usize) -> bool {
+        (MIN_IDLE_LEN..=MAX_IDLE_LEN).contains(&len) && len.is_power_of_two()
     }
 
-    /// What was written there.
+    /// Returns `len` written bytes from `start`.
     ///
     /// # Safety
-    /// All of it must have been, and not be again as long as the reference lasts.
+    /// All of them must have been written, and must not be written while the reference lives.
     #[inline]
     unsafe fn written(&self, start: usize, len: usize) -> &[u8] {
         let slots = &self.0[start..start + len];
-        // SAFETY: the caller says so.
+        // SAFETY: the caller guarantees that the slots are initialised and not written to.
         unsafe { slice::from_raw_parts(slots.as_ptr().cast::<u8>(), len) }
     }
 }
 
-impl Drop for Memory {
+impl Drop for Block {
     fn drop(&mut self) {
-        if Self::keeps(self.0.len()) {
-            let freed = IDLE.lock().keep(mem::take(&mut self.0));
-            // An allocator may take long over it: not behind the lock.
-            drop(freed);
+        if Self::is_recycled(self.0.len()) {
+            let evicted = IDLE.lock().put(mem::take(&mut self.0));
+            // The allocator may be slow, so it runs outside the lock.
+            drop(evicted);
         }
     }
 }
 
-/// Long blocks whose pieces are gone: an allocator takes longer over such than over any other.
-static IDLE: Mutex<Idle> = Mutex::new(Idle { blocks: Vec::new(), bytes: 0 });
+/// Long blocks without buffers, kept for reuse: allocators are slow at this size.
+static IDLE: Mutex<IdleBlocks> = Mutex::new(IdleBlocks { blocks: Vec::new(), bytes: 0 });
 
-struct Idle {
+struct IdleBlocks {
+    /// The least recently freed first.
     blocks: Vec<Box<[Slot]>>,
     bytes: usize,
 }
 
-impl Idle {
+impl IdleBlocks {
     fn take(&mut self, len: usize) -> Option<Box<[Slot]>> {
-        // Those that are likely to be in the cache still.
-        let place = self.blocks.iter().rposition(|block| block.len() == len)?;
+        // The most recently freed block is the most likely to be in the CPU's cache.
+        let index = self.blocks.iter().rposition(|block| block.len() == len)?;
         self.bytes -= len;
-        Some(self.blocks.remove(place))
+        Some(self.blocks.remove(index))
     }
 
-    /// Keeps `block` in place of some of other lengths, which may not be asked for any more; what is
-    /// not kept.
-    fn keep(&mut self, block: Box<[Slot]>) -> Vec<Box<[Slot]>> {
-        let mut freed = Vec::new();
-        while self.bytes + block.len() > IDLE_BYTES {
-            // The oldest of them is in front.
+    /// Stores `block`, evicting blocks of other lengths, whose lengths may be out of use. Returns
+    /// the blocks to free.
+    fn put(&mut self, block: Box<[Slot]>) -> Vec<Box<[Slot]>> {
+        let mut evicted = Vec::new();
+        while self.bytes + block.len() > MAX_IDLE_BYTES {
             let Some(other) = self.blocks.iter().position(|idle| idle.len() != block.len()) else {
-                freed.push(block);
-                return freed;
+                evicted.push(block);
+                return evicted;
             };
             let other = self.blocks.remove(other);
             self.bytes -= other.len();
-            freed.push(other);
+            evicted.push(other);
         }
         self.bytes += block.len();
         self.blocks.push(block);
-        freed
+        evicted
     }
 }
 
-/// Memory to write into, which then is a [`Buffer`].
+/// A growable buffer with one owner, to be filled and frozen into a [`Buffer`].
 pub struct BufferMut {
-    memory: Arc<Memory>,
+    block: Arc<Block>,
     start: usize,
-    /// Bytes that are written.
+    /// Bytes written.
     len: usize,
     end: usize,
 }
 
 impl BufferMut {
-    /// Of memory of its own.
+    /// An empty buffer outside any pool, with a capacity of `len` bytes.
     pub fn with_capacity(len: usize) -> Self {
-        Self { memory: Arc::new(Memory::new(len)), start: 0, len: 0, end: len }
+        Self { block: Arc::new(Block::new(len)), start: 0, len: 0, end: len }
     }
 
-    /// Bytes that fit before it would have to move.
+    /// Bytes that fit without a reallocation, the written ones included.
     pub fn capacity(&self) -> usize {
         self.end - self.start
     }
 
-    /// Sees to it that `more` bytes fit behind what there is.
-    pub fn reserve(&mut self, more: usize) {
-        if more > self.capacity() - self.len {
-            self.move_to(self.len + more);
+    /// Makes room for `additional` bytes, reallocating if needed.
+    pub fn reserve(&mut self, additional: usize) {
+        if additional > self.capacity() - self.len {
+            self.reallocate(self.len + additional);
         }
     }
 
-    /// Forgets the first `bytes` bytes of what is written.
+    /// Removes the first `bytes` bytes.
     ///
     /// # Panics
-    /// If there are not as many.
+    /// If the buffer is shorter than `bytes`.
     pub fn advance(&mut self, bytes: usize) {
-        assert!(bytes <= self.len, "{bytes} of {} bytes", self.len);
+        assert!(bytes <= self.len, "advance by {bytes} in a buffer of {} bytes", self.len);
         self.start += bytes;
         self.len -= bytes;
     }
 
-    /// Writes `bytes` behind what there is; what has not enough room moves.
+    /// Appends `bytes`, reallocating if they do not fit.
     #[inline]
     pub fn put_slice(&mut self, bytes: &[u8]) {
         if bytes.len() > self.capacity() - self.len {
-            self.move_to((self.len + bytes.len()).max(2 * self.capacity()));
+            self.reallocate((self.len + bytes.len()).max(2 * self.capacity()));
         }
-        let place = &self.memory.0[self.start + self.len..self.end][..bytes.len()];
-        // SAFETY: the slots are this room's alone, from `start` to `end`, and none of them is in a
-        // piece. `bytes` is no part of them, or there would be a reference to it.
+        let slots = &self.block.0[self.start + self.len..self.end][..bytes.len()];
+        // SAFETY: this buffer alone owns the slots from `start` to `end`, and no `Buffer` covers
+        // them yet. `bytes` cannot overlap them: a reference into this buffer would borrow it.
         unsafe {
-            let place = place.as_ptr().cast::<u8>().cast_mut();
-            place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            let target = slots.as_ptr().cast::<u8>().cast_mut();
+            target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
         }
         self.len += bytes.len();
     }
 
     #[cold]
-    fn move_to(&mut self, capacity: usize) {
+    fn reallocate(&mut self, capacity: usize) {
         let mut longer = Self::with_capacity(capacity);
         longer.put_slice(self);
         *self = longer;
     }
 
-    /// What is written, to be shared.
+    /// Makes the written bytes immutable and shareable, without a copy.
     #[inline]
     pub fn freeze(self) -> Buffer {
-        Buffer { start: self.start, len: self.len, memory: self.memory }
+        Buffer { start: self.start, len: self.len, block: self.block }
     }
 }
 
@@ -216,84 +224,31 @@ impl Deref for BufferMut {
 
     #[inline]
     fn deref(&self) -> &[u8] {
-        // SAFETY: a room has written all of `len`, and writes only through a `&mut` to itself.
-        unsafe { self.memory.written(self.start, self.len) }
+        // SAFETY: the first `len` bytes are written, and writing to them needs `&mut self`.
+        unsafe { self.block.written(self.start, self.len) }
     }
 }
 
 impl DerefMut for BufferMut {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
-        let written = &self.memory.0[self.start..self.start + self.len];
-        // SAFETY: as with `put_slice`; all of them are written. The reference lasts no longer than
-        // that to the room.
-        unsafe { slice::from_raw_parts_mut(written.as_ptr().cast::<u8>().cast_mut(), self.len) }
+        let slots = &self.block.0[self.start..self.start + self.len];
+        // SAFETY: this buffer alone owns the slots, and all of them are written. The reference
+        // lives no longer than `&mut self`.
+        unsafe { slice::from_raw_parts_mut(slots.as_ptr().cast::<u8>().cast_mut(), self.len) }
     }
 }
 
 impl From<&[u8]> for BufferMut {
     fn from(bytes: &[u8]) -> Self {
-        let mut room = Self::with_capacity(bytes.len());
-        room.put_slice(bytes);
-        room
-    }
-}
-
-/// Bytes that do not change. A clone shares them.
-#[derive(Clone)]
-pub struct Buffer {
-    memory: Arc<Memory>,
-    start: usize,
-    len: usize,
-}
-
-impl Buffer {
-    /// A part of it.
-    ///
-    /// # Panics
-    /// If there is no such part.
-    pub fn slice(&self, range: Range<usize>) -> Self {
-        let part = &self[range.clone()];
-        Self { memory: self.memory.clone(), start: self.start + range.start, len: part.len() }
-    }
-}
-
-impl Deref for Buffer {
-    type Target = [u8];
-
-    #[inline]
-    fn deref(&self) -> &[u8] {
-        // SAFETY: the room that it was has written all of it, and is no more.
-        unsafe { self.memory.written(self.start, self.len) }
-    }
-}
-
-impl AsRef<[u8]> for Buffer {
-    fn as_ref(&self) -> &[u8] {
-        self
-    }
-}
-
-impl fmt::Debug for Memory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes", self.0.len())
-    }
-}
-
-impl fmt::Debug for BufferMut {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        (**self).fmt(f)
-    }
-}
-
-impl fmt::Debug for Buffer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        (**self).fmt(f)
+        let mut buffer = Self::with_capacity(bytes.len());
+        buffer.put_slice(bytes);
+        buffer
     }
 }
 
 impl Clone for BufferMut {
-    /// A copy.
+    /// Copies the bytes.
     fn clone(&self) -> Self {
         Self::from(&self[..])
     }
@@ -307,6 +262,48 @@ impl PartialEq for BufferMut {
 
 impl Eq for BufferMut {}
 
+impl fmt::Debug for BufferMut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+/// An immutable byte buffer. Clones and slices share its memory.
+#[derive(Clone)]
+pub struct Buffer {
+    block: Arc<Block>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    /// Returns a part of the buffer, sharing its memory.
+    ///
+    /// # Panics
+    /// If `range` is out of bounds.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        let part = &self[range.clone()];
+        Self { block: self.block.clone(), start: self.start + range.start, len: part.len() }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the `BufferMut` behind it has written these bytes and no longer exists, so
+        // nothing writes to them.
+        unsafe { self.block.written(self.start, self.len) }
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 impl PartialEq for Buffer {
     fn eq(&self, other: &Self) -> bool {
         **self == **other
@@ -315,14 +312,26 @@ impl PartialEq for Buffer {
 
 impl Eq for Buffer {}
 
-/// Pieces of a block, if all were as long as the first.
-const PIECES: usize = 32;
-/// The shortest block that is kept when it is idle.
-const IDLE_LEAST: usize = 32 << 10;
-/// Bytes of all that are kept.
-const IDLE_BYTES: usize = 2 << 20;
-/// The longest: some of each length have room.
-const IDLE_MOST: usize = IDLE_BYTES / 8;
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}
+
+/// Buffers per block, if all are as long as the block's first.
+const BUFFERS_PER_BLOCK: usize = 32;
+/// The shortest block that is kept for reuse, in bytes.
+const MIN_IDLE_LEN: usize = 32 << 10;
+/// The longest, in bytes: several blocks of each length fit.
+const MAX_IDLE_LEN: usize = MAX_IDLE_BYTES / 8;
+/// Bytes of all blocks kept for reuse.
+const MAX_IDLE_BYTES: usize = 2 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -332,82 +341,104 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pieces_have_their_room_and_do_not_overlap(
+        fn buffers_have_the_requested_capacity_and_do_not_overlap(
             lens in proptest::collection::vec(0..3000_usize, 0..50),
         ) {
-            let mut block = BufferPool::new(8 << 10);
-            let mut rooms: Vec<_> = lens.iter().map(|len| block.room(*len)).collect();
-            for (n, (room, len)) in rooms.iter_mut().zip(&lens).enumerate() {
-                prop_assert!(room.is_empty() && room.capacity() >= *len);
-                let before = room.as_ptr();
-                room.put_slice(&vec![n as u8; *len]);
-                prop_assert!(*len == 0 || room.as_ptr() == before, "it was moved");
+            let mut pool = BufferPool::new(8 << 10);
+            let mut buffers: Vec<_> = lens.iter().map(|len| pool.take(*len)).collect();
+            for (n, (buffer, len)) in buffers.iter_mut().zip(&lens).enumerate() {
+                prop_assert!(buffer.is_empty() && buffer.capacity() >= *len);
+                let before = buffer.as_ptr();
+                buffer.put_slice(&vec![n as u8; *len]);
+                prop_assert!(*len == 0 || buffer.as_ptr() == before, "it was reallocated");
             }
-            drop(block);
-            let pieces: Vec<_> = rooms.into_iter().map(BufferMut::freeze).collect();
-            for (n, (piece, len)) in pieces.iter().zip(&lens).enumerate() {
-                prop_assert_eq!(&piece[..], &vec![n as u8; *len][..]);
-                prop_assert_eq!(&piece.slice(len / 2..*len)[..], &piece[len / 2..]);
+            drop(pool);
+            let buffers: Vec<_> = buffers.into_iter().map(BufferMut::freeze).collect();
+            for (n, (buffer, len)) in buffers.iter().zip(&lens).enumerate() {
+                prop_assert_eq!(&buffer[..], &vec![n as u8; *len][..]);
+                prop_assert_eq!(&buffer.slice(len / 2..*len)[..], &buffer[len / 2..]);
             }
         }
     }
 
     #[test]
-    fn a_slow_stream_holds_little_and_a_long_piece_nothing_else() {
-        let mut block = BufferPool::new(32 << 10);
-        drop(block.room(100));
-        assert!(block.memory.0.len() <= 2 * PIECES * 100);
-        drop(block.room(6000));
-        assert!(block.memory.0.len() <= 32 << 10);
-        let before = block.next_place();
-        let long = block.room(10_000);
-        assert_eq!((long.capacity(), long.memory.0.len()), (10_000, 10_000));
-        assert_eq!(block.next_place(), before);
+    fn block_size_follows_the_buffers() {
+        let mut pool = BufferPool::new(32 << 10);
+        drop(pool.take(100));
+        assert!(pool.block.0.len() <= 2 * BUFFERS_PER_BLOCK * 100);
+        drop(pool.take(6000));
+        assert!(pool.block.0.len() <= 32 << 10);
     }
 
     #[test]
-    fn what_outgrows_its_room_moves_and_hurts_nobody() {
-        let mut block = BufferPool::new(8 << 10);
-        let (mut first, mut second) = (block.room(4), block.room(4));
+    fn a_long_buffer_gets_an_exact_allocation_outside_the_block() {
+        let mut pool = BufferPool::new(32 << 10);
+        drop(pool.take(6000));
+        let before = pool.next_address();
+        let long = pool.take(10_000);
+        assert_eq!(long.capacity(), 10_000);
+        assert_eq!(long.block.0.len(), 10_000);
+        assert_eq!(pool.next_address(), before);
+    }
+
+    #[test]
+    fn a_buffer_that_outgrows_its_capacity_moves_and_leaves_its_neighbour_intact() {
+        let mut pool = BufferPool::new(8 << 10);
+        let (mut first, mut second) = (pool.take(4), pool.take(4));
         second.put_slice(&[2; 4]);
         first.put_slice(&[1; 3]);
         first.put_slice(&[1; 3]);
         first[0] = 9;
-        assert_eq!((&first[..], &second[..]), (&[9, 1, 1, 1, 1, 1][..], &[2; 4][..]));
+        assert_eq!(first[..], [9, 1, 1, 1, 1, 1]);
+        assert_eq!(second[..], [2; 4]);
     }
 
     #[test]
-    fn pieces_can_be_written_and_read_on_many_threads() {
-        let mut block = BufferPool::new(128 << 10);
+    fn many_threads_write_and_read_buffers_of_one_pool() {
+        let mut pool = BufferPool::new(128 << 10);
         std::thread::scope(|scope| {
             for n in 0..200u8 {
-                let mut room = block.room(3000);
+                let mut buffer = pool.take(3000);
                 scope.spawn(move || {
-                    (0..30).for_each(|_| room.put_slice(&[n; 100]));
-                    let piece = room.freeze();
-                    let same = piece.clone();
-                    assert!(same.iter().all(|byte| *byte == n));
+                    (0..30).for_each(|_| buffer.put_slice(&[n; 100]));
+                    let buffer = buffer.freeze();
+                    let clone = buffer.clone();
+                    assert!(clone.iter().all(|byte| *byte == n));
                 });
             }
         });
     }
 
+    fn block(len: usize) -> Box<[Slot]> {
+        mem::take(&mut Block::new(len).0)
+    }
+
     #[test]
-    fn idle_memory_is_used_again_and_has_a_bound() {
-        let mut idle = Idle { blocks: Vec::new(), bytes: 0 };
-        let new = |len| mem::take(&mut Memory::new(len).0);
+    fn idle_blocks_are_bounded_and_those_in_use_displace_others() {
+        let mut idle = IdleBlocks { blocks: Vec::new(), bytes: 0 };
         let lens = [32 << 10, 64 << 10, 128 << 10];
-        lens.iter().cycle().take(1000).for_each(|len| drop(idle.keep(new(*len))));
-        assert!(idle.bytes <= IDLE_BYTES && idle.bytes > IDLE_BYTES - (128 << 10));
-        // What is not asked for any more makes room for what is.
-        (0..100).for_each(|_| drop(idle.keep(new(64 << 10))));
+        lens.iter().cycle().take(1000).for_each(|len| drop(idle.put(block(*len))));
+        assert!(idle.bytes <= MAX_IDLE_BYTES && idle.bytes > MAX_IDLE_BYTES - (128 << 10));
+        (0..100).for_each(|_| drop(idle.put(block(64 << 10))));
         assert!(idle.blocks.iter().all(|block| block.len() == 64 << 10));
-        assert_eq!((idle.bytes, idle.keep(new(64 << 10)).len()), (IDLE_BYTES, 1));
-        let before = idle.bytes;
-        assert_eq!(idle.take(64 << 10).map(|block| block.len()), Some(64 << 10));
-        assert_eq!(idle.bytes, before - (64 << 10));
+        assert_eq!(idle.bytes, MAX_IDLE_BYTES);
+        assert_eq!(idle.put(block(64 << 10)).len(), 1, "a full store keeps no further block");
+    }
+
+    #[test]
+    fn idle_blocks_are_reused_by_exact_length() {
+        let mut idle = IdleBlocks { blocks: Vec::new(), bytes: 0 };
+        drop(idle.put(block(64 << 10)));
         assert!(idle.take(65_537).is_none());
-        assert!(Memory::keeps(128 << 10) && !Memory::keeps(40_000) && !Memory::keeps(8 << 10));
-        assert!(!Memory::keeps(2 << 20), "one would take the place of all others");
+        assert_eq!(idle.take(64 << 10).map(|block| block.len()), Some(64 << 10));
+        assert_eq!(idle.bytes, 0);
+    }
+
+    #[test]
+    fn only_long_powers_of_two_are_recycled() {
+        assert!(Block::is_recycled(128 << 10));
+        assert!(!Block::is_recycled(40_000));
+        assert!(!Block::is_recycled(8 << 10));
+        assert!(!Block::is_recycled(2 << 20), "one block would displace all others");
     }
 }

@@ -1,49 +1,57 @@
-//! How a worker rests between rounds.
+//! How a worker thread idles between rounds of work.
 
 use std::time::{Duration, Instant};
 
-/// How a thread rests that has nothing to do.
+/// Decides whether an idle thread naps for a fixed time or blocks until work arrives.
 ///
-/// To be woken costs a thread, or whoever wakes it, about as much as one packet does, and so does
-/// each switch of threads. So where work comes thick and fast, as from a thousand streams, the thread
-/// naps instead: nobody needs to wake it, and what came meanwhile is done in one round. Where it comes
-/// seldom, the thread waits for it at once. It is what network cards do that moderate their
-/// interrupts.
+/// Waking a thread costs the waker and the thread about as much as sending one packet. Under a high
+/// event rate, as with a thousand streams, the thread naps: nobody has to wake it, and one round
+/// handles everything that arrived meanwhile. Under a low rate it blocks, for the lowest latency.
+/// Network cards moderate interrupts the same way.
+///
+/// - **Quiet**: the last round began more than 600 µs after the end of the round before. The thread
+///   blocks.
+/// - **Busy**: it began sooner. The thread naps once; if the nap brings no work, it blocks.
+/// - In either state, a deadline within one nap means a nap, so that work due at nearly the same
+///   time is done in one round.
 #[derive(Debug, Default)]
 pub struct IdleStrategy {
-    /// When the last round ended.
+    /// End of the last round.
     ended: Option<Instant>,
-    /// Whether that round began soon after the one before.
+    /// `true` if the last round began within [`BUSY_GAP`] of the end of the round before.
     busy: bool,
+    /// `true` if the thread has napped since the last round began.
     napped: bool,
 }
 
-/// How to rest now.
+/// What an idle thread does next.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Sleep for so long, and look again.
+    /// Sleep for this duration, then look for work.
     Nap(Duration),
-    /// Until there is work, or the deadline.
+    /// Block until work arrives or the deadline passes.
     Wait,
 }
 
 impl IdleStrategy {
-    /// There is work.
+    /// Records that a round of work begins.
+    #[inline]
     pub fn begin_round(&mut self, now: Instant) {
-        self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY);
+        self.busy = self.ended.is_some_and(|at| now.saturating_duration_since(at) < BUSY_GAP);
         self.napped = false;
     }
 
-    /// It is done.
+    /// Records that the round is finished.
+    #[inline]
     pub fn end_round(&mut self, now: Instant) {
         self.ended = Some(now);
     }
 
-    /// How to rest, if the next thing that is known to come is at `deadline`.
+    /// Returns how to idle until `deadline`, the earliest time at which work is due.
+    #[inline]
     pub fn next(&mut self, now: Instant, deadline: Option<Instant>) -> Next {
         let left = deadline.map(|at| at.saturating_duration_since(now));
         if left.is_some_and(|left| left <= NAP) {
-            // Slots are not kept to the microsecond: what is due together leaves together.
             return Next::Nap(NAP);
         }
         if self.busy && !self.napped {
@@ -54,42 +62,59 @@ impl IdleStrategy {
     }
 }
 
-/// Lets the calling thread's short sleeps end when they are over: as a rule the kernel adds up to
-/// 50 µs to group them with others (prctl(2), PR_SET_TIMERSLACK).
-pub fn sleep_exactly() {
-    // SAFETY: it takes numbers and touches no memory of ours. A refusal changes nothing.
+/// Reduces the calling thread's timer slack to 1 µs: by default the kernel ends a sleep up to 50 µs
+/// late, to group it with others (prctl(2), PR_SET_TIMERSLACK).
+pub fn minimize_timer_slack() {
+    // SAFETY: the call takes integers only. A failure leaves the default in place.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong) };
 }
 
-/// Added to the delay of what comes meanwhile, half of it on average.
+/// Adds half of this to the delay of work that arrives during a nap, on average.
 const NAP: Duration = Duration::from_micros(150);
-/// A pause between two rounds that is short for a nap to be worth it.
-const BUSY: Duration = Duration::from_micros(600);
+/// The longest gap between two rounds for which a nap pays off.
+const BUSY_GAP: Duration = Duration::from_micros(600);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn after_round(start: Instant, begin_us: u64, end_us: u64) -> IdleStrategy {
+        let mut idle = IdleStrategy::default();
+        idle.begin_round(start);
+        idle.end_round(start + Duration::from_micros(10));
+        idle.begin_round(start + Duration::from_micros(begin_us));
+        idle.end_round(start + Duration::from_micros(end_us));
+        idle
+    }
+
     #[test]
-    fn who_is_busy_naps_once_and_then_parks() {
+    fn the_first_round_is_followed_by_a_wait() {
+        let start = Instant::now();
+        let mut idle = IdleStrategy::default();
+        assert_eq!(idle.next(start, None), Next::Wait);
+        idle.begin_round(start);
+        idle.end_round(start);
+        assert_eq!(idle.next(start, None), Next::Wait);
+    }
+
+    #[test]
+    fn a_busy_thread_naps_once_per_round() {
         let start = Instant::now();
         let at = |us| start + Duration::from_micros(us);
-        let mut rest = IdleStrategy::default();
-        assert_eq!(rest.next(at(0), None), Next::Wait);
-        rest.begin_round(at(0));
-        rest.end_round(at(10));
-        assert_eq!(rest.next(at(10), None), Next::Wait, "the first in a while");
-        rest.begin_round(at(100));
-        rest.end_round(at(110));
-        assert_eq!(rest.next(at(110), None), Next::Nap(NAP));
-        assert_eq!(rest.next(at(260), None), Next::Wait, "nothing came");
-        rest.begin_round(at(300));
-        assert_eq!(rest.next(at(310), None), Next::Nap(NAP));
-        rest.end_round(at(310));
-        rest.begin_round(at(5000));
-        assert_eq!(rest.next(at(5010), None), Next::Wait);
-        // Until what is known to come.
-        assert_eq!(rest.next(at(5010), Some(at(5020))), Next::Nap(NAP));
-        assert_eq!(rest.next(at(5010), Some(at(9020))), Next::Wait);
+        let mut idle = after_round(start, 100, 110);
+        assert_eq!(idle.next(at(110), None), Next::Nap(NAP));
+        assert_eq!(idle.next(at(260), None), Next::Wait, "the nap brought no work");
+        idle.begin_round(at(300));
+        assert_eq!(idle.next(at(310), None), Next::Nap(NAP));
+    }
+
+    #[test]
+    fn a_quiet_thread_naps_only_towards_a_close_deadline() {
+        let start = Instant::now();
+        let at = |us| start + Duration::from_micros(us);
+        let mut idle = after_round(start, 5000, 5010);
+        assert_eq!(idle.next(at(5010), None), Next::Wait);
+        assert_eq!(idle.next(at(5010), Some(at(5020))), Next::Nap(NAP));
+        assert_eq!(idle.next(at(5010), Some(at(9020))), Next::Wait);
     }
 }

@@ -1,24 +1,26 @@
-//! Memory that will be needed soon.
+//! Prefetch hints.
 
-/// Has the processor fetch `bytes` bytes from `address` on, all at once, while the caller does
-/// something else. Where there are hundreds of streams each one is in no cache when its packet comes,
-/// and to wait for one line after the other takes longer than all the rest.
+/// Asks the CPU to load the cache lines of `bytes` bytes from `address` in parallel, and returns at
+/// once.
 ///
-/// It may be any address: where there is no memory, nothing is fetched.
+/// With hundreds of streams, a stream's state is in no cache when its packet arrives. Loading its
+/// lines one after another would take longer than processing the packet.
+///
+/// Any address is allowed: one without memory behind it has no effect.
 #[inline]
 pub fn prefetch(address: usize, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in 0..(address % LINE + bytes).div_ceil(LINE) {
+    for line in 0..(address % CACHE_LINE + bytes).div_ceil(CACHE_LINE) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let address = std::ptr::without_provenance(address.wrapping_add(line * LINE));
-        // SAFETY: to prefetch any address does nothing that a program can see.
+        let address = std::ptr::without_provenance(address.wrapping_add(line * CACHE_LINE));
+        // SAFETY: a prefetch has no architectural effect, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
     }
-    // Elsewhere there is no stable way to say so.
+    // Other architectures have no stable intrinsic for it.
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (address, bytes);
 }
 
-/// Bytes of a line of the cache.
+/// Bytes per cache line.
 #[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
+const CACHE_LINE: usize = 64;

@@ -1,4 +1,4 @@
-//! Many datagrams with one call of recvmmsg(2), which waits for the first of them.
+//! Receiving many datagrams per system call: recvmmsg(2) with UDP GRO.
 
 use std::{
     io, mem,
@@ -9,15 +9,15 @@ use std::{
 
 use crate::sockaddr::{SockAddr, set_option};
 
-/// Room for the datagrams of one call, to be used again and again.
+/// Reusable buffers for the datagrams of one recvmmsg(2) call.
 ///
-/// The calls wait, so that a socket costs one of them for each time that it is woken: waiting in
-/// epoll(7) or poll(2) would be another.
+/// The call blocks, so a wake-up costs one system call; waiting in epoll(7) or poll(2) would add a
+/// second one.
 pub struct RecvBatch {
-    slots: Box<[Slot; RecvBatch::MOST]>,
-    /// As many places of [`LONGEST`] as there are slots.
+    slots: Box<[Slot; RecvBatch::CAPACITY]>,
+    /// [`BUFFER_LEN`] bytes per slot.
     bytes: Box<[u8]>,
-    /// How many the last call filled.
+    /// Slots that the last call filled.
     count: usize,
 }
 
@@ -25,44 +25,45 @@ pub struct RecvBatch {
 struct Slot {
     from: SockAddr,
     control: Control,
-    /// Bytes that were read, and of control messages.
+    /// Bytes of payload.
     len: usize,
+    /// Bytes of control messages.
     control_len: usize,
 }
 
 impl RecvBatch {
-    /// Reads of one call, each of which may hold many datagrams of one sender.
-    pub const MOST: usize = 8;
+    /// Slots filled by one call. With GRO, each may hold many datagrams of one sender.
+    pub const CAPACITY: usize = 8;
 
-    /// Nothing is read yet.
+    /// An empty batch.
     pub fn new() -> Self {
-        let bytes = vec![0; Self::MOST * LONGEST].into_boxed_slice();
+        let bytes = vec![0; Self::CAPACITY * BUFFER_LEN].into_boxed_slice();
         Self { slots: Box::default(), bytes, count: 0 }
     }
 
-    /// Has the kernel put datagrams of one sender together, as many as it has (UDP GRO).
+    /// Lets the kernel coalesce consecutive datagrams of one sender (UDP GRO, udp(7)).
     ///
     /// # Errors
-    /// If the kernel cannot do that.
-    pub fn let_join(socket: &UdpSocket) -> io::Result<()> {
-        // SAFETY: it is a switch, which the kernel reads as an int (udp(7)).
+    /// If the kernel does not support it.
+    pub fn enable_gro(socket: &UdpSocket) -> io::Result<()> {
+        // SAFETY: the kernel reads an int for this option (udp(7)).
         unsafe { set_option(socket, libc::SOL_UDP, libc::UDP_GRO, &1) }
     }
 
-    /// Waits for a datagram, and takes what else is there.
+    /// Blocks until a datagram arrives, then reads it and the others that are queued.
     ///
     /// # Errors
-    /// As recvmmsg(2). Nothing has been read then.
-    pub fn wait(&mut self, socket: &UdpSocket) -> io::Result<()> {
-        // Twice what came last is enough, and to prepare for all of it takes long.
-        let most = (2 * self.count).clamp(2, Self::MOST);
+    /// Those of recvmmsg(2). The batch is empty then.
+    pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<()> {
+        // Preparing a slot has a cost, so prepare twice the number that the last call filled.
+        let prepared = (2 * self.count).clamp(2, Self::CAPACITY);
         self.count = 0;
-        // SAFETY: all zeroes are a value of both: integers and null pointers.
-        let mut iovecs: [libc::iovec; Self::MOST] = unsafe { mem::zeroed() };
-        let mut headers: [libc::mmsghdr; Self::MOST] = unsafe { mem::zeroed() };
-        let room = self.slots.iter_mut().zip(self.bytes.chunks_exact_mut(LONGEST));
-        let room = headers.iter_mut().zip(&mut iovecs).zip(room).take(most);
-        for ((header, iovec), (slot, bytes)) in room {
+        // SAFETY: all zeroes are valid for both: integers and null pointers.
+        let mut iovecs: [libc::iovec; Self::CAPACITY] = unsafe { mem::zeroed() };
+        let mut headers: [libc::mmsghdr; Self::CAPACITY] = unsafe { mem::zeroed() };
+        let slots = self.slots.iter_mut().zip(self.bytes.chunks_exact_mut(BUFFER_LEN));
+        let slots = headers.iter_mut().zip(&mut iovecs).zip(slots).take(prepared);
+        for ((header, iovec), (slot, bytes)) in slots {
             iovec.iov_base = bytes.as_mut_ptr().cast();
             iovec.iov_len = bytes.len();
             let header = &mut header.msg_hdr;
@@ -73,17 +74,17 @@ impl RecvBatch {
             header.msg_control = (&raw mut slot.control).cast();
             header.msg_controllen = size_of::<Control>() as _;
         }
-        // By its number: glibc's recvmmsg is a cancellation point (pthreads(7)), which sets and takes back
-        // a flag with locked instructions around the call.
-        // SAFETY: each of the first `most` headers points to a name and a control message in its own
-        // slot and to an iovec, of the lengths that it gives, and the iovec to its own part of
-        // `bytes`. All of them outlive the call, and nothing else refers to them meanwhile.
+        // By number: glibc's wrapper is a cancellation point (pthreads(7)), which adds locked
+        // instructions around the call.
+        // SAFETY: each of the first `prepared` headers points to a name and a control message in
+        // its own slot and to its own iovec, with their lengths, and the iovec to its own part of
+        // `bytes`. All of them outlive the call, and nothing else refers to them during it.
         let count = unsafe {
             libc::syscall(
                 libc::SYS_recvmmsg,
                 socket.as_raw_fd(),
                 headers.as_mut_ptr(),
-                most as libc::c_uint,
+                prepared as libc::c_uint,
                 libc::MSG_WAITFORONE,
                 ptr::null_mut::<libc::timespec>(),
             )
@@ -96,54 +97,65 @@ impl RecvBatch {
         Ok(())
     }
 
-    /// What the last call read: of each sender some datagrams, one behind the other.
-    pub fn trains(&self) -> impl Iterator<Item = GroDatagrams<'_>> {
-        let reads = self.slots.iter().zip(self.bytes.chunks_exact(LONGEST)).take(self.count);
-        reads.map(|(slot, bytes)| {
+    /// The datagrams that the last call read, grouped as the kernel coalesced them.
+    #[inline]
+    pub fn iter(&self) -> impl Iterator<Item = GroDatagrams<'_>> {
+        let filled = self.slots.iter().zip(self.bytes.chunks_exact(BUFFER_LEN)).take(self.count);
+        filled.map(|(slot, bytes)| {
             let bytes = &bytes[..slot.len.min(bytes.len())];
             GroDatagrams {
                 from: &slot.from,
                 bytes,
-                stride: slot.stride().unwrap_or(bytes.len().max(1)),
+                segment: slot.gro_segment().unwrap_or(bytes.len().max(1)),
             }
         })
     }
 }
 
-impl Slot {
-    /// Bytes from one datagram to the next, where the kernel put some together.
-    fn stride(&self) -> Option<usize> {
-        let Control { head, stride, .. } = &self.control;
-        let is_there = self.control_len >= Control::LEN
-            && (head.cmsg_level, head.cmsg_type) == (libc::SOL_UDP, libc::UDP_GRO);
-        usize::try_from(*stride).ok().filter(|stride| is_there && *stride > 0)
+impl Default for RecvBatch {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
-/// Datagrams of one sender.
+impl Slot {
+    /// The length in bytes of each coalesced datagram but the last; `None` if the kernel coalesced
+    /// none.
+    fn gro_segment(&self) -> Option<usize> {
+        let Control { head, segment, .. } = &self.control;
+        let is_gro = self.control_len >= Control::LEN
+            && (head.cmsg_level, head.cmsg_type) == (libc::SOL_UDP, libc::UDP_GRO);
+        usize::try_from(*segment).ok().filter(|segment| is_gro && *segment > 0)
+    }
+}
+
+/// Consecutive datagrams of one sender, coalesced by the kernel.
 pub struct GroDatagrams<'a> {
     from: &'a SockAddr,
     bytes: &'a [u8],
-    stride: usize,
+    /// Bytes of each datagram but the last; never 0.
+    segment: usize,
 }
 
 impl<'a> GroDatagrams<'a> {
-    /// Who sent them.
+    /// The sender's address.
+    #[inline]
     pub fn from(&self) -> Option<SocketAddr> {
         self.from.get()
     }
 
-    /// Each of them.
+    /// The datagrams in order of arrival.
+    #[inline]
     pub fn datagrams(&self) -> impl Iterator<Item = &'a [u8]> {
-        self.bytes.chunks(self.stride)
+        self.bytes.chunks(self.segment)
     }
 }
 
-/// `UDP_GRO` as a control message (udp(7)): `CMSG_SPACE` of an int.
+/// The `UDP_GRO` control message (udp(7)), `CMSG_SPACE` of an int.
 #[repr(C)]
 struct Control {
     head: libc::cmsghdr,
-    stride: libc::c_int,
+    segment: libc::c_int,
     padding: [u8; size_of::<usize>() - size_of::<libc::c_int>()],
 }
 
@@ -154,52 +166,44 @@ impl Control {
 
 impl Default for Control {
     fn default() -> Self {
-        // SAFETY: all zeroes are a value of it: integers.
+        // SAFETY: all zeroes are valid: integers.
         unsafe { mem::zeroed() }
     }
 }
 
-/// The longest datagram, which is also what the kernel puts together at most.
-const LONGEST: usize = u16::MAX as usize;
+/// The longest datagram in bytes, and the most that the kernel coalesces.
+const BUFFER_LEN: usize = u16::MAX as usize;
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::sendmmsg::set_segment;
 
     #[test]
-    fn its_control_message_is_laid_out_as_the_kernel_writes_it() {
-        // SAFETY: they compute.
+    fn control_message_has_the_layout_of_the_kernel() {
+        // SAFETY: both only compute.
         let (space, len) = unsafe { (libc::CMSG_SPACE(4), libc::CMSG_LEN(4)) };
-        assert_eq!((size_of::<Control>(), Control::LEN), (space as usize, len as usize));
-        assert_eq!(mem::offset_of!(Control, stride), size_of::<libc::cmsghdr>());
+        assert_eq!(size_of::<Control>(), space as usize);
+        assert_eq!(Control::LEN, len as usize);
+        assert_eq!(mem::offset_of!(Control, segment), size_of::<libc::cmsghdr>());
     }
 
     #[test]
-    fn reads_are_taken_apart_into_datagrams() {
-        use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
-
+    fn coalesced_datagrams_are_split_again() {
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        let joins = RecvBatch::let_join(&receiver).is_ok();
+        let gro = RecvBatch::enable_gro(&receiver).is_ok();
         let to = receiver.local_addr().unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let state = UdpSocketState::new(UdpSockRef::from(&sender)).unwrap();
-        let mut reads = RecvBatch::new();
-        // Twice, so that what the first call left does not show in the second.
+        let gso = set_segment(&sender, 100).is_ok();
+        let mut batch = RecvBatch::new();
+        // Twice, so that leftovers of the first call would show in the second.
         for round in 0..2u8 {
             let contents: Vec<u8> = (0..2050).map(|n| (n / 100) as u8 + round).collect();
-            let segment_size = (state.max_gso_segments() > 1).then_some(100);
-            if segment_size.is_some() {
-                let train = Transmit {
-                    destination: to,
-                    ecn: None,
-                    contents: &contents,
-                    segment_size,
-                    src_ip: None,
-                };
-                state.try_send(UdpSockRef::from(&sender), &train).unwrap();
+            if gso {
+                sender.send_to(&contents, to).unwrap();
             } else {
                 for datagram in contents.chunks(100) {
                     sender.send_to(datagram, to).unwrap();
@@ -207,35 +211,37 @@ mod tests {
             }
             sender.send_to(&[], to).unwrap();
             sender.send_to(&[200 + round], to).unwrap();
-            let (mut datagrams, mut trains) = (Vec::new(), 0);
+            let (mut datagrams, mut groups) = (Vec::new(), 0);
             while datagrams.last().map(Vec::as_slice) != Some(&[200 + round]) {
-                reads.wait(&receiver).unwrap();
-                for train in reads.trains() {
-                    assert_eq!(train.from(), Some(sender.local_addr().unwrap()));
-                    datagrams.extend(train.datagrams().map(<[u8]>::to_vec));
-                    trains += 1;
+                batch.receive(&receiver).unwrap();
+                for group in batch.iter() {
+                    assert_eq!(group.from(), Some(sender.local_addr().unwrap()));
+                    datagrams.extend(group.datagrams().map(<[u8]>::to_vec));
+                    groups += 1;
                 }
             }
-            let (last, train) = datagrams.split_last().unwrap();
+            let (last, segments) = datagrams.split_last().unwrap();
             assert_eq!(last, &[200 + round]);
-            assert_eq!(train, contents.chunks(100).collect::<Vec<_>>());
-            assert!(!(joins && segment_size.is_some()) || trains == 3, "{trains}");
+            assert_eq!(segments, contents.chunks(100).collect::<Vec<_>>());
+            if gro && gso {
+                assert_eq!(groups, 3);
+            }
         }
     }
 
     #[test]
-    fn a_socket_that_is_shut_down_ends_the_wait() {
+    fn shutting_down_a_socket_ends_blocked_and_later_calls() {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let waiting = socket.try_clone().unwrap();
-        let (began, begins) = std::sync::mpsc::channel();
-        let waits = std::thread::spawn(move || {
-            began.send(()).unwrap();
-            let mut reads = RecvBatch::new();
-            // Both a call that waits already and one that comes later.
-            (0..2).for_each(|_| reads.wait(&waiting).unwrap());
+        let (started, starts) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            started.send(()).unwrap();
+            let mut batch = RecvBatch::new();
+            // The first may already block when the socket shuts down, the second comes later.
+            (0..2).for_each(|_| batch.receive(&waiting).unwrap());
         });
-        begins.recv().unwrap();
-        crate::udp::end_waits(&socket);
-        waits.join().unwrap();
+        starts.recv().unwrap();
+        crate::udp::shutdown_receive(&socket);
+        reader.join().unwrap();
     }
 }

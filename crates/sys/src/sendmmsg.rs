@@ -1,5 +1,5 @@
-//! System calls that the standard library does not have: many datagrams with one call, and one port
-//! for many sockets.
+//! Sending many datagrams per system call: sendmmsg(2) with UDP GSO, from sockets that may share a
+//! port.
 
 use std::{
     io,
@@ -14,27 +14,28 @@ use std::{
 
 use crate::sockaddr::{SockAddr, set_option};
 
-/// Room for the messages of one `sendmmsg` call, to be used again and again.
+/// Reusable headers for the messages of one sendmmsg(2) call.
 ///
-/// What is the same for all messages is written once: where each header finds its address, its bytes
-/// and its control message.
+/// Each header points to the address, iovec and control message of its slot; these pointers are the
+/// same for every call and written once.
 pub struct Batch {
-    /// Both have [`CAPACITY`] items, and are this batch's own.
+    /// Both point to [`CAPACITY`] items, owned by this batch.
     slots: NonNull<Slot>,
     headers: NonNull<libc::mmsghdr>,
     len: usize,
-    /// What the socket cuts into where a message says nothing (`UDP_SEGMENT` as an option, udp(7)), or
-    /// 0: messages that want that have no control message, which saves 5 to 8 % of a call.
+    /// The socket's `UDP_SEGMENT` option in bytes (udp(7)), or 0. A message with this segment needs
+    /// no control message, which saves 5 to 8 % of a call.
     default_segment: u16,
 }
 
 impl Batch {
+    /// An empty batch.
     pub fn new() -> Self {
-        // SAFETY: of both, all zeroes are a value: integers, null pointers and empty addresses.
+        // SAFETY: all zeroes are valid for both: integers, null pointers and empty addresses.
         let (slot, header) = unsafe { (mem::zeroed::<Slot>(), mem::zeroed::<libc::mmsghdr>()) };
         let (slots, headers) = (leak([slot; CAPACITY]), leak([header; CAPACITY]));
         for index in 0..CAPACITY {
-            // SAFETY: it is one of the items, and nobody else knows of them yet.
+            // SAFETY: the index is in bounds, and no other reference exists yet.
             unsafe {
                 let slot = slots.add(index).as_ptr();
                 (*slot).control.head = libc::cmsghdr {
@@ -52,16 +53,22 @@ impl Batch {
         Self { slots, headers, len: 0, default_segment: 0 }
     }
 
-    /// An empty batch for messages that live for `'a`.
+    /// Empties the batch and borrows it for messages that live for `'a`.
     pub fn begin<'a>(&mut self) -> Messages<'_, 'a> {
         self.len = 0;
         Messages { batch: self, bytes: PhantomData }
     }
 }
 
+impl Default for Batch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Drop for Batch {
     fn drop(&mut self) {
-        // SAFETY: they come from `leak`, with as many items, and nobody uses them after this.
+        // SAFETY: both come from `leak` with the same number of items, and are not used again.
         unsafe {
             drop(Box::from_raw(self.slots.as_ptr().cast::<[Slot; CAPACITY]>()));
             drop(Box::from_raw(self.headers.as_ptr().cast::<[libc::mmsghdr; CAPACITY]>()));
@@ -69,38 +76,40 @@ impl Drop for Batch {
     }
 }
 
-// SAFETY: nobody else has its pointers. Those to messages are followed only in `Messages`, whose
-// lifetime holds what they point to.
+// SAFETY: the batch owns its slots and headers. Pointers to message bytes are followed only in
+// `Messages`, whose lifetime keeps the bytes borrowed.
 unsafe impl Send for Batch {}
 
 fn leak<T>(items: [T; CAPACITY]) -> NonNull<T> {
     NonNull::from(Box::leak(Box::new(items))).cast()
 }
 
-/// Messages of one call, and the bytes that they borrow.
+/// The messages of one sendmmsg(2) call, borrowing their bytes.
 pub struct Messages<'b, 'a> {
     batch: &'b mut Batch,
     bytes: PhantomData<&'a [u8]>,
 }
 
-/// One message as it was pushed.
+/// One message: a datagram, or several of the same length for the kernel to segment (UDP GSO).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Message<'a> {
+    /// The destination.
     pub to: SocketAddr,
+    /// The payload.
     pub bytes: &'a [u8],
-    /// Bytes of each datagram that the kernel is to cut it into; 0 is one datagram.
+    /// Bytes per datagram, the last one excepted; 0 sends `bytes` as one datagram.
     pub segment: u16,
 }
 
 impl<'a> Messages<'_, 'a> {
-    /// Adds a message; those over the batch's capacity are left out, and `false`.
+    /// Adds a message. Returns `false`, without adding it, if the batch is full.
     #[inline]
     pub fn push(&mut self, message: Message<'a>) -> bool {
         let at = self.batch.len;
         if at >= CAPACITY {
             return false;
         }
-        // SAFETY: it is one of the items, and this has the batch for itself.
+        // SAFETY: `at` is in bounds, and `&mut self` excludes other references.
         let (slot, header) = unsafe {
             (self.batch.slots.add(at).as_mut(), &mut self.batch.headers.add(at).as_mut().msg_hdr)
         };
@@ -117,18 +126,18 @@ impl<'a> Messages<'_, 'a> {
         true
     }
 
-    /// What the socket was said to cut into by itself, or 0.
+    /// The socket's segment as last set with [`Messages::set_default_segment`]; 0 is none.
     #[inline]
     pub fn default_segment(&self) -> u16 {
         self.batch.default_segment
     }
 
-    /// Says that the socket cuts into `segment` bytes by itself from now on, or not at all if that is
-    /// 0. What becomes of these messages stays the same.
+    /// Declares that the socket's own segment is now `segment` bytes ([`set_segment`]), or none if
+    /// 0. Messages already in the batch keep their segments.
     pub fn set_default_segment(&mut self, segment: u16) {
         self.batch.default_segment = segment;
         for index in 0..self.batch.len {
-            // SAFETY: it is one of the items, and this has the batch for itself.
+            // SAFETY: `index` is in bounds, and `&mut self` excludes other references.
             let (slot, header) = unsafe {
                 (self.batch.slots.add(index).as_ref(), self.batch.headers.add(index).as_mut())
             };
@@ -136,47 +145,54 @@ impl<'a> Messages<'_, 'a> {
         }
     }
 
-    /// Takes all messages out.
+    /// Removes all messages.
     pub fn clear(&mut self) {
         self.batch.len = 0;
     }
 
+    /// Messages in the batch.
     pub fn len(&self) -> usize {
         self.batch.len
     }
 
+    /// `true` if there is no message in the batch.
+    pub fn is_empty(&self) -> bool {
+        self.batch.len == 0
+    }
+
+    /// `true` if the batch takes no further message.
     #[inline]
     pub fn is_full(&self) -> bool {
         self.batch.len == CAPACITY
     }
 
-    /// The message at `index`.
+    /// The message at `index`, if there is one.
     pub fn get(&self, index: usize) -> Option<Message<'a>> {
         let slot = self.slots().get(index)?;
         let libc::iovec { iov_base, iov_len } = slot.bytes;
-        // SAFETY: they come from a slice that lives for 'a.
+        // SAFETY: pointer and length come from a slice that lives for 'a.
         let bytes = unsafe { slice::from_raw_parts(iov_base.cast_const().cast(), iov_len) };
         Some(Message { to: slot.to.get()?, bytes, segment: slot.control.segment })
     }
 
-    /// The length and the segment of each message.
+    /// Length and segment of each message, in bytes.
     #[inline]
     pub fn lengths(&self) -> impl Iterator<Item = (usize, u16)> {
         self.slots().iter().map(|slot| (slot.bytes.iov_len, slot.control.segment))
     }
 
-    /// Sends the messages from `first` on, without waiting; says how many of them the kernel took.
+    /// Sends the messages from `first` on, without blocking. Returns how many the kernel accepted.
     ///
     /// # Errors
-    /// What is wrong with the one at `first`. None has gone then.
+    /// The error of the message at `first`. Nothing has been sent then.
     pub fn send(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
         let count = self.batch.len.saturating_sub(first);
         if count == 0 {
             return Ok(0);
         }
-        // SAFETY: each of the headers points to a name, an iovec and a control message in its own
-        // slot, of the lengths that it gives, and the iovec to bytes that live for 'a. The kernel
-        // writes to the headers only.
+        // SAFETY: each header points to a name, an iovec and a control message in its own slot,
+        // with their lengths, and the iovec to bytes that live for 'a. The kernel writes to the
+        // headers only.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -189,13 +205,12 @@ impl<'a> Messages<'_, 'a> {
     }
 
     fn slots(&self) -> &[Slot] {
-        // SAFETY: so many are there and in use, and they change only with `&mut self`.
+        // SAFETY: the first `len` slots are initialised and change only through `&mut self`.
         unsafe { slice::from_raw_parts(self.batch.slots.as_ptr(), self.batch.len) }
     }
 }
 
-/// Bytes of a slot's control message, which the kernel need not read where the socket does by itself
-/// what it says.
+/// Bytes of a slot's control message: 0 where the socket's own segment has the same effect.
 #[inline]
 fn control_len(slot: &Slot, default_segment: u16) -> usize {
     let segment = slot.control.segment;
@@ -203,31 +218,35 @@ fn control_len(slot: &Slot, default_segment: u16) -> usize {
     if segment == default_segment || is_too_short { 0 } else { size_of::<Control>() }
 }
 
-/// Has a socket cut every longer message into datagrams of `segment` bytes, or none if that is 0.
+/// Sets a socket's own GSO segment: the kernel segments every longer message without a control
+/// message into datagrams of `segment` bytes. 0 turns it off.
 ///
 /// # Errors
-/// If the kernel cannot.
+/// If the kernel does not support it.
 pub fn set_segment(socket: &UdpSocket, segment: u16) -> io::Result<()> {
-    // SAFETY: it is a number, which the kernel reads as an int (udp(7)).
+    // SAFETY: the kernel reads an int for this option (udp(7)).
     unsafe { set_option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, &libc::c_int::from(segment)) }
 }
 
-/// Waits until a socket has room for a datagram, or until `timeout` is over.
-pub fn wait_for_room(socket: &UdpSocket, timeout: Duration) {
+/// Blocks until the socket's send buffer has room for a datagram, or until `timeout` has passed.
+pub fn wait_writable(socket: &UdpSocket, timeout: Duration) {
     let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: it writes to the one pollfd that it is given. Whatever it says, sending says more.
+    // SAFETY: the call writes to the one pollfd. Its result is ignored: the next send reports
+    // errors.
     unsafe { libc::poll(&raw mut poll, 1, timeout) };
 }
 
-/// Of all sockets that share a port, `any` among them, the one that had it first gets what comes.
+/// Delivers all datagrams for a shared port (SO_REUSEPORT) to the socket that was bound to it
+/// first. `any` is any socket of the group.
 ///
 /// # Errors
-/// If the kernel does not know of that, or a sandbox has none of it.
-pub fn give_all_to_first(any: &UdpSocket) -> io::Result<()> {
-    let mut first = [libc::sock_filter { code: libc::BPF_RET as u16, jt: 0, jf: 0, k: 0 }];
-    let program = libc::sock_fprog { len: 1, filter: first.as_mut_ptr() };
-    // SAFETY: it is a program of the length that it gives, which the kernel copies.
+/// If the kernel does not support it, or a sandbox forbids it.
+pub fn deliver_to_first(any: &UdpSocket) -> io::Result<()> {
+    let mut return_0 = [libc::sock_filter { code: libc::BPF_RET as u16, jt: 0, jf: 0, k: 0 }];
+    let program = libc::sock_fprog { len: 1, filter: return_0.as_mut_ptr() };
+    // SAFETY: the kernel reads a sock_fprog for this option and copies the program, whose length
+    // is right.
     unsafe { set_option(any, libc::SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, &program) }
 }
 
@@ -238,7 +257,7 @@ struct Slot {
     control: Control,
 }
 
-/// `UDP_SEGMENT` as a control message (udp(7)): `CMSG_SPACE` of a u16.
+/// The `UDP_SEGMENT` control message (udp(7)), `CMSG_SPACE` of a u16.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Control {
@@ -249,9 +268,9 @@ struct Control {
 
 /// `CMSG_LEN` of a u16.
 const CONTROL_LEN: usize = size_of::<libc::cmsghdr>() + size_of::<u16>();
-/// Messages of one call: as many as a chunk of targets has. More save little and leave the cache.
+/// Messages per call. More save little, and their headers fall out of the CPU's cache.
 const CAPACITY: usize = 64;
-/// As in Linux's asm-generic/socket.h; libc has it for Android only.
+/// From Linux's asm-generic/socket.h; the libc crate has it for Android only.
 const SO_ATTACH_REUSEPORT_CBPF: libc::c_int = 51;
 
 #[cfg(test)]
@@ -259,7 +278,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_pushed_is_what_it_holds_and_sends() {
+    fn a_batch_holds_and_sends_the_pushed_messages() {
         let (sender, receiver) =
             (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
         receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -267,13 +286,15 @@ mod tests {
         let mut batch = Batch::new();
         let bytes: Vec<u8> = (0..25).collect();
         let mut messages = batch.begin();
-        let cut = Message { to, bytes: &bytes, segment: 10 };
+        let segmented = Message { to, bytes: &bytes, segment: 10 };
         let whole = Message { to, bytes: &bytes[..7], segment: 0 };
-        assert!(messages.push(cut) && messages.push(whole));
-        assert_eq!((messages.get(0), messages.get(1)), (Some(cut), Some(whole)));
-        assert_eq!((messages.len(), messages.get(2)), (2, None));
+        assert!(messages.push(segmented) && messages.push(whole));
+        assert_eq!(messages.get(0), Some(segmented));
+        assert_eq!(messages.get(1), Some(whole));
+        assert_eq!(messages.get(2), None);
+        assert_eq!(messages.len(), 2);
         let mut buffer = [0; 100];
-        // From the second on, first: a partial send goes on like this.
+        // Starting at the second message, as after a partial send.
         assert_eq!(messages.send(&sender, 1).unwrap(), 1);
         assert_eq!(receiver.recv(&mut buffer).unwrap(), 7);
         assert_eq!(messages.send(&sender, 0).unwrap(), 2);
@@ -281,13 +302,14 @@ mod tests {
         assert_eq!(lengths, [10, 10, 5, 7]);
         assert_eq!(messages.send(&sender, 2).unwrap(), 0);
         messages.clear();
-        assert_eq!((messages.len(), messages.send(&sender, 0).unwrap()), (0, 0));
+        assert!(messages.is_empty());
+        assert_eq!(messages.send(&sender, 0).unwrap(), 0);
         while messages.push(whole) {}
         assert!(messages.is_full());
     }
 
     #[test]
-    fn what_the_socket_cuts_by_itself_changes_nothing_of_what_leaves() {
+    fn the_sockets_own_segment_leaves_the_sent_datagrams_unchanged() {
         let (sender, receiver) =
             (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
         receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -295,7 +317,7 @@ mod tests {
         let bytes: Vec<u8> = (0..25).collect();
         let mut batch = Batch::new();
         let mut controls = Vec::new();
-        // Pushed before it is set and after it, to one that cuts and one that no longer does.
+        // The socket's segment when messages are pushed, and when they are sent.
         for (before, after) in [(0, 0), (0, 10), (10, 10), (10, 12), (12, 0)] {
             set_segment(&sender, after).unwrap();
             let mut messages = batch.begin();
@@ -309,7 +331,7 @@ mod tests {
             let mut buffer = [0; 100];
             let lengths = [(); 9].map(|()| receiver.recv(&mut buffer).unwrap());
             assert_eq!(lengths, [10, 10, 5, 12, 12, 1, 25, 7, 10], "{before}, then {after}");
-            // SAFETY: so many headers were filled.
+            // SAFETY: five headers are in use.
             let headers = unsafe { slice::from_raw_parts(batch.headers.as_ptr(), 5) };
             controls
                 .push(headers.iter().filter(|header| header.msg_hdr.msg_controllen > 0).count());
@@ -318,15 +340,16 @@ mod tests {
     }
 
     #[test]
-    fn its_control_message_is_laid_out_as_the_kernel_reads_it() {
-        // SAFETY: they compute.
+    fn control_message_has_the_layout_of_the_kernel() {
+        // SAFETY: both only compute.
         let (space, len) = unsafe { (libc::CMSG_SPACE(2), libc::CMSG_LEN(2)) };
-        assert_eq!((size_of::<Control>(), CONTROL_LEN), (space as usize, len as usize));
+        assert_eq!(size_of::<Control>(), space as usize);
+        assert_eq!(CONTROL_LEN, len as usize);
         assert_eq!(mem::offset_of!(Control, segment), size_of::<libc::cmsghdr>());
     }
 
     #[test]
-    fn an_error_is_that_of_the_first_and_takes_nothing_with_it() {
+    fn the_error_of_the_first_message_is_returned() {
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         let mut batch = Batch::new();
         let mut messages = batch.begin();
@@ -334,6 +357,6 @@ mod tests {
         messages.push(Message { to, bytes: &[1], segment: 0 });
         let error = messages.send(&sender, 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EACCES));
-        wait_for_room(&sender, Duration::from_secs(5));
+        wait_writable(&sender, Duration::from_secs(5));
     }
 }

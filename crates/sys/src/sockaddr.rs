@@ -1,4 +1,4 @@
-//! Socket addresses and options as the kernel reads and writes them.
+//! Socket addresses and options in the kernel's layout.
 
 use std::{
     io,
@@ -6,40 +6,40 @@ use std::{
     os::fd::AsRawFd,
 };
 
-/// Sets an option that neither the standard library nor socket2 has (setsockopt(2)).
+/// Sets a socket option that neither the standard library nor socket2 offers (setsockopt(2)).
 ///
 /// # Safety
-/// `value` must be what the kernel wants for this option.
+/// `T` must be the type that the kernel reads for this option.
 ///
 /// # Errors
-/// If the kernel does not know it, or refuses it.
-pub unsafe fn set_option<T>(
+/// If the kernel does not know the option, or refuses the value.
+pub(crate) unsafe fn set_option<T>(
     socket: &impl AsRawFd,
     level: libc::c_int,
     option: libc::c_int,
     value: &T,
 ) -> io::Result<()> {
     let (value, len) = ((&raw const *value).cast(), size_of::<T>() as libc::socklen_t);
-    // SAFETY: it reads the value, of its own length; the caller says that it is the right one.
+    // SAFETY: the kernel reads `len` bytes of the value; the caller guarantees its type.
     match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value, len) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// An address of either family, or none.
+/// An IPv4 or IPv6 socket address, or none, as a C union.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub union SockAddr {
+pub(crate) union SockAddr {
     family: libc::sa_family_t,
     v4: libc::sockaddr_in,
     v6: libc::sockaddr_in6,
 }
 
 impl Default for SockAddr {
-    /// None.
+    /// No address.
     fn default() -> Self {
-        // SAFETY: all zeroes are a value of each: integers.
+        // SAFETY: all zeroes are valid for each variant: integers.
         unsafe { std::mem::zeroed() }
     }
 }
@@ -69,10 +69,10 @@ impl From<SocketAddr> for SockAddr {
 }
 
 impl SockAddr {
-    /// The address, if there is one.
-    pub fn get(&self) -> Option<SocketAddr> {
-        // SAFETY: all three begin with the family, which says which of them it is; all zeroes, with
-        // which it began, are a value of each.
+    /// Returns the address, if there is one.
+    pub(crate) fn get(&self) -> Option<SocketAddr> {
+        // SAFETY: all variants begin with the family, which selects the variant to read. All
+        // zeroes, the initial value, are valid for each.
         unsafe {
             match i32::from(self.family) {
                 libc::AF_INET => {
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_both_families_come_back() {
+    fn addresses_of_both_families_convert_and_convert_back() {
         for text in ["10.1.2.3:65535", "[2001:db8::7]:1", "[fe80::1%3]:5222"] {
             let addr: SocketAddr = text.parse().unwrap();
             assert_eq!(SockAddr::from(addr).get(), Some(addr));

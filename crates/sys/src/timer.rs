@@ -1,4 +1,4 @@
-//! What wakes the thread that does what is due.
+//! A one-shot timer that any thread can set while a tokio task waits for it.
 
 use std::{
     io,
@@ -11,92 +11,92 @@ use std::{
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// When what is due next is due: a timerfd(2).
+/// The setting half of a timerfd(2).
 ///
-/// It stays set while other things wake who waits for it, and other threads set it meanwhile, with
-/// one call. tokio's own timers can be set only where they are waited for, and a timeout of
-/// epoll_wait(2) would be set and taken back each time, which is 5 µs each way where a hypervisor
-/// keeps the timer.
+/// Any thread can set it with one system call, and it stays set while the waiting task wakes for
+/// other reasons. tokio's timers can be set only by the task that waits. An epoll_wait(2) timeout
+/// would be armed and disarmed on each wait, at 5 µs each where a hypervisor emulates the timer.
 #[derive(Debug)]
 pub struct Timer {
     timer: Arc<OwnedFd>,
-    /// When it goes off next, which may be earlier than needed.
-    set: Option<Instant>,
+    /// The next expiry, which may be earlier than needed.
+    expires: Option<Instant>,
 }
 
-/// A task's ear for a [`Timer`].
+/// The waiting half of a [`Timer`].
 #[derive(Debug)]
 pub struct TimerWaiter(AsyncFd<Arc<OwnedFd>>);
 
 impl Timer {
-    /// Not set.
+    /// A timer that is not set.
     ///
     /// # Errors
-    /// If the system has no more descriptors to give.
+    /// If no file descriptor is available.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { timer: Arc::new(timerfd()?), set: None })
+        Ok(Self { timer: Arc::new(timerfd()?), expires: None })
     }
 
-    /// Sees to it that it goes off at `until`, or before.
+    /// Makes the timer expire at `deadline` or earlier. A later deadline than the one set has no
+    /// effect.
     ///
     /// # Errors
-    /// As timerfd_settime(2).
-    pub fn set(&mut self, until: Instant) -> io::Result<()> {
-        if self.set.is_none_or(|set| set > until) {
-            set_timer(&self.timer, until.saturating_duration_since(Instant::now()))?;
-            self.set = Some(until);
+    /// Those of timerfd_settime(2).
+    pub fn set(&mut self, deadline: Instant) -> io::Result<()> {
+        if self.expires.is_none_or(|expires| expires > deadline) {
+            set_timer(&self.timer, deadline.saturating_duration_since(Instant::now()))?;
+            self.expires = Some(deadline);
         }
         Ok(())
     }
 
-    /// It has gone off, and is to be set anew.
-    pub fn went_off(&mut self) {
-        self.set = None;
+    /// Records that the timer has expired, so that the next [`Timer::set`] takes effect.
+    pub fn mark_expired(&mut self) {
+        self.expires = None;
     }
 }
 
 impl TimerWaiter {
-    /// Hears `clock`, in the runtime in which it is called.
+    /// Registers `timer` with the current tokio runtime.
     ///
     /// # Errors
-    /// If the system cannot watch another descriptor.
-    pub fn new(clock: &Timer) -> io::Result<Self> {
-        let (timer, readable) = (clock.timer.clone(), Interest::READABLE);
-        // SAFETY: it is one descriptor, which stays open for as long as it is held here.
-        let watched = unsafe { AsyncFd::register_with_interest(timer, readable) };
-        Ok(Self(watched?))
+    /// If the runtime cannot watch another descriptor.
+    pub fn new(timer: &Timer) -> io::Result<Self> {
+        // SAFETY: the `Arc` keeps the descriptor open while it is registered.
+        let registered =
+            unsafe { AsyncFd::register_with_interest(timer.timer.clone(), Interest::READABLE) };
+        Ok(Self(registered?))
     }
 
-    /// Ready if the clock has gone off since it was ready last. Otherwise it wakes `cx` when it does.
+    /// Ready if the timer has expired since the last `Ready`. Otherwise wakes `cx` when it expires.
     ///
     /// # Errors
-    /// If the runtime is being shut down.
+    /// If the runtime is shutting down.
     pub fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut went_off = Poll::Pending;
-        // To be set anew makes it unreadable, so that what it counts need not be read. Only what is
-        // not ready keeps the waker.
+        let mut expired = Poll::Pending;
+        // The expiry count need not be read: setting the timer again makes it unreadable. The loop
+        // ends in a pending poll, which registers the waker.
         while let Poll::Ready(readable) = self.0.poll_read_ready(cx) {
             readable?.clear_ready();
-            went_off = Poll::Ready(Ok(()));
+            expired = Poll::Ready(Ok(()));
         }
-        went_off
+        expired
     }
 }
 
 fn timerfd() -> io::Result<OwnedFd> {
-    // SAFETY: it takes no pointers.
+    // SAFETY: the call takes no pointers.
     let fd = unsafe {
         libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK)
     };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is new, and nobody else has it.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn set_timer(timer: &OwnedFd, after: Duration) -> io::Result<()> {
-    // Zero would stop it.
+    // Zero would disarm the timer.
     let after = after.max(Duration::from_nanos(1));
     let never = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     let after = libc::timespec {
@@ -104,7 +104,7 @@ fn set_timer(timer: &OwnedFd, after: Duration) -> io::Result<()> {
         tv_nsec: after.subsec_nanos().into(),
     };
     let once = libc::itimerspec { it_interval: never, it_value: after };
-    // SAFETY: the new setting outlives the call, and the old one is not asked for.
+    // SAFETY: the new setting outlives the call, and a null pointer discards the old one.
     match unsafe { libc::timerfd_settime(timer.as_raw_fd(), 0, &raw const once, ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -127,53 +127,53 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    async fn goes_off(alarm: &TimerWaiter) {
-        poll_fn(|cx| alarm.poll(cx)).await.unwrap();
+    async fn expiry(waiter: &TimerWaiter) {
+        poll_fn(|cx| waiter.poll(cx)).await.unwrap();
     }
 
     #[tokio::test]
-    async fn it_goes_off_no_sooner_than_asked() {
-        let mut clock = Timer::new().unwrap();
-        let alarm = TimerWaiter::new(&clock).unwrap();
-        let began = Instant::now();
-        // A later time leaves it set to the earlier one, which is then for nothing; an earlier one
-        // sets it anew; one that has passed makes it go off at once.
-        for (until, wakes_at) in [(ms(30), ms(30)), (ms(50), ms(50)), (ms(40), ms(50))] {
-            clock.set(began + until).unwrap();
-            clock.set(began + LONG).unwrap();
-            goes_off(&alarm).await;
-            assert!(began.elapsed() >= wakes_at, "{:?}", began.elapsed());
-            clock.went_off();
+    async fn timer_expires_no_sooner_than_set() {
+        let mut timer = Timer::new().unwrap();
+        let waiter = TimerWaiter::new(&timer).unwrap();
+        let start = Instant::now();
+        // The third deadline has passed when it is set, so the timer expires at once.
+        for (deadline, wakes_at) in [(ms(30), ms(30)), (ms(50), ms(50)), (ms(40), ms(50))] {
+            timer.set(start + deadline).unwrap();
+            timer.set(start + LONG).unwrap();
+            expiry(&waiter).await;
+            assert!(start.elapsed() >= wakes_at, "{:?}", start.elapsed());
+            timer.mark_expired();
         }
     }
 
     #[tokio::test]
-    async fn another_thread_sets_it_while_it_is_waited_for() {
-        let mut clock = Timer::new().unwrap();
-        let alarm = TimerWaiter::new(&clock).unwrap();
+    async fn another_thread_sets_the_timer_while_a_task_waits() {
+        let mut timer = Timer::new().unwrap();
+        let waiter = TimerWaiter::new(&timer).unwrap();
         let now = Instant::now();
-        clock.set(now + LONG).unwrap();
-        let setting = thread::spawn(move || {
-            // Whether it is waited for already or not.
-            clock.set(now + ms(5)).unwrap();
-            clock
-        });
-        goes_off(&alarm).await;
+        timer.set(now + LONG).unwrap();
+        let setter = thread::spawn(move || timer.set(now + ms(5)).unwrap());
+        expiry(&waiter).await;
         assert!((ms(5)..LONG / 2).contains(&now.elapsed()));
-        let mut clock = setting.join().unwrap();
-        clock.went_off();
-        // It does not tell twice, and wakes who asked last.
+        setter.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn each_expiry_is_reported_once_and_wakes_the_last_waker() {
+        let mut timer = Timer::new().unwrap();
+        let waiter = TimerWaiter::new(&timer).unwrap();
         let woken = Arc::new(Flag::default());
         let waker = Waker::from(woken.clone());
         let mut cx = Context::from_waker(&waker);
-        assert!(alarm.poll(&mut cx).is_pending());
-        clock.set(now).unwrap();
+        assert!(waiter.poll(&mut cx).is_pending());
+        let now = Instant::now();
+        timer.set(now).unwrap();
         while !woken.0.load(std::sync::atomic::Ordering::SeqCst) {
-            assert!(now.elapsed() < LONG, "it does not wake");
+            assert!(now.elapsed() < LONG, "the waker is not called");
             tokio::task::yield_now().await;
         }
-        assert!(alarm.poll(&mut cx).is_ready());
-        assert!(alarm.poll(&mut cx).is_pending());
+        assert!(waiter.poll(&mut cx).is_ready());
+        assert!(waiter.poll(&mut cx).is_pending());
     }
 
     #[derive(Default)]

@@ -1,4 +1,4 @@
-//! UDP sockets as RTP needs them: large buffers, multicast groups, the kernel's offloads.
+//! UDP sockets for RTP: large kernel buffers, multicast groups, shared ports.
 
 use std::{
     io,
@@ -9,14 +9,14 @@ use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, Type};
 
 use crate::sockaddr::set_option;
 
-/// How RTP leaves for multicast groups.
+/// How a socket sends to multicast groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MulticastOut {
-    /// Routers that a packet may pass, 0..=255; 1 stays in the local network.
+    /// Time to live in router hops; 1 keeps packets in the local network.
     pub ttl: u8,
-    /// Whether members on this machine get a copy.
+    /// `true` if group members on this machine get a copy.
     pub looped: bool,
-    /// The interface to send from, by its IPv4 address; `None` lets the routing table choose.
+    /// The IPv4 address of the interface to send from; `None` lets the routing table choose.
     pub interface: Option<Ipv4Addr>,
 }
 
@@ -26,20 +26,21 @@ impl Default for MulticastOut {
     }
 }
 
-/// Whose a port is.
+/// How a sending socket holds its port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Port {
-    /// One socket's.
+    /// Exclusively.
     Own,
-    /// Shared with others of this user that say so too (SO_REUSEPORT), to send from it only: what
-    /// comes to this socket is dropped.
+    /// Shared with other such sockets of the same user (SO_REUSEPORT), for sending only: the socket
+    /// drops what it receives.
     Shared,
 }
 
-/// A socket to send RTP from, with a send buffer of `buffer` bytes if the kernel allows it.
+/// Binds a socket to send RTP from, with a send buffer of `buffer` bytes if the kernel allows it.
+/// Logs a warning if it does not.
 ///
 /// # Errors
-/// If the address is taken, or an option is refused.
+/// If the address is in use, or the kernel refuses an option.
 pub fn sender(
     addr: SocketAddr,
     port: Port,
@@ -49,7 +50,7 @@ pub fn sender(
     let socket = socket(addr)?;
     if port == Port::Shared {
         socket.set_reuse_port(true)?;
-        // Nobody reads it, so nothing is to pile up: it may get what comes to a multicast group.
+        // A filter that accepts 0 bytes: nobody reads this socket, and multicast could fill it.
         socket.attach_filter(&[SockFilter::new(libc::BPF_RET as u16, 0, 0, 0)])?;
     }
     match addr {
@@ -61,7 +62,7 @@ pub fn sender(
             }
         }
         SocketAddr::V6(_) => {
-            // The IPv4 socket has the same port.
+            // An IPv4 socket is bound to the same port.
             socket.set_only_v6(true)?;
             socket.set_multicast_hops_v6(multicast.ttl.into())?;
             socket.set_multicast_loop_v6(multicast.looped)?;
@@ -69,18 +70,21 @@ pub fn sender(
     }
     socket.bind(&addr.into())?;
     let granted = enlarge(buffer, |n| socket.set_send_buffer_size(n), || socket.send_buffer_size());
-    // Once for all that share a port: the first of them had it for itself, and asks for as much.
+    // Warn once per port: the first socket of a shared port is opened with `Port::Own`.
     if port == Port::Own {
         warn_if_small("net.core.wmem_max", buffer, granted);
     }
     Ok(socket.into())
 }
 
-/// A socket to receive RTP on. If `addr` is a multicast group, joins it on `interface`; several
-/// nodes of one machine may then share the port.
+/// Binds a socket to receive RTP on, with a receive buffer of `buffer` bytes if the kernel allows
+/// it. Logs a warning if it does not.
+///
+/// If `addr` is a multicast group, joins it on `interface`; other sockets of this machine may then
+/// share the port.
 ///
 /// # Errors
-/// If the address is taken, or the group cannot be joined.
+/// If the address is in use, or the group cannot be joined.
 pub fn receiver(
     addr: SocketAddr,
     interface: Option<Ipv4Addr>,
@@ -94,7 +98,7 @@ pub fn receiver(
     match addr.ip() {
         IpAddr::V4(group) if group.is_multicast() => {
             socket.join_multicast_v4(&group, &interface.unwrap_or(Ipv4Addr::UNSPECIFIED))?;
-            // Only this group, not every group that some socket of the machine joined.
+            // Receive this group only, not every group that a socket of this machine has joined.
             socket.set_multicast_all_v4(false)?;
         }
         IpAddr::V6(group) if group.is_multicast() => socket.join_multicast_v6(&group, 0)?,
@@ -105,9 +109,9 @@ pub fn receiver(
     Ok(socket.into())
 }
 
-/// Ends the calls that wait for what comes to `socket`, and all that come later.
-pub fn end_waits(socket: &UdpSocket) {
-    // That it is not connected is told as an error, and those who wait are woken all the same.
+/// Shuts down the receiving side: blocked receive calls and all later ones return at once.
+pub fn shutdown_receive(socket: &UdpSocket) {
+    // An unconnected socket reports ENOTCONN, and wakes its readers all the same.
     let _ = SockRef::from(socket).shutdown(Shutdown::Read);
 }
 
@@ -115,38 +119,38 @@ fn socket(addr: SocketAddr) -> io::Result<Socket> {
     Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))
 }
 
-/// Asks for a buffer and tells what the kernel gave, in the same measure.
+/// Requests a buffer of `wanted` bytes and returns the bytes that the kernel granted.
 fn enlarge(
     wanted: usize,
     set: impl Fn(usize) -> io::Result<()>,
     size: impl Fn() -> io::Result<usize>,
 ) -> usize {
-    // A refusal is seen in the size that results.
+    // The resulting size shows a refusal.
     let _ = set(wanted);
-    // Linux doubles what is asked, to make room for its own bookkeeping (socket(7)).
+    // Linux doubles the request, for its own bookkeeping (socket(7)).
     size().unwrap_or(0) / 2
 }
 
 fn warn_if_small(sysctl: &str, wanted: usize, granted: usize) {
     if granted < wanted {
-        tracing::warn!("{}", small_buffer(sysctl, wanted as u64, granted as u64));
+        tracing::warn!("{}", small_buffer_warning(sysctl, wanted as u64, granted as u64));
     }
 }
 
-/// Sends without checksums, which makes the kernel refuse segmentation offload on this socket
-/// (`SO_NO_CHECK`): how tests produce that refusal.
+/// Sends without checksums (`SO_NO_CHECK`). Linux then refuses segmentation offload on this socket:
+/// tests produce that refusal with it.
 ///
 /// # Errors
-/// As setsockopt(2).
+/// Those of setsockopt(2).
 pub fn disable_checksums(socket: &UdpSocket) -> io::Result<()> {
     let on: libc::c_int = 1;
     // SAFETY: the kernel reads an int for this option (socket(7)).
     unsafe { set_option(socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, &on) }
 }
 
-/// The warning for a socket buffer of `granted` bytes where `wanted` were asked for, with the line to
-/// type. `sysctl` is the kernel setting that bounds it.
-pub fn small_buffer(sysctl: &str, wanted: u64, granted: u64) -> String {
+/// The warning for a socket buffer of `granted` bytes where `wanted` were requested, with the
+/// command that fixes it. `sysctl` is the kernel setting that limits the size.
+pub fn small_buffer_warning(sysctl: &str, wanted: u64, granted: u64) -> String {
     format!(
         "the kernel gives UDP buffers of {granted} bytes instead of {wanted}: bursts may be \
          dropped; run: sysctl -w {sysctl}={wanted}"

@@ -1,20 +1,21 @@
-//! The edges that are connected, as the API and the metrics tell of them.
+//! Table of the connected edges, for the API and the metrics.
 
 pub mod metrics;
 
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use parking_lot::Mutex;
 use serde::Serialize;
 
 use downpour_media::{StreamKey, StreamPattern};
 use downpour_repair::{control::StreamReport, fec::Matrix, path_validation::PathState};
 
-/// All connected edges, in the order of their coming. Cloning shares them.
+/// All connected edges, in the order in which they connected. Clones share the table.
 #[derive(Clone, Default)]
 pub struct Edges {
     shared: Arc<Mutex<Shared>>,
@@ -26,87 +27,83 @@ struct Shared {
     next_id: u64,
 }
 
-/// One edge, as the API tells of it.
+/// An edge as the API shows it.
 #[derive(Debug, Clone, Serialize)]
 pub struct EdgeInfo {
-    /// Its name; none under v0.
+    /// Its name; `None` for v0 edges.
     pub node: Option<String>,
-    /// Where its QUIC connection comes from.
+    /// Remote address of its QUIC connection.
     pub peer: SocketAddr,
-    /// What it speaks: `downpour` or `v0`.
+    /// The protocol: `downpour` or `v0`.
     pub protocol: &'static str,
     /// Unix time at which it connected, in milliseconds.
     pub connected_unix_ms: u64,
-    /// The round trip to it as it told last, in microseconds.
+    /// The round-trip time in its latest report, in microseconds.
     pub round_trip_us: Option<u64>,
-    /// The streams that it wants.
+    /// The streams that it subscribes to.
     pub patterns: Vec<StreamPattern>,
     /// The multicast group that it listens to.
     pub group: Option<SocketAddr>,
-    /// The addresses that it proves.
+    /// Its paths, by number.
     pub paths: Vec<PathInfo>,
-    /// Unix time of its last report, in milliseconds.
+    /// Unix time of its latest report, in milliseconds.
     pub reported_unix_ms: Option<u64>,
-    /// What it reported.
+    /// Its latest report of each live stream.
     pub streams: Vec<StreamInfo>,
 }
 
 /// One path of an edge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PathInfo {
-    /// `waiting` for proof, `up`, or `lost` when nothing came from there for long.
+    /// `waiting` for validation, `up`, or `lost` after too long a silence.
     pub state: &'static str,
-    /// Where RTP goes, or went.
+    /// The address that RTP is sent to, or was sent to before the path was lost.
     pub address: Option<SocketAddr>,
 }
 
 /// One stream at an edge.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StreamInfo {
-    /// Its name.
+    /// The stream's name.
     pub key: StreamKey,
-    /// The parity that the edge is sent, if any.
+    /// The parity that is sent to the edge, if any.
     pub fec: Option<Matrix>,
-    /// How it fares.
+    /// The edge's latest report.
     #[serde(flatten)]
     pub report: StreamReport,
 }
 
 impl Edges {
-    /// Lists an edge until what is given is dropped.
+    /// Adds an edge. It is removed when the returned guard is dropped.
     pub fn insert(&self, info: EdgeInfo) -> Listed {
-        let mut shared = self.lock();
+        let mut shared = self.shared.lock();
         let id = shared.next_id;
         shared.next_id += 1;
         shared.edges.insert(id, info);
         Listed { edges: self.clone(), id }
     }
 
-    /// All of them, as they are now.
+    /// A copy of all edges.
     pub fn list(&self) -> Vec<EdgeInfo> {
-        self.lock().edges.values().cloned().collect()
+        self.shared.lock().edges.values().cloned().collect()
     }
 
-    /// Looks at each of them while none changes.
-    pub fn for_each(&self, look: impl FnMut(&EdgeInfo)) {
-        self.lock().edges.values().for_each(look);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Calls `visit` for each edge, under the lock of the table.
+    pub fn for_each(&self, visit: impl FnMut(&EdgeInfo)) {
+        self.shared.lock().edges.values().for_each(visit);
     }
 }
 
-/// Keeps an edge in the list.
+/// Guard that keeps an edge in the table.
 pub struct Listed {
     edges: Edges,
     id: u64,
 }
 
 impl Listed {
-    /// Changes what is told of the edge.
+    /// Changes the edge's entry.
     pub fn update(&self, change: impl FnOnce(&mut EdgeInfo)) {
-        if let Some(info) = self.edges.lock().edges.get_mut(&self.id) {
+        if let Some(info) = self.edges.shared.lock().edges.get_mut(&self.id) {
             change(info);
         }
     }
@@ -114,12 +111,12 @@ impl Listed {
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        self.edges.lock().edges.remove(&self.id);
+        self.edges.shared.lock().edges.remove(&self.id);
     }
 }
 
 impl EdgeInfo {
-    /// An edge that has just connected.
+    /// An edge that connects now.
     pub fn new(peer: SocketAddr, protocol: &'static str) -> Self {
         Self {
             node: None,
@@ -146,7 +143,7 @@ impl From<PathState> for PathInfo {
     }
 }
 
-/// The wall clock in milliseconds of Unix time.
+/// The current Unix time in milliseconds.
 pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }

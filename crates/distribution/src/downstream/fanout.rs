@@ -1,11 +1,23 @@
-//! Sends bursts of RTP to many addresses, on threads of its own.
+//! Fan-out: sends bursts of RTP to many addresses, on dedicated threads.
 //!
-//! A burst is work for one or more workers, each with a bounded queue and a socket; all send from the
-//! same UDP port, because that is where edges behind a NAT let packets in.
+//! Each worker thread has a bounded queue and its own sockets. The targets of a burst are divided among
+//! the workers. All sockets share one UDP port, because a NAT lets packets in only from the port that
+//! the edge behind it has sent to.
+//!
+//! ```text
+//! Fanout::send -> Queue (per worker) -> WorkBatch -> [Pacer] -> UdpSender -> kernel
+//!  TargetShare     bounded by cost      stale work    optional   GSO, retries
+//!                                       is dropped
+//! ```
+//!
+//! Invariants: `send` never blocks; packets of one flow (a stream) reach each target in order; every
+//! packet that is not sent is counted, once per target.
 
+mod gso;
 mod job;
 mod metrics;
 mod pacer;
+mod pacing;
 mod probe_listener;
 mod queue;
 mod sockets;
@@ -15,7 +27,7 @@ mod worker;
 
 pub use job::{Pace, Train};
 pub use metrics::FanoutMetrics;
-pub use pacer::{FrameInterval, PaceFactor, Pacing};
+pub use pacing::{FrameInterval, PaceFactor, Pacing};
 pub use probe_listener::OnDatagrams;
 
 use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
@@ -34,23 +46,23 @@ use crate::downstream::routes::{Routes, Target};
 use downpour_repair::rtp::Ssrc;
 use downpour_sys::udp::MulticastOut;
 
-/// Where and how to send.
+/// Settings of the fan-out.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The local port of RTP, on all interfaces; 0 picks a free one.
+    /// Local UDP port of RTP, on all interfaces; 0 picks a free one.
     pub port: u16,
     /// Options for multicast destinations.
     pub multicast: MulticastOut,
-    /// Bytes to ask of the kernel for the workers' send buffers together; each has 1 MiB at least.
+    /// Kernel send buffer in bytes, shared by all workers; each worker gets at least 1 MiB.
     pub send_buffer: usize,
-    /// Bytes of bursts that may wait for each worker, of one stream a quarter of that; more are not
-    /// sent but counted, and edges find them in the history.
+    /// Capacity in bytes of each worker's queue. One stream may use a quarter of it. Bursts that do not
+    /// fit are dropped and counted; edges request them from the history.
     pub queue_bytes: usize,
-    /// Threads that send; 0 is one for each core, at most 32.
+    /// Number of worker threads; 0 means one per core, at most 32.
     pub workers: usize,
-    /// Whether the kernel may cut datagrams out of longer messages (UDP GSO), if it can.
+    /// `true` to let the kernel split long messages into datagrams (UDP GSO), where it can.
     pub segmentation: bool,
-    /// Whether bursts are spread over time.
+    /// How bursts are spread over time.
     pub pacing: Pacing,
 }
 
@@ -68,7 +80,7 @@ impl Default for Settings {
     }
 }
 
-/// Handle of the sending threads, which end with the last handle. Cloning shares it.
+/// Handle of the worker threads. The threads end when the last clone is dropped.
 #[derive(Clone)]
 pub struct Fanout {
     shared: Arc<Shared>,
@@ -80,16 +92,17 @@ struct Shared {
     workers: Workers,
     paces: bool,
     local_port: u16,
-    /// Cancelled when the first worker ends.
-    ending: CancellationToken,
+    /// Cancelled when the first worker ends, for whatever reason.
+    failed: CancellationToken,
     metrics: FanoutMetrics,
 }
 
 impl Fanout {
-    /// Binds the RTP port and starts its threads, which end with the last handle.
+    /// Binds the RTP port and starts the threads. `on_datagrams` receives the datagrams that arrive at
+    /// that port.
     ///
     /// # Errors
-    /// If the port is taken, an option is refused or no thread can be started.
+    /// If the port is taken, a socket option is refused or a thread cannot be started.
     pub fn spawn(
         settings: &Settings,
         routes: Routes,
@@ -99,30 +112,30 @@ impl Fanout {
         let workers = match settings.workers {
             0 => {
                 let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-                let count = cores.min(MAX_AUTOMATIC);
-                Workers { count, begin: count.div_ceil(2) }
+                let count = cores.min(MAX_DEFAULT_WORKERS);
+                Workers { count, first_choice: count.div_ceil(2) }
             }
             count => count.into(),
         };
         let ports = Ports::open(settings, workers.count)?;
         let limits = Amount { tasks: QUEUE_TASKS, bytes: settings.queue_bytes };
-        // From here on, a failure drops it, which ends the threads that were started.
+        // If anything below fails, dropping `shared` ends the threads that have started.
         let shared = Arc::new(Shared {
             routes,
             queues: (0..workers.count).map(|_| Arc::new(Queue::new(limits))).collect(),
             workers,
             paces: settings.pacing != Pacing::Off,
             local_port: ports.number,
-            ending: CancellationToken::new(),
+            failed: CancellationToken::new(),
             metrics,
         });
         for (number, (queue, sockets)) in shared.queues.iter().zip(ports.workers).enumerate() {
             let worker = Worker::new(queue.clone(), sockets, settings.pacing, &shared.metrics);
             let thread = thread::Builder::new().name(format!("fanout-{number}"));
-            // However the thread ends.
-            let sign = shared.ending.clone().drop_guard();
+            // A guard, so that a panic is noticed too.
+            let on_end = shared.failed.clone().drop_guard();
             thread.spawn(move || {
-                let _sign = sign;
+                let _on_end = on_end;
                 worker.run();
             })?;
         }
@@ -133,24 +146,24 @@ impl Fanout {
         Ok(Self { shared })
     }
 
-    /// Queues a burst or its parity for `targets`. Never waits: a worker that is too far behind does
-    /// not send it, which is counted.
+    /// Queues a burst or its parity for `targets`. Never blocks: if the queue of a worker is full, that
+    /// worker's packets are dropped and counted.
     ///
-    /// What is of one `lane`, a stream, keeps its order at each target as long as that keeps its
-    /// place in the list. `pace` counts only where the fan-out paces; see [`Fanout::paces`].
+    /// Packets of one `flow` (the stream's SSRC) reach each target in order, as long as the target
+    /// keeps its index in `targets`. `pace` is ignored unless the fan-out paces ([`Fanout::paces`]).
     pub fn send(
         &self,
-        lane: Ssrc,
+        flow: Ssrc,
         train: impl Into<Train>,
         targets: &Arc<[Target]>,
         pace: Option<&Pace>,
     ) {
         let (train, workers) = (train.into(), self.shared.workers);
         for (number, queue) in self.shared.queues.iter().enumerate() {
-            if let Some(share) = TargetShare::of(targets, lane, number, workers) {
+            if let Some(share) = TargetShare::of(targets, flow, number, workers) {
                 let pace = pace.filter(|_| self.shared.paces).cloned();
                 let packets = train.packets() * share.len();
-                let job = Job { lane, train: train.clone(), share, pace };
+                let job = Job { flow, train: train.clone(), share, pace };
                 if !queue.push(Task::Send(job)) {
                     self.shared.metrics.skipped.inc_by(packets as u64);
                 }
@@ -158,65 +171,66 @@ impl Fanout {
         }
     }
 
-    /// Nothing more comes of a stream: what waits for its turn leaves at once.
-    pub fn finish(&self, lane: Ssrc) {
+    /// Ends a flow: its paced packets leave at once.
+    pub fn finish(&self, flow: Ssrc) {
         if self.shared.paces {
             for queue in &self.shared.queues {
-                // A queue that is full has what it was for behind it soon.
-                queue.push(Task::Finish(lane));
+                // If the queue is full, the pacer's frame interval ends the wait soon enough.
+                queue.push(Task::Finish(flow));
             }
         }
     }
 
-    /// Waits until all that was queued has left, for `timeout` at most; says whether it has.
+    /// Waits until all queued packets have been sent, for at most `timeout`. Returns `false` if some
+    /// are left.
     pub async fn drain(&self, timeout: Duration) -> bool {
-        let mut looks = tokio::time::interval(DRAIN_LOOK);
+        let mut checks = tokio::time::interval(DRAIN_CHECK);
         let drained = async {
             while self.shared.queues.iter().any(|queue| queue.held().tasks > 0) {
-                looks.tick().await;
+                checks.tick().await;
             }
         };
         tokio::time::timeout(timeout, drained).await.is_ok()
     }
 
-    /// Waits for a worker to end, which only a bug can cause while there is a handle: its targets
-    /// get nothing any more.
+    /// Waits until a worker ends. While a handle exists, that is a bug: the worker's targets receive
+    /// nothing from then on.
     pub async fn failed(&self) {
-        self.shared.ending.cancelled().await;
+        self.shared.failed.cancelled().await;
     }
 
-    /// Queues one packet for one multicast group, so that all of its members get it again. Says
-    /// whether `group` is an address that gets every stream: nothing is sent to any other, so that
-    /// no edge can have packets sent where it likes.
+    /// Queues a packet for all members of a multicast group. Returns `false`, and sends nothing, if
+    /// `group` is not a multicast address that gets every stream: an edge must not direct packets to
+    /// arbitrary addresses.
     pub fn send_to(&self, group: SocketAddr, packet: Bytes) -> bool {
         let known = group.ip().is_multicast() && self.shared.routes.is_fixed(group);
         if known {
-            self.send(NO_STREAM, packet, &Arc::from([group.into()]), None);
+            self.send(NO_FLOW, packet, &Arc::from([group.into()]), None);
         }
         known
     }
 
     /// Queues one datagram for every address that gets every stream.
     pub fn send_to_fixed(&self, datagram: Bytes) {
-        self.send(NO_STREAM, datagram, &self.shared.routes.fixed(), None);
+        self.send(NO_FLOW, datagram, &self.shared.routes.fixed(), None);
     }
 
-    /// Who gets what.
+    /// The table of targets per stream.
     pub fn routes(&self) -> &Routes {
         &self.shared.routes
     }
 
-    /// The UDP port that RTP comes from.
+    /// The source port of RTP.
     pub fn local_port(&self) -> u16 {
         self.shared.local_port
     }
 
-    /// Threads that send.
+    /// The number of worker threads.
     pub fn workers(&self) -> usize {
         self.shared.queues.len()
     }
 
-    /// Whether packets leave later than they are queued.
+    /// `true` if bursts are spread over time.
     pub fn paces(&self) -> bool {
         self.shared.paces
     }
@@ -234,14 +248,14 @@ impl Drop for Shared {
     }
 }
 
-/// The lane of what belongs to no stream: 0 is never a publication's.
-const NO_STREAM: Ssrc = Ssrc(0);
-/// Threads that are had without being asked for.
-const MAX_AUTOMATIC: usize = 32;
-/// Tasks that may wait for a worker, whatever their size.
+/// Flow of packets that belong to no stream: no publication has SSRC 0.
+const NO_FLOW: Ssrc = Ssrc(0);
+/// Most worker threads that are started when the setting is 0.
+const MAX_DEFAULT_WORKERS: usize = 32;
+/// Capacity of a worker's queue in tasks, whatever their size.
 const QUEUE_TASKS: usize = 16 << 10;
-/// Between two looks whether all has left.
-const DRAIN_LOOK: Duration = Duration::from_millis(5);
+/// Interval at which [`Fanout::drain`] checks the queues.
+const DRAIN_CHECK: Duration = Duration::from_millis(5);
 
 #[cfg(test)]
 mod tests;

@@ -1,54 +1,58 @@
-//! The streams that this node sends out as RTP: what repair, announcements and the API look up.
+//! Table of the streams that this node sends as RTP, with their histories. Repair, announcements and
+//! the API read it.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::broadcast;
 
 pub use downpour_media::flv::Headers;
 
-use downpour_media::{StreamKey, flv::TagKind};
+use downpour_media::{PublicationId, StreamKey, flv::TagKind};
 use downpour_repair::{
     history::History,
     rtp::{Burst, Seq, Ssrc},
 };
 
-/// All streams that are being sent, by SSRC. Cloning shares them.
+/// All outgoing streams, by SSRC. Clones share the table.
+///
+/// A stream is **live** from [`OutgoingStreams::insert`] to [`OutgoingStreams::end`], then **ended**,
+/// still available for repair, until [`OutgoingStreams::remove`]. Each of these steps but the last is
+/// announced as an [`OutgoingEvent`].
 #[derive(Clone)]
 pub struct OutgoingStreams {
     streams: Arc<RwLock<HashMap<Ssrc, Arc<OutgoingStream>>>>,
     events: broadcast::Sender<OutgoingEvent>,
 }
 
-/// What happened to a stream. A receiver that lags lists [`OutgoingStreams::streams`] afresh.
+/// Event of an outgoing stream. A subscriber that lags must list [`OutgoingStreams::streams`] again.
 #[derive(Clone)]
 pub enum OutgoingEvent {
-    /// A publication began; its first packet has not been sent yet.
+    /// A publication started. Its first packet has not been sent yet.
     Up(Arc<OutgoingStream>),
-    /// Its codec headers or metadata changed.
+    /// The stream's codec headers or metadata changed.
     Update(Arc<OutgoingStream>),
-    /// It ended; its packets can be asked for a little longer.
+    /// The stream ended. Its packets stay available for repair for a short time.
     End(Arc<OutgoingStream>),
 }
 
 impl OutgoingStreams {
-    /// A node that sends nothing yet.
+    /// An empty table.
     pub fn new() -> Self {
-        Self { streams: Arc::default(), events: broadcast::channel(EVENT_BACKLOG).0 }
+        Self { streams: Arc::default(), events: broadcast::channel(EVENT_CAPACITY).0 }
     }
 
-    /// Lists a stream and announces it. It must be listed before its first packet is sent.
+    /// Adds a stream and announces it. Must precede the stream's first packet.
     pub fn insert(&self, stream: Arc<OutgoingStream>) {
-        let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
-        streams.insert(stream.ssrc, stream.clone());
-        drop(streams);
+        self.streams.write().insert(stream.ssrc, stream.clone());
         self.announce(OutgoingEvent::Up(stream));
     }
 
@@ -58,9 +62,9 @@ impl OutgoingStreams {
         self.announce(OutgoingEvent::End(stream.clone()));
     }
 
-    /// Forgets a stream and its packets.
+    /// Removes a stream and its history.
     pub fn remove(&self, ssrc: Ssrc) {
-        self.streams.write().unwrap_or_else(PoisonError::into_inner).remove(&ssrc);
+        self.streams.write().remove(&ssrc);
     }
 
     /// Announces that [`OutgoingStream::headers`] changed.
@@ -68,23 +72,23 @@ impl OutgoingStreams {
         self.announce(OutgoingEvent::Update(stream.clone()));
     }
 
-    /// The stream with this SSRC, live or ended a moment ago.
+    /// The live or ended stream with this SSRC.
     pub fn stream(&self, ssrc: Ssrc) -> Option<Arc<OutgoingStream>> {
-        self.streams.read().unwrap_or_else(PoisonError::into_inner).get(&ssrc).cloned()
+        self.streams.read().get(&ssrc).cloned()
     }
 
-    /// All streams, those that ended a moment ago included.
+    /// All live and ended streams.
     pub fn streams(&self) -> Vec<Arc<OutgoingStream>> {
-        self.streams.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.streams.read().values().cloned().collect()
     }
 
-    /// Follows the streams' comings and goings from now on.
+    /// Subscribes to the events that follow.
     pub fn subscribe(&self) -> broadcast::Receiver<OutgoingEvent> {
         self.events.subscribe()
     }
 
     fn announce(&self, event: OutgoingEvent) {
-        // An error only says that nobody listens.
+        // Fails only without subscribers.
         let _ = self.events.send(event);
     }
 }
@@ -95,35 +99,36 @@ impl Default for OutgoingStreams {
     }
 }
 
-/// One publication on its way out.
+/// An outgoing stream: one publication, its history and its counters.
 pub struct OutgoingStream {
     key: StreamKey,
+    id: PublicationId,
     ssrc: Ssrc,
     start_unix_ms: u64,
     state: Mutex<State>,
     ended: AtomicBool,
-    /// Bytes of packets a second, as [`RateMeter`] has it.
+    /// Bytes per second, from [`RateMeter`].
     byte_rate: AtomicU64,
-    /// Parity packets a thousand media packets.
+    /// Parity packets per thousand media packets.
     parity_overhead: AtomicU64,
-    left: SentUpTo,
-    /// Repairs asked for, served, and refused as no longer held.
+    sent: SentUpTo,
+    /// Counts of repairs: requested, served, and refused because the packet was gone.
     pub repairs: RepairCounts,
 }
 
-/// What edges asked of one stream, in packets.
+/// Repair counts of one stream, in packets.
 #[derive(Debug, Default)]
 pub struct RepairCounts {
-    /// Sequence numbers asked for.
+    /// Requested sequence numbers.
     pub asked: AtomicU64,
-    /// Packets sent again, each copy counted.
+    /// Retransmitted packets, each copy counted.
     pub served: AtomicU64,
-    /// Sequence numbers that were no longer held, or never sent.
+    /// Requested sequence numbers that were no longer in the history, or never sent.
     pub gone: AtomicU64,
 }
 
 impl RepairCounts {
-    /// Adds to each count.
+    /// Adds to the counts.
     pub fn add(&self, asked: u64, served: u64, gone: u64) {
         self.asked.fetch_add(asked, Ordering::Relaxed);
         self.served.fetch_add(served, Ordering::Relaxed);
@@ -134,18 +139,20 @@ impl RepairCounts {
 struct State {
     history: History,
     rate: RateMeter,
-    /// Its first number, and how many packets were pushed before it.
+    /// First sequence number of the newest GOP, and the number of packets pushed before it.
     gop_start: Option<(Seq, u64)>,
     headers: Headers,
-    /// Those of the video and the audio header.
+    /// Bursts of the current video and audio sequence headers.
     header_bursts: [Option<Burst>; 2],
 }
 
 impl OutgoingStream {
-    /// A publication that begins now. `start_unix_ms` is the wall clock at media time 0.
+    /// A publication that starts now. `start_unix_ms` is the Unix time of media time 0, in
+    /// milliseconds.
     pub fn new(key: StreamKey, ssrc: Ssrc, start_unix_ms: u64, history: History) -> Self {
         Self {
             key,
+            id: PublicationId(rand::random()),
             ssrc,
             start_unix_ms,
             state: Mutex::new(State {
@@ -158,51 +165,62 @@ impl OutgoingStream {
             ended: AtomicBool::new(false),
             byte_rate: AtomicU64::new(0),
             parity_overhead: AtomicU64::new(0),
-            left: SentUpTo::default(),
+            sent: SentUpTo::default(),
             repairs: RepairCounts::default(),
         }
     }
 
-    /// Puts a burst into the history. `starts_gop` says that its tag is a key frame, or of a
-    /// stream without video.
+    /// The same, with the identity that the publication has elsewhere instead of a random one.
+    pub fn with_id(self, id: PublicationId) -> Self {
+        Self { id, ..self }
+    }
+
+    /// Adds a burst to the history. `starts_gop` is `true` for a key frame, and for any tag of a stream
+    /// without video.
     pub fn push(&self, now: Instant, burst: Burst, starts_gop: bool) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if starts_gop {
             state.gop_start = Some((burst.first_seq(), state.history.pushed().0));
         }
         let rate = state.rate.add(now, burst.bytes().len());
         self.byte_rate.store(rate, Ordering::Relaxed);
-        if !self.left.later.load(Ordering::Relaxed) {
-            self.left.note(burst.last_seq());
+        if !self.sent.with_guards.load(Ordering::Relaxed) {
+            self.sent.advance(burst.last_seq());
         }
         state.history.push(now, burst);
     }
 
-    /// From now on a burst has left when its [`SentGuard`] is dropped, not when it is pushed.
-    pub fn leaves_later(&self) {
-        self.left.later.store(true, Ordering::Relaxed);
+    /// From now on, a burst counts as sent when its [`SentGuard`] is dropped, rather than when it is
+    /// pushed. For paced streams.
+    pub fn track_sent(&self) {
+        self.sent.with_guards.store(true, Ordering::Relaxed);
     }
 
-    /// What is dropped when the burst that ends with `last` has left. Bursts leave in their order.
-    pub fn departure(this: &Arc<Self>, last: Seq) -> SentGuard {
+    /// Guard of the burst that ends with `last`, to be dropped once the burst is sent.
+    pub fn sent_guard(this: &Arc<Self>, last: Seq) -> SentGuard {
         SentGuard { stream: this.clone(), last }
     }
 
-    /// Keeps the burst of a codec header for [`OutgoingStream::header_packet`], in place of the one
-    /// before.
+    /// Keeps the burst of a codec header for [`OutgoingStream::header_packet`], in place of the
+    /// previous one.
     pub fn keep_header(&self, kind: TagKind, burst: Burst) {
         let slot = usize::from(kind == TagKind::Audio);
-        self.lock().header_bursts[slot] = Some(burst);
+        self.state.lock().header_bursts[slot] = Some(burst);
     }
 
-    /// Replaces the headers that [`OutgoingStream::headers`] tells; the caller announces it.
+    /// Replaces [`OutgoingStream::headers`]. The caller announces it with [`OutgoingStreams::updated`].
     pub fn set_headers(&self, headers: Headers) {
-        self.lock().headers = headers;
+        self.state.lock().headers = headers;
     }
 
     /// The stream's name.
     pub fn key(&self) -> &StreamKey {
         &self.key
+    }
+
+    /// The identity of the publication, the same at each node that it passes.
+    pub fn id(&self) -> PublicationId {
+        self.id
     }
 
     /// The publication's SSRC.
@@ -215,33 +233,33 @@ impl OutgoingStream {
         self.start_unix_ms
     }
 
-    /// Whether the publication is over.
+    /// `true` once the publication has ended.
     pub fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// A packet that is still held.
+    /// The packet with this sequence number, if it is still in the history.
     pub fn packet(&self, seq: Seq) -> Option<Bytes> {
-        self.lock().history.packet(seq)
+        self.state.lock().history.packet(seq)
     }
 
-    /// The newest sequence number of which edges may be told while the stream goes on: they would
-    /// ask for what has not left yet.
-    pub fn left_seq(&self) -> Option<Seq> {
-        self.left.get()
+    /// The newest sequence number that was sent. While the stream is live, edges must not learn of a
+    /// newer one: they would request packets that the pacer still holds.
+    pub fn sent_seq(&self) -> Option<Seq> {
+        self.sent.get()
     }
 
-    /// The newest sequence number.
+    /// The newest sequence number in the history, sent or not.
     pub fn newest_seq(&self) -> Option<Seq> {
-        self.lock().history.newest_seq()
+        self.state.lock().history.newest_seq()
     }
 
-    /// The sequence number at which the newest group of pictures begins, while it is still held;
-    /// before the first group, that at which the publication begins.
+    /// The first sequence number of the newest GOP, or of the publication if there was no GOP yet.
+    /// `None` once that packet is no longer in the history.
     pub fn gop_start(&self) -> Option<Seq> {
-        let state = self.lock();
+        let state = self.state.lock();
         match state.gop_start {
-            // By count, since a number is used again after 65,536 packets.
+            // Compare packet counts: sequence numbers repeat after 65,536 packets.
             Some((seq, before)) => {
                 (state.history.pushed().0 - before <= state.history.len() as u64).then_some(seq)
             }
@@ -249,67 +267,64 @@ impl OutgoingStream {
         }
     }
 
-    /// A packet of the codec headers that are in effect, however long ago it was sent. For v0 edges
-    /// that join late and have no other way to learn them.
+    /// The packet with this sequence number, if it is one of the current codec headers, no matter how
+    /// old. v0 edges that join late have no other way to get the headers.
     pub fn header_packet(&self, seq: Seq) -> Option<Bytes> {
-        let state = self.lock();
+        let state = self.state.lock();
         state.header_bursts.iter().flatten().find_map(|burst| {
             let index = usize::try_from(seq.distance_from(burst.first_seq())).ok()?;
             burst.packet(index)
         })
     }
 
-    /// Codec headers and metadata, newest each.
+    /// The newest codec headers and metadata.
     pub fn headers(&self) -> Headers {
-        self.lock().headers.clone()
+        self.state.lock().headers.clone()
     }
 
-    /// Packets and bytes in the history ring.
+    /// Packets and bytes in the history.
     pub fn held(&self) -> (usize, usize) {
-        let state = self.lock();
+        let state = self.state.lock();
         (state.history.len(), state.history.bytes())
     }
 
-    /// Packets and bytes that this publication came to so far.
+    /// Packets and bytes pushed since the start of the publication.
     pub fn pushed(&self) -> (u64, u64) {
-        self.lock().history.pushed()
+        self.state.lock().history.pushed()
     }
 
-    /// Bytes of packets a second, smoothed over some seconds; after the end, what it was before.
+    /// Bytes per second, smoothed over a few seconds. Keeps its last value once the stream has ended.
     pub fn byte_rate(&self) -> u64 {
         self.byte_rate.load(Ordering::Relaxed)
     }
 
-    /// Packets a second, as [`OutgoingStream::byte_rate`] has it; 0 during the first second.
+    /// Packets per second, smoothed like [`OutgoingStream::byte_rate`]; 0 during the first second.
     pub fn packet_rate(&self) -> f64 {
-        let (packets, bytes) = self.pushed();
-        match self.lock().rate.smoothed {
+        let state = self.state.lock();
+        let (packets, bytes) = state.history.pushed();
+        match state.rate.smoothed {
             Some(rate) => rate * packets as f64 / bytes.max(1) as f64,
             None => 0.0,
         }
     }
 
-    /// Tells how many parity packets there are a media packet.
+    /// Sets [`OutgoingStream::parity_overhead`].
     pub fn set_parity_overhead(&self, overhead: f64) {
         self.parity_overhead.store((overhead * 1000.0).round() as u64, Ordering::Relaxed);
     }
 
-    /// Parity packets a media packet, of those receivers that get most; 0 without.
+    /// Parity packets per media packet, for the receivers with the most parity; 0 without parity.
     pub fn parity_overhead(&self) -> f64 {
         self.parity_overhead.load(Ordering::Relaxed) as f64 / 1000.0
     }
 
-    /// Drops packets that have grown too old; pushes do so too, while there are any.
+    /// Removes packets that are too old from the history. Each push does so too.
     pub fn expire(&self, now: Instant) {
-        self.lock().history.expire(now);
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().history.expire(now);
     }
 }
 
-/// A burst on its way out.
+/// Guard of a burst that is being sent. Dropping it marks the burst as sent.
 pub struct SentGuard {
     stream: Arc<OutgoingStream>,
     last: Seq,
@@ -317,26 +332,27 @@ pub struct SentGuard {
 
 impl Drop for SentGuard {
     fn drop(&mut self) {
-        self.stream.left.note(self.last);
+        self.stream.sent.advance(self.last);
     }
 }
 
-/// How far a stream's packets have left.
+/// The newest sequence number of a stream that was sent.
 #[derive(Debug, Default)]
 struct SentUpTo {
-    later: AtomicBool,
-    /// The newest sequence number, and whether there is one.
+    /// `true` if [`SentGuard`]s advance it rather than pushes.
+    with_guards: AtomicBool,
+    /// The sequence number, and [`KNOWN`] if there is one.
     newest: AtomicU32,
 }
 
 impl SentUpTo {
-    fn note(&self, seq: Seq) {
-        // Two senders may be done in either order.
+    fn advance(&self, seq: Seq) {
+        // Workers may finish out of order.
         let newer = |held: u32| {
             let older = held & KNOWN == 0 || seq.distance_from(Seq(held as u16)) > 0;
             older.then_some(u32::from(seq.0) | KNOWN)
         };
-        // An error is that there is nothing to change.
+        // Fails only if `seq` is not newer.
         let _ = self.newest.fetch_update(Ordering::AcqRel, Ordering::Acquire, newer);
     }
 
@@ -346,36 +362,37 @@ impl SentUpTo {
     }
 }
 
+/// Flag beside the 16 bits of the sequence number.
 const KNOWN: u32 = 1 << 16;
 
-/// Bytes a second: the mean of the first second, then smoothed from second to second.
+/// Byte rate: the mean of the first second, then an EWMA over seconds, gain 1/4.
 #[derive(Debug, Default)]
 struct RateMeter {
+    /// Start of the current second, and the bytes in it.
     second: Option<(Instant, u64)>,
     smoothed: Option<f64>,
 }
 
 impl RateMeter {
-    /// Counts `bytes` that went out at `now`; the rate.
+    /// Adds `bytes` sent at `now`. Returns the rate in bytes per second.
     fn add(&mut self, now: Instant, bytes: usize) -> u64 {
         let (since, sum) = self.second.get_or_insert((now, 0));
         let elapsed = now.saturating_duration_since(*since);
         if elapsed >= METER_PERIOD {
             let rate = *sum as f64 / elapsed.as_secs_f64();
-            self.smoothed =
-                Some(self.smoothed.map_or(rate, |old| old + (rate - old) * METER_WEIGHT));
+            self.smoothed = Some(self.smoothed.map_or(rate, |old| old + (rate - old) * METER_GAIN));
             (*since, *sum) = (now, 0);
         }
         *sum += bytes as u64;
-        // Before the first second is over, no more than what has been seen is known.
+        // During the first second, the best estimate is the sum so far.
         self.smoothed.map_or(*sum, |rate| rate as u64)
     }
 }
 
 const METER_PERIOD: Duration = Duration::from_secs(1);
-const METER_WEIGHT: f64 = 0.25;
-/// Events kept for a slow listener before it has to list the streams afresh.
-const EVENT_BACKLOG: usize = 1024;
+const METER_GAIN: f64 = 0.25;
+/// Events kept for a slow subscriber. Beyond that it lags, and has to list the streams again.
+const EVENT_CAPACITY: usize = 1024;
 
 #[cfg(test)]
 mod tests {
@@ -384,7 +401,7 @@ mod tests {
     use downpour_repair::rtp::Packetizer;
 
     #[test]
-    fn what_waits_to_leave_is_not_told() {
+    fn a_burst_counts_as_sent_when_its_guard_is_dropped() {
         let history = History::new(100, Duration::from_secs(1));
         let stream = OutgoingStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
         let stream = Arc::new(stream);
@@ -392,26 +409,26 @@ mod tests {
         let mut push = || {
             let burst = packetizer.packetize(&Tag::new(TagKind::Audio, 0, &[0xaf, 1]).unwrap());
             stream.push(Instant::now(), burst.clone(), false);
-            OutgoingStream::departure(&stream, burst.last_seq())
+            OutgoingStream::sent_guard(&stream, burst.last_seq())
         };
-        assert_eq!(stream.left_seq(), None);
+        assert_eq!(stream.sent_seq(), None);
         drop(push());
-        assert_eq!(stream.left_seq(), Some(Seq::FIRST));
-        stream.leaves_later();
+        assert_eq!(stream.sent_seq(), Some(Seq::FIRST));
+        stream.track_sent();
         let [second, third] = [push(), push()];
-        let told = (stream.left_seq(), stream.newest_seq());
-        assert_eq!(told, (Some(Seq::FIRST), Some(Seq::FIRST.plus(2))));
+        assert_eq!(stream.sent_seq(), Some(Seq::FIRST));
+        assert_eq!(stream.newest_seq(), Some(Seq::FIRST.plus(2)));
         drop(third);
         drop(second);
-        assert_eq!(stream.left_seq(), stream.newest_seq());
+        assert_eq!(stream.sent_seq(), stream.newest_seq());
         for _ in 0..600 {
             drop(push());
         }
-        assert_eq!(stream.left_seq(), Some(Seq::FIRST.plus(602)), "it wraps");
+        assert_eq!(stream.sent_seq(), Some(Seq::FIRST.plus(602)), "sequence numbers wrap");
     }
 
     #[test]
-    fn the_rate_is_known_after_a_second_and_follows() {
+    fn the_rate_is_known_after_a_second_and_follows_changes() {
         let (start, mut meter) = (Instant::now(), RateMeter::default());
         let mut at = 0;
         let mut run = |seconds: u64, bytes: usize| {
@@ -422,7 +439,7 @@ mod tests {
             }
             rate
         };
-        assert_eq!(run(1, 100), 5000, "what has been seen");
+        assert_eq!(run(1, 100), 5000, "the sum so far");
         let rate = run(3, 100);
         assert!((4900..=5100).contains(&rate), "{rate}");
         let rate = run(20, 1000);

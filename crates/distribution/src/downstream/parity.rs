@@ -28,7 +28,7 @@ use downpour_repair::{
 };
 
 /// The encoders of one publication. Without any, a burst costs it one comparison.
-pub struct ParityOut {
+pub(super) struct ParityOut {
     media: Ssrc,
     encoders: Vec<Protected>,
     /// Whose matrices the encoders have.
@@ -47,7 +47,7 @@ struct Protected {
 }
 
 impl ParityOut {
-    pub fn new(now: Instant, media: Ssrc, metrics: ParityMetrics) -> Self {
+    pub(super) fn new(now: Instant, media: Ssrc, metrics: ParityMetrics) -> Self {
         Self {
             media,
             encoders: Vec::new(),
@@ -60,7 +60,7 @@ impl ParityOut {
     }
 
     /// Protects a burst, and gives `send` what is due.
-    pub fn push(
+    pub(super) fn push(
         &mut self,
         now: Instant,
         burst: &Burst,
@@ -76,7 +76,7 @@ impl ParityOut {
     }
 
     /// Gives what is due where no burst comes.
-    pub fn handle_timeout(
+    pub(super) fn handle_timeout(
         &mut self,
         now: Instant,
         snapshot: &Arc<Snapshot>,
@@ -90,7 +90,7 @@ impl ParityOut {
     }
 
     /// The publication is over: gives the parity of its tail.
-    pub fn finish(&mut self, now: Instant, mut send: impl FnMut(Train, Arc<[Target]>)) {
+    pub(super) fn finish(&mut self, now: Instant, mut send: impl FnMut(Train, Arc<[Target]>)) {
         for mut protected in self.encoders.drain(..) {
             protected.encoder.flush(now, &mut self.made);
             hand_over(&mut self.made, &protected.targets, &self.metrics, &mut send);
@@ -98,12 +98,12 @@ impl ParityOut {
     }
 
     /// Whether anybody is to get parity.
-    pub fn is_active(&self) -> bool {
+    pub(super) fn is_active(&self) -> bool {
         !self.encoders.is_empty()
     }
 
     /// Parity packets a media packet during the last second: the most that any receiver gets.
-    pub fn overhead(&self) -> f64 {
+    pub(super) fn overhead(&self) -> f64 {
         self.overhead
     }
 
@@ -169,7 +169,7 @@ impl ParityOut {
 
 /// What parity was made, of all publications.
 #[derive(Debug, Clone)]
-pub struct ParityMetrics {
+pub(super) struct ParityMetrics {
     packets: IntCounter,
     bytes: IntCounter,
 }
@@ -179,7 +179,7 @@ impl ParityMetrics {
     ///
     /// # Errors
     /// If their names are taken.
-    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+    pub(super) fn register(registry: &Registry) -> prometheus::Result<Self> {
         Ok(Self {
             packets: register_int_counter_with_registry!(
                 "downpour_fec_packets_total",
@@ -197,14 +197,14 @@ impl ParityMetrics {
 
 /// Knows whether any publication has encoders, so that a clock need not run when none has.
 #[derive(Default)]
-pub struct ParityWatch {
+pub(super) struct ParityWatch {
     active: AtomicUsize,
     began: Notify,
 }
 
 impl ParityWatch {
     /// Waits until a publication has encoders.
-    pub async fn until_any(&self) {
+    pub(super) async fn until_any(&self) {
         while self.active.load(Ordering::Acquire) == 0 {
             self.began.notified().await;
         }
@@ -212,22 +212,22 @@ impl ParityWatch {
 }
 
 /// Whether one publication has encoders.
-pub struct ParityFlag {
+pub(super) struct ParityFlag {
     watch: Arc<ParityWatch>,
     is_set: Arc<AtomicBool>,
 }
 
 impl ParityFlag {
-    pub fn new(watch: Arc<ParityWatch>) -> Self {
+    pub(super) fn new(watch: Arc<ParityWatch>) -> Self {
         Self { watch, is_set: Arc::default() }
     }
 
     /// The flag, to read.
-    pub fn reader(&self) -> Arc<AtomicBool> {
+    pub(super) fn reader(&self) -> Arc<AtomicBool> {
         self.is_set.clone()
     }
 
-    pub fn set(&self, active: bool) {
+    pub(super) fn set(&self, active: bool) {
         if self.is_set.load(Ordering::Relaxed) == active {
             return;
         }

@@ -1,4 +1,17 @@
-//! The cloud's end of the repair connection.
+//! Repair server: the QUIC endpoint at which edges subscribe to streams and request lost packets.
+//!
+//! A connection passes through these states:
+//!
+//! ```text
+//! incoming ──admit──> handshake ──> v0: serve requests ──────────────────────────> closed
+//!    │ full, retry        │    └──> downpour/1: hello ──admit──> session ────────> closed
+//!    v                    v                       │ refused          ^
+//! refused              refused                    v                  └ control stream (`downpour`)
+//!                                              refused                 and datagrams (`repairer`)
+//! ```
+//!
+//! Invariants: at most `max_connections` connections; repairs of one connection stay within its budget,
+//! which derives from the byte rate of its streams; no connection waits for another.
 
 mod downpour;
 mod heartbeat;
@@ -9,11 +22,12 @@ mod v0;
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use quinn::{
     Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream, ZeroRttAccepted,
 };
@@ -26,7 +40,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub use metrics::{ProtocolMetrics, RepairServerMetrics};
 
-use self::heartbeat::{Beats, Heartbeats, TICK};
+use self::heartbeat::{DueHeartbeats, Heartbeats, TICK};
 use crate::{
     AddrRange,
     downstream::outgoing::OutgoingStreams,
@@ -40,37 +54,37 @@ use downpour_media::StreamPattern;
 use downpour_repair::{
     bucket::TokenBucket,
     control::{CloudMessage, Nonce, Report},
-    multicast_repair::{GroupBudget, GroupRepair},
+    multicast_repair::{GroupBudget, MulticastRepair},
 };
 
-/// A QUIC socket on which edges ask for lost packets, in either protocol.
+/// QUIC endpoint that serves repairs over both protocols, `downpour/1` and v0.
 pub struct RepairServer {
     endpoint: Endpoint,
     shared: Arc<Shared>,
 }
 
-/// What may be set.
+/// Settings of a [`RepairServer`].
 #[derive(Debug, Clone)]
 pub struct RepairServerSettings {
-    /// This node's name, told in `welcome`.
+    /// This node's name, sent in `welcome`.
     pub node: String,
-    /// The UDP port from which RTP is sent, told in `welcome`.
+    /// Source port of RTP, sent in `welcome`.
     pub rtp_port: u16,
-    /// What an edge must send in `hello`, if anything. It does not bind v0 edges, which can send
-    /// nothing: switch those off if it matters.
+    /// Token that an edge must send in `hello`. v0 edges cannot send one and are not checked: disable
+    /// v0 where that matters.
     pub token: Option<String>,
-    /// Whether existing (v0) edges are served.
+    /// `true` to serve existing (v0) edges.
     pub v0: bool,
-    /// From where they may come; empty is from anywhere.
+    /// Addresses from which v0 edges may connect. Empty allows all.
     pub v0_allow: Vec<AddrRange>,
-    /// Connections at a time; more are refused.
+    /// Limit of concurrent connections. More are refused.
     pub max_connections: usize,
-    /// What each connection may be sent again, in per cent of the byte rate of the streams that the
-    /// edge subscribes to, of all streams for a v0 edge and for a multicast group; but never under
-    /// 16 KiB a second. 0 for no limit.
+    /// Repair budget of a connection in per cent of the byte rate of its streams: those that the edge
+    /// subscribes to, or all streams for a v0 edge and for a multicast group. The budget is at least
+    /// 16 KiB per second. 0 means no limit.
     pub repair_budget: u32,
-    /// Bytes of repairs that may go out at once, where ten seconds' budget is less: an edge that
-    /// joins fetches a whole group of pictures.
+    /// Least size of a burst of repairs in bytes. The burst is ten seconds of budget if that is more.
+    /// It must cover a whole GOP, which an edge requests when it joins.
     pub repair_burst: u64,
 }
 
@@ -89,70 +103,69 @@ impl Default for RepairServerSettings {
     }
 }
 
-/// Who wants to know about edges that say hello.
+/// Callbacks for edges that connect.
 pub trait EdgeHandler: Send + Sync + 'static {
-    /// Admits an edge, or refuses it with a reason that it is told.
+    /// Admits an edge that sent `hello`, or refuses it.
     ///
     /// # Errors
-    /// The reason.
+    /// The reason of the refusal, which is sent to the edge.
     fn hello(&self, edge: &EdgeHello) -> Result<Box<dyn EdgeSession>, String>;
 
-    /// An existing (v0) edge connected, which says nothing of itself. What is given is dropped when
-    /// its connection ends.
+    /// Called when a v0 edge connects. The returned guard is dropped when its connection ends.
     fn v0_connected(&self, _peer: SocketAddr) -> Box<dyn Send> {
         Box::new(())
     }
 }
 
-/// One admitted edge; dropped when its connection ends.
+/// Callbacks for one admitted edge. Dropped when its connection ends.
 pub trait EdgeSession: Send {
-    /// The edge now wants these streams, and no others.
+    /// The edge's subscription has changed to `streams`.
     fn subscribed(&mut self, streams: &[StreamPattern]);
-    /// The edge told how it fares.
+    /// The edge has sent a report.
     fn reported(&mut self, report: Report);
 }
 
-/// Who sends to multicast groups.
+/// Sender to multicast groups.
 pub trait GroupSender: Send + Sync + 'static {
-    /// Sends one RTP packet to a group, without waiting. False if this node does not send to that
-    /// group: an edge's word alone must not choose where packets go.
+    /// Sends one RTP packet to a group, without blocking. Returns `false` if this node does not send to
+    /// that group: an edge must not choose where packets go.
     fn send(&self, group: SocketAddr, packet: Bytes) -> bool;
 }
 
-/// An edge as it presents itself.
+/// An edge that asks to be admitted.
 #[derive(Debug, Clone)]
 pub struct EdgeHello {
-    /// Where its QUIC connection comes from.
+    /// Remote address of its QUIC connection.
     pub peer: SocketAddr,
-    /// Its name: at most 128 bytes, no control characters.
+    /// Its name: 1 to 128 bytes, no control characters.
     pub node: String,
-    /// Its token, which matched if the settings have one.
+    /// Its token. Already checked, if the settings have one.
     pub token: Option<String>,
-    /// The UDP port on which it takes RTP.
+    /// The UDP port at which it receives RTP.
     pub rtp_port: Option<u16>,
-    /// For how many addresses it will send proof.
+    /// The number of paths that it will validate.
     pub rtp_paths: u8,
     /// The multicast group that it listens to.
     pub group: Option<SocketAddr>,
-    /// Whether it takes parity where it takes RTP.
+    /// `true` if it accepts parity at its RTP addresses.
     pub parity: bool,
-    /// How late a packet may come to be of use to it.
+    /// Its playout latency: a packet that is later is useless to it.
     pub latency: Duration,
-    /// What it will send from its RTP ports to prove their addresses.
+    /// The nonce that its path validation probes will contain.
     pub nonce: Nonce,
-    /// Messages for it, besides those about streams.
+    /// Queue of messages to the edge, other than announcements of streams.
     pub outbox: mpsc::Sender<CloudMessage>,
 }
 
 impl RepairServer {
-    /// Opens the socket. Must be called inside a tokio runtime.
+    /// Binds the UDP socket. Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// If the address cannot be had, or the identity cannot be used.
+    /// If the address cannot be bound, or the identity is unusable.
     pub fn bind(
         addr: SocketAddr,
         identity: &Identity,
-        origin: OutgoingStreams,
+        outgoing: OutgoingStreams,
         settings: RepairServerSettings,
         metrics: RepairServerMetrics,
     ) -> Result<Self, BindError> {
@@ -171,9 +184,9 @@ impl RepairServer {
                 Endpoint::new(identity.endpoint_config(), Some(config), socket, runtime)
             })
             .map_err(|error| BindError::Socket(addr, error))?;
-        let heartbeats = broadcast::channel(HEARTBEAT_BACKLOG).0;
+        let heartbeats = broadcast::channel(HEARTBEAT_CAPACITY).0;
         let shared = Shared {
-            origin,
+            outgoing,
             settings,
             metrics,
             handler: None,
@@ -186,7 +199,7 @@ impl RepairServer {
         Ok(Self { endpoint, shared: Arc::new(shared) })
     }
 
-    /// Asks `handler` about every edge that says hello.
+    /// Sets the handler that admits edges. Without one, every edge is admitted.
     pub fn with_handler(mut self, handler: Arc<dyn EdgeHandler>) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.handler = Some(handler);
@@ -194,7 +207,8 @@ impl RepairServer {
         self
     }
 
-    /// Answers what many edges of a multicast group ask for at once by sending it to the group.
+    /// Sets the sender for multicast repair: packets that many members of a group request at once are
+    /// sent to the group.
     pub fn with_group_sender(mut self, sender: Arc<dyn GroupSender>) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.group_sender = Some(sender);
@@ -202,18 +216,19 @@ impl RepairServer {
         self
     }
 
-    /// The address that edges connect to.
+    /// The local address, to which edges connect.
     ///
     /// # Errors
-    /// What the system said.
+    /// The error of the system call.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.endpoint.local_addr()
     }
 
-    /// Serves until `shutdown`, then tells edges of streams that have ended, lets what is on its
-    /// way arrive, and closes all connections, within two seconds.
+    /// Serves until `shutdown`. Then announces ended streams, flushes, and closes all connections, all
+    /// within two seconds.
     pub async fn run(self, shutdown: CancellationToken) {
-        let _beats = AbortOnDropHandle::new(tokio::spawn(beat(self.shared.clone())));
+        let _heartbeats =
+            AbortOnDropHandle::new(tokio::spawn(send_heartbeats(self.shared.clone())));
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -234,10 +249,10 @@ impl RepairServer {
             }
         });
         if drained.await.is_err() {
-            tracing::debug!("closing repair connections that did not drain");
+            tracing::debug!("repair connections did not drain in time; closing them");
         }
         self.endpoint.close(close::SHUTDOWN, b"the cloud is shutting down");
-        // An error only says that an edge did not acknowledge the close in time.
+        // A timeout only means that an edge did not acknowledge the close.
         let _ = timeout(DRAIN_TIMEOUT, self.endpoint.wait_idle()).await;
     }
 
@@ -250,12 +265,14 @@ impl RepairServer {
         let max = self.shared.settings.max_connections;
         if connections.len() >= max {
             self.shared.metrics.refused_full.inc();
-            tracing::debug!(peer = %incoming.remote_address(), "refused: {max} edges are connected");
+            let peer = incoming.remote_address();
+            tracing::debug!(%peer, max_connections = max, "repair connection refused: too many");
             incoming.refuse();
         } else if connections.len() >= max / 2 && !incoming.remote_address_validated() {
-            // Half full: forged source addresses shall not fill the rest (RFC 9000 §8.1.2).
+            // From half of the limit on, validate addresses by a Retry, so that forged source
+            // addresses cannot take the other half (RFC 9000 §8.1.2).
             if let Err(error) = incoming.retry() {
-                tracing::debug!(%error, "no address validation");
+                tracing::debug!(%error, "QUIC Retry failed");
             }
         } else {
             let shared = self.shared.clone();
@@ -268,44 +285,45 @@ impl RepairServer {
 /// Why a [`RepairServer`] cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The address is taken, or not ours.
-    #[error("the QUIC address {0}: {1}")]
+    /// The address cannot be bound.
+    #[error("cannot bind the QUIC address {0}: {1}")]
     Socket(SocketAddr, io::Error),
-    /// The certificate cannot be used.
+    /// The certificate is unusable.
     #[error(transparent)]
     Tls(#[from] TlsError),
 }
 
-/// What all connections share.
+/// State shared by all connections.
 struct Shared {
-    origin: OutgoingStreams,
+    outgoing: OutgoingStreams,
     settings: RepairServerSettings,
     metrics: RepairServerMetrics,
     handler: Option<Arc<dyn EdgeHandler>>,
     group_sender: Option<Arc<dyn GroupSender>>,
-    groups: Mutex<GroupRepair>,
-    /// Edges so far: each has its number.
+    groups: Mutex<MulticastRepair>,
+    /// Number of edges so far, from which each edge gets its number.
     edges: AtomicU64,
-    /// Bytes a second of all streams, and when that was found.
+    /// Cached byte rate of all streams, and when it was computed.
     total_rate: Mutex<(Instant, Option<u64>)>,
-    heartbeats: broadcast::Sender<Arc<Beats>>,
+    heartbeats: broadcast::Sender<Arc<DueHeartbeats>>,
 }
 
-/// What one handshake came to.
+/// A connection that can be served.
 struct Accepted {
     connection: Connection,
     protocol: Protocol,
-    /// Where the handshake is not complete yet, because the edge was known and spoke at once.
+    /// Set if the edge resumed a session and its control stream arrived before the handshake was
+    /// complete.
     early: Option<Early>,
 }
 
-/// What came as early data (0-RTT, RFC 8446 §2.3).
+/// A control stream that arrived as early data (0-RTT, RFC 8446 §2.3).
 ///
-/// Someone who recorded it could send it again. TLS takes each session's early data once, as long
-/// as this process lives, and a session of an earlier process is unknown. Should it come twice all
-/// the same, no harm is done: it is a hello, which starts no RTP before its address is proven with
-/// the nonce, and brings repairs only on this connection, whose packets nobody else can read and
-/// which ends if its handshake does not.
+/// Early data can be replayed by an attacker who recorded it. TLS accepts each session's early data
+/// once per process, and does not know sessions of an earlier process. Even a replay would be harmless:
+/// a `hello` starts no RTP until the address is validated with the nonce; it causes repairs only on
+/// this connection, whose packets the attacker cannot read; and the connection ends if the handshake
+/// does not complete.
 struct Early {
     control: (SendStream, RecvStream),
     established: ZeroRttAccepted,
@@ -318,19 +336,19 @@ impl Shared {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => {
                 self.metrics.refused_handshake.inc();
-                tracing::info!(%peer, %error, "an edge's handshake failed");
+                tracing::info!(%peer, %error, "repair connection handshake failed");
                 return;
             }
             Err(_) => {
                 self.metrics.refused_handshake.inc();
-                tracing::debug!(%peer, "the handshake took too long");
+                tracing::debug!(%peer, "repair connection handshake timed out");
                 return;
             }
         };
         let Accepted { connection, protocol, early } = accepted;
         if protocol == Protocol::V0 && !self.allows_v0(peer) {
             self.metrics.refused_v0_address.inc();
-            tracing::info!(%peer, "a v0 edge was refused: v0_allow does not name its address");
+            tracing::info!(%peer, "v0 edge refused: its address is not in v0_allow");
             connection.close(close::REFUSED, b"v0 repair is not allowed from this address");
             return;
         }
@@ -348,7 +366,7 @@ impl Shared {
         tracing::info!(%peer, protocol = protocol.as_str(), reason, "edge disconnected");
     }
 
-    /// Serves until the connection ends; why it did.
+    /// Serves until the connection ends. Returns the reason.
     async fn serve_protocol(
         &self,
         protocol: Protocol,
@@ -380,8 +398,8 @@ impl Shared {
         allowed.is_empty() || allowed.iter().any(|range| range.contains(peer.ip()))
     }
 
-    /// What may be sent again to a peer that gets streams of `rate` bytes a second: bytes a second,
-    /// 0 for no limit, and bytes at once.
+    /// The repair budget of a peer whose streams have `rate` bytes per second: its rate in bytes per
+    /// second (0 for no limit) and its burst in bytes.
     fn budget(&self, rate: u64) -> (u64, u64) {
         let percent = u64::from(self.settings.repair_budget);
         if percent == 0 {
@@ -393,12 +411,12 @@ impl Shared {
 
     /// [`Shared::budget`] for all streams.
     fn total_budget(&self, now: Instant) -> (u64, u64) {
-        let mut total = self.total_rate.lock().unwrap_or_else(PoisonError::into_inner);
-        let (found, known) = *total;
+        let mut total = self.total_rate.lock();
+        let (computed, known) = *total;
         let rate = match known {
-            Some(rate) if now.saturating_duration_since(found) < BUDGET_AGE => rate,
+            Some(rate) if now.saturating_duration_since(computed) < BUDGET_AGE => rate,
             _ => {
-                let streams = self.origin.streams();
+                let streams = self.outgoing.streams();
                 let live = streams.iter().filter(|stream| !stream.ended());
                 let rate = live.map(|stream| stream.byte_rate()).fold(0, u64::saturating_add);
                 *total = (now, Some(rate));
@@ -414,12 +432,12 @@ impl Shared {
         GroupBudget { rate, burst }
     }
 
-    fn groups(&self) -> MutexGuard<'_, GroupRepair> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    fn groups(&self) -> MutexGuard<'_, MulticastRepair> {
+        self.groups.lock()
     }
 
-    /// No edge needs more sequence numbers a second; looking each one up is what one could make
-    /// us do for a few bytes.
+    /// Token bucket of one edge's requested sequence numbers. Each costs a lookup, which an edge could
+    /// otherwise cause in great number with a few bytes.
     fn request_bucket(&self) -> TokenBucket {
         TokenBucket::new(Instant::now(), MAX_REQUESTS_PER_SECOND, MAX_REQUESTS_PER_SECOND)
     }
@@ -427,17 +445,17 @@ impl Shared {
     fn reap(&self, ended: Result<(), JoinError>) {
         if ended.is_err_and(|error| error.is_panic()) {
             self.metrics.panics.inc();
-            tracing::error!("a repair connection's task panicked");
+            tracing::error!("repair connection task panicked");
         }
     }
 }
 
-/// Takes a connection up to where it can be served: to the end of its handshake, or to its first
-/// words if they came with the first packet.
+/// Accepts a connection: waits for the end of its handshake, or for its control stream if that arrives
+/// as early data.
 async fn accept(incoming: Incoming) -> Result<Accepted, AcceptError> {
     let mut connecting = incoming.accept()?;
     let handshake = connecting.handshake_data().await?;
-    // The TLS layer refuses any other, and none.
+    // The TLS layer has already refused other protocols.
     let protocol = Protocol::of_handshake(handshake).ok_or(AcceptError::Protocol)?;
     let (connection, mut established) = match protocol {
         Protocol::V0 => {
@@ -454,7 +472,7 @@ async fn accept(incoming: Incoming) -> Result<Accepted, AcceptError> {
     };
     let control = tokio::select! {
         biased;
-        // What it resolves to means nothing at this end.
+        // On the server, the value of `established` has no meaning.
         _ = &mut established => match connection.close_reason() {
             Some(error) => return Err(error.into()),
             None => None,
@@ -465,7 +483,7 @@ async fn accept(incoming: Incoming) -> Result<Accepted, AcceptError> {
     Ok(Accepted { connection, protocol, early })
 }
 
-/// Why there is no connection.
+/// Why a connection could not be accepted.
 #[derive(Debug, thiserror::Error)]
 enum AcceptError {
     #[error(transparent)]
@@ -474,7 +492,7 @@ enum AcceptError {
     Protocol,
 }
 
-/// Counts a connection as closed however its task ends.
+/// Decrements the gauge of open connections when the connection's task ends, also by a panic.
 struct OpenGuard(prometheus::IntGauge);
 
 impl Drop for OpenGuard {
@@ -483,8 +501,8 @@ impl Drop for OpenGuard {
     }
 }
 
-/// Works out the heartbeats of all streams once for all edges.
-async fn beat(shared: Arc<Shared>) {
+/// Computes the heartbeats of all streams, once for all edges.
+async fn send_heartbeats(shared: Arc<Shared>) {
     let mut heartbeats = Heartbeats::default();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -493,30 +511,32 @@ async fn beat(shared: Arc<Shared>) {
         if shared.heartbeats.receiver_count() == 0 {
             continue;
         }
-        let streams = shared.origin.streams();
+        let streams = shared.outgoing.streams();
         let live = streams
             .iter()
             .filter(|stream| !stream.ended())
-            .filter_map(|stream| Some((stream.ssrc(), stream.left_seq()?)));
+            .filter_map(|stream| Some((stream.ssrc(), stream.sent_seq()?)));
         let due = heartbeats.poll(Instant::now(), live);
         if !due.is_empty() {
-            // An error only says that nobody listens.
+            // Fails only without subscribers.
             let _ = shared.heartbeats.send(Arc::new(due));
         }
     }
 }
 
-/// Handshakes that wait for [`RepairServer::run`] to look at them, and the bytes they may hold.
+/// Most incoming connections that [`RepairServer::run`] has not accepted yet.
 const MAX_INCOMING: usize = 1024;
+/// Bytes that incoming connections may buffer, all together.
 const INCOMING_BUFFER: u64 = 8 * 1024 * 1024;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Sequence numbers per second and edge; more than an edge ever needs.
 const MAX_REQUESTS_PER_SECOND: u64 = 100_000;
-/// Bytes a second that even a whisper of a stream gets: a packet in 70 ms.
+/// Least repair rate in bytes per second, also for streams of a low rate: one packet per 70 ms.
 const MIN_REPAIR_RATE: u64 = 16 * 1024;
-/// Of budget that may be spent at once: as long as the ring holds packets by default.
+/// Seconds of budget in a burst: the default age limit of the history.
 const BURST_SECONDS: u64 = 10;
-/// How old a budget may be before it is worked out anew.
+/// Interval at which budgets are recomputed.
 const BUDGET_AGE: Duration = Duration::from_secs(1);
-/// Rounds of heartbeats kept for a connection that is busy; it misses older ones.
-const HEARTBEAT_BACKLOG: usize = 16;
+/// Rounds of heartbeats kept for a busy connection. It misses older ones.
+const HEARTBEAT_CAPACITY: usize = 16;

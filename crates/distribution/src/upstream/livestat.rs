@@ -1,55 +1,37 @@
-//! Asks a cloud's HTTP API which streams there are: how v0 names a publication.
+//! Client of a cloud's `GET /stat/livestat`, which gives a v0 publication its stream key.
 
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, body::Bytes, header};
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
-use tokio::net::TcpStream;
 
+use crate::http_client::{self, HttpClientError};
 use downpour_media::StreamKey;
 use downpour_repair::rtp::Ssrc;
 
 /// One entry of `publishers` in `GET /stat/livestat`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveStream {
-    /// The stream's name.
+    /// The stream's key.
     pub key: StreamKey,
-    /// The publication.
+    /// SSRC of the publication's RTP.
     pub ssrc: Ssrc,
     /// Unix time of media time 0, in milliseconds.
     pub start_unix_ms: u64,
 }
 
-/// Fetches the list from the API at `cloud`, a `host:port`, within a few seconds and a few megabytes. Entries that
-/// name no usable stream are left out.
+/// Fetches the list of live streams from the API at `cloud`, a `host:port`. Entries without a valid
+/// key are skipped.
 ///
 /// # Errors
-/// If the API cannot be reached or answers something else; the text says which.
+/// If the API cannot be reached, takes more than 3 s, or answers anything but a list of at most
+/// 4 MiB.
 pub async fn fetch(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
     tokio::time::timeout(TIMEOUT, request(cloud)).await.map_err(|_| LivestatError::Timeout)?
 }
 
 async fn request(cloud: &str) -> Result<Vec<LiveStream>, LivestatError> {
-    let socket = TcpStream::connect(cloud).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(socket)).await?;
-    let request = Request::get("/stat/livestat")
-        .header(header::HOST, cloud)
-        .header(header::CONNECTION, "close")
-        .body(Empty::new())
-        .map_err(|_| LivestatError::Malformed)?;
-    let answer = async {
-        let response = sender.send_request(request).await?;
-        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-        parse(&body.map_err(|_| LivestatError::Malformed)?.to_bytes())
-    };
-    // The connection has to be driven while the answer is read; it ends with it.
-    tokio::select! {
-        answer = answer => answer,
-        Err(error) = connection => Err(error.into()),
-    }
+    let answer = http_client::get(cloud, cloud, "/stat/livestat").await?;
+    parse(&answer.body(MAX_BODY).await?)
 }
 
 fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
@@ -68,22 +50,19 @@ fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
     Ok(data.publishers.unwrap_or_default().into_iter().filter_map(usable).collect())
 }
 
-/// Why the list of streams is not to be had.
+/// Why there is no list of streams.
 #[derive(Debug, thiserror::Error)]
 pub enum LivestatError {
-    /// No connection.
-    #[error("cannot connect: {0}")]
-    Connect(#[from] std::io::Error),
-    /// The connection broke.
-    #[error("no answer: {0}")]
-    Http(#[from] hyper::Error),
-    /// Too slow.
+    /// There is no connection, or the answer is not complete.
+    #[error(transparent)]
+    Http(#[from] HttpClientError),
+    /// The API did not answer in time.
     #[error("no answer within {} s", TIMEOUT.as_secs())]
     Timeout,
-    /// The API says no.
+    /// The API answered with an error status.
     #[error("the API answers status {0}")]
     Status(i64),
-    /// Something else lives there.
+    /// The answer is not in the API's format.
     #[error("the answer is not a list of streams")]
     Malformed,
 }
@@ -116,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_read_and_unusable_ones_left_out() {
+    fn entries_without_a_valid_key_are_skipped() {
         let body = br#"{"status":200,"data":{"publishers":[
             {"key":"live/movie","url":"","start_time":1700000000000,"ssrc":1020304,"stream_id":1},
             {"key":"nothing","ssrc":5}],"players":null}}"#;

@@ -1,7 +1,6 @@
 //! The source that receives streams from another node: RTP in, repair by request.
 
-pub mod ingress;
-pub mod intake;
+pub mod dispatch;
 pub mod livestat;
 mod parity;
 pub mod prober;
@@ -9,3 +8,4 @@ mod receive;
 pub mod repair_client;
 pub mod socket;
 pub mod stats;
+pub mod streams;

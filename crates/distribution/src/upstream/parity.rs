@@ -1,4 +1,4 @@
-//! One stream's parity at the edge: what it lets be made anew, and how long it is worth a wait.
+//! Parity of one received stream: recovers media packets, and estimates how long to wait for a row.
 
 use std::time::{Duration, Instant};
 
@@ -15,14 +15,14 @@ use downpour_repair::{
     },
 };
 
-/// Begins with the stream's first parity packet.
+/// FEC decoder of one stream, created with its first parity packet.
 pub(super) struct Parity {
     decoder: Decoder,
     recovered: Vec<Bytes>,
-    /// Media packets from the first of a row to the last, and when a packet of a row came last.
+    /// Media packets per row, and when row parity last arrived.
     row: Option<(u8, Instant)>,
-    /// Media packets counted, and when: for the time between two.
-    counted: (u64, Instant),
+    /// The last sample of the media packet count, and its time.
+    sample: (u64, Instant),
     wait: Duration,
 }
 
@@ -32,19 +32,19 @@ impl Parity {
             decoder: Decoder::new(media, Limits::default()),
             recovered: Vec::new(),
             row: None,
-            counted: (packets, now),
+            sample: (packets, now),
             wait: Duration::ZERO,
         }
     }
 
-    /// Takes a media packet, however it came; gives those that can be made anew now.
+    /// Takes a media packet from any source; returns the packets that can now be recovered.
     pub(super) fn handle_media(&mut self, packet: Bytes) -> impl Iterator<Item = Packet> {
         self.decoder.handle_media(packet, &mut self.recovered);
-        // What the decoder makes is RTP: it looks before it gives it out.
+        // The decoder returns only valid RTP, so this drops nothing.
         self.recovered.drain(..).filter_map(|packet| Packet::parse(packet).ok())
     }
 
-    /// Takes a parity packet; gives the media packets that can be made anew now.
+    /// Takes a parity packet; returns the media packets that can now be recovered.
     pub(super) fn handle_parity(
         &mut self,
         now: Instant,
@@ -57,19 +57,19 @@ impl Parity {
         self.recovered.drain(..).filter_map(|packet| Packet::parse(packet).ok())
     }
 
-    /// How long a missing packet's row takes to be complete, given how many packets have come so
-    /// far: zero without row parity, since columns take so long that asking is quicker.
+    /// Returns how long it takes for a missing packet's row to be complete, from the packet rate;
+    /// `packets` is the total so far. Zero without row parity: a NACK is faster than a column.
     pub(super) fn wait(&mut self, now: Instant, packets: u64) -> Duration {
-        let (before, at) = self.counted;
+        let (before, at) = self.sample;
         let passed = now.saturating_duration_since(at);
-        if passed >= MEASURED_OVER {
-            let came = packets.saturating_sub(before);
-            self.counted = (packets, now);
+        if passed >= SAMPLE_INTERVAL {
+            let received = packets.saturating_sub(before);
+            self.sample = (packets, now);
             self.wait = match self.row {
                 Some((row, seen))
-                    if came > 0 && now.saturating_duration_since(seen) < ROW_FRESH =>
+                    if received > 0 && now.saturating_duration_since(seen) < ROW_FRESH =>
                 {
-                    passed.mul_f64(f64::from(row) / came as f64) + MARGIN
+                    passed.mul_f64(f64::from(row) / received as f64) + MARGIN
                 }
                 _ => Duration::ZERO,
             };
@@ -82,8 +82,8 @@ impl Parity {
     }
 }
 
-const MEASURED_OVER: Duration = Duration::from_millis(500);
-/// Row parity that stopped coming is not waited for.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
+/// Row parity that has not arrived for this long is not waited for.
 const ROW_FRESH: Duration = Duration::from_secs(2);
-/// The parity is sent behind its row, and both have their jitter.
+/// Jitter between a row and its parity, which is sent after it.
 const MARGIN: Duration = Duration::from_millis(3);

@@ -1,10 +1,18 @@
-//! The edge's receiving threads.
+//! The receiving threads of an edge.
 //!
-//! Between a packet and the hub there is no runtime that would have to be woken first. Each socket has
-//! a thread, which waits in the call that reads, so that nothing has to be asked first whether there
-//! is something. One more thread has a runtime of its own, in which are the repair connection and what
-//! is due at some time: to hand each answer from thread to thread would cost more than to take it, and
-//! viewers do not hold it up. All work on one [`Upstream`] behind a lock, which is nearly always free.
+//! | thread | waits for | does |
+//! |---|---|---|
+//! | `rtp-receiver-N`, one per socket | recvmmsg(2) | passes each batch to [`Upstream`] |
+//! | `rtp-control` | timer, repair connection, look-ups | timeouts and events; runs the repair client's tasks |
+//!
+//! A receiver thread blocks in the system call that reads, so a packet reaches the hub with no
+//! runtime and no poll call in between. The control thread has its own single-threaded runtime, so
+//! that repair is not delayed by viewers, and answers need no hand-over between threads. All
+//! threads share one [`Upstream`] behind a mutex that is nearly always free.
+//!
+//! Shutdown: the control thread ends first and shuts the sockets down, which wakes the receiver
+//! threads. The last thread to end drops the [`Upstream`], which ends the streams. A panic on any
+//! thread ends all of them.
 
 use std::{
     future::poll_fn,
@@ -28,76 +36,76 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::ingress::Upstream;
+use super::dispatch::Upstream;
 use downpour_sys::{
     recvmmsg::RecvBatch,
     timer::{Timer, TimerWaiter},
-    udp::end_waits,
+    udp::shutdown_receive,
 };
 
 impl Upstream {
-    /// Receives on threads of its own until `shutdown`; then every stream ends. So it does when this
-    /// is dropped.
+    /// Receives on its own threads until `shutdown`, or until the future is dropped; then all
+    /// streams end.
     ///
     /// # Panics
-    /// If one of the threads does.
+    /// If one of the threads panics.
     pub async fn run(self, shutdown: CancellationToken) {
         let stop = shutdown.child_token();
         let _stop_when_dropped = stop.clone().drop_guard();
-        // Nothing is ever sent: it ends when all threads have.
+        // Nothing is sent: the channel closes when the last thread ends.
         let (running, mut ended) = mpsc::channel::<()>(1);
         let threads = match start(self, &stop, &running) {
             Ok(threads) => threads,
             Err(error) => {
-                tracing::error!("cannot receive: {error}");
+                tracing::error!(%error, "RTP receiver cannot start");
                 return;
             }
         };
         drop(running);
         ended.recv().await;
         for thread in threads {
-            if let Err(reason) = thread.join() {
-                panic::resume_unwind(reason);
+            if let Err(panic) = thread.join() {
+                panic::resume_unwind(panic);
             }
         }
     }
 }
 
-/// What one of the threads does.
-type InOrderRun = Box<dyn FnOnce(Arc<Shared>, &CancellationToken) + Send>;
+/// Body of a thread.
+type ThreadBody = Box<dyn FnOnce(Arc<Shared>, &CancellationToken) + Send>;
 
 fn start(
-    mut ingress: Upstream,
+    mut upstream: Upstream,
     stop: &CancellationToken,
     running: &mpsc::Sender<()>,
 ) -> io::Result<Vec<thread::JoinHandle<()>>> {
-    let runtime = OwnRuntime::new()?;
+    let runtime = ControlRuntime::new()?;
     {
         let _inside = runtime.handle.enter();
-        ingress.begin();
+        upstream.start();
     }
-    let clock = Timer::new()?;
-    let sockets: Vec<_> = ingress.sockets().cloned().collect();
-    let over = Over { is_it: Arc::default(), sockets: sockets.clone() };
-    let ended = over.is_it.clone();
-    let shared = Arc::new(Shared { work: Mutex::new(Work { ingress, clock, control: None }) });
+    let timer = Timer::new()?;
+    let sockets: Vec<_> = upstream.sockets().cloned().collect();
+    let end_receivers = EndReceivers { ended: Arc::default(), sockets: sockets.clone() };
+    let ended = end_receivers.ended.clone();
+    let shared = Arc::new(Shared { work: Mutex::new(Work { upstream, timer, control: None }) });
     let handle = runtime.handle.clone();
-    let spawn = |name, run: InOrderRun| {
+    let spawn = |name, body: ThreadBody| {
         let (handle, running) = (handle.clone(), running.clone());
         let (stop, shared) = (stop.clone(), shared.clone());
         thread::Builder::new().name(name).spawn(move || {
-            // Dropped last of all.
+            // Dropped after everything else.
             let _running = running;
             let stop = StopOnPanic(stop);
-            // Look-ups and repair connections are begun on these threads.
+            // These threads spawn look-ups and repair clients.
             let _inside = handle.enter();
-            run(shared, &stop.0);
+            body(shared, &stop.0);
         })
     };
-    // First: if one of the others cannot be started, it ends those that could.
+    // The control thread first: if a receiver thread cannot be started, it ends the others.
     let control = spawn(
         "rtp-control".into(),
-        Box::new(move |shared, stop| runtime.run(control(shared, stop, over))),
+        Box::new(move |shared, stop| runtime.run(control(shared, stop, end_receivers))),
     )?;
     let receivers = sockets.into_iter().enumerate().map(|(i, socket)| {
         let ended = ended.clone();
@@ -113,12 +121,12 @@ fn start(
     [Ok(control)].into_iter().chain(receivers).collect()
 }
 
-/// Does what is due and takes what comes but RTP, until `stop`; then ends the other threads, and the
-/// streams, and closes the repair connection.
-async fn control(shared: Arc<Shared>, stop: &CancellationToken, over: Over) {
+/// Handles timeouts and events until `stop`. Then ends the receiver threads and closes the repair
+/// connection.
+async fn control(shared: Arc<Shared>, stop: &CancellationToken, end_receivers: EndReceivers) {
     let failed = async {
-        let alarm = TimerWaiter::new(&shared.work.lock().clock)?;
-        poll_fn(|cx| shared.poll_control(cx, &alarm)).await
+        let waiter = TimerWaiter::new(&shared.work.lock().timer)?;
+        poll_fn(|cx| shared.poll_control(cx, &waiter)).await
     };
     let failed = {
         let (mut failed, mut stopped) = (pin!(failed), pin!(stop.cancelled()));
@@ -129,96 +137,94 @@ async fn control(shared: Arc<Shared>, stop: &CancellationToken, over: Over) {
         .await
     };
     if let Err(error) = failed {
-        tracing::error!("cannot wait for what is due: {error}");
+        tracing::error!(%error, "RTP receiver timer failed; reception stopped");
         stop.cancel();
     }
-    drop(over);
-    let repair = shared.work.lock().ingress.take_repair();
-    // The last of the threads ends the streams, before the cloud has acknowledged anything.
+    drop(end_receivers);
+    let connection = shared.work.lock().upstream.take_connection();
+    // The last thread ends the streams; it does not wait for the connection to close.
     drop(shared);
-    if let Some(repair) = repair {
-        repair.close().await;
+    if let Some(connection) = connection {
+        connection.close().await;
     }
 }
 
-/// What the threads share.
+/// State shared by the threads.
 struct Shared {
-    /// Fair now and then, which the standard library's is not: a socket that never runs dry must not
-    /// keep the others' threads waiting.
+    /// parking_lot's mutex is eventually fair: a socket that always has packets does not starve the
+    /// other threads.
     work: Mutex<Work>,
 }
 
 struct Work {
-    ingress: Upstream,
-    /// Goes off when something is due.
-    clock: Timer,
-    /// Wakes who does what is due.
+    upstream: Upstream,
+    /// Expires at the earliest timeout.
+    timer: Timer,
+    /// Wakes the control task.
     control: Option<Waker>,
 }
 
 impl Shared {
-    /// Does what is due and takes what has come; ready only if that cannot go on.
-    fn poll_control(&self, cx: &mut Context<'_>, alarm: &TimerWaiter) -> Poll<io::Result<()>> {
-        let went_off = match alarm.poll(cx) {
+    /// Handles events and timeouts. Ready only with an error of the timer.
+    fn poll_control(&self, cx: &mut Context<'_>, waiter: &TimerWaiter) -> Poll<io::Result<()>> {
+        let expired = match waiter.poll(cx) {
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-            went_off => went_off.is_ready(),
+            expired => expired.is_ready(),
         };
         let mut work = self.work.lock();
-        let Work { ingress, clock, control } = &mut *work;
-        if went_off {
-            clock.went_off();
+        let Work { upstream, timer, control } = &mut *work;
+        if expired {
+            timer.mark_expired();
         }
         if control.as_ref().is_none_or(|control| !control.will_wake(cx.waker())) {
             *control = Some(cx.waker().clone());
         }
-        ingress.handle_inputs(cx);
-        ingress.handle_timeout(Instant::now());
-        if ingress.has_begun() {
-            // It would not wake by itself. The others have their turn before.
+        upstream.poll_inputs(cx);
+        upstream.handle_timeout(Instant::now());
+        if upstream.needs_poll() {
+            // Wake at once, but let the runtime's other tasks run before.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        match clock.set(ingress.poll_timeout()) {
+        match timer.set(upstream.poll_timeout()) {
             Ok(()) => Poll::Pending,
             Err(error) => Poll::Ready(Err(error)),
         }
     }
 
-    /// Reads socket `i` until all is `over`, or it is broken; `false` if it was the last of RTP.
-    fn receive_until(&self, over: &AtomicBool, i: usize, socket: &UdpSocket) -> bool {
-        let mut reads = RecvBatch::new();
-        let mut failing = None;
+    /// Receives from socket `i` until `ended` is set or the socket is broken. Returns `false` if it
+    /// was the last RTP socket.
+    fn receive_until(&self, ended: &AtomicBool, i: usize, socket: &UdpSocket) -> bool {
+        let mut batch = RecvBatch::new();
+        let mut failures = None;
         loop {
-            let read = reads.wait(socket);
-            if over.load(Ordering::SeqCst) {
+            let received = batch.receive(socket);
+            if ended.load(Ordering::SeqCst) {
                 return true;
             }
-            match read {
-                Ok(()) => failing = None,
+            match received {
+                Ok(()) => failures = None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // A failure now and then says little: an earlier send's ICMP answer is one.
+                // A single failure is normal, e.g. an ICMP error for an earlier send.
                 Err(error) => {
-                    tracing::debug!(socket = i, "reading RTP: {error}");
+                    tracing::debug!(socket = i, %error, "RTP receive failed");
                     thread::sleep(FAILURE_PAUSE);
-                    if Failing::goes_on(&mut failing, Instant::now()) {
-                        tracing::error!(
-                            socket = i,
-                            "an RTP socket is broken, and not read any more: {error}"
-                        );
-                        return self.work.lock().ingress.give_up(i);
+                    if FailureRun::is_too_long(&mut failures, Instant::now()) {
+                        tracing::error!(socket = i, %error, "RTP socket broken; reading stopped");
+                        return self.work.lock().upstream.give_up(i);
                     }
                     continue;
                 }
             }
             let mut work = self.work.lock();
-            let Work { ingress, clock, control } = &mut *work;
-            ingress.expect(&reads);
-            // Memory comes meanwhile.
+            let Work { upstream, timer, control } = &mut *work;
+            upstream.prefetch(&batch);
+            // The clock is read while the prefetches complete.
             let now = Instant::now();
-            ingress.handle_reads(now, i, &reads);
-            let is_set = ingress.poll_intake_timeout().map(|due| clock.set(due));
-            // If it cannot be set, who would have been woken sets it, and says why it cannot.
-            let wakes = ingress.has_begun() || matches!(is_set, Some(Err(_)));
+            upstream.handle_batch(now, i, &batch);
+            let set = upstream.poll_stream_timeout().map(|due| timer.set(due));
+            // If the timer cannot be set, the control task tries again and reports the error.
+            let wakes = upstream.needs_poll() || matches!(set, Some(Err(_)));
             let control = control.as_ref().filter(|_| wakes).cloned();
             drop(work);
             if let Some(control) = control {
@@ -228,20 +234,20 @@ impl Shared {
     }
 }
 
-/// A runtime of one thread.
-struct OwnRuntime {
+/// Single-threaded runtime of the control thread. Dropping it does not wait for blocking tasks.
+struct ControlRuntime {
     handle: Handle,
-    /// Until it is dropped.
+    /// `None` only while it is dropped.
     runtime: Option<Runtime>,
 }
 
-impl OwnRuntime {
+impl ControlRuntime {
     fn new() -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
     }
 
-    /// Runs all of its tasks on this thread until `task` has ended.
+    /// Runs the runtime on this thread until `task` ends.
     fn run(self, task: impl Future<Output = ()>) {
         if let Some(runtime) = &self.runtime {
             runtime.block_on(task);
@@ -249,29 +255,29 @@ impl OwnRuntime {
     }
 }
 
-impl Drop for OwnRuntime {
+impl Drop for ControlRuntime {
     fn drop(&mut self) {
-        // A look-up that waits for its answer holds nobody up.
+        // Name resolution may block for seconds: do not wait for it.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-/// Ends the threads that read when it goes, however the one that has it ends.
-struct Over {
-    is_it: Arc<AtomicBool>,
+/// Ends the receiver threads when dropped, also by a panic of the control thread.
+struct EndReceivers {
+    ended: Arc<AtomicBool>,
     sockets: Vec<Arc<UdpSocket>>,
 }
 
-impl Drop for Over {
+impl Drop for EndReceivers {
     fn drop(&mut self) {
-        self.is_it.store(true, Ordering::SeqCst);
-        self.sockets.iter().for_each(|socket| end_waits(socket));
+        self.ended.store(true, Ordering::SeqCst);
+        self.sockets.iter().for_each(|socket| shutdown_receive(socket));
     }
 }
 
-/// A panic on one thread ends them all.
+/// Stops all threads if one panics.
 struct StopOnPanic(CancellationToken);
 
 impl Drop for StopOnPanic {
@@ -282,43 +288,30 @@ impl Drop for StopOnPanic {
     }
 }
 
-/// A socket's failures, each soon after the one before.
+/// A run of consecutive receive failures on one socket.
 #[derive(Debug, Clone, Copy)]
-struct Failing {
+struct FailureRun {
     since: Instant,
     last: Instant,
 }
 
-impl Failing {
-    /// There was one more at `now`; whether that has gone on for too long.
-    fn goes_on(failing: &mut Option<Self>, now: Instant) -> bool {
-        let fresh = Self { since: now, last: now };
-        let failing = failing.get_or_insert(fresh);
-        if now.saturating_duration_since(failing.last) > FAILURE_PAUSE * 100 {
-            *failing = fresh;
+impl FailureRun {
+    /// Records a failure at `now`. Returns `true` if the run has lasted for [`BROKEN_AFTER`].
+    fn is_too_long(run: &mut Option<Self>, now: Instant) -> bool {
+        let new = Self { since: now, last: now };
+        let run = run.get_or_insert(new);
+        if now.saturating_duration_since(run.last) > FAILURE_PAUSE * 100 {
+            *run = new;
         }
-        failing.last = now;
-        now.saturating_duration_since(failing.since) >= FAILS_FOR
+        run.last = now;
+        now.saturating_duration_since(run.since) >= BROKEN_AFTER
     }
 }
 
-/// A socket that can only be failed to read for so long is broken.
-const FAILS_FOR: Duration = Duration::from_secs(1);
-/// An error that stays must not turn into a busy loop.
+/// A socket is broken if every receive has failed for this long.
+const BROKEN_AFTER: Duration = Duration::from_secs(1);
+/// Pause after a failure, so that a persistent error is no busy loop.
 const FAILURE_PAUSE: Duration = Duration::from_millis(1);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_socket_is_broken_that_does_nothing_but_fail() {
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let mut failing = None;
-        // Once in a while.
-        assert!((0..20).all(|n| !Failing::goes_on(&mut failing, at(n * 500))));
-        let broken = (0..2000).find(|ms| Failing::goes_on(&mut failing, at(20_000 + ms)));
-        assert_eq!(broken, Some(1000));
-    }
-}
+mod tests;

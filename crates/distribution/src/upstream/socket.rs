@@ -1,4 +1,4 @@
-//! The edge's RTP sockets, and which address of the cloud each one probes.
+//! RTP sockets of an edge, and the cloud address that each of them probes.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -15,64 +15,66 @@ use crate::address::Destination;
 use downpour_repair::{control::Nonce, probe::ProbeMessage};
 use downpour_sys::recvmmsg::RecvBatch;
 
-/// One way by which RTP comes.
+/// A socket on which RTP arrives.
 pub struct RtpSocket {
     socket: Arc<UdpSocket>,
-    /// `None` where RTP comes unasked: a group, or an address that the cloud has in its list.
+    /// `None` where RTP arrives without a request: a multicast group, or an address in the cloud's
+    /// configuration.
     probing: Option<Probing>,
 }
 
 struct Probing {
     prober: Prober,
-    /// Where the cloud's RTP port is reached by this path, if not where the cloud is.
+    /// Address of the cloud's RTP port on this path, if not the cloud's own.
     via: Option<Destination>,
+    /// Resolved address to probe.
     cloud: Option<SocketAddr>,
 }
 
 impl RtpSocket {
-    /// Takes a bound socket, one that waits.
+    /// Wraps a bound, blocking socket.
     pub fn new(socket: UdpSocket) -> Self {
-        // Without, it costs more.
-        if let Err(error) = RecvBatch::let_join(&socket) {
-            tracing::info!("the kernel gives RTP packet by packet, at more cost: {error}");
+        if let Err(error) = RecvBatch::enable_gro(&socket) {
+            tracing::info!(%error, "no UDP GRO; receiving costs more CPU");
         }
         Self { socket: Arc::new(socket), probing: None }
     }
 
-    /// Asks the cloud to send RTP here, as the edge's path number `path`: at the address `via`, or
-    /// at the cloud's own.
+    /// Requests RTP for this socket, as path `path` of this edge, by probing `via` or, if `None`,
+    /// the cloud's own address.
     pub fn with_prober(mut self, path: u8, via: Option<Destination>) -> Self {
         self.probing = Some(Probing { prober: Prober::new(path), via, cloud: None });
         self
     }
 
-    /// The socket, to read from.
+    /// Returns the socket to read from.
     pub fn socket(&self) -> &Arc<UdpSocket> {
         &self.socket
     }
 
-    /// Something came at `now`.
+    /// Records that a datagram arrived.
     pub fn heard(&mut self, now: Instant) {
         if let Some(probing) = &mut self.probing {
             probing.prober.heard(now);
         }
     }
 
-    /// The cloud said welcome: it is to be probed where `found` says, once that is known.
-    pub fn start(&mut self, now: Instant, nonce: Nonce, welcome: &CloudRtp, found: &mut Lookups) {
+    /// Starts to validate the path, with the nonce of the cloud's welcome. The address is resolved
+    /// by `lookups` first.
+    pub fn start(&mut self, now: Instant, nonce: Nonce, rtp: &CloudRtp, lookups: &mut Lookups) {
         let Some(probing) = &mut self.probing else { return };
         probing.cloud = None;
         probing.prober.start(now, nonce);
         let (host, port) = match &probing.via {
             Some(via) => (via.host().to_owned(), via.port()),
-            None => (welcome.host.clone(), welcome.port),
+            None => (rtp.host.clone(), rtp.port),
         };
         let v4_only = self.socket.local_addr().is_ok_and(|addr| addr.is_ipv4());
         let path = probing.prober.path();
-        found.0.spawn(async move { (path, nonce, look_up(&host, port, v4_only).await) });
+        lookups.0.spawn(async move { (path, nonce, look_up(&host, port, v4_only).await) });
     }
 
-    /// The connection to the cloud is gone.
+    /// Stops to validate the path: the connection to the cloud is gone.
     pub fn stop(&mut self, metrics: &ProbeMetrics) {
         if let Some(probing) = &mut self.probing {
             probing.prober.stop();
@@ -80,14 +82,14 @@ impl RtpSocket {
         }
     }
 
-    /// The cloud's RTP port was found, for the path that asked.
+    /// Sets the resolved address, if this is path `path`.
     pub fn set_cloud(&mut self, path: u8, cloud: SocketAddr) {
         if let Some(probing) = self.probing_of(path) {
             probing.cloud = Some(cloud);
         }
     }
 
-    /// The cloud says that RTP goes to `path`.
+    /// Records that the cloud sends RTP to this socket, if this is path `path`.
     pub fn path_up(&mut self, now: Instant, path: u8, metrics: &ProbeMetrics) {
         if let Some(probing) = self.probing_of(path) {
             probing.prober.path_up(now);
@@ -95,7 +97,7 @@ impl RtpSocket {
         }
     }
 
-    /// Answers a challenge that came from `from`.
+    /// Answers a challenge from address `from`.
     pub fn handle_probe_message(
         &self,
         from: SocketAddr,
@@ -111,30 +113,30 @@ impl RtpSocket {
     /// Sends a probe if one is due.
     pub fn probe(&mut self, now: Instant, metrics: &ProbeMetrics) {
         let Some(probing) = &mut self.probing else { return };
-        // Not before there is somewhere to send it: a probe that is made counts as sent.
+        // First the address: the prober assumes that each probe is sent.
         let Some(cloud) = probing.cloud else { return };
         if let Some(probe) = probing.prober.poll_probe(now) {
             self.send(cloud, probe, metrics);
         }
     }
 
-    /// Says once a connection, in the log, when the cloud does not send here although it should.
-    pub fn complain(&mut self, now: Instant) {
+    /// Logs, once per connection, that the path is not up although it should be.
+    pub fn log_if_overdue(&mut self, now: Instant) {
         let Some(probing) = &mut self.probing else { return };
         if probing.prober.is_overdue(now) {
             let path = probing.prober.path();
             match probing.cloud {
                 Some(cloud) => tracing::warn!(
                     path, %cloud,
-                    "no RTP: the cloud does not confirm this path; is its RTP port open for UDP, \
-                     and is that its address?"
+                    "path not up: the cloud does not answer probes; check its address and that its \
+                     RTP port is open for UDP"
                 ),
-                None => tracing::warn!(path, "no RTP: the cloud's address is not found"),
+                None => tracing::warn!(path, "path not up: the cloud's address is not resolved"),
             }
         }
     }
 
-    /// When a probe is due next.
+    /// Returns when the next probe is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let probing = self.probing.as_ref()?;
         probing.cloud.and(probing.prober.poll_timeout())
@@ -145,70 +147,73 @@ impl RtpSocket {
     }
 
     fn send(&self, to: SocketAddr, message: ProbeMessage, metrics: &ProbeMetrics) {
-        // The socket is one that waits, for who reads it.
+        // The socket is blocking for its reader; a probe must not block.
         let socket = SockRef::from(&*self.socket);
         let sent = socket.send_to_with_flags(&message.encode(), &to.into(), libc::MSG_DONTWAIT);
         if let Err(error) = &sent {
-            tracing::debug!(%to, %error, "a probe cannot be sent");
+            tracing::debug!(%to, %error, "probe send failed");
         }
         metrics.count(&message, sent.is_ok());
     }
 }
 
-/// Where the cloud's RTP comes from.
+/// The cloud's RTP port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CloudRtp {
-    /// Its name or address.
+    /// Name or address of the cloud.
     pub host: String,
-    /// The port that it told.
+    /// Port in its welcome.
     pub port: u16,
 }
 
-/// Addresses of the cloud that are being looked up, each for one path of one connection.
+/// Look-ups of the cloud's address, each for one path of one connection.
 #[derive(Default)]
 pub struct Lookups(JoinSet<(u8, Nonce, SocketAddr)>);
 
 impl Lookups {
-    /// The next one that is found; pending too if none is being looked up.
+    /// Returns the next address that is resolved: path, nonce of the connection, address. Pending
+    /// if there is no look-up.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<(u8, Nonce, SocketAddr)> {
         loop {
             match self.0.poll_join_next(cx) {
-                Poll::Ready(Some(Ok(found))) => return Poll::Ready(found),
-                Poll::Ready(Some(Err(error))) => tracing::error!(%error, "a look-up failed"),
+                Poll::Ready(Some(Ok(resolved))) => return Poll::Ready(resolved),
+                Poll::Ready(Some(Err(error))) => {
+                    tracing::error!(%error, "address look-up task failed")
+                }
                 Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             }
         }
     }
 
-    /// Gives up all of them.
+    /// Cancels all look-ups.
     pub fn clear(&mut self) {
         self.0.abort_all();
         self.0.detach_all();
     }
 }
 
-/// Tries until it is found.
+/// Resolves the address of an RTP port. Retries until it succeeds.
 async fn look_up(host: &str, port: u16, v4_only: bool) -> SocketAddr {
     let mut last = String::new();
     loop {
         let found = tokio::time::timeout(LOOK_UP_TIMEOUT, tokio::net::lookup_host((host, port)));
-        let why = match found.await {
+        let error = match found.await {
             Ok(Ok(addrs)) => match choose(addrs, v4_only) {
                 Some(addr) => return addr,
-                None => "it has no address of the kind of udp_addr".into(),
+                None => "no address of the family of udp_addr".into(),
             },
             Ok(Err(error)) => error.to_string(),
-            Err(_) => "the name server does not answer".to_owned(),
+            Err(_) => "the DNS server does not answer".to_owned(),
         };
-        if why != last {
-            tracing::warn!(host, "cannot ask the cloud for RTP: {why}");
-            last = why;
+        if error != last {
+            tracing::warn!(host, port, error, "cloud's RTP address not resolved; retrying");
+            last = error;
         }
-        tokio::time::sleep(LOOK_UP_EVERY).await;
+        tokio::time::sleep(LOOK_UP_INTERVAL).await;
     }
 }
 
-/// An address that a socket can send to: an IPv6 one reaches IPv4 too, by mapped addresses
+/// Returns an address that the socket can send to. An IPv6 socket reaches IPv4 by mapped addresses
 /// (RFC 4291 §2.5.5.2).
 fn choose(addrs: impl Iterator<Item = SocketAddr>, v4_only: bool) -> Option<SocketAddr> {
     let mapped = |addr| match addr {
@@ -222,14 +227,14 @@ fn choose(addrs: impl Iterator<Item = SocketAddr>, v4_only: bool) -> Option<Sock
 }
 
 const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
-const LOOK_UP_EVERY: Duration = Duration::from_secs(5);
+const LOOK_UP_INTERVAL: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_probes_an_address_that_it_can_reach() {
+    fn chosen_address_is_reachable_from_the_socket() {
         let [v4, v6] = ["10.0.0.1:5", "[2001:db8::1]:5"].map(|addr| addr.parse().unwrap());
         assert_eq!(choose([v6, v4].into_iter(), true), Some(v4));
         assert_eq!(choose([v4, v6].into_iter(), false), Some(v6));

@@ -1,7 +1,8 @@
-//! What the edge's receiving side counts.
+//! Metrics of reception: counters of the node, and series per stream.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use prometheus::{
     IntCounter, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
@@ -14,60 +15,63 @@ use downpour_media::StreamKey;
 use downpour_repair::control::FATES;
 use downpour_repair::{control::StreamReport, fec, receiver::Stats, rtp::Ssrc};
 
-/// How one stream fares now.
+/// Statistics of one stream.
 #[derive(Debug, Clone)]
 pub struct StreamStats {
-    /// The stream's name.
+    /// The stream's key.
     pub key: StreamKey,
-    /// What became of its packets since it came up.
+    /// What became of its packets since it started.
     pub report: StreamReport,
-    /// Packets that are missing, or wait behind a missing one.
+    /// Packets that are missing or wait behind a missing one.
     pub pending: usize,
     /// Packets that are missing.
     pub missing: usize,
 }
 
-/// Counters of the intake, and the streams' own numbers for the next scrape.
+/// Counters of reception, and the latest statistics of each stream. Cloning shares them.
 #[derive(Clone)]
 pub struct ReceiveMetrics {
-    /// Datagrams that are no RTP of wire v0, and packets that hold no tag.
+    /// Datagrams that are not RTP of wire v0, and packets without a valid tag.
     pub malformed: IntCounter,
-    /// Packets that came whole and were of no use, because others of their tag were lost.
+    /// Packets discarded because other packets of their tag were lost.
     pub discarded: IntCounter,
-    /// Packets of publications that nobody named, or that had ended.
+    /// Packets of publications that were never named, or had ended.
     pub unknown_dropped: IntCounter,
-    /// Streams not received because there were too many.
+    /// Streams refused because of `max_streams`.
     pub refused_streams: IntCounter,
-    /// Requests dropped because the repair connection did not take them.
+    /// NACKs dropped because there was no repair connection, or too many waited.
     pub nacks_dropped: IntCounter,
-    /// Packets dropped on purpose: `pack_loss`.
+    /// Packets dropped by the setting `pack_loss`.
     pub pack_loss: IntCounter,
-    /// Parity packets that came.
+    /// Parity packets received.
     pub parity_received: IntCounter,
-    /// Of those: of streams that are not received.
+    /// Parity packets of streams that are not received; part of `parity_received`.
     pub parity_unknown: IntCounter,
-    /// Datagrams that should be parity and are none.
+    /// Parity datagrams that cannot be parsed.
     pub parity_malformed: IntCounter,
     parity_useless: IntCounter,
     parity_unrecoverable: IntCounter,
     restarts: IntCounter,
-    /// As [`StreamReport::fates`] has them.
+    /// In the order of [`StreamReport::fates`].
     fates: [IntCounter; FATES],
     streams: Arc<Mutex<Vec<StreamStats>>>,
 }
 
 impl ReceiveMetrics {
-    /// Makes the handles and registers them.
+    /// Registers the metrics.
+    ///
+    /// # Errors
+    /// If one of the names is registered already.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter =
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
         let packets = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_edge_packets_total", "RTP packets by what became of them"),
+            Opts::new("downpour_edge_packets_total", "RTP packets by fate"),
             &["fate"],
             registry
         )?;
         let parity = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_edge_parity_packets_total", "Parity by what became of it"),
+            Opts::new("downpour_edge_parity_packets_total", "Parity packets by fate"),
             &["fate"],
             registry
         )?;
@@ -76,27 +80,27 @@ impl ReceiveMetrics {
         Ok(Self {
             malformed: counter(
                 "downpour_edge_malformed_total",
-                "Datagrams that are no RTP of wire v0, and packets that hold no tag",
+                "Datagrams that are not RTP of wire v0, and packets without a valid tag",
             )?,
             discarded: counter(
                 "downpour_edge_discarded_packets_total",
-                "Packets that were of no use because others of their tag were lost",
+                "Packets discarded because other packets of their tag were lost",
             )?,
             unknown_dropped: counter(
                 "downpour_edge_unknown_packets_total",
-                "Packets dropped because nobody named their publication, or it had ended",
+                "Packets of publications that were never named, or had ended",
             )?,
             refused_streams: counter(
                 "downpour_edge_refused_streams_total",
-                "Streams not received because there were too many",
+                "Streams refused because of max_streams",
             )?,
             nacks_dropped: counter(
                 "downpour_edge_nacks_dropped_total",
-                "Requests dropped because the repair connection did not take them",
+                "NACKs dropped: no repair connection, or too many waiting",
             )?,
             pack_loss: counter(
                 "downpour_edge_pack_loss_total",
-                "Packets dropped on purpose, by the setting pack_loss",
+                "Packets dropped by the setting pack_loss",
             )?,
             parity_received: parity.with_label_values(&["received"]),
             parity_unknown: parity.with_label_values(&["unknown_stream"]),
@@ -105,7 +109,7 @@ impl ReceiveMetrics {
             parity_unrecoverable: parity.with_label_values(&["unrecoverable"]),
             restarts: counter(
                 "downpour_edge_sender_restarts_total",
-                "Times that a sender began anew under the same SSRC",
+                "Restarts of a sender under the same SSRC",
             )?,
             fates: StreamReport::default()
                 .fates()
@@ -114,7 +118,7 @@ impl ReceiveMetrics {
         })
     }
 
-    /// Adds what happened between two states of one stream's counts.
+    /// Adds the difference between two snapshots of one stream's statistics.
     pub fn add(&self, before: &Stats, after: &Stats) {
         let fates = before.counts(Ssrc(0)).fates().into_iter().zip(after.counts(Ssrc(0)).fates());
         for (counter, ((_, before), (_, after))) in self.fates.iter().zip(fates) {
@@ -125,7 +129,7 @@ impl ReceiveMetrics {
         self.restarts.inc_by(after.restarts - before.restarts);
     }
 
-    /// Adds what happened between two states of one stream's counts of parity.
+    /// Adds the difference between two snapshots of one stream's FEC statistics.
     pub fn add_parity(&self, before: &fec::decoder::Stats, after: &fec::decoder::Stats) {
         let since = |of: fn(&fec::decoder::Stats) -> u64| of(after).saturating_sub(of(before));
         self.parity_useless.inc_by(since(|stats| stats.useless));
@@ -133,18 +137,18 @@ impl ReceiveMetrics {
         self.parity_malformed.inc_by(since(|stats| stats.malformed));
     }
 
-    /// How each stream fared a moment ago.
+    /// Returns the statistics of each stream at the last tick.
     pub fn streams(&self) -> Vec<StreamStats> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.streams.lock().clone()
     }
 
-    /// Sets what the next scrape tells of each stream.
+    /// Replaces the statistics of all streams.
     pub fn publish(&self, streams: impl Iterator<Item = StreamStats>) {
-        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = streams.collect();
+        *self.streams.lock() = streams.collect();
     }
 }
 
-/// The streams' own series, made at each scrape so that they go when the stream goes.
+/// Series per stream. Collected at each scrape, so that they vanish with the stream.
 struct PerStream {
     reports: ReportSeries,
     pending: IntGaugeVec,
@@ -158,7 +162,7 @@ impl PerStream {
             pending: IntGaugeVec::new(
                 Opts::new(
                     "downpour_edge_stream_pending_packets",
-                    "Packets that are missing, or wait behind a missing one",
+                    "Packets that are missing or wait behind a missing one",
                 ),
                 &["stream"],
             )?,
@@ -174,7 +178,7 @@ impl Collector for PerStream {
 
     fn collect(&self) -> Vec<MetricFamily> {
         self.pending.reset();
-        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let streams = self.streams.lock();
         for stream in &*streams {
             self.pending.with_label_values(&[stream.key.as_str()]).set(stream.pending as i64);
         }

@@ -1,11 +1,11 @@
-//! What a decoder needs before the first frame.
+//! The headers that a decoder needs before the first frame.
 
 use super::Tag;
 
-/// A stream's metadata and codec headers, the newest of each.
+/// The newest metadata and codec headers of a stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Headers {
-    /// `onMetaData`, without a leading `@setDataFrame`.
+    /// The `onMetaData` script tag, without a leading `@setDataFrame`.
     pub metadata: Option<Tag>,
     /// The newest video sequence header.
     pub video: Option<Tag>,

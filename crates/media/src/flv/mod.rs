@@ -1,4 +1,6 @@
-//! FLV, the container in which media enters, crosses and leaves Downpour.
+//! FLV: tags, a reader and a writer.
+//!
+//! Downpour carries every stream as FLV tags, from ingest to playback.
 //!
 //! Source: *Adobe Flash Video File Format Specification*, version 10.1, annex E, and *Enhanced RTMP
 //! v2* for the extended (FourCC) video and audio headers.

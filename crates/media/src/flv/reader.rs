@@ -1,4 +1,4 @@
-//! Reading FLV files and live FLV bodies.
+//! Reading FLV files and live FLV responses.
 
 use std::io::{self, Read};
 
@@ -7,11 +7,14 @@ use bytes::{Buf, BytesMut};
 use crate::flv::{Tag, TagError, tag::TagHeader};
 use downpour_sys::buffer::BufferMut;
 
-/// Takes the bytes of one FLV file as they come and gives its tags.
+/// Incremental FLV parser: bytes in, tags out.
 ///
-/// After each [`FlvReader::push`], call [`FlvReader::next_tag`] until it gives `None`: then no more
-/// than one unfinished tag (16 MiB) is held. `PreviousTagSize` is not believed, nor are the file
-/// header's flags. The first error is final.
+/// After each [`FlvReader::push`], call [`FlvReader::next_tag`] until it returns `None`; the reader
+/// then holds at most one unfinished tag (16 MiB). It ignores the flags of the file header and
+/// `PreviousTagSize`, which writers get wrong. The first error is final.
+///
+/// States: `FileHeader` → `Skip` (rest of the file header) → `Tag` ⇄ `Skip` (`PreviousTagSize`);
+/// any → `Failed`.
 ///
 /// ```
 /// use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
@@ -30,10 +33,13 @@ pub struct FlvReader {
 
 #[derive(Debug)]
 enum State {
+    /// Waits for the 9 bytes of the file header.
     FileHeader,
-    /// What is left of the file header, or a `PreviousTagSize`: this many bytes.
+    /// Discards this many bytes: the rest of the file header, or a `PreviousTagSize`.
     Skip(usize),
+    /// Waits for a tag's header and body.
     Tag,
+    /// Returns the same error to every call.
     Failed(FlvError),
 }
 
@@ -43,17 +49,17 @@ impl FlvReader {
         Self { buffer: BytesMut::new(), state: State::FileHeader }
     }
 
-    /// Takes the next bytes. After an error they are dropped.
+    /// Appends the next bytes of the file. Discards them after an error.
     pub fn push(&mut self, bytes: &[u8]) {
         if !matches!(self.state, State::Failed(_)) {
             self.buffer.extend_from_slice(bytes);
         }
     }
 
-    /// The next tag, as soon as its body is whole; `None` until more bytes come.
+    /// Returns the next complete tag, or `None` if that takes more bytes.
     ///
     /// # Errors
-    /// If the bytes are not FLV.
+    /// [`FlvError`] if the bytes are not FLV. Later calls return the same error.
     pub fn next_tag(&mut self) -> Result<Option<Tag>, FlvError> {
         let result = self.parse();
         if let Err(error) = &result {
@@ -63,7 +69,7 @@ impl FlvReader {
         result
     }
 
-    /// Whether the bytes so far end inside the file header or a tag.
+    /// Returns `true` if the bytes so far end inside the file header or a tag.
     pub fn is_inside_tag(&self) -> bool {
         matches!(self.state, State::FileHeader) || !self.buffer.is_empty()
     }
@@ -105,7 +111,7 @@ impl FlvReader {
                     }
                     let unit_len = Tag::HEADER_LEN + TagHeader::parse(&self.buffer)?.body_len;
                     let Some(bytes) = self.buffer.get(..unit_len) else { return Ok(None) };
-                    // A buffer of its own: a small tag must not keep a large buffer alive.
+                    // Copied out, so that a small tag does not keep the read buffer alive.
                     let mut unit = BufferMut::with_capacity(unit_len + Tag::TRAILER_LEN);
                     unit.put_slice(bytes);
                     self.buffer.advance(unit_len);
@@ -128,21 +134,23 @@ impl Default for FlvReader {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FlvError {
     /// It does not begin with `FLV`.
-    #[error("it is not FLV: it does not begin with the letters FLV")]
+    #[error("not FLV: the data does not begin with the letters FLV")]
     Signature,
-    /// A version that no specification describes.
-    #[error("it is FLV version {0}, and only version 1 is known")]
+    /// A version other than 1.
+    #[error("FLV version {0} is not supported; only version 1 exists")]
     Version(u8),
-    /// A `DataOffset` that lies inside the file header, or absurdly far behind it.
-    #[error("its file header claims a length of {0} bytes")]
+    /// A `DataOffset` below 9 bytes or over 64 KiB.
+    #[error("the FLV file header has an invalid length of {0} bytes")]
     DataOffset(u32),
-    /// What stands where a tag should be is none.
+    /// An invalid tag.
     #[error(transparent)]
     Tag(#[from] TagError),
 }
 
-/// The tags of an FLV file, in order. A file that ends inside a tag, as after a crash, ends at its
-/// last whole tag.
+/// Iterator over the tags of an FLV file.
+///
+/// A file that is truncated inside a tag, as after a crash, yields its complete tags;
+/// [`FlvTags::is_truncated`] reports it.
 #[derive(Debug)]
 pub struct FlvTags<R> {
     inner: R,
@@ -152,7 +160,7 @@ pub struct FlvTags<R> {
 }
 
 impl<R: Read> FlvTags<R> {
-    /// Reads from `inner`, which needs no buffer of its own.
+    /// Reads from `inner`, which need not be buffered.
     pub fn new(inner: R) -> Self {
         Self {
             inner,
@@ -162,7 +170,8 @@ impl<R: Read> FlvTags<R> {
         }
     }
 
-    /// Whether the end came inside a tag or the file header. Meaningful after the last tag.
+    /// Returns `true` if the file ended inside a tag or the file header. Meaningful after the last
+    /// tag.
     pub fn is_truncated(&self) -> bool {
         self.done && self.reader.is_inside_tag()
     }
@@ -201,7 +210,7 @@ impl<R: Read> Iterator for FlvTags<R> {
 
 const FILE_SIGNATURE: &[u8] = b"FLV";
 const FILE_HEADER_LEN: usize = 9;
-/// Known writers say 9; more than this is garbage, not a header to wait for.
+/// Writers use 9. A larger value than this is garbage, not a header worth waiting for.
 const MAX_DATA_OFFSET: u32 = 64 * 1024;
 const READ_CHUNK: usize = 64 * 1024;
 
@@ -213,7 +222,7 @@ mod tests {
     use crate::flv::{FILE_HEADER, FlvWriter, TagKind};
 
     #[test]
-    fn a_crash_at_any_byte_leaves_all_whole_tags() {
+    fn a_file_truncated_at_any_byte_yields_its_complete_tags() {
         let tags = tags(&[(9, 0, vec![0x17, 0]), (8, 5, vec![0xaf, 1, 2]), (18, 9, vec![2])]);
         let file = file(&tags);
         for len in 0..=file.len() {
@@ -235,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_flv_is_refused_at_once_and_for_good() {
+    fn an_error_is_immediate_and_final() {
         let error = |bytes: &[u8]| {
             let mut reader = FlvReader::new();
             reader.push(bytes);
@@ -264,7 +273,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn reading_what_was_written_gives_the_same_tags_at_any_split(
+        fn reading_returns_the_written_tags_at_any_split(
             specs in vec(
                 (prop_oneof![Just(8u8), Just(9), Just(18)], any::<u32>(), vec(any::<u8>(), 0..600)),
                 0..20,
@@ -292,7 +301,7 @@ mod tests {
         }
 
         #[test]
-        fn any_input_is_tags_or_an_error(bytes in vec(any::<u8>(), 0..2000), header: bool) {
+        fn arbitrary_input_parses_or_fails_cleanly(bytes in vec(any::<u8>(), 0..2000), header: bool) {
             let mut reader = FlvReader::new();
             if header {
                 reader.push(&FILE_HEADER);

@@ -1,10 +1,10 @@
-//! One FLV tag: the unit of media everywhere in Downpour.
+//! FLV tags, the unit of media.
 
 use std::fmt;
 
 use downpour_sys::buffer::{Buffer, BufferMut};
 
-/// What a tag carries (FLV 10.1 §E.4.1, `TagType`).
+/// The type of a tag (FLV 10.1 §E.4.1, `TagType`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum TagKind {
@@ -17,7 +17,8 @@ pub enum TagKind {
 }
 
 impl TagKind {
-    /// The kind with this `TagType`, if there is one. The filter bit (0x20) must be clear.
+    /// Returns the kind for a `TagType` byte, if there is one. The filter bit (0x20) must be clear.
+    #[inline]
     pub fn from_type(value: u8) -> Option<Self> {
         match value {
             8 => Some(Self::Audio),
@@ -28,11 +29,11 @@ impl TagKind {
     }
 }
 
-/// One audio, video or script tag with its FLV framing already around it.
+/// One audio, video or script tag, stored with its FLV framing.
 ///
-/// The bytes are held once, as they stand in an FLV file: an 11-byte tag header, the body, and the
-/// 4-byte `PreviousTagSize` that follows it. The RTP packetizer slices the first two parts, viewers
-/// and recordings write all three, and every clone shares the same memory.
+/// The bytes are laid out as in an FLV file: an 11-byte tag header, the body, and the 4-byte
+/// `PreviousTagSize`. RTP carries the first two parts, FLV outputs write all three. Clones share
+/// the memory.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tag {
     framed: Buffer,
@@ -41,14 +42,14 @@ pub struct Tag {
 }
 
 impl Tag {
-    /// Bytes of the tag header in front of the body.
+    /// Bytes of the tag header before the body.
     pub const HEADER_LEN: usize = 11;
-    /// Bytes of `PreviousTagSize` behind the body.
+    /// Bytes of `PreviousTagSize` after the body.
     pub const TRAILER_LEN: usize = 4;
-    /// The longest body that the 24-bit `DataSize` can tell: 16,777,215 bytes.
+    /// The longest body in bytes: the maximum of the 24-bit `DataSize`.
     pub const MAX_BODY_LEN: usize = 0xff_ffff;
 
-    /// Frames a copy of `body`. `timestamp` is in milliseconds and wraps at 2³².
+    /// Builds a tag from a copy of `body`. `timestamp` is in milliseconds and wraps at 2³².
     ///
     /// # Errors
     /// [`TagError::TooLong`] if the body is over [`Tag::MAX_BODY_LEN`].
@@ -58,19 +59,21 @@ impl Tag {
         Self::from_buffer(kind, timestamp, buffer)
     }
 
-    /// An empty buffer with the header's room in front and the trailer's reserved behind, so that
-    /// a body of `body_len` bytes can be assembled in place and framed with [`Tag::from_buffer`].
+    /// Returns a buffer that begins with [`Tag::HEADER_LEN`] placeholder bytes and has capacity for
+    /// a body of `body_len` bytes and the trailer. Append the body, then call [`Tag::from_buffer`].
+    #[inline]
     pub fn buffer_for(body_len: usize) -> BufferMut {
         let mut buffer = BufferMut::with_capacity(Self::HEADER_LEN + body_len + Self::TRAILER_LEN);
         buffer.put_slice(&[0; Self::HEADER_LEN]);
         buffer
     }
 
-    /// Frames a body that was assembled behind [`Tag::HEADER_LEN`] bytes of room, without a copy
-    /// when the buffer came from [`Tag::buffer_for`].
+    /// Builds a tag from a buffer of [`Tag::HEADER_LEN`] placeholder bytes and the body. Does not
+    /// copy if the buffer came from [`Tag::buffer_for`].
     ///
     /// # Errors
-    /// [`TagError::TooLong`] over [`Tag::MAX_BODY_LEN`], [`TagError::Truncated`] without the room.
+    /// [`TagError::TooLong`] if the body is over [`Tag::MAX_BODY_LEN`], [`TagError::Truncated`] if
+    /// the placeholder bytes are missing.
     pub fn from_buffer(
         kind: TagKind,
         timestamp: u32,
@@ -86,22 +89,23 @@ impl Tag {
         Ok(Self { framed: buffer.freeze(), kind, timestamp })
     }
 
-    /// Takes a tag header and body as they came over the wire, in one buffer, and adds the trailer.
+    /// Builds a tag from a received tag header and body, appending the trailer.
     ///
     /// # Errors
-    /// If the type is none of 8, 9 and 18, or the length in the header is not the body's.
+    /// [`TagError::UnknownType`] if the type is not 8, 9 or 18, [`TagError::Truncated`] if the
+    /// header's length is not the body's.
     pub fn from_unit(mut unit: BufferMut) -> Result<Self, TagError> {
         let head = TagHeader::parse(&unit)?;
         if unit.len() != Self::HEADER_LEN + head.body_len {
             return Err(TagError::Truncated);
         }
-        // The stream id is always 0 (§E.4.1); whatever a peer put there is not carried on.
+        // The stream id is always 0 (§E.4.1), whatever the peer sent.
         unit[8..11].fill(0);
         unit.put_slice(&((Self::HEADER_LEN + head.body_len) as u32).to_be_bytes());
         Ok(Self { framed: unit.freeze(), kind: head.kind, timestamp: head.timestamp })
     }
 
-    /// The same body at another time; copies the body.
+    /// Returns a copy of the tag with another timestamp, in milliseconds.
     pub fn with_timestamp(&self, timestamp: u32) -> Self {
         if timestamp == self.timestamp {
             return self.clone();
@@ -111,45 +115,52 @@ impl Tag {
         Self { framed: framed.freeze(), kind: self.kind, timestamp }
     }
 
-    /// The same in memory of its own, for what outlives the tags that came with it: short ones share
-    /// blocks of it.
+    /// Returns a copy in a separate allocation, for tags that are kept long: short tags share
+    /// memory blocks, and one of them would keep the whole block alive.
     pub fn detached(&self) -> Self {
         let Self { kind, timestamp, .. } = *self;
         Self { framed: BufferMut::from(&self.framed[..]).freeze(), kind, timestamp }
     }
 
-    /// The tag header as it would be at another time.
+    /// Returns the tag header with another timestamp, in milliseconds.
+    #[inline]
     pub fn header_at(&self, timestamp: u32) -> [u8; Self::HEADER_LEN] {
         header(self.kind, timestamp, self.body().len() as u32)
     }
 
-    /// What the tag carries.
+    /// Returns the type of the tag.
+    #[inline]
     pub fn kind(&self) -> TagKind {
         self.kind
     }
 
-    /// Decoding time in milliseconds, wrapping at 2³².
+    /// Returns the decoding time in milliseconds, which wraps at 2³².
+    #[inline]
     pub fn timestamp(&self) -> u32 {
         self.timestamp
     }
 
-    /// The body alone.
+    /// Returns the body.
+    #[inline]
     pub fn body(&self) -> &[u8] {
         &self.framed[Self::HEADER_LEN..self.framed.len() - Self::TRAILER_LEN]
     }
 
-    /// Header and body: what wire v0 carries in RTP.
+    /// Returns header and body, the payload of RTP.
+    #[inline]
     pub fn unit(&self) -> &[u8] {
         &self.framed[..self.framed.len() - Self::TRAILER_LEN]
     }
 
-    /// Header, body and `PreviousTagSize`: what stands in an FLV file.
+    /// Returns header, body and `PreviousTagSize`, as in an FLV file.
+    #[inline]
     pub fn framed(&self) -> &Buffer {
         &self.framed
     }
 
-    /// Whether this is a video frame from which decoding can start: not a sequence header, nor an
-    /// end of sequence, nor anything else that only carries the key frame's mark.
+    /// Returns `true` for a video frame at which decoding can start. Sequence headers and ends of
+    /// sequence are not, although they carry the key frame flag.
+    #[inline]
     pub fn is_key_frame(&self) -> bool {
         let body = self.body();
         let (TagKind::Video, Some(&first)) = (self.kind, body.first()) else { return false };
@@ -158,14 +169,15 @@ impl Tag {
         }
         match ex_video_packet_type(body) {
             Some(kind) => matches!(kind, Some(EX_CODED_FRAMES | EX_CODED_FRAMES_X)),
-            // AVC, and HEVC under the unofficial codec id 12 with the same layout, say what it is.
+            // AVC, and HEVC under the unofficial codec id 12, have an `AVCPacketType` byte.
             None if is_avc_like(first) => body.get(1) == Some(&AVC_NALU),
             None => body.len() > 1,
         }
     }
 
-    /// Whether this carries a decoder's configuration: `AVCDecoderConfigurationRecord`,
+    /// Returns `true` for a decoder configuration: `AVCDecoderConfigurationRecord`,
     /// `AudioSpecificConfig`, or an Enhanced RTMP `SequenceStart`.
+    #[inline]
     pub fn is_sequence_header(&self) -> bool {
         let body = self.body();
         let Some(&first) = body.first() else { return false };
@@ -185,14 +197,17 @@ impl Tag {
         }
     }
 
-    /// Whether this is what [`Headers`](super::Headers) hold: metadata, or a sequence header.
+    /// Returns `true` for metadata and sequence headers, the contents of
+    /// [`Headers`](super::Headers).
+    #[inline]
     pub fn is_header(&self) -> bool {
         self.is_metadata() || self.is_sequence_header()
     }
 
-    /// Whether this is the stream's metadata, and not a caption, a cue point or other script data.
+    /// Returns `true` for `onMetaData`; `false` for captions, cue points and other script data.
+    #[inline]
     pub fn is_metadata(&self) -> bool {
-        // AMF0: a string's marker and length, then its bytes.
+        // An AMF0 string: marker, length, bytes.
         self.kind == TagKind::Script && self.body().starts_with(b"\x02\x00\x0aonMetaData")
     }
 }
@@ -203,22 +218,24 @@ impl fmt::Debug for Tag {
     }
 }
 
-/// The 11 bytes in front of a tag's body.
+/// The parsed 11-byte header of a tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TagHeader {
-    /// What the tag carries.
+    /// The type of the tag.
     pub kind: TagKind,
-    /// Bytes of body that follow.
+    /// Length of the body in bytes.
     pub body_len: usize,
-    /// Milliseconds, with the extension byte as its top 8 bits.
+    /// Decoding time in milliseconds, with `TimestampExtended` as its top 8 bits.
     pub timestamp: u32,
 }
 
 impl TagHeader {
-    /// Reads the first [`Tag::HEADER_LEN`] bytes of `input`. The stream id is ignored.
+    /// Parses the first [`Tag::HEADER_LEN`] bytes of `input`, ignoring the stream id.
     ///
     /// # Errors
-    /// [`TagError::Truncated`] when there are fewer, [`TagError::UnknownType`] for another type.
+    /// [`TagError::Truncated`] if `input` is shorter, [`TagError::UnknownType`] if the type is not
+    /// 8, 9 or 18.
+    #[inline]
     pub fn parse(input: &[u8]) -> Result<Self, TagError> {
         let Some(&[kind, s0, s1, s2, t0, t1, t2, t3, ..]) = input.first_chunk::<11>() else {
             return Err(TagError::Truncated);
@@ -234,11 +251,11 @@ impl TagHeader {
 /// Why bytes are not an FLV tag.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TagError {
-    /// A body that `DataSize` cannot tell.
-    #[error("a tag body of {0} bytes is over the 16777215 that FLV can hold")]
+    /// A body over [`Tag::MAX_BODY_LEN`] bytes.
+    #[error("a tag body of {0} bytes is over the FLV limit of 16777215")]
     TooLong(usize),
-    /// Fewer bytes than the header says.
-    #[error("the tag is cut short")]
+    /// Fewer bytes than the header states.
+    #[error("the FLV tag is truncated")]
     Truncated,
     /// A `TagType` that is not audio, video or script data.
     #[error("unknown FLV tag type {0}")]
@@ -255,21 +272,21 @@ fn is_avc_like(first: u8) -> bool {
     matches!(first & 0x0f, 7 | 12)
 }
 
-/// The packet type of an `ExVideoTagHeader`, which the first byte's high bit announces; the outer
-/// `None` is for a header of the old kind, the inner for one that is cut short.
+/// The packet type of an `ExVideoTagHeader`, which the high bit of the first byte marks. The outer
+/// `None` is a legacy header, the inner one a truncated header.
 fn ex_video_packet_type(body: &[u8]) -> Option<Option<u8>> {
     (body.first()? & 0x80 != 0).then(|| ex_packet_type(body, EX_VIDEO_MULTITRACK))
 }
 
-/// The packet type in the low half of the first byte (Enhanced RTMP v2), behind any `ModEx`
-/// prefixes, and of a multitrack packet that of its tracks.
+/// The packet type in the low 4 bits of the first byte (Enhanced RTMP v2), after any `ModEx`
+/// prefixes. For a multitrack packet, the packet type of its tracks.
 fn ex_packet_type(body: &[u8], multitrack: u8) -> Option<u8> {
     let (first, mut rest) = body.split_first()?;
     let mut kind = first & 0x0f;
     while kind == EX_MOD_EX {
         let (size, tail) = rest.split_first()?;
         let (size, tail) = match size {
-            // 256 and more are told in two further bytes.
+            // Sizes from 256 on follow in two more bytes.
             255 => {
                 let (size, tail) = tail.split_first_chunk()?;
                 (usize::from(u16::from_be_bytes(*size)) + 1, tail)
@@ -303,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn framing_is_the_files_layout() {
+    fn framing_has_the_layout_of_a_file() {
         let tag = Tag::new(TagKind::Video, 0x0102_0304, &[0x17, 1, 0, 0, 0]).unwrap();
         assert_eq!(
             &tag.framed()[..],
@@ -315,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn sequence_headers_and_key_frames_are_told_apart() {
+    fn sequence_headers_are_not_key_frames() {
         let video = |body: &[u8]| Tag::new(TagKind::Video, 0, body).unwrap();
         let audio = |body: &[u8]| Tag::new(TagKind::Audio, 0, body).unwrap();
         assert!(video(&[0x17, 0]).is_sequence_header() && !video(&[0x17, 0]).is_key_frame());
@@ -327,11 +344,11 @@ mod tests {
         assert!(audio(&[0xaf, 0]).is_sequence_header() && !audio(&[0xaf, 1]).is_sequence_header());
         assert!(!audio(&[0x2f]).is_sequence_header());
         assert!(!video(&[]).is_key_frame());
-        // ffmpeg's end of sequence, a body cut short, and an end of sequence of Enhanced RTMP.
+        // ffmpeg's end of sequence, a truncated body, an Enhanced RTMP end of sequence.
         for ends in [&[0x17, 2, 0, 0, 0][..], &[0x17], &[0x92, b'h', b'v', b'c', b'1']] {
             assert!(!video(ends).is_key_frame() && !video(ends).is_sequence_header());
         }
-        // A codec of the old kind, CodedFramesX, one track of several, and a timestamp offset.
+        // A legacy codec, CodedFramesX, a multitrack packet, a timestamp offset.
         for starts in [&[0x12, 0][..], &[0x93, b'a'], &[0x96, 0x01], &[0x97, 2, 0, 0, 0, 0x01]] {
             assert!(video(starts).is_key_frame());
         }
@@ -344,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_lie_are_refused() {
+    fn a_wrong_length_is_refused() {
         assert_eq!(Tag::from_unit(BufferMut::from(&[9u8, 0, 0, 5][..])), Err(TagError::Truncated));
         let mut unit = BufferMut::from(Tag::new(TagKind::Audio, 1, &[1, 2]).unwrap().unit());
         unit[3] = 3;

@@ -1,13 +1,13 @@
-//! Writing FLV files and live FLV bodies.
+//! Writing FLV files and live FLV responses.
 
 use std::io::{self, Write};
 
 use crate::flv::Tag;
 
-/// The file header (FLV 10.1 §E.2) and `PreviousTagSize0` that stand in front of the first tag.
+/// The file header (FLV 10.1 §E.2) and `PreviousTagSize0`, which precede the first tag.
 ///
-/// Both the audio and the video flag are set, because what a live stream will carry is not known
-/// when its header goes out; players look at the tags.
+/// Both the audio and the video flag are set: the tracks of a live stream are unknown when its
+/// header is sent, and players rely on the tags.
 pub const FILE_HEADER: [u8; 13] = [b'F', b'L', b'V', 1, 0b101, 0, 0, 0, 9, 0, 0, 0, 0];
 
 /// Writes one FLV file.
@@ -18,7 +18,7 @@ pub struct FlvWriter<W> {
 }
 
 impl<W: Write> FlvWriter<W> {
-    /// Writes the file header.
+    /// Writes the file header to `inner`.
     ///
     /// # Errors
     /// Those of the writer.
@@ -37,7 +37,7 @@ impl<W: Write> FlvWriter<W> {
         Ok(())
     }
 
-    /// Writes a tag as if it were of another time, without a copy of it.
+    /// Writes a tag with another timestamp (milliseconds), without copying its body.
     ///
     /// # Errors
     /// Those of the writer.
@@ -48,7 +48,7 @@ impl<W: Write> FlvWriter<W> {
         Ok(())
     }
 
-    /// Hands what is buffered to the writer below.
+    /// Flushes the underlying writer.
     ///
     /// # Errors
     /// Those of the writer.
@@ -56,17 +56,17 @@ impl<W: Write> FlvWriter<W> {
         self.inner.flush()
     }
 
-    /// Bytes written so far, the file header included.
+    /// Returns the bytes written so far, the file header included.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The writer below.
+    /// Returns a reference to the underlying writer.
     pub fn get_ref(&self) -> &W {
         &self.inner
     }
 
-    /// The writer below.
+    /// Returns the underlying writer.
     pub fn into_inner(self) -> W {
         self.inner
     }

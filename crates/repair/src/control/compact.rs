@@ -1,5 +1,5 @@
-//! Reports as the wire has them: what is 0 is left out. Most streams lose nothing, and there may be
-//! hundreds of them, each in a report every second.
+//! Compact JSON of reports: counters that are 0 are left out. An edge may report hundreds of streams
+//! per second, most of which lose nothing.
 
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
@@ -7,17 +7,17 @@ use serde::{
 };
 
 use super::{DelayReport, PathReport, StreamReport};
-use crate::receiver::DELAY_BOUNDS_MS;
+use crate::receiver::{DELAY_BOUNDS_MS, MAX_PATHS};
 
-/// Writes the streams of a report.
+/// Serializes the streams of a report.
 pub(super) fn serialize<S: Serializer>(
     streams: &[StreamReport],
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(streams.iter().map(Terse))
+    serializer.collect_seq(streams.iter().map(Compact))
 }
 
-/// Reads the counts of delays, of which those at the end may be left out.
+/// Deserializes the buckets of a histogram; trailing empty buckets may be left out.
 pub(super) fn counts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
     let mut counts = Vec::deserialize(deserializer)?;
     if !counts.is_empty() && counts.len() <= DELAY_BOUNDS_MS.len() {
@@ -26,52 +26,52 @@ pub(super) fn counts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u
     Ok(counts)
 }
 
-struct Terse<'a, T: ?Sized>(&'a T);
+struct Compact<'a, T: ?Sized>(&'a T);
 
-impl Serialize for Terse<'_, StreamReport> {
+impl Serialize for Compact<'_, StreamReport> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let StreamReport { ssrc, repaired, delays, waits, paths, .. } = self.0;
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("ssrc", ssrc)?;
         serialize_counts(&mut map, &self.0.counters())?;
-        if repaired.iter().any(|count| *count > 0) {
+        if *repaired != [0; 3] {
             map.serialize_entry("repaired", repaired)?;
         }
         for (name, delays) in [("delays", delays), ("waits", waits)] {
             if *delays != DelayReport::default() {
-                map.serialize_entry(name, &Terse(delays))?;
+                map.serialize_entry(name, &Compact(delays))?;
             }
         }
-        if paths.iter().any(|path| *path != PathReport::default()) {
-            map.serialize_entry("paths", &Terse(&paths[..]))?;
+        if *paths != [PathReport::default(); MAX_PATHS] {
+            map.serialize_entry("paths", &Compact(&paths[..]))?;
         }
         map.end()
     }
 }
 
-impl Serialize for Terse<'_, DelayReport> {
+impl Serialize for Compact<'_, DelayReport> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let DelayReport { counts, sum_us } = self.0;
-        // Not nothing at all, which would not tell that there are counts.
-        let told = counts.iter().rposition(|count| *count > 0).unwrap_or(0) + 1;
+        // At least one bucket: an empty list means that there is no histogram.
+        let len = counts.iter().rposition(|count| *count > 0).unwrap_or(0) + 1;
         let mut map = serializer.serialize_map(None)?;
-        map.serialize_entry("counts", &counts[..told.min(counts.len())])?;
+        map.serialize_entry("counts", &counts[..len.min(counts.len())])?;
         serialize_counts(&mut map, &[("sum_us", *sum_us)])?;
         map.end()
     }
 }
 
-impl Serialize for Terse<'_, [PathReport]> {
+impl Serialize for Compact<'_, [PathReport]> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut paths = serializer.serialize_seq(Some(self.0.len()))?;
         for path in self.0 {
-            paths.serialize_element(&Terse(path))?;
+            paths.serialize_element(&Compact(path))?;
         }
         paths.end()
     }
 }
 
-impl Serialize for Terse<'_, PathReport> {
+impl Serialize for Compact<'_, PathReport> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let PathReport { received, lost, gaps } = self.0;
         let mut map = serializer.serialize_map(None)?;
@@ -84,8 +84,8 @@ fn serialize_counts<M: SerializeMap>(
     map: &mut M,
     counts: &[(&'static str, u64)],
 ) -> Result<(), M::Error> {
-    let mut told = counts.iter().filter(|(_, count)| *count > 0);
-    told.try_for_each(|(name, count)| map.serialize_entry(name, count))
+    let mut nonzero = counts.iter().filter(|(_, count)| *count > 0);
+    nonzero.try_for_each(|(name, count)| map.serialize_entry(name, count))
 }
 
 #[cfg(test)]
@@ -134,7 +134,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_left_out_is_read_as_0(streams in prop::collection::vec(report(), 0..3)) {
+        fn omitted_counters_are_read_as_0(streams in prop::collection::vec(report(), 0..3)) {
             let report = Report { round_trip_us: 7, streams };
             let json = serde_json::to_string(&report).unwrap();
             prop_assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_lost_nothing_is_told_of_in_few_words() {
+    fn a_stream_without_loss_has_a_short_report() {
         let mut counts = vec![0; DELAY_BOUNDS_MS.len() + 1];
         counts[0] = 1000;
         let delays = DelayReport { counts, sum_us: 0 };

@@ -1,4 +1,4 @@
-//! Media and parity packets in, lost media packets out.
+//! Recovers lost media packets from parity packets.
 
 use std::collections::VecDeque;
 
@@ -11,68 +11,73 @@ use crate::rtp::{
     packet::{HEADER_LEN, PAYLOAD_TYPE},
 };
 
-/// Bounds of what a decoder holds.
+/// Memory bounds of a [`Decoder`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Media packets, by number from the newest back. At least two blocks and what is reordered.
+    /// Media packets, counted back from the newest sequence number. Should be at least two blocks plus
+    /// the reorder window.
     pub packets: usize,
-    /// Bytes of media packets, without what their buffers hold besides.
+    /// Bytes of media packets, without the rest of their buffers.
     pub packet_bytes: usize,
-    /// Parity packets that wait for media. Each of a block's rows and columns may.
+    /// Parity packets that wait for media: up to one per row and column of a block.
     pub parity: usize,
-    /// Bytes of those.
+    /// Bytes of waiting parity packets.
     pub parity_bytes: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        // Two of the largest blocks, and as much again for what comes late.
+        // Two of the largest blocks, and as much again for late packets.
         let packets = 4 * Matrix::AREA_LIMIT;
         let parity = 4 * Matrix::SIDE_LIMIT as usize;
         Self { packets, packet_bytes: packets * 1500, parity, parity_bytes: parity * 1500 }
     }
 }
 
-/// Makes one publication's lost packets anew.
+/// Recovers lost packets of one publication.
 ///
-/// It takes media however it came (live, repaired, twice) and in any order, and shares its memory.
-/// Each parity packet that misses exactly one packet gives it back, whole, which may be what
-/// another one missed. Time plays no part: what is old is what is far behind the newest packet.
-/// Where the sender begins anew at another sequence number, so must the decoder: with a new one.
+/// Accepts media from any source (live, repair, duplicates) in any order and shares its memory. When
+/// all but one of a parity packet's media packets are present, the missing one is recovered, which may
+/// complete further parity packets. Age is measured in sequence numbers behind the newest packet, not
+/// in time. When the sender restarts at another sequence number, replace the decoder by a new one.
+///
+/// States of a parity packet: *waiting* while two or more of its packets are missing → *recovered*
+/// when one is missing, *useless* when none is, *unrecoverable* when it leaves the bounds. Invariants:
+/// `missing` of each waiting packet is exact and at least 2; the window never exceeds [`Limits`].
 #[derive(Debug)]
 pub struct Decoder {
     limits: Limits,
     media: Ssrc,
-    /// Packets by their extended number, from `oldest` on; none where one is missing.
+    /// Packets by extended sequence number from `oldest` on; `None` where one is missing.
     window: VecDeque<Option<Bytes>>,
-    /// Extended number of the window's front; 0 until something came.
+    /// Extended sequence number of the window's front; 0 before the first packet.
     oldest: u64,
     /// Bytes in `window`.
     window_bytes: usize,
-    /// Media packets in a row that were older than the window.
+    /// Consecutive media packets older than the window.
     stale: u32,
-    /// Parity that misses at least two packets, or some that are yet to come.
+    /// Parity packets with at least two missing media packets.
     waiting: VecDeque<Waiting>,
     /// Bytes in `waiting`.
     waiting_bytes: usize,
     stats: Stats,
 }
 
-/// Counts since the start, in packets.
+/// Counters since the start, in packets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Media made anew.
+    /// Media packets recovered.
     pub recovered: u64,
-    /// Parity that missed nothing, or that was there already.
+    /// Parity packets without a missing media packet, and duplicates.
     pub useless: u64,
-    /// Parity that missed more than one packet when it, or they, fell out of the bounds.
+    /// Parity packets that left the bounds with more than one media packet missing.
     pub unrecoverable: u64,
-    /// What is not the stream's, and parity that gives no packet.
+    /// Packets of another stream, and parity that yields no valid packet.
     pub malformed: u64,
 }
 
 impl Decoder {
-    /// For the publication `media`.
+    /// Creates the decoder of the publication `media`.
     pub fn new(media: Ssrc, limits: Limits) -> Self {
         Self {
             limits: Limits { packets: limits.packets.clamp(1, WINDOW_LIMIT), ..limits },
@@ -87,8 +92,8 @@ impl Decoder {
         }
     }
 
-    /// Takes a media packet, whole as it came. What it lets be made anew goes to the end of `out`,
-    /// each a whole packet too.
+    /// Handles a media packet, passed as the whole RTP datagram. Appends recovered packets to `out`,
+    /// each a whole datagram.
     pub fn handle_media(&mut self, packet: Bytes, out: &mut Vec<Bytes>) {
         let Some(&[_, _, s0, s1, _, _, _, _, c0, c1, c2, c3]) = packet.first_chunk::<HEADER_LEN>()
         else {
@@ -103,7 +108,7 @@ impl Decoder {
         let mut number = self.extend(seq);
         self.stale = if number < self.oldest { self.stale + 1 } else { 0 };
         if self.stale == STALE_LIMIT {
-            // One forged packet far ahead must not shut out all others.
+            // One forged packet far ahead must not exclude all others.
             (self.oldest, self.stale, self.window_bytes) = (0, 0, 0);
             self.window.clear();
             number = self.extend(seq);
@@ -115,7 +120,7 @@ impl Decoder {
         }
     }
 
-    /// Takes a parity packet. What it lets be made anew goes to the end of `out`.
+    /// Handles a parity packet. Appends recovered packets to `out`.
     pub fn handle_parity(&mut self, repair: Repair, out: &mut Vec<Bytes>) {
         let Repair { media, base, protection, word, body, .. } = repair;
         if media != self.media || body.len() > BODY_LIMIT {
@@ -123,20 +128,20 @@ impl Decoder {
             return;
         }
         if self.oldest == 0 {
-            // Only media says where the stream is.
+            // Only media sets the position of the window.
             self.stats.unrecoverable += 1;
             return;
         }
         let base = self.extend(base);
-        // Too far ahead is hostile, or else too much was lost for it to be of use.
-        let reach = self.limits.packets as u64 / 2;
-        if base < self.oldest || base + protection.reach() as u64 >= self.end() + reach {
+        // Parity far ahead is forged, or useless because too much was lost.
+        let lookahead = self.limits.packets as u64 / 2;
+        if base < self.oldest || base + protection.span() as u64 >= self.end() + lookahead {
             self.stats.unrecoverable += 1;
             return;
         }
-        let is_known =
+        let is_duplicate =
             |other: &Waiting| other.base == base && other.protection.is_same_set(protection);
-        if self.waiting.iter().any(is_known) {
+        if self.waiting.iter().any(is_duplicate) {
             self.stats.useless += 1;
             return;
         }
@@ -149,12 +154,12 @@ impl Decoder {
         }
     }
 
-    /// Counts since the start.
+    /// Returns the counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
     }
 
-    /// Bytes of packets held, media and parity.
+    /// Returns the bytes of all packets held, media and parity.
     pub fn held_bytes(&self) -> usize {
         self.window_bytes + self.waiting_bytes
     }
@@ -169,12 +174,12 @@ impl Decoder {
         self.waiting.len()
     }
 
-    /// One behind the newest packet's extended number.
+    /// Returns the extended sequence number after the newest packet.
     fn end(&self) -> u64 {
         self.oldest + self.window.len() as u64
     }
 
-    /// The extended number nearest to the newest one's.
+    /// Returns the extended sequence number nearest to the newest one.
     fn extend(&mut self, seq: Seq) -> u64 {
         if self.oldest == 0 {
             self.oldest = START + u64::from(seq.0);
@@ -183,14 +188,14 @@ impl Decoder {
         end.saturating_add_signed(seq.distance_from(Seq(end as u16)).into())
     }
 
-    /// Puts a packet in its place; false if it was there or is too old.
+    /// Stores a packet. Returns `false` if it is a duplicate or older than the window.
     fn insert(&mut self, number: u64, packet: Bytes) -> bool {
         let oldest = self.oldest;
         if number < oldest || self.held(number).is_some() {
             return false;
         }
         if number >= self.end() + self.limits.packets as u64 {
-            // All that is held is too old now.
+            // Every packet held is now too old.
             self.window.clear();
             (self.window_bytes, self.oldest) = (0, number);
         }
@@ -214,7 +219,7 @@ impl Decoder {
         number >= self.oldest
     }
 
-    /// Drops parity of packets that are out of the window.
+    /// Drops parity packets that start before the window.
     fn expire(&mut self) {
         if self.waiting.iter().all(|waiting| waiting.base >= self.oldest) {
             return;
@@ -237,7 +242,7 @@ impl Decoder {
         }
     }
 
-    /// Tries the parity of a packet that is there now, and of those that this brings.
+    /// Applies a stored packet to the waiting parity, and recursively the packets recovered from it.
     fn settle(&mut self, number: u64, out: &mut Vec<Bytes>) {
         let (mut numbers, mut ready) = (vec![number], Vec::new());
         while let Some(number) = numbers.pop() {
@@ -251,7 +256,7 @@ impl Decoder {
                 if parity.missing < 2 {
                     index -= 1;
                     if let Some(parity) = self.waiting.remove(index) {
-                        // Here, for what is made anew below may count afresh what waits.
+                        // Subtracted before `recover`, which may recompute the sum.
                         self.waiting_bytes -= parity.body.len();
                         ready.push(parity);
                     }
@@ -268,10 +273,10 @@ impl Decoder {
         self.window.get(index)?.as_ref()
     }
 
-    /// Makes the one packet anew that is missing, if one is, and says its number.
+    /// Recovers the missing packet of a parity packet. Returns its extended number if it was stored.
     fn recover(&mut self, parity: &Waiting, out: &mut Vec<Bytes>) -> Option<u64> {
         if parity.base < self.oldest {
-            // What it recovered before moved the window on.
+            // A packet recovered before it has moved the window.
             self.stats.unrecoverable += 1;
             return None;
         }
@@ -288,23 +293,23 @@ impl Decoder {
         self.insert(number, packet).then_some(number)
     }
 
-    /// The packet that the parity and its other packets give, if it can be one.
+    /// Returns the XOR of the parity and its other packets, or `None` if that is not a valid packet.
     fn xored(&self, parity: &Waiting, number: u64) -> Option<Bytes> {
         let mut bytes = BytesMut::zeroed(HEADER_LEN);
         bytes.extend_from_slice(&parity.body);
         let mut word = parity.word;
         for packet in parity.numbers().filter_map(|number| self.held(number)) {
-            word ^= flexfec::word(packet)?;
+            word ^= flexfec::header_word(packet)?;
             let body = &packet[HEADER_LEN..];
-            // As long as the longest: else it is not these packets' parity.
+            // The parity is as long as its longest packet.
             if body.len() > parity.body.len() {
                 return None;
             }
             flexfec::xor(&mut bytes[HEADER_LEN..], body);
         }
-        let (header, len) = flexfec::header_of(word, Seq(number as u16), self.media);
+        let (header, len) = flexfec::header_from_word(word, Seq(number as u16), self.media);
         let end = HEADER_LEN + len;
-        // What is behind it was padding everywhere.
+        // The rest must be padding in all packets.
         if bytes.get(end..)?.iter().any(|&byte| byte != 0) {
             return None;
         }
@@ -316,14 +321,14 @@ impl Decoder {
     }
 }
 
-/// A parity packet that may yet be of use.
+/// A parity packet that waits for media packets.
 #[derive(Debug)]
 struct Waiting {
     base: u64,
     protection: Protection,
     word: u64,
     body: Bytes,
-    /// How many of its packets are.
+    /// Number of its packets that are missing.
     missing: usize,
 }
 
@@ -335,17 +340,17 @@ impl Waiting {
 
     fn covers(&self, number: u64) -> bool {
         number.checked_sub(self.base).is_some_and(|ahead| {
-            ahead <= self.protection.reach() as u64
+            ahead <= self.protection.span() as u64
                 && ahead.is_multiple_of(self.protection.stride() as u64)
         })
     }
 }
 
-/// The longest that the rest of a packet behind its fixed header may be.
+/// Longest accepted body in bytes: a packet without its fixed header.
 const BODY_LIMIT: usize = 1500 - HEADER_LEN;
-/// Packets in a row that are too old before the window goes to where they are.
+/// Consecutive packets older than the window after which the window moves back to them.
 const STALE_LIMIT: u32 = 64;
-/// A 16-bit number is ambiguous over more.
+/// 16-bit sequence numbers are ambiguous over larger windows.
 const WINDOW_LIMIT: usize = 1 << 14;
-/// Above 0 by more than a number may ever be behind.
+/// First extended number: large enough that no number before it underflows.
 const START: u64 = 1 << 32;

@@ -1,4 +1,4 @@
-//! Media packets in, parity packets out.
+//! Generates parity packets from media packets.
 
 use std::{
     collections::VecDeque,
@@ -14,74 +14,80 @@ use crate::rtp::{
     packet::{HEADER_LEN, Header},
 };
 
-/// What an encoder is to do.
+/// Configuration of an [`Encoder`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// The rows and columns.
+    /// Rows and columns.
     pub matrix: Matrix,
-    /// After so long without a packet, or three times as long as packets are apart if that is
-    /// longer, what is there gets its parity, and a new block begins.
+    /// After a pause of this length, or of three mean packet intervals if that is longer, parity for
+    /// the open block is sent and a new block starts.
     pub flush_after: Duration,
-    /// The longest that a packet waits for its row's parity, where the row takes longer to fill: a
-    /// shorter row for a slow stream. Columns wait for their block.
-    pub row_within: Duration,
+    /// Longest time from a row's first packet to its parity. A slow stream gets shorter rows. Columns
+    /// always wait for their block.
+    pub row_timeout: Duration,
 }
 
 impl Settings {
-    /// For a matrix: 50 ms, and 100 ms.
+    /// Default timeouts for a matrix: `flush_after` 50 ms, `row_timeout` 100 ms.
     pub fn new(matrix: Matrix) -> Self {
         let flush_after = Duration::from_millis(50);
-        Self { matrix, flush_after, row_within: 2 * flush_after }
+        Self { matrix, flush_after, row_timeout: 2 * flush_after }
     }
 }
 
-/// Makes the parity of one publication.
+/// Generates the parity of one publication.
 ///
-/// It holds one packet's length for the row, one a column of the open block, and one a column of
-/// the last block until its parity is sent. What it makes goes to the end of an `out` that the
-/// caller hands in and sends from, behind the media that went in.
+/// Methods append finished parity packets to `out`, to be sent after the media packets passed in.
+/// Memory: one packet length for the open row, one per column of the open block, and one per column
+/// of the previous block until it is sent.
+///
+/// States: *empty* → *filling* with the first packet. A full row, or `row_timeout`, sends the row's
+/// parity. A full block moves its columns to `finished`, one of which is sent every D packets of the
+/// next block. A pause, a gap in the sequence numbers, or [`Self::flush`] sends everything and returns
+/// to *empty*. Invariant: each media packet is in at most one row and one column.
 #[derive(Debug)]
 pub struct Encoder {
     settings: Settings,
     media: Ssrc,
     ssrc: Ssrc,
-    /// The next parity packet's number.
+    /// Sequence number of the next parity packet.
     next_seq: Seq,
-    /// The next media packet's number, once there was one.
+    /// Expected sequence number of the next media packet; `None` before the first.
     expected: Option<Seq>,
+    /// Parity of the open row.
     row: Option<Sum>,
-    row_since: Instant,
-    /// The open block's, empty without column parity.
+    row_started: Instant,
+    /// Parity of the open block's columns; empty without column parity.
     columns: Vec<Option<Sum>>,
     /// Packets in the open block.
     position: usize,
-    /// The last block's columns, to be sent.
+    /// Column parity of the previous block, not yet sent.
     finished: VecDeque<Sum>,
-    /// When the last media packet came, and its RTP time.
+    /// When the last media packet was pushed, and its RTP timestamp.
     newest: (Instant, u32),
-    /// The mean time between packets that do not come together.
-    pause: Duration,
+    /// Mean interval between packets that are not pushed at the same instant (EWMA, gain 1/8).
+    interval: Duration,
     stats: Stats,
 }
 
-/// Counts since the start.
+/// Counters since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Media packets protected.
     pub media: u64,
-    /// Parity packets made.
+    /// Parity packets generated.
     pub parity: u64,
-    /// Their bytes.
+    /// Bytes of parity packets.
     pub parity_bytes: u64,
-    /// What was pushed and is no packet, or too long for one.
+    /// Inputs that are not RTP packets, or too long to protect.
     pub malformed: u64,
-    /// Times that media packets were not in order, so that the block had to end early.
+    /// Discontinuities in the sequence numbers, each of which ended a block early.
     pub breaks: u64,
 }
 
 impl Encoder {
-    /// Protects the stream `media` by the stream `ssrc`, whose first packet has the number `first`.
-    /// Both should be random (RFC 3550 §5.1); an `ssrc` that is the media's is inverted.
+    /// Creates the encoder of the stream `media`. The parity stream is `ssrc`, starting at sequence
+    /// number `first`; both should be random (RFC 3550 §5.1). An `ssrc` equal to `media` is inverted.
     pub fn new(settings: Settings, now: Instant, media: Ssrc, ssrc: Ssrc, first: Seq) -> Self {
         let columns = match settings.matrix.has_column_parity() {
             true => settings.matrix.columns(),
@@ -94,26 +100,27 @@ impl Encoder {
             next_seq: first,
             expected: None,
             row: None,
-            row_since: now,
+            row_started: now,
             columns: (0..columns).map(|_| None).collect(),
             position: 0,
             finished: VecDeque::new(),
             newest: (now, 0),
-            pause: Duration::ZERO,
+            interval: Duration::ZERO,
             stats: Stats::default(),
         }
     }
 
-    /// Protects the next packets.
+    /// Protects the packets of the next burst.
     pub fn push_burst(&mut self, now: Instant, burst: &Burst, out: &mut Vec<Bytes>) {
         for packet in burst.bytes().chunks(burst.stride()) {
             self.push(now, packet, out);
         }
     }
 
-    /// Protects the next packet: header and payload, as it is sent.
+    /// Protects the next packet, passed as the whole RTP datagram.
     pub fn push(&mut self, now: Instant, packet: &[u8], out: &mut Vec<Bytes>) {
-        let (Some(word), true) = (flexfec::word(packet), packet.len() <= PACKET_LIMIT) else {
+        let (Some(word), true) = (flexfec::header_word(packet), packet.len() <= PACKET_LIMIT)
+        else {
             self.stats.malformed += 1;
             return;
         };
@@ -124,16 +131,16 @@ impl Encoder {
             self.flush(now, out);
         }
         self.expected = Some(seq.plus(1));
-        let pause = now.saturating_duration_since(self.newest.0).min(PAUSE_LIMIT);
-        if self.stats.media > 0 && !pause.is_zero() {
-            self.pause = (self.pause * 7 + pause) / 8;
+        let interval = now.saturating_duration_since(self.newest.0).min(INTERVAL_LIMIT);
+        if self.stats.media > 0 && !interval.is_zero() {
+            self.interval = (self.interval * 7 + interval) / 8;
         }
         self.newest = (now, word as u32);
         self.stats.media += 1;
         self.add(now, seq, word, &packet[HEADER_LEN..], out);
     }
 
-    /// Does what is due.
+    /// Sends the parity that is due at `now`.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Bytes>) {
         if self.flush_at().is_some_and(|due| due <= now) {
             self.flush(now, out);
@@ -143,46 +150,46 @@ impl Encoder {
         }
     }
 
-    /// Sends the parity of whatever has none yet, and begins a new block.
+    /// Sends all outstanding parity and starts a new block.
     pub fn flush(&mut self, now: Instant, out: &mut Vec<Bytes>) {
         self.end_row(now, out);
         while let Some(column) = self.finished.pop_front() {
             self.send(now, column, out);
         }
-        // Packets that are alone in their column stand side by side: they share a row.
-        let mut alone: Option<Sum> = None;
+        // Columns with a single packet are adjacent: their parity is merged into one row.
+        let mut singles: Option<Sum> = None;
         for at in 0..self.columns.len() {
             match self.columns[at].take() {
                 Some(column) if column.count > 1 => self.send(now, column, out),
-                Some(column) => match &mut alone {
+                Some(column) => match &mut singles {
                     Some(row) => row.merge(column),
-                    None => alone = Some(Sum { stride: 1, ..column }),
+                    None => singles = Some(Sum { stride: 1, ..column }),
                 },
                 None => {}
             }
         }
-        if let Some(row) = alone.filter(|_| !self.settings.matrix.has_row_parity()) {
+        if let Some(row) = singles.filter(|_| !self.settings.matrix.has_row_parity()) {
             self.send(now, row, out);
         }
         self.position = 0;
     }
 
-    /// When [`Self::handle_timeout`] is to be called, if anything waits.
+    /// Returns when to call [`Self::handle_timeout`], or `None` if no parity is outstanding.
     pub fn poll_timeout(&self) -> Option<Instant> {
         [self.flush_at(), self.row_at()].into_iter().flatten().min()
     }
 
-    /// The rows and columns.
+    /// Returns the matrix.
     pub fn matrix(&self) -> Matrix {
         self.settings.matrix
     }
 
-    /// The parity's own stream.
+    /// Returns the SSRC of the parity stream.
     pub fn ssrc(&self) -> Ssrc {
         self.ssrc
     }
 
-    /// Counts since the start.
+    /// Returns the counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
     }
@@ -195,11 +202,11 @@ impl Encoder {
         }
         if matrix.has_row_parity() {
             if self.row.is_none() {
-                self.row_since = now;
+                self.row_started = now;
             }
             Sum::add_to(&mut self.row, 1, seq, word, body);
         }
-        // One column's parity every D packets: the last leaves before the next block is full.
+        // One column every D packets: the last is sent before the next block is full.
         let due = self.position.is_multiple_of(matrix.rows());
         self.position += 1;
         if column + 1 == matrix.columns() {
@@ -219,7 +226,7 @@ impl Encoder {
             self.send(now, row, out);
         }
         if !self.settings.matrix.has_column_parity() {
-            // A row is a block.
+            // Without columns, a row is a block.
             self.position = 0;
         }
     }
@@ -227,15 +234,15 @@ impl Encoder {
     fn send(&mut self, now: Instant, mut sum: Sum, out: &mut Vec<Bytes>) {
         let count = sum.count;
         let protection = match sum.stride {
-            // The one column of a block without others, too.
+            // Also the only column of a block of one column.
             1 => {
                 Protection::Row { count, columns_follow: self.settings.matrix.has_column_parity() }
             }
             stride => Protection::Column { stride, count },
         };
-        // RFC 8627: the time of sending, here on the media's clock.
-        let waited = now.saturating_duration_since(self.newest.0).as_millis() as u32;
-        let timestamp = self.newest.1.wrapping_add(waited.wrapping_mul(CLOCK_KHZ));
+        // RFC 8627: the time of transmission, here on the media's clock.
+        let elapsed = now.saturating_duration_since(self.newest.0).as_millis() as u32;
+        let timestamp = self.newest.1.wrapping_add(elapsed.wrapping_mul(CLOCK_KHZ));
         let repair = Repair {
             header: Header {
                 marker: false,
@@ -258,19 +265,19 @@ impl Encoder {
     }
 
     fn flush_at(&self) -> Option<Instant> {
-        let waits = self.row.is_some() || self.position > 0 || !self.finished.is_empty();
-        waits.then(|| self.newest.0 + self.settings.flush_after.max(self.pause * 3))
+        let is_open = self.row.is_some() || self.position > 0 || !self.finished.is_empty();
+        is_open.then(|| self.newest.0 + self.settings.flush_after.max(self.interval * 3))
     }
 
     fn row_at(&self) -> Option<Instant> {
-        self.row.as_ref().map(|_| self.row_since + self.settings.row_within)
+        self.row.as_ref().map(|_| self.row_started + self.settings.row_timeout)
     }
 }
 
-/// A stream that pauses for longer is not waited for.
-const PAUSE_LIMIT: Duration = Duration::from_millis(300);
+/// Longest interval that counts in the mean.
+const INTERVAL_LIMIT: Duration = Duration::from_millis(300);
 
-/// A parity packet while it is made: the XOR of what it protects, behind room for its headers.
+/// A parity packet in progress: space for its headers, then the XOR of the protected packets.
 #[derive(Debug)]
 struct Sum {
     base: Seq,
@@ -285,7 +292,7 @@ impl Sum {
         match slot {
             Some(sum) => sum.add(word, body),
             None => {
-                // Most packets of a tag are equally long: seldom grown.
+                // Most packets of a tag are equally long, so the buffer rarely grows.
                 let mut bytes = BytesMut::with_capacity(OVERHEAD + body.len());
                 bytes.resize(OVERHEAD, 0);
                 bytes.extend_from_slice(body);
@@ -309,7 +316,7 @@ impl Sum {
     }
 }
 
-/// No datagram on a path of 1500 bytes is longer, and its parity must fit too.
+/// Longest protected packet in bytes: its parity must fit in an MTU of 1500 bytes too.
 const PACKET_LIMIT: usize = 1500 - 28 - (OVERHEAD - HEADER_LEN);
-/// RTP ticks a millisecond (RFC 3551 §5).
+/// RTP clock in kHz (RFC 3551 §5).
 const CLOCK_KHZ: u32 = 90;

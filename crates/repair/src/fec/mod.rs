@@ -1,44 +1,45 @@
-//! Forward error correction: parity packets from which an edge makes lost packets anew without
-//! asking for them. XOR parity in the format of RFC 8627 ([`crate::rtp::flexfec`]).
+//! Forward error correction: parity packets from which an edge recovers lost packets without a
+//! request. XOR parity in the format of RFC 8627 ([`crate::rtp::flexfec`]).
 //!
-//! For paths with no way back, and for those whose round trip is longer than the time there is.
+//! For paths without a return channel, and for round trips longer than the latency budget.
 
-pub mod adapt;
 pub mod adaptation;
 pub mod decoder;
 pub mod encoder;
+pub mod matrix_selector;
 
-pub use adapt::Adapt;
 pub use decoder::Decoder;
 pub use encoder::Encoder;
+pub use matrix_selector::MatrixSelector;
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// What parity a receiver is sent.
+/// The parity sent to a receiver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Fec {
-    /// None.
+    /// No parity.
     #[default]
     Off,
-    /// As much as reports call for, or what a path without a way back is given.
+    /// Adapted to the receiver's reports; a fixed matrix by stream rate while there are none.
     Auto,
-    /// Always this.
+    /// Always this matrix.
     Fixed(Matrix),
 }
 
-/// Where RTP goes to a group or to an address of the cloud's list, parity goes so many ports higher,
-/// as SMPTE ST 2022-1 has it for columns: who does not know of it, and listens on another port, sees none.
+/// Offset from the RTP port to the parity port, for multicast groups and listed addresses. Receivers
+/// that do not know parity never see it. As in SMPTE ST 2022-1 for columns.
 pub const PARITY_PORT_OFFSET: u16 = 2;
 
-/// How packets are put together for parity, in the terms of SMPTE ST 2022-1: packets are written
-/// into a block of L columns and D rows, row by row.
+/// The packets that each parity packet protects, in the terms of SMPTE ST 2022-1: packets fill a
+/// block of L columns and D rows, row by row.
 ///
-/// Row parity is over the L successive packets of a row and repairs one lost packet in each. It is
-/// sent right behind the row. Column parity is over the D packets of a column, L packets apart, so
-/// that all columns together repair a burst of L packets; it is sent during the next block, so that
-/// one burst does not take block and parity. With both (2-D), what one repairs helps the other.
+/// Row parity covers the L consecutive packets of a row and recovers one lost packet per row. It is
+/// sent directly after the row. Column parity covers the D packets of a column, L packets apart, so
+/// that all columns together recover a burst of L packets. It is sent during the next block, so that
+/// one burst cannot hit a block and its parity. With both (2-D), each recovered packet may complete
+/// another row or column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct Matrix {
     columns: u8,
@@ -50,21 +51,21 @@ impl Matrix {
     /// The most columns, and the most rows.
     pub const SIDE_LIMIT: u8 = 32;
 
-    /// The most packets in a block: a decoder's window holds two.
+    /// The most packets in a block. A decoder's window holds two blocks.
     pub const AREA_LIMIT: usize = 400;
 
-    /// Row parity, and column parity too if there is more than one row.
+    /// Creates a matrix with row parity, and with column parity if there is more than one row.
     ///
     /// # Errors
-    /// If a side is not 1..=[`Self::SIDE_LIMIT`], or the block is over [`Self::AREA_LIMIT`].
+    /// If a side is not in 1..=[`Self::SIDE_LIMIT`], or the block exceeds [`Self::AREA_LIMIT`].
     pub const fn new(columns: u8, rows: u8) -> Result<Self, MatrixError> {
         Self { columns, rows, row_parity: true }.checked()
     }
 
-    /// Column parity alone: half a 2-D matrix's overhead, for paths that lose in bursts only.
+    /// Creates a matrix with column parity only: less overhead, for paths that lose only in bursts.
     ///
     /// # Errors
-    /// As [`Self::new`]; besides, if there is but one row.
+    /// As [`Self::new`], and if there is only one row.
     pub const fn columns_only(columns: u8, rows: u8) -> Result<Self, MatrixError> {
         if rows < 2 {
             return Err(MatrixError::OneRow);
@@ -83,38 +84,38 @@ impl Matrix {
         }
     }
 
-    /// L: packets in a row.
+    /// Returns L, the packets per row.
     pub const fn columns(self) -> usize {
         self.columns as usize
     }
 
-    /// D: packets in a column.
+    /// Returns D, the packets per column.
     pub const fn rows(self) -> usize {
         self.rows as usize
     }
 
-    /// Packets in a block.
+    /// Returns the packets per block.
     pub const fn area(self) -> usize {
         self.columns() * self.rows()
     }
 
-    /// Whether rows have parity.
+    /// `true` if rows have parity.
     pub const fn has_row_parity(self) -> bool {
         self.row_parity
     }
 
-    /// Whether columns have parity.
+    /// `true` if columns have parity.
     pub const fn has_column_parity(self) -> bool {
         self.rows > 1
     }
 
-    /// The most media packets that are sent between a packet and the last parity of it: a row, or a
-    /// block and the next one.
+    /// Returns the most media packets sent between a packet and its last parity packet: a row, or two
+    /// blocks with column parity.
     pub const fn delay(self) -> usize {
         if self.has_column_parity() { 2 * self.area() } else { self.columns() }
     }
 
-    /// Parity packets a media packet.
+    /// Returns the number of parity packets per media packet.
     pub fn overhead(self) -> f64 {
         let rows = if self.has_row_parity() { 1.0 / f64::from(self.columns) } else { 0.0 };
         let columns = if self.has_column_parity() { 1.0 / f64::from(self.rows) } else { 0.0 };
@@ -128,16 +129,16 @@ impl fmt::Display for Matrix {
     }
 }
 
-/// Why there is no such matrix.
+/// Error of creating a [`Matrix`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MatrixError {
-    /// Too few or too many columns or rows.
-    #[error("columns and rows are 1 to {}", Matrix::SIDE_LIMIT)]
+    /// Columns or rows are out of range.
+    #[error("columns and rows must be 1 to {}", Matrix::SIDE_LIMIT)]
     Side,
-    /// Too large.
-    #[error("columns times rows is at most {}", Matrix::AREA_LIMIT)]
+    /// The block is too large.
+    #[error("columns times rows must be at most {}", Matrix::AREA_LIMIT)]
     Area,
-    /// Column parity over one row.
+    /// Column parity with only one row.
     #[error("column parity needs at least two rows")]
     OneRow,
 }

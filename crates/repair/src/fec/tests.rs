@@ -17,7 +17,7 @@ use downpour_media::flv::{Tag, TagKind};
 pub(super) const MEDIA: Ssrc = Ssrc(0x1122_3344);
 const PARITY: Ssrc = Ssrc(0xaabb_ccdd);
 
-/// A media packet, numbered from `Seq::FIRST`, so that numbers wrap after 536.
+/// Returns media packet `number`. Sequence numbers start at `Seq::FIRST` and wrap after 536.
 pub(super) fn media(number: usize, len: usize) -> Bytes {
     let header = Header {
         marker: number % 5 == 4,
@@ -40,10 +40,10 @@ fn decoder() -> Decoder {
 }
 
 fn repair(datagram: &Bytes) -> Repair {
-    Repair::parse(datagram.clone()).expect("it is one of ours")
+    Repair::parse(datagram.clone()).expect("the encoder wrote it")
 }
 
-/// Everything that is sent for these packets, in order, flushed at the end.
+/// Returns all datagrams sent for these packets, in order, flushed at the end.
 fn sent(matrix: Matrix, packets: &[Bytes]) -> Vec<Bytes> {
     let now = Instant::now();
     let (mut encoder, mut sent) = (encoder(matrix, now), Vec::new());
@@ -53,35 +53,35 @@ fn sent(matrix: Matrix, packets: &[Bytes]) -> Vec<Bytes> {
     }
     let due = encoder.poll_timeout().unwrap_or(now);
     encoder.handle_timeout(due + Duration::from_secs(1), &mut sent);
-    assert_eq!(encoder.poll_timeout(), None, "nothing is left");
+    assert_eq!(encoder.poll_timeout(), None, "all parity is sent");
     sent
 }
 
-/// What comes of it, by number: received or made anew, each as it was.
+/// Returns for each packet whether it was received or recovered, and checks its bytes.
 fn received<'a>(sent: impl IntoIterator<Item = &'a Bytes>, packets: &[Bytes]) -> Vec<bool> {
     let mut decoder = decoder();
-    let mut there = vec![false; packets.len()];
+    let mut present = vec![false; packets.len()];
     let mut out = Vec::new();
     for datagram in sent {
-        if Repair::is_one(datagram) {
+        if Repair::is_repair_packet(datagram) {
             decoder.handle_parity(repair(datagram), &mut out);
         } else {
             out.push(datagram.clone());
             decoder.handle_media(datagram.clone(), &mut out);
         }
         for packet in out.drain(..) {
-            let header = Packet::parse(packet.clone()).expect("it is whole").header;
+            let header = Packet::parse(packet.clone()).expect("the packet is valid").header;
             let number = header.seq.0.wrapping_sub(Seq::FIRST.0) as usize;
-            assert_eq!(packet, packets[number], "bit for bit");
-            there[number] = true;
+            assert_eq!(packet, packets[number], "recovered bytes are identical");
+            present[number] = true;
         }
     }
     assert_eq!(decoder.stats().malformed, 0);
-    there
+    present
 }
 
 fn is_parity(datagram: &&Bytes) -> bool {
-    Repair::is_one(datagram)
+    Repair::is_repair_packet(datagram)
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn rows_follow_at_once_and_columns_during_the_next_block() {
 }
 
 #[test]
-fn a_parity_packet_is_what_the_format_says() {
+fn a_parity_packet_has_the_flexfec_format() {
     let packets = [media(0, 3), media(1, 5)];
     let sent = sent(Matrix::new(2, 1).unwrap(), &packets);
     let repair = repair(&sent[2]);
@@ -127,7 +127,7 @@ fn a_parity_packet_is_what_the_format_says() {
     assert_eq!(repair.header.seq, Seq(65530));
     assert_eq!((repair.media, repair.base), (MEDIA, Seq::FIRST));
     assert_eq!(repair.protection, Protection::Row { count: 2, columns_follow: false });
-    let word = |packet| flexfec::word(packet).unwrap();
+    let word = |packet| flexfec::header_word(packet).unwrap();
     assert_eq!(repair.word, word(&packets[0]) ^ word(&packets[1]));
     assert_eq!(repair.body.len(), 5);
     assert_eq!(sent[2].len(), OVERHEAD + 5);
@@ -135,7 +135,7 @@ fn a_parity_packet_is_what_the_format_says() {
 }
 
 #[test]
-fn what_the_packetizer_sends_is_repaired() {
+fn losses_in_the_packetizers_bursts_are_recovered() {
     let mut packetizer = Packetizer::new(MEDIA, 1120);
     let now = Instant::now();
     let mut encoder = encoder(Matrix::new(10, 10).unwrap(), now);
@@ -146,7 +146,7 @@ fn what_the_packetizer_sends_is_repaired() {
         packets.extend((0..burst.count()).map(|index| burst.packet(index).unwrap()));
     }
     encoder.flush(now, &mut parity);
-    // Every tenth, and ten in a row.
+    // Every tenth packet, and ten consecutive ones.
     let lost = |number: usize| {
         number % 10 == 3 && !(30..50).contains(&number) || (35..45).contains(&number)
     };
@@ -156,14 +156,14 @@ fn what_the_packetizer_sends_is_repaired() {
 }
 
 #[test]
-fn a_pause_gives_the_tail_its_parity() {
+fn a_pause_flushes_parity_of_the_last_packets() {
     let matrix = Matrix::new(10, 10).unwrap();
     let (start, ms) = (Instant::now(), Duration::from_millis);
     let (mut encoder, mut out) = (encoder(matrix, start), Vec::new());
     for number in 0..13 {
         encoder.push(start + ms(number), &media(number as usize, 100), &mut out);
     }
-    assert_eq!(out.len(), 1, "one row is full");
+    assert_eq!(out.len(), 1, "parity of the full row");
     assert_eq!(encoder.poll_timeout(), Some(start + ms(12 + 50)));
     encoder.handle_timeout(start + ms(61), &mut out);
     assert_eq!(out.len(), 1);
@@ -172,36 +172,36 @@ fn a_pause_gives_the_tail_its_parity() {
     let row = |count| Protection::Row { count, columns_follow: true };
     let column = Protection::Column { stride: 10, count: 2 };
     assert_eq!(protections, [row(10), row(3), column, column, column]);
-    // 50 ms on the media's clock behind the last packet's time.
+    // 50 ms after the last packet, on the media's clock.
     assert_eq!(repair(&out[1]).header.timestamp, 2 * 3600 + 50 * 90);
     assert_eq!(encoder.poll_timeout(), None);
     assert_eq!(encoder.stats().parity, 5);
 }
 
 #[test]
-fn a_slow_stream_does_not_wait_for_its_row() {
+fn a_slow_stream_gets_shorter_rows() {
     let (start, ms) = (Instant::now(), Duration::from_millis);
     let (mut encoder, mut out) = (encoder(Matrix::new(10, 1).unwrap(), start), Vec::new());
     for number in 0..30 {
         encoder.push(start + ms(number * 30), &media(number as usize, 100), &mut out);
     }
-    // A row begins at 0, is due at 100 and sent before the packet of 120 ms.
+    // A row starts at 0, is due at 100 ms, and is sent before the packet of 120 ms.
     let counts: Vec<_> = out.iter().map(|datagram| repair(datagram).protection.count()).collect();
     assert_eq!(counts, [4; 7]);
 }
 
 #[test]
-fn a_break_in_the_numbers_begins_a_new_block() {
+fn a_gap_in_the_sequence_numbers_starts_a_new_block() {
     let now = Instant::now();
     let (mut encoder, mut out) = (encoder(Matrix::new(4, 4).unwrap(), now), Vec::new());
     for number in [0, 1, 2, 5, 6, 7, 8] {
         encoder.push(now, &media(number, 50), &mut out);
     }
-    let found: Vec<_> = out
+    let protected: Vec<_> = out
         .iter()
         .map(|datagram| (repair(datagram).base, repair(datagram).protection.count()))
         .collect();
-    assert_eq!(found, [(Seq::FIRST, 3), (Seq::FIRST.plus(5), 4)]);
+    assert_eq!(protected, [(Seq::FIRST, 3), (Seq::FIRST.plus(5), 4)]);
     assert_eq!((encoder.stats().breaks, encoder.stats().media), (1, 7));
     encoder.push(now, &[0x80; 11], &mut out);
     encoder.push(now, &[0x80; 1500], &mut out);
@@ -209,34 +209,34 @@ fn a_break_in_the_numbers_begins_a_new_block() {
 }
 
 #[test]
-fn parity_that_cannot_help_is_counted() {
+fn useless_and_unrecoverable_parity_is_counted() {
     let packets: Vec<Bytes> = (0..6000).map(|number| media(number, 20)).collect();
     let sent = sent(Matrix::new(5, 1).unwrap(), &packets[..10]);
     let parity: Vec<_> = sent.iter().filter(is_parity).map(repair).collect();
     let (mut decoder, mut out) = (decoder(), Vec::new());
     decoder.handle_parity(parity[0].clone(), &mut out);
-    assert_eq!(decoder.stats().unrecoverable, 1, "nothing came yet");
+    assert_eq!(decoder.stats().unrecoverable, 1, "no media yet");
     for packet in &packets[..5] {
         decoder.handle_media(packet.clone(), &mut out);
     }
     decoder.handle_parity(parity[0].clone(), &mut out);
-    assert_eq!(decoder.stats().useless, 1, "nothing is missing");
+    assert_eq!(decoder.stats().useless, 1, "no packet is missing");
     decoder.handle_parity(parity[1].clone(), &mut out);
     decoder.handle_parity(parity[1].clone(), &mut out);
-    assert_eq!(decoder.stats().useless, 2, "it is known");
+    assert_eq!(decoder.stats().useless, 2, "duplicate parity");
     decoder.handle_parity(Repair { media: Ssrc(1), ..parity[1].clone() }, &mut out);
     assert_eq!(decoder.stats().malformed, 1);
     for packet in &packets[10..5000] {
         decoder.handle_media(packet.clone(), &mut out);
     }
-    assert_eq!(decoder.stats().unrecoverable, 2, "it fell out of the window");
+    assert_eq!(decoder.stats().unrecoverable, 2, "parity left the window");
     decoder.handle_parity(parity[1].clone(), &mut out);
-    assert_eq!(decoder.stats().unrecoverable, 3, "it comes too late");
+    assert_eq!(decoder.stats().unrecoverable, 3, "parity older than the window");
     assert_eq!((decoder.stats().recovered, out.len()), (0, 0));
 }
 
 #[test]
-fn parity_that_was_changed_on_its_way_gives_nothing() {
+fn corrupted_parity_recovers_nothing() {
     let packets: Vec<Bytes> = (0..5).map(|number| media(number, 20 + number)).collect();
     let good = repair(&sent(Matrix::new(5, 1).unwrap(), &packets)[5]);
     let short = Repair { body: good.body.slice(..23), ..good.clone() };
@@ -255,27 +255,27 @@ fn parity_that_was_changed_on_its_way_gives_nothing() {
     }
 }
 
-/// What is made anew may move the window on, so that other parity falls out while it is at work.
+/// A recovered packet may move the window, so that other parity expires during recovery.
 #[test]
-fn what_waits_is_counted_right_while_packets_are_made_anew() {
+fn waiting_bytes_stay_exact_during_recovery() {
     let now = Instant::now();
     let mut rng = SmallRng::seed_from_u64(6);
     for round in 0..2000 {
         let limits = decoder::Limits { packets: 5 + round % 12, ..decoder::Limits::default() };
         let (mut encoder, mut decoder) =
             (encoder(Matrix::new(2, 3).unwrap(), now), Decoder::new(MEDIA, limits));
-        let (mut on_its_way, mut out) = (Vec::new(), Vec::new());
+        let (mut in_flight, mut out) = (Vec::new(), Vec::new());
         for number in 0..300 {
             let packet = media(number, 10 + number % 90);
-            on_its_way.push(packet.clone());
-            encoder.push(now, &packet, &mut on_its_way);
-            while on_its_way.len() > 6 {
-                // In hardly any order, and some of it not at all.
-                let datagram = on_its_way.swap_remove(rng.random_range(0..6));
+            in_flight.push(packet.clone());
+            encoder.push(now, &packet, &mut in_flight);
+            while in_flight.len() > 6 {
+                // Strongly reordered, with 30 % loss.
+                let datagram = in_flight.swap_remove(rng.random_range(0..6));
                 if rng.random_bool(0.3) {
                     continue;
                 }
-                match Repair::is_one(&datagram) {
+                match Repair::is_repair_packet(&datagram) {
                     true => decoder.handle_parity(repair(&datagram), &mut out),
                     false => decoder.handle_media(datagram, &mut out),
                 }
@@ -287,7 +287,7 @@ fn what_waits_is_counted_right_while_packets_are_made_anew() {
 }
 
 #[test]
-fn memory_is_bounded_whatever_comes() {
+fn memory_is_bounded_for_any_input() {
     let limits =
         decoder::Limits { packets: 500, packet_bytes: 200_000, parity: 40, parity_bytes: 30_000 };
     let mut decoder = Decoder::new(MEDIA, limits);
@@ -319,13 +319,13 @@ fn memory_is_bounded_whatever_comes() {
 }
 
 #[test]
-fn one_forged_packet_does_not_shut_out_the_rest() {
+fn one_forged_packet_does_not_exclude_the_stream() {
     let packets: Vec<Bytes> = (0..400).map(|number| media(number, 20)).collect();
     let sent = sent(Matrix::new(5, 1).unwrap(), &packets);
     let (mut decoder, mut out) = (decoder(), Vec::new());
     decoder.handle_media(media(20_000, 20), &mut out);
     for datagram in sent.iter().filter(|datagram| **datagram != packets[302]) {
-        match Repair::is_one(datagram) {
+        match Repair::is_repair_packet(datagram) {
             true => decoder.handle_parity(repair(datagram), &mut out),
             false => decoder.handle_media(datagram.clone(), &mut out),
         }
@@ -344,7 +344,7 @@ fn any_matrix() -> impl Strategy<Value = Matrix> {
 
 proptest! {
     #[test]
-    fn one_loss_a_row_is_repaired(
+    fn one_loss_per_row_is_recovered(
         columns in 1u8..=20, rows in 1u8..=20, seed: u64, count in 1usize..900,
     ) {
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -357,7 +357,7 @@ proptest! {
         let lost: Vec<Seq> = rows.iter().map(|row| {
             row.base.plus(rng.random_range(0..row.protection.count()))
         }).filter(|seq| *seq != Seq::FIRST).collect();
-        // The first packet only says where the stream is.
+        // The first packet sets the position of the window.
         let got = sent.iter().filter(|datagram| {
             let seq = Packet::parse((*datagram).clone()).unwrap().header.seq;
             is_parity(datagram) || !lost.contains(&seq)
@@ -366,7 +366,7 @@ proptest! {
     }
 
     #[test]
-    fn a_burst_as_long_as_a_row_is_repaired_by_columns(
+    fn columns_recover_a_burst_as_long_as_a_row(
         columns in 1u8..=20, rows in 2u8..=20, both: bool, from: u16, len in 1usize..=20, seed: u64,
     ) {
         let matrix = match both {
@@ -387,7 +387,7 @@ proptest! {
     }
 
     #[test]
-    fn any_one_loss_before_a_pause_is_repaired(
+    fn a_single_loss_before_a_pause_is_recovered(
         matrix in any_matrix(), count in 2usize..120, lost: u16,
     ) {
         let packets: Vec<_> = (0..count).map(|number| media(number, number % 60)).collect();
@@ -400,7 +400,7 @@ proptest! {
     }
 
     #[test]
-    fn order_and_repetition_do_not_matter(
+    fn order_and_duplicates_do_not_matter(
         matrix in any_matrix(), count in 2usize..300, seed: u64, loss in 0.0f64..0.3,
     ) {
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -410,23 +410,23 @@ proptest! {
         let got: Vec<_> = sent.iter().enumerate()
             .filter(|(at, _)| *at == 0 || !rng.random_bool(loss))
             .map(|(_, datagram)| datagram).collect();
-        let there = received(got.iter().copied(), &packets);
+        let expected = received(got.iter().copied(), &packets);
         let mut mixed: Vec<_> = got[1..].iter().chain(&got[got.len() / 2..]).copied().collect();
         for at in 1..mixed.len() {
             mixed.swap(at, rng.random_range(at.saturating_sub(20)..=at));
         }
-        prop_assert_eq!(received(got[..1].iter().copied().chain(mixed), &packets), there);
+        prop_assert_eq!(received(got[..1].iter().copied().chain(mixed), &packets), expected);
     }
 }
 
-/// A path that loses `loss` of all packets, in bursts that are `burst` long in the mean (Gilbert's
-/// model; 1 is independent loss), says what share of media is lost to the end.
+/// Returns the share of media lost after recovery on a path with the loss rate `loss` and the mean
+/// burst length `burst` (Gilbert model; 1 is independent loss).
 pub(super) fn residual(matrix: Matrix, loss: f64, burst: f64, seed: u64) -> f64 {
     const PACKETS: usize = 100_000;
     let mut rng = SmallRng::seed_from_u64(seed);
     let now = Instant::now();
     let (mut encoder, mut decoder) = (encoder(matrix, now), decoder());
-    let (mut parity, mut out, mut bad, mut there) = (Vec::new(), Vec::new(), false, 0);
+    let (mut parity, mut out, mut bad, mut present) = (Vec::new(), Vec::new(), false, 0);
     let begin = loss / (burst * (1.0 - loss));
     let mut is_lost = move || {
         bad = match burst {
@@ -440,7 +440,7 @@ pub(super) fn residual(matrix: Matrix, loss: f64, burst: f64, seed: u64) -> f64 
         let packet = media(number, 4);
         encoder.push(now, &packet, &mut parity);
         if number == 0 || !is_lost() {
-            there += 1;
+            present += 1;
             decoder.handle_media(packet, &mut out);
         }
         for parity in parity.drain(..) {
@@ -448,30 +448,30 @@ pub(super) fn residual(matrix: Matrix, loss: f64, burst: f64, seed: u64) -> f64 
                 decoder.handle_parity(repair(&parity), &mut out);
             }
         }
-        there += out.drain(..).count();
+        present += out.drain(..).count();
     }
-    1.0 - there as f64 / PACKETS as f64
+    1.0 - present as f64 / PACKETS as f64
 }
 
 #[test]
-fn what_is_left_of_losses_is_as_the_model_says() {
+fn residual_loss_matches_the_model() {
     let rows = |columns| Matrix::new(columns, 1).unwrap();
     let square = Matrix::new(10, 10).unwrap();
     let columns = Matrix::columns_only(8, 8).unwrap();
-    // Independent loss p, parity over n: a packet is lost for good if any of n others is.
+    // Independent loss p, parity over n: a lost packet is unrecoverable if any of n others is lost.
     let model = |p: f64, n: i32| p * (1.0 - (1.0 - p).powi(n));
     for loss in [0.01, 0.05, 0.1] {
         for (matrix, n) in [(rows(5), 5), (rows(10), 10), (columns, 8)] {
-            let (left, model) = (residual(matrix, loss, 1.0, 7), model(loss, n));
-            let near = (left - model).abs() < 0.1 * model + 1.5e-4;
-            assert!(near, "{matrix:?} {loss}: {left} for {model}");
+            let (actual, model) = (residual(matrix, loss, 1.0, 7), model(loss, n));
+            let near = (actual - model).abs() < 0.1 * model + 1.5e-4;
+            assert!(near, "{matrix:?} {loss}: {actual} instead of {model}");
         }
     }
     for (loss, most) in [(0.01, 2e-5), (0.05, 1e-3), (0.1, 0.03)] {
         let left = residual(square, loss, 1.0, 7);
         assert!(left < most, "{loss}: {left}");
     }
-    // Bursts of 8: rows are of no use, ten columns of some, and more columns of more.
+    // Bursts of 8: rows are useless, ten columns help, twenty help more.
     for (loss, most) in [(0.01, 0.007), (0.05, 0.035), (0.1, 0.09)] {
         assert!(residual(rows(5), loss, 8.0, 7) > 0.9 * loss);
         let (left, wide) =

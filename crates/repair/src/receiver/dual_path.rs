@@ -1,4 +1,4 @@
-//! The paths that one publication's packets come over: one, or two of which each brings all.
+//! Reception over two paths, each of which carries the whole publication.
 
 use std::{
     ops::Range,
@@ -7,35 +7,36 @@ use std::{
 
 use super::stats::PathStats;
 
-/// Paths that a publication can come over.
+/// Paths per publication.
 pub const MAX_PATHS: usize = 2;
 
-/// What each path has brought, and how far one is behind the other.
+/// Reception state of each path, and the skew between them.
+///
+/// A path is unknown until its first packet, then known until [`Self::reset`]. Invariant: `first_seen`
+/// is empty until two paths are known.
 #[derive(Debug, Default)]
-pub(super) struct Paths {
+pub(super) struct DualPath {
     paths: [Option<PathState>; MAX_PATHS],
-    /// Where and when numbers were first seen, by their low bits. Kept only while there are two
-    /// paths.
+    /// Number and time of first arrivals, indexed by the number modulo the length.
     first_seen: Vec<Option<(u64, Instant)>>,
 }
 
 #[derive(Debug)]
 struct PathState {
-    /// The numbers that it could have brought begin here.
+    /// First number received on the path; earlier ones do not count as lost.
     first: u64,
     newest: u64,
-    /// Bit i: `newest - i` came.
-    seen: u128,
+    /// Bit i: `newest - i` was received.
+    received: u128,
     last_at: Instant,
-    /// How long after the other path it brings the same packet: follows the longest, slowly
-    /// forgets it.
+    /// Delay after the other path's copy of the same packet: peak hold with slow decay (1/32).
     skew: Option<Duration>,
 }
 
-impl Paths {
-    /// A packet came, which may have been asked for; gives the numbers that the path passed over to
-    /// it.
-    pub(super) fn arrived(
+impl DualPath {
+    /// Records a live packet; `was_asked` if it had been requested. Returns the numbers that the path
+    /// skipped before it.
+    pub(super) fn record(
         &mut self,
         now: Instant,
         path: usize,
@@ -44,52 +45,53 @@ impl Paths {
         stats: &mut PathStats,
     ) -> Range<u64> {
         stats.received += 1;
-        self.note_skew(now, path, number);
+        self.record_skew(now, path, number);
         let Some(state) = &mut self.paths[path] else {
             let skew = None;
-            let state = PathState { first: number, newest: number, seen: 1, last_at: now, skew };
+            let state =
+                PathState { first: number, newest: number, received: 1, last_at: now, skew };
             self.paths[path] = Some(state);
             return number..number;
         };
         state.last_at = now;
         if number > state.newest {
-            let passed = state.newest + 1..number;
+            let skipped = state.newest + 1..number;
             let ahead = number - state.newest;
             stats.lost += ahead - 1;
             stats.gaps += u64::from(ahead > 1);
-            state.seen = if ahead < 128 { state.seen << ahead | 1 } else { 1 };
+            state.received = if ahead < 128 { state.received << ahead | 1 } else { 1 };
             state.newest = number;
-            return passed;
+            return skipped;
         }
         let behind = state.newest - number;
-        if number >= state.first && behind < 128 && state.seen & (1 << behind) == 0 {
-            state.seen |= 1 << behind;
-            // What was asked for may be its repair, sent to all of a group: the path did lose it.
+        if number >= state.first && behind < 128 && state.received & (1 << behind) == 0 {
+            state.received |= 1 << behind;
+            // If it was requested, it may be a repair sent to a multicast group: the path did lose it.
             stats.lost = stats.lost.saturating_sub(u64::from(!was_asked));
         }
         number..number
     }
 
-    /// Whether nothing has come over any other path.
-    pub(super) fn is_alone(&self, path: usize) -> bool {
+    /// `true` if nothing has arrived over any other path.
+    pub(super) fn is_only(&self, path: usize) -> bool {
         self.paths.iter().enumerate().all(|(i, state)| i == path || state.is_none())
     }
 
-    /// So many more packets came, each behind the one before, the last of them at `now`, while the
-    /// path was alone. As [`Paths::arrived`] for each, which passed over nothing.
-    pub(super) fn came_in_a_row(&mut self, now: Instant, path: usize, count: u64) {
+    /// Records `count` consecutive packets of the only path, the last received at `now`. Equivalent to
+    /// [`Self::record`] for each, except for the statistics.
+    pub(super) fn record_run(&mut self, now: Instant, path: usize, count: u64) {
         if let Some(state) = &mut self.paths[path] {
             state.last_at = now;
             state.newest += count;
-            state.seen = match count {
-                0..128 => state.seen << count | ((1 << count) - 1),
+            state.received = match count {
+                0..128 => state.received << count | ((1 << count) - 1),
                 _ => u128::MAX,
             };
         }
     }
 
-    /// How long to wait for the other path to bring what `path` has just passed over, at most
-    /// `cap`; none if it has passed it too, or brings nothing.
+    /// Returns how long to wait for the other path to deliver `number`, which `path` has just skipped:
+    /// at most `cap`, and zero if the other path has skipped it too or is silent.
     pub(super) fn wait_for_other(
         &self,
         now: Instant,
@@ -98,23 +100,24 @@ impl Paths {
         cap: Duration,
     ) -> Duration {
         let other = self.paths.iter().enumerate().filter(|(i, _)| *i != path);
-        let behind = other.filter_map(|(_, state)| state.as_ref()).find(|state| {
-            state.newest < number && now.saturating_duration_since(state.last_at) < ALIVE
+        let lagging = other.filter_map(|(_, state)| state.as_ref()).find(|state| {
+            state.newest < number && now.saturating_duration_since(state.last_at) < SILENT_AFTER
         });
-        match behind {
+        match lagging {
             Some(state) => state.skew.map_or(cap, |skew| (skew * 5 / 4 + SKEW_MARGIN).min(cap)),
             None => Duration::ZERO,
         }
     }
 
-    /// The sender began anew: numbers mean other packets now.
+    /// Forgets everything, because the sender restarted.
     pub(super) fn reset(&mut self) {
         *self = Self::default();
     }
 
-    fn note_skew(&mut self, now: Instant, path: usize, number: u64) {
-        let two = self.paths.iter().enumerate().any(|(i, state)| i != path && state.is_some());
-        if !two {
+    fn record_skew(&mut self, now: Instant, path: usize, number: u64) {
+        let has_other =
+            self.paths.iter().enumerate().any(|(i, state)| i != path && state.is_some());
+        if !has_other {
             return;
         }
         if self.first_seen.is_empty() {
@@ -140,8 +143,8 @@ impl Paths {
     }
 }
 
-/// A path that has brought nothing for so long is not waited for.
-const ALIVE: Duration = Duration::from_millis(300);
+/// A path without a packet for this time is not waited for.
+const SILENT_AFTER: Duration = Duration::from_millis(300);
 const SKEW_MARGIN: Duration = Duration::from_millis(2);
-/// More than two paths are ever apart, in packets, at rates where asking early is dear.
+/// Packets by which two paths may be apart for the skew to be measured.
 const FIRST_SEEN: usize = 1024;

@@ -1,82 +1,80 @@
-//! What a receiver counts.
+//! Statistics of a receiver.
 
 use std::time::Duration;
 
 use crate::receiver::dual_path::MAX_PATHS;
 
-/// Counts since the start, in packets unless it says otherwise.
+/// Counters since the start, in packets unless stated otherwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Packets that came, by either path, duplicates included.
+    /// Received over any path or as a repair, duplicates included.
     pub received: u64,
-    /// Came live, after a packet with a later number.
+    /// Received live after a packet with a later sequence number.
     pub reordered: u64,
-    /// Came again after it was there.
+    /// Received again.
     pub duplicate: u64,
-    /// Missing and asked for at least once.
+    /// Missing and requested at least once.
     pub asked: u64,
-    /// Repaired by the first, the second, and any later request.
+    /// Repaired after the first, the second, and any later try.
     pub repaired: [u64; 3],
-    /// Missing, and made anew from parity.
+    /// Recovered from parity.
     pub parity: u64,
-    /// Given up: told by [`Event::Lost`].
+    /// Given up: reported by [`Event::Lost`](super::Event::Lost).
     pub lost: u64,
-    /// Given up early, and counted as lost too, because others of their tag were lost.
+    /// Given up early because other packets of the same tag were lost; part of `lost`.
     pub abandoned: u64,
-    /// How long after a later packet showed that they were due packets came: 0 for all that were
-    /// in order.
+    /// Time from when a packet was due, as a later packet showed, until it arrived; 0 in order.
     pub delays: Histogram,
-    /// How long after they were due packets were handed on, the wait for others before them
-    /// included.
+    /// Time from when a packet was due until it was handed on, including the wait for earlier packets.
     pub waits: Histogram,
-    /// Each path that packets come over.
+    /// Statistics per path.
     pub paths: [PathStats; MAX_PATHS],
-    /// Came after it had been given up.
+    /// Received after they had been given up.
     pub too_late: u64,
-    /// Numbers in requests, repetitions included.
+    /// Sequence numbers in requests, repetitions included.
     pub requests: u64,
-    /// Times that the sender began anew.
+    /// Restarts of the sender.
     pub restarts: u64,
 }
 
-/// What one path brought.
+/// Statistics of one path.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PathStats {
-    /// Packets that came over it, duplicates included.
+    /// Packets received over the path, duplicates included.
     pub received: u64,
-    /// Packets that it lost; one that it brought late is taken off again.
+    /// Packets lost on the path; a packet that arrives late is subtracted again.
     pub lost: u64,
-    /// Times that it lost packets, one or more in a row.
+    /// Loss events, each of one or more packets in a row.
     pub gaps: u64,
 }
 
-/// How many packets were delayed by how much.
+/// Histogram of packet delays.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Histogram {
-    /// Packets within each of [`DELAY_BOUNDS_MS`] and over the one before, then those over the last.
+    /// Packets per bucket: one bucket up to each of [`DELAY_BOUNDS_MS`], one above the last.
     pub counts: [u64; DELAY_BOUNDS_MS.len() + 1],
-    /// All delays together, in microseconds.
+    /// Sum of all delays in microseconds.
     pub sum_us: u64,
 }
 
 impl Histogram {
     pub(super) fn add(&mut self, delay: Duration) {
-        let over = |bound: &&u16| delay > Duration::from_millis(u64::from(**bound));
-        self.counts[DELAY_BOUNDS_MS.iter().take_while(over).count()] += 1;
+        let exceeds = |bound: &&u16| delay > Duration::from_millis(u64::from(**bound));
+        self.counts[DELAY_BOUNDS_MS.iter().take_while(exceeds).count()] += 1;
         self.sum_us += delay.as_micros() as u64;
     }
 
-    /// Adds packets that came when they were due.
+    /// Adds packets without delay.
     pub(super) fn add_zero(&mut self, packets: u64) {
         self.counts[0] += packets;
     }
 
-    /// All packets counted.
+    /// Returns the number of packets.
     pub fn total(&self) -> u64 {
         self.counts.iter().sum()
     }
 }
 
-/// Upper bounds of the delays that a [`Histogram`] tells apart, in milliseconds.
+/// Upper bounds of a [`Histogram`]'s buckets, in milliseconds.
 pub const DELAY_BOUNDS_MS: [u16; 16] =
     [0, 2, 5, 10, 15, 20, 25, 50, 75, 100, 125, 150, 200, 300, 500, 1000];

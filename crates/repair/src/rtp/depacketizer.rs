@@ -1,4 +1,4 @@
-//! RTP packets in, FLV tags out.
+//! Reassembles FLV tags from RTP packets.
 
 use super::{Packet, Seq, packet::Header};
 use downpour_media::flv::{
@@ -10,95 +10,108 @@ use downpour_sys::{
     prefetch,
 };
 
-/// Puts one publication's packets, given in order and with losses told, back into tags.
+/// Reassembles one publication's tags from its packets, which must be passed in order, with losses
+/// reported in between. After a loss it drops the incomplete tag and resumes at the next whole one.
 ///
-/// After a loss it drops the tag that the loss cut and goes on with the next whole one.
+/// States, and the events between them:
+///
+/// | state | event | next state |
+/// |---|---|---|
+/// | *boundary* | first packet of a tag | *inside*, or *boundary* if it is the whole tag |
+/// | *inside* | next packet | *inside*, or *boundary* if it completes the tag |
+/// | any | loss ([`Self::lost`]) | *lost* |
+/// | any | packet that does not fit | *boundary* if it has the marker, otherwise *lost* |
+/// | *lost* | packet that starts a tag beyond doubt | as in *boundary* |
+///
+/// Invariants: only *inside* holds a partial tag, all bytes of it so far; every packet passed ends
+/// in a tag or is counted in [`Damage`].
 #[derive(Debug)]
 pub struct Depacketizer {
     state: State,
     partial: Option<BufferMut>,
-    /// Memory of short tags.
-    block: BufferPool,
-    /// Packets that `partial` is made of.
-    held: u64,
-    /// Bytes of header and body that `partial` will have.
-    expected: usize,
-    /// Number of the packet that `partial` ends with, and how long the first one's payload was: all
-    /// but the last are as long (wire v0).
+    /// Shared memory of short tags.
+    pool: BufferPool,
+    /// Number of packets in `partial`.
+    partial_packets: u64,
+    /// Bytes of header and body of the whole tag.
+    expected_len: usize,
+    /// Sequence number of the last packet in `partial`.
     last_seq: Seq,
+    /// Payload length of the tag's first packet; all but the last are equally long (wire v0).
     slice_len: usize,
     damage: Damage,
 }
 
-/// What a stretch of losses cost.
+/// Packets lost or useless since the last [`Depacketizer::take_damage`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Damage {
-    /// Packets that never came.
+    /// Packets reported as lost.
     pub packets: u64,
-    /// Packets that came and were of no use, because others of their tag were lost or malformed.
+    /// Packets discarded because others of their tag were lost or malformed.
     pub discarded: u64,
-    /// Packets that held no tag, or whose marker and tag length disagree.
+    /// Packets without a valid tag, or whose marker contradicts the tag's length.
     pub malformed: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// The next packet begins a tag.
+    /// The next packet starts a tag.
     Boundary,
-    /// Inside a tag of which every byte so far is held.
+    /// Within a tag, all of whose bytes so far are in `partial`.
     Inside,
-    /// Somewhere unknown: after a loss, or at a join in mid-stream.
+    /// The position is unknown: after a loss, or after joining mid-stream.
     Lost,
 }
 
 impl Depacketizer {
-    /// For a publication that is received from its first packet, or from a tag's first.
+    /// Creates a depacketizer for a stream that starts with the first packet of a tag.
     pub fn new() -> Self {
         Self {
             state: State::Boundary,
             partial: None,
-            block: BufferPool::new(BLOCK_LEN),
-            held: 0,
-            expected: 0,
+            pool: BufferPool::new(BLOCK_LEN),
+            partial_packets: 0,
+            expected_len: 0,
             last_seq: Seq::default(),
             slice_len: 0,
             damage: Damage::default(),
         }
     }
 
-    /// For a publication that is joined anywhere: packets are skipped until a tag begins.
+    /// Creates a depacketizer for a stream joined at any packet. It skips packets until a tag starts.
     pub fn joining() -> Self {
         Self { state: State::Lost, ..Self::new() }
     }
 
-    /// Takes the next packet in order; gives the tag that it completes.
+    /// Handles the next packet in order. Returns the tag that it completes.
+    #[inline]
     pub fn packet(&mut self, packet: &Packet) -> Option<Tag> {
         self.payload(&packet.header, &packet.payload)
     }
 
-    /// The same for a packet whose payload is elsewhere: it is copied once, to its place in the tag.
+    /// As [`Self::packet`], for a payload in borrowed memory; copies it once, into the tag.
     pub fn payload(&mut self, header: &Header, payload: &[u8]) -> Option<Tag> {
         let marker = header.marker;
-        let begun = match self.state {
+        let started = match self.state {
             State::Inside => self.partial.take(),
-            State::Lost if !begins_tag(payload, marker) => None,
-            State::Boundary | State::Lost => self.begin(payload, marker),
+            State::Lost if !starts_tag(payload, marker) => None,
+            State::Boundary | State::Lost => self.start(payload, marker),
         };
-        let Some(mut partial) = begun else {
+        let Some(mut partial) = started else {
             match self.state {
                 State::Lost => self.damage.discarded += 1,
                 _ => self.damage.malformed += 1,
             }
-            self.skip(marker);
+            self.resync(marker);
             return None;
         };
         let len = partial.len() + payload.len();
-        let complete = len == self.expected;
-        if marker != complete || len > self.expected {
-            // The marker and the tag's own length disagree: neither can be trusted.
+        let complete = len == self.expected_len;
+        if marker != complete || len > self.expected_len {
+            // Marker and tag length contradict each other: neither can be trusted.
             self.damage.malformed += 1;
             self.discard_partial();
-            self.skip(marker);
+            self.resync(marker);
             return None;
         }
         if self.state != State::Inside {
@@ -108,16 +121,16 @@ impl Depacketizer {
         partial.put_slice(payload);
         if !complete {
             self.partial = Some(partial);
-            self.held += 1;
+            self.partial_packets += 1;
             self.state = State::Inside;
-            // Most often one as long is next to come.
-            prefetch(self.next_place(), payload.len());
+            // The next payload is usually as long as this one.
+            prefetch(self.next_address(), payload.len());
             return None;
         }
         self.state = State::Boundary;
         match Tag::from_unit(partial) {
             Ok(tag) => {
-                self.held = 0;
+                self.partial_packets = 0;
                 Some(tag)
             }
             Err(_) => {
@@ -128,70 +141,71 @@ impl Depacketizer {
         }
     }
 
-    /// Address of the place that the next payload will have, so far as one can tell.
+    /// Returns the address where the next payload will probably be written, for prefetching.
     #[inline]
-    pub fn next_place(&self) -> usize {
+    pub fn next_address(&self) -> usize {
         match self.state {
             State::Inside => {
                 self.partial.as_ref().map_or(0, |partial| partial.as_ptr_range().end.addr())
             }
-            State::Boundary | State::Lost => self.block.next_place(),
+            State::Boundary | State::Lost => self.pool.next_address(),
         }
     }
 
-    /// Address of what is written for each tag besides.
+    /// Returns the address of the pool's reference count, which each tag updates, for prefetching.
     #[inline]
-    pub fn count(&self) -> usize {
-        self.block.count()
+    pub fn refcount_address(&self) -> usize {
+        self.pool.refcount_address()
     }
 
-    /// Says that the next `packets` packets will never come; 0 says that what comes next is no
-    /// continuation. Gives the last packet of the tag that this cuts, if its length is known: up to
-    /// there, nothing is of use any more.
+    /// Reports that the next `packets` packets are lost; 0 reports a discontinuity without a count.
+    /// Returns the last packet of the tag that the loss interrupts, if one was started: every packet
+    /// up to it is useless.
     pub fn lost(&mut self, packets: u64) -> Option<Seq> {
-        let cut_through = (self.state == State::Inside && packets > 0).then(|| {
-            let left = self.expected.saturating_sub(self.partial.as_ref().map_or(0, |p| p.len()));
+        let useless_through = (self.state == State::Inside && packets > 0).then(|| {
+            let left =
+                self.expected_len.saturating_sub(self.partial.as_ref().map_or(0, |p| p.len()));
             self.last_seq.plus(left.div_ceil(self.slice_len.max(1)))
         });
         self.damage.packets += packets;
         self.discard_partial();
         self.state = State::Lost;
-        cut_through
+        useless_through
     }
 
-    /// Takes what was lost since the last call, or `None` if nothing was.
+    /// Returns the damage since the last call, or `None` if there was none.
     pub fn take_damage(&mut self) -> Option<Damage> {
         let damage = std::mem::take(&mut self.damage);
         (damage != Damage::default()).then_some(damage)
     }
 
-    /// Whether the last packet completed a tag, so that nothing is held back.
+    /// `true` if the last packet completed a tag, so that no partial tag is held.
     pub fn at_boundary(&self) -> bool {
         self.state == State::Boundary
     }
 
-    /// Reads the tag header at the start of a packet; `None` if there is none.
-    fn begin(&mut self, payload: &[u8], marker: bool) -> Option<BufferMut> {
+    /// Allocates the tag that starts with this packet. Returns `None` if it has no valid tag header.
+    fn start(&mut self, payload: &[u8], marker: bool) -> Option<BufferMut> {
         let header = TagHeader::parse(payload).ok()?;
-        self.expected = Tag::HEADER_LEN + header.body_len;
-        // All of it at once where it is a few packets, so that it need not move as it grows. A header
-        // that lies about its length reserves no more than that.
-        let few = if marker { payload.len() } else { RESERVED * payload.len() };
-        Some(match self.expected <= few {
-            true => self.block.room(self.expected + Tag::TRAILER_LEN),
-            // It will grow, and move: what it had of a block would be lost.
-            false => BufferMut::with_capacity(few + Tag::TRAILER_LEN),
+        self.expected_len = Tag::HEADER_LEN + header.body_len;
+        // Reserves a tag of a few packets at once, so that it is not moved as it grows. This also
+        // limits the memory that a forged length reserves.
+        let reserved = if marker { payload.len() } else { RESERVED_SLICES * payload.len() };
+        Some(match self.expected_len <= reserved {
+            true => self.pool.take(self.expected_len + Tag::TRAILER_LEN),
+            // The tag will grow and move, which would waste its part of a shared block.
+            false => BufferMut::with_capacity(reserved + Tag::TRAILER_LEN),
         })
     }
 
-    /// Drops an unfinished tag.
+    /// Drops the partial tag.
     fn discard_partial(&mut self) {
-        self.damage.discarded += std::mem::take(&mut self.held);
+        self.damage.discarded += std::mem::take(&mut self.partial_packets);
         self.partial = None;
     }
 
-    /// After a useless packet: its marker shows where the next tag begins.
-    fn skip(&mut self, marker: bool) {
+    /// Sets the state after a useless packet: a tag starts after its marker.
+    fn resync(&mut self, marker: bool) {
         self.state = if marker { State::Boundary } else { State::Lost };
     }
 }
@@ -202,9 +216,9 @@ impl Default for Depacketizer {
     }
 }
 
-/// Whether a packet that follows a loss is surely a tag's first: the header's type, its zero stream
-/// id and its length all fit. Media bytes that look like that by chance are one in 2³⁰.
-fn begins_tag(payload: &[u8], marker: bool) -> bool {
+/// `true` if a packet after a loss is beyond doubt the first of a tag: type, zero stream id and length
+/// are all valid. Random bytes pass with a probability of about 2⁻³⁰.
+fn starts_tag(payload: &[u8], marker: bool) -> bool {
     match TagHeader::parse(payload) {
         Ok(header) => {
             let len = Tag::HEADER_LEN + header.body_len;
@@ -215,9 +229,9 @@ fn begins_tag(payload: &[u8], marker: bool) -> bool {
     }
 }
 
-/// First packets' lengths: most frames have no more.
-const RESERVED: usize = 8;
-/// Most frames of up to 2 Mbit/s come out of blocks.
+/// Payloads to reserve for a started tag; most frames have fewer.
+const RESERVED_SLICES: usize = 8;
+/// Block length in bytes: most frames of streams up to 2 Mbit/s fit.
 const BLOCK_LEN: usize = 128 << 10;
 
 #[cfg(test)]
@@ -244,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn every_packet_of_a_tag_that_was_cut_is_counted() {
+    fn every_packet_of_an_interrupted_tag_is_counted() {
         let tag = Tag::new(TagKind::Video, 0, &[7; 5120]).unwrap();
         let burst = Packetizer::new(Ssrc(7), 512).packetize(&tag);
         let damage = |discarded, malformed| Some(Damage { packets: 0, discarded, malformed });
@@ -265,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_holds_little_more_memory_than_it_has_bytes() {
+    fn a_partial_tag_reserves_at_most_twice_its_length() {
         for (payload_max, len) in [(512, 5000), (512, 3000), (1120, 8900), (1120, 20_000)] {
             let tag = Tag::new(TagKind::Video, 0, &vec![7; len]).unwrap();
             let burst = Packetizer::new(Ssrc(7), payload_max).packetize(&tag);
@@ -280,7 +294,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn undoes_the_packetizer(tags in tags(), payload_max in 512usize..=1180) {
+        fn reassembles_the_packetizers_tags(tags in tags(), payload_max in 512usize..=1180) {
             let mut packetizer = Packetizer::new(Ssrc(7), payload_max);
             let mut depacketizer = Depacketizer::new();
             let mut seq = Seq::FIRST;
@@ -301,7 +315,7 @@ mod tests {
         }
 
         #[test]
-        fn after_a_loss_every_whole_tag_comes_out(
+        fn every_tag_without_loss_is_reassembled(
             tags in tags(), lost in proptest::collection::vec(any::<bool>(), 40 * 9),
         ) {
             let mut packetizer = Packetizer::new(Ssrc(7), 1120);
@@ -309,17 +323,17 @@ mod tests {
             let (mut out, mut whole, mut lost) = (Vec::new(), Vec::new(), lost.into_iter().cycle());
             let mut lost_packets = 0;
             for tag in &tags {
-                let mut cut = false;
+                let mut incomplete = false;
                 for packet in packets(&packetizer.packetize(tag)) {
                     if lost.next() == Some(true) {
                         depacketizer.lost(1);
                         lost_packets += 1;
-                        cut = true;
+                        incomplete = true;
                     } else {
                         out.extend(depacketizer.packet(&packet));
                     }
                 }
-                if !cut {
+                if !incomplete {
                     whole.push(tag.clone());
                 }
             }
@@ -330,7 +344,7 @@ mod tests {
         }
 
         #[test]
-        fn garbage_never_panics(
+        fn any_payloads_are_handled_without_panic(
             payloads in proptest::collection::vec(
                 (proptest::collection::vec(any::<u8>(), 0..64), any::<bool>(), any::<bool>()), 0..50),
         ) {

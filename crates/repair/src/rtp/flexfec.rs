@@ -1,5 +1,5 @@
-//! FlexFEC repair packets (RFC 8627): the variant with fixed rows and columns (R=0, F=1) that
-//! protects one stream.
+//! FlexFEC repair packets (RFC 8627): the variant with fixed rows and columns (R=0, F=1) over one
+//! stream.
 //!
 //! ```text
 //!  0                   1                   2                   3
@@ -14,7 +14,7 @@
 //! |                          TS recovery                          |
 //! |            SN base            |  L (columns)  |   D (rows)    |
 //! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
-//! :        the media packets from byte 12 on, padded, XORed       :
+//! :       XOR of the media packets from byte 12 on, zero-padded   :
 //! ```
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -24,40 +24,39 @@ use super::{
     packet::{HEADER_LEN, Header, PacketError},
 };
 
-/// The payload type of repair packets: a dynamic one (RFC 3551 §6) that is not the media's.
+/// The payload type of repair packets: dynamic (RFC 3551 §6), different from the media's.
 pub const PAYLOAD_TYPE: u8 = 109;
 /// Bytes in front of a repair packet's body: RTP header, one CSRC, FEC header.
 pub const OVERHEAD: usize = HEADER_LEN + CSRC_LEN + FEC_HEADER_LEN;
 
-/// Which media packets a repair packet is the parity of, counted from its base, as the L and D of
-/// RFC 8627 say.
+/// The set of media packets that a repair packet protects, relative to its base: L and D of RFC 8627.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protection {
-    /// Successive packets: L = `count`, D = 0, or 1 if column parity comes too.
+    /// Consecutive packets: L = `count`; D = 0, or 1 if column parity follows.
     Row {
-        /// 1..=255.
+        /// Protected packets, 1..=255.
         count: u8,
-        /// Whether the same packets are in columns too.
+        /// `true` if column parity protects the same packets too.
         columns_follow: bool,
     },
     /// Every `stride`th packet: L = `stride`, D = `count`.
     Column {
-        /// 1..=255.
+        /// Distance between protected packets, 1..=255.
         stride: u8,
-        /// 2..=255.
+        /// Protected packets, 2..=255.
         count: u8,
     },
 }
 
 impl Protection {
-    /// How many packets are protected, 1..=255.
+    /// Returns the number of protected packets, 1..=255.
     pub fn count(self) -> usize {
         match self {
             Self::Row { count, .. } | Self::Column { count, .. } => count.into(),
         }
     }
 
-    /// From one protected packet to the next, 1..=255.
+    /// Returns the distance between protected packets, 1..=255.
     pub fn stride(self) -> usize {
         match self {
             Self::Row { .. } => 1,
@@ -65,12 +64,12 @@ impl Protection {
         }
     }
 
-    /// From the first protected packet to the last, 0..=64,770.
-    pub fn reach(self) -> usize {
+    /// Returns the distance from the first protected packet to the last, 0..=64,770.
+    pub fn span(self) -> usize {
         (self.count() - 1) * self.stride()
     }
 
-    /// Whether both protect the same packets, from the same base on.
+    /// `true` if both protect the same packets relative to their base.
     pub fn is_same_set(self, other: Self) -> bool {
         (self.count(), self.stride()) == (other.count(), other.stride())
     }
@@ -91,33 +90,33 @@ impl Protection {
     }
 }
 
-/// One repair packet, sharing the datagram's memory.
+/// A repair packet. The body shares the datagram's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {
-    /// The repair stream's own number, time and SSRC. The marker has no meaning.
+    /// Sequence number, timestamp and SSRC of the repair stream. The marker has no meaning.
     pub header: Header,
-    /// The media stream that is protected.
+    /// The protected media stream.
     pub media: Ssrc,
-    /// The first protected packet.
+    /// Sequence number of the first protected packet.
     pub base: Seq,
-    /// The others.
+    /// The protected packets.
     pub protection: Protection,
-    /// The XOR of the protected packets' [`word`]s.
+    /// XOR of the protected packets' [`header_word`]s.
     pub word: u64,
-    /// The XOR of what follows the fixed header in the protected packets, as long as the longest.
+    /// XOR of the protected packets' bytes after the fixed header, as long as the longest.
     pub body: Bytes,
 }
 
 impl Repair {
-    /// Whether a datagram is RTP of the repair packets' payload type.
-    pub fn is_one(datagram: &[u8]) -> bool {
+    /// `true` if a datagram is RTP with the payload type of repair packets.
+    pub fn is_repair_packet(datagram: &[u8]) -> bool {
         matches!(datagram, [b0, b1, ..] if b0 >> 6 == 2 && b1 & 0x7f == PAYLOAD_TYPE)
     }
 
-    /// Reads one datagram.
+    /// Parses one datagram.
     ///
     /// # Errors
-    /// If it is no RTP, or no FlexFEC with fixed rows and columns that protects one stream.
+    /// If it is not RTP, or not FlexFEC with fixed rows and columns over one stream.
     pub fn parse(datagram: Bytes) -> Result<Self, RepairError> {
         let csrcs = datagram.first().map_or(0, |b0| b0 & 0x0f);
         let csrc =
@@ -140,13 +139,13 @@ impl Repair {
             media: Ssrc(u32::from_be_bytes(csrc)),
             base: Seq(u16::from_be_bytes([s0, s1])),
             protection: Protection::from_columns_and_rows(columns, rows)
-                .ok_or(RepairError::Nothing)?,
+                .ok_or(RepairError::NoColumns)?,
             word: u64::from_be_bytes([w0 & WITHOUT_VERSION, w1, w2, w3, w4, w5, w6, w7]),
             body: payload.slice(FEC_HEADER_LEN..),
         })
     }
 
-    /// The packet as it is sent.
+    /// Encodes the datagram.
     pub fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(OVERHEAD + self.body.len());
         bytes.put_slice(&self.encode_headers());
@@ -154,7 +153,7 @@ impl Repair {
         bytes.freeze()
     }
 
-    /// What stands in front of the body.
+    /// Encodes all headers: the datagram up to the body.
     pub fn encode_headers(&self) -> [u8; OVERHEAD] {
         let mut header = self.header.encode();
         header[0] |= 1; // one CSRC
@@ -170,17 +169,17 @@ impl Repair {
     }
 }
 
-/// What is protected of a packet's fixed header, as the FEC header of RFC 8627 has it: P, X,
-/// CC, M and PT where they stand, then the length of all that follows the fixed header in place of
-/// the sequence number, then the timestamp. None if it is too short or too long for a packet.
-pub fn word(packet: &[u8]) -> Option<u64> {
+/// Returns the protected fields of a packet's fixed header, in the layout of the FEC header of
+/// RFC 8627: P, X, CC, M and PT in place; the length after the fixed header in place of the sequence
+/// number; the timestamp. Returns `None` if the packet is shorter than its header or too long.
+pub fn header_word(packet: &[u8]) -> Option<u64> {
     let &[b0, b1, _, _, t0, t1, t2, t3, ..] = packet.first_chunk::<HEADER_LEN>()?;
     let [l0, l1] = u16::try_from(packet.len() - HEADER_LEN).ok()?.to_be_bytes();
     Some(u64::from_be_bytes([b0 & WITHOUT_VERSION, b1, l0, l1, t0, t1, t2, t3]))
 }
 
-/// The fixed header that has this [`word`], and how many bytes follow it.
-pub fn header_of(word: u64, seq: Seq, ssrc: Ssrc) -> ([u8; HEADER_LEN], usize) {
+/// Returns the fixed header with this [`header_word`], and the number of bytes that follow it.
+pub fn header_from_word(word: u64, seq: Seq, ssrc: Ssrc) -> ([u8; HEADER_LEN], usize) {
     let [b0, b1, l0, l1, t0, t1, t2, t3] = word.to_be_bytes();
     let [s0, s1] = seq.0.to_be_bytes();
     let [c0, c1, c2, c3] = ssrc.0.to_be_bytes();
@@ -189,7 +188,7 @@ pub fn header_of(word: u64, seq: Seq, ssrc: Ssrc) -> ([u8; HEADER_LEN], usize) {
     (header, u16::from_be_bytes([l0, l1]).into())
 }
 
-/// XORs `from` into as many first bytes of `into`, which is at least as long.
+/// XORs `from` into the start of `into`, which must be at least as long.
 pub fn xor(into: &mut [u8], from: &[u8]) {
     debug_assert!(into.len() >= from.len());
     let (into_words, into_rest) = into[..from.len()].as_chunks_mut::<8>();
@@ -202,31 +201,31 @@ pub fn xor(into: &mut [u8], from: &[u8]) {
     }
 }
 
-/// Why a datagram is not a repair packet that can be used.
+/// Error of parsing a repair packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RepairError {
-    /// No RTP.
+    /// The datagram is not RTP.
     #[error(transparent)]
     Rtp(#[from] PacketError),
-    /// Media, or something else.
+    /// The payload type is not that of repair packets.
     #[error("payload type {0} instead of {PAYLOAD_TYPE}")]
     PayloadType(u8),
-    /// Parity of no stream, or over several.
+    /// The packet protects no stream, or more than one.
     #[error("parity over {0} streams instead of one")]
     Streams(u8),
-    /// The bits R and F say that it is a mask, a retransmission, or reserved.
+    /// The bits R and F select another variant: a mask, a retransmission, or a reserved one.
     #[error("FlexFEC variant {0:02b} instead of 01")]
     Variant(u8),
-    /// No columns.
-    #[error("parity of no packets")]
-    Nothing,
+    /// L is 0.
+    #[error("parity over no packets")]
+    NoColumns,
 }
 
 const CSRC_LEN: usize = 4;
 const FEC_HEADER_LEN: usize = 12;
-/// R = 0, F = 1, where RTP has its version.
+/// R = 0, F = 1, in place of the RTP version.
 const FIXED: u8 = 0x40;
-/// Of the first byte, all but the version.
+/// Mask of the first byte without the version.
 const WITHOUT_VERSION: u8 = 0x3f;
 
 #[cfg(test)]
@@ -235,10 +234,10 @@ mod tests {
 
     use super::*;
 
-    /// Two packets with 3 and 5 bytes behind the header, the marker on the second; the parity was
-    /// worked out by hand, byte by byte.
+    /// Two packets with 3 and 5 bytes after the header, the marker on the second. The expected parity
+    /// was computed by hand.
     #[test]
-    fn a_packet_worked_out_by_hand() {
+    fn repair_packet_equals_one_computed_by_hand() {
         let first = [
             0x80, 0x64, 0xfd, 0xe8, 0x00, 0x00, 0x00, 0x5a, 0x11, 0x22, 0x33, 0x44, //
             0x09, 0x01, 0xff,
@@ -261,7 +260,7 @@ mod tests {
             media: Ssrc(0x1122_3344),
             base: Seq(65000),
             protection: Protection::Row { count: 2, columns_follow: false },
-            word: word(&first).unwrap() ^ word(&second).unwrap(),
+            word: header_word(&first).unwrap() ^ header_word(&second).unwrap(),
             body: body.into(),
         };
         let by_hand = [
@@ -280,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_and_columns_are_told_by_l_and_d() {
+    fn l_and_d_select_rows_or_columns() {
         let row = |count, columns_follow| Some(Protection::Row { count, columns_follow });
         for (columns, rows, protection) in [
             (0, 0, None),
@@ -296,11 +295,11 @@ mod tests {
             }
         }
         let most = Protection::Column { stride: 255, count: 255 };
-        assert_eq!((most.count(), most.stride(), most.reach()), (255, 255, 64_770));
+        assert_eq!((most.count(), most.stride(), most.span()), (255, 255, 64_770));
     }
 
     #[test]
-    fn what_is_not_one_is_refused_with_its_reason() {
+    fn invalid_packets_are_refused_with_a_reason() {
         let good = {
             let mut bytes = vec![0x81, PAYLOAD_TYPE];
             bytes.resize(16, 7);
@@ -319,7 +318,7 @@ mod tests {
         assert_eq!(parse(0, 0x82), Some(RepairError::Streams(2)));
         assert_eq!(parse(16, 0x00), Some(RepairError::Variant(0)));
         assert_eq!(parse(16, 0xc0), Some(RepairError::Variant(3)));
-        assert_eq!(parse(26, 0), Some(RepairError::Nothing));
+        assert_eq!(parse(26, 0), Some(RepairError::NoColumns));
         for len in 0..good.len() {
             assert!(Repair::parse(Bytes::copy_from_slice(&good[..len])).is_err(), "{len}");
         }
@@ -327,7 +326,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_refused_or_survive_the_trip(
+        fn any_bytes_are_refused_or_round_trip(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..80), likely: bool,
         ) {
             if likely && bytes.len() > 16 {
@@ -336,7 +335,7 @@ mod tests {
             }
             let bytes = Bytes::from(bytes);
             if let Ok(repair) = Repair::parse(bytes.clone()) {
-                prop_assert!(Repair::is_one(&bytes));
+                prop_assert!(Repair::is_repair_packet(&bytes));
                 prop_assert!(repair.body.len() + OVERHEAD <= bytes.len());
                 prop_assert_eq!(Repair::parse(repair.encode()), Ok(repair.clone()));
                 if bytes[0] == 0x81 {
@@ -360,12 +359,12 @@ mod tests {
         }
 
         #[test]
-        fn a_word_is_a_header(bytes in proptest::collection::vec(any::<u8>(), 12..60)) {
+        fn a_header_is_restored_from_its_word(bytes in proptest::collection::vec(any::<u8>(), 12..60)) {
             let mut packet = bytes;
             packet[0] = packet[0] & WITHOUT_VERSION | 0x80;
             let seq = Seq(u16::from_be_bytes([packet[2], packet[3]]));
             let ssrc = Ssrc(u32::from_be_bytes(packet[8..12].try_into().unwrap()));
-            let (header, rest) = header_of(word(&packet).unwrap(), seq, ssrc);
+            let (header, rest) = header_from_word(header_word(&packet).unwrap(), seq, ssrc);
             prop_assert_eq!(&header[..], &packet[..12]);
             prop_assert_eq!(rest, packet.len() - 12);
         }

@@ -1,4 +1,4 @@
-//! RTP as wire v0 uses it (`docs/wire.md`): FLV tags sliced into packets, and back.
+//! RTP as wire v0 uses it (`docs/wire.md`): FLV tags are sliced into packets and reassembled.
 
 pub mod depacketizer;
 pub mod flexfec;
@@ -38,15 +38,17 @@ impl fmt::Debug for Ssrc {
 pub struct Seq(pub u16);
 
 impl Seq {
-    /// Where every publication starts in wire v0, so that the wrap comes early.
+    /// First number of every publication in wire v0. Close to the wrap, so that receivers meet it early.
     pub const FIRST: Self = Self(65000);
 
-    /// The number `n` packets later.
+    /// Returns the number `n` packets later.
+    #[inline]
     pub fn plus(self, n: usize) -> Self {
         Self(self.0.wrapping_add(n as u16))
     }
 
-    /// How far `self` is ahead of `earlier`, −32768..=32767, taking the shorter way round.
+    /// Returns how far `self` is ahead of `earlier`, modulo 2¹⁶: −32768..=32767.
+    #[inline]
     pub fn distance_from(self, earlier: Self) -> i32 {
         i32::from(self.0.wrapping_sub(earlier.0) as i16)
     }

@@ -6,9 +6,9 @@ use bytes::{Buf, Bytes};
 
 use super::{Seq, Ssrc};
 
-/// Bytes of a header without CSRC or extension: all that wire v0 sends.
+/// Bytes of a header without CSRC list and extension, which wire v0 never sends.
 pub const HEADER_LEN: usize = 12;
-/// The payload type of wire v0.
+/// The payload type of media in wire v0.
 pub const PAYLOAD_TYPE: u8 = 100;
 
 /// The fields of the fixed header that Downpour uses.
@@ -16,22 +16,23 @@ pub const PAYLOAD_TYPE: u8 = 100;
 pub struct Header {
     /// Set on the last packet of a tag.
     pub marker: bool,
-    /// 7 bits; 100 in wire v0.
+    /// Payload type, 7 bits; 100 in wire v0.
     pub payload_type: u8,
-    /// The packet's place in its publication.
+    /// Sequence number within the publication.
     pub seq: Seq,
-    /// Media time on a 90 kHz clock; the Go cloud counts tags instead.
+    /// Media time on a 90 kHz clock. The Go cloud counts tags instead.
     pub timestamp: u32,
     /// The publication.
     pub ssrc: Ssrc,
 }
 
 impl Header {
-    /// Reads the header of one datagram, and says where in it the payload is: behind CSRC list and
-    /// extension, before the padding.
+    /// Parses the header of one datagram. Returns it and the range of the payload, which excludes CSRC
+    /// list, extension and padding.
     ///
     /// # Errors
-    /// If it is not RTP version 2 or shorter than its own header says.
+    /// If the datagram is not RTP version 2 or is shorter than its header states.
+    #[inline]
     pub fn parse(datagram: &[u8]) -> Result<(Self, Range<usize>), PacketError> {
         let Some(&[b0, b1, s0, s1, t0, t1, t2, t3, c0, c1, c2, c3]) =
             datagram.first_chunk::<HEADER_LEN>()
@@ -69,7 +70,8 @@ impl Header {
         Ok((header, start..end))
     }
 
-    /// The header as [`HEADER_LEN`] bytes: version 2, no padding, extension or CSRC.
+    /// Encodes the header: version 2, without padding, extension or CSRC list.
+    #[inline]
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[0] = VERSION_2;
@@ -81,36 +83,37 @@ impl Header {
     }
 }
 
-/// A header and the payload behind it, sharing the datagram's memory.
+/// An RTP packet. The payload shares the datagram's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
     /// The fixed header.
     pub header: Header,
-    /// What follows header, CSRC list and extension, without padding.
+    /// Payload without padding.
     pub payload: Bytes,
 }
 
 impl Packet {
-    /// Reads one datagram. CSRC list, extension and padding are allowed and left out.
+    /// Parses one datagram. CSRC list, extension and padding are skipped.
     ///
     /// # Errors
-    /// As [`Header::parse`].
+    /// See [`Header::parse`].
+    #[inline]
     pub fn parse(mut datagram: Bytes) -> Result<Self, PacketError> {
         let (header, payload) = Header::parse(&datagram)?;
-        // Not a slice, which would count another reference to the memory.
+        // Reuses the reference: `slice` would increment the reference count.
         datagram.truncate(payload.end);
         datagram.advance(payload.start);
         Ok(Self { header, payload: datagram })
     }
 }
 
-/// Why a datagram is not an RTP packet.
+/// Error of parsing an RTP packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PacketError {
-    /// Shorter than its header says.
-    #[error("the RTP packet is cut short")]
+    /// The datagram is shorter than its header states.
+    #[error("truncated RTP packet")]
     Truncated,
-    /// Not version 2: a port announcement, or no RTP at all.
+    /// The version is not 2: a probe message, or not RTP.
     #[error("RTP version {0} instead of 2")]
     Version(u8),
 }
@@ -130,7 +133,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn header_is_what_the_rtp_crate_writes(
+        fn encoded_header_equals_that_of_the_rtp_crate(
             marker: bool, payload_type in 0u8..128, seq: u16, timestamp: u32, ssrc: u32,
             payload in proptest::collection::vec(any::<u8>(), 0..64),
         ) {
@@ -150,7 +153,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_parse_as_the_rtp_crate_parses_them(
+        fn any_bytes_parse_as_in_the_rtp_crate(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..80), version_2: bool,
         ) {
             if version_2 && let Some(first) = bytes.first_mut() {

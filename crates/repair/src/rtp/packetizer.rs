@@ -1,4 +1,4 @@
-//! FLV tags in, RTP packets out.
+//! Slices FLV tags into RTP packets.
 
 use std::ops::Range;
 
@@ -13,41 +13,41 @@ use downpour_sys::buffer::{Buffer, BufferMut, BufferPool};
 
 /// Slices one publication's tags into RTP packets.
 ///
-/// Wire v0: payload type 100, no padding, extension or CSRC; a tag's header and body without
-/// `PreviousTagSize`, in slices of equal length with the last one shorter; the marker on the last.
+/// Wire v0: payload type 100, no padding, extension or CSRC list. A tag's header and body, without
+/// `PreviousTagSize`, are cut into slices of equal length, the last one shorter and with the marker.
 /// The RTP timestamp is the tag's media time on a 90 kHz clock.
 #[derive(Debug)]
 pub struct Packetizer {
     ssrc: Ssrc,
     next_seq: Seq,
     payload_max: usize,
-    /// Memory of short bursts.
-    block: BufferPool,
+    /// Shared memory of short bursts.
+    pool: BufferPool,
 }
 
 impl Packetizer {
-    /// The longest payload allowed: what the existing Go edge's buffer and slicing take.
+    /// The longest payload in bytes: the limit of the existing Go edge.
     pub const PAYLOAD_LIMIT: usize = 1180;
 
-    /// The least that makes sense: the largest tag is then 32,768 packets, as many as sequence
-    /// numbers can tell apart.
+    /// The smallest value of `payload_max` in bytes. The largest tag then takes 32,768 packets, the
+    /// most that sequence numbers tell apart.
     pub const PAYLOAD_LEAST: usize = 512;
 
-    /// Starts a publication at [`Seq::FIRST`]. `payload_max` is in bytes, clamped to
+    /// Starts a publication at [`Seq::FIRST`]. `payload_max` is in bytes and clamped to
     /// [`Self::PAYLOAD_LEAST`]`..=`[`Self::PAYLOAD_LIMIT`].
     pub fn new(ssrc: Ssrc, payload_max: usize) -> Self {
         let payload_max = payload_max.clamp(Self::PAYLOAD_LEAST, Self::PAYLOAD_LIMIT);
-        Self { ssrc, next_seq: Seq::FIRST, payload_max, block: BufferPool::new(BLOCK_LEN) }
+        Self { ssrc, next_seq: Seq::FIRST, payload_max, pool: BufferPool::new(BLOCK_LEN) }
     }
 
-    /// Packs one tag. A copy of its bytes is the only one that the whole cloud makes.
+    /// Slices one tag into packets. This copies its bytes, once for all receivers.
     pub fn packetize(&mut self, tag: &Tag) -> Burst {
         let unit = tag.unit();
         let count = unit.len().div_ceil(self.payload_max);
         let timestamp = tag.timestamp().wrapping_mul(CLOCK_KHZ);
         let first_seq = self.next_seq;
         let len = unit.len() + count * HEADER_LEN;
-        let mut bytes = self.block.room(len);
+        let mut bytes = self.pool.take(len);
         for (i, slice) in unit.chunks(self.payload_max).enumerate() {
             let header = Header {
                 marker: i + 1 == count,
@@ -63,56 +63,62 @@ impl Packetizer {
         Burst { bytes: bytes.freeze(), stride: (HEADER_LEN + self.payload_max) as u16, first_seq }
     }
 
-    /// The sequence number that the next packet will have.
+    /// Returns the sequence number of the next packet.
     pub fn next_seq(&self) -> Seq {
         self.next_seq
     }
 }
 
-/// One tag's packets, one behind the other in one buffer at a fixed stride, the last one shorter:
-/// the layout that UDP segmentation offload sends in one call and that the history ring keeps.
+/// The packets of one tag in one buffer at a fixed stride, the last one shorter. UDP segmentation
+/// offload (GSO) sends this layout in one call, and the history keeps it.
 ///
-/// Short bursts share blocks of memory, each of which is held as long as one of its bursts is.
+/// Short bursts share a block of memory, which is freed with the last of its bursts.
 #[derive(Debug, Clone)]
 pub struct Burst {
     bytes: Buffer,
-    /// Small, for there are hundreds of bursts in the history of each stream.
+    /// A `u16` because the history of each stream holds hundreds of bursts.
     stride: u16,
     first_seq: Seq,
 }
 
 impl Burst {
-    /// All packets, laid end to end.
+    /// Returns all packets, end to end.
+    #[inline]
     pub fn bytes(&self) -> &Buffer {
         &self.bytes
     }
 
-    /// Bytes from one packet's start to the next one's: the GSO segment size.
+    /// Returns the bytes from the start of one packet to the next: the GSO segment size.
+    #[inline]
     pub fn stride(&self) -> usize {
         self.stride.into()
     }
 
-    /// Number of packets, at least 1.
+    /// Returns the number of packets, at least 1.
+    #[inline]
     pub fn count(&self) -> usize {
         self.bytes.len().div_ceil(self.stride())
     }
 
-    /// The first packet's sequence number.
+    /// Returns the sequence number of the first packet.
+    #[inline]
     pub fn first_seq(&self) -> Seq {
         self.first_seq
     }
 
-    /// The last packet's sequence number.
+    /// Returns the sequence number of the last packet.
+    #[inline]
     pub fn last_seq(&self) -> Seq {
         self.first_seq.plus(self.count() - 1)
     }
 
-    /// The packet at `index`, sharing the burst's memory.
+    /// Returns the packet at `index`, which shares the burst's memory, or `None` out of range.
     pub fn packet(&self, index: usize) -> Option<Bytes> {
         (index < self.count()).then(|| Bytes::from_owner(self.bytes.slice(self.range(index))))
     }
 
-    /// The same packets in memory of their own, for who keeps them longer than the history does.
+    /// Returns a copy that shares no memory with other bursts, to be kept longer than the history
+    /// keeps its bursts.
     pub fn detached(&self) -> Self {
         Self { bytes: BufferMut::from(&self.bytes[..]).freeze(), ..*self }
     }
@@ -123,10 +129,10 @@ impl Burst {
     }
 }
 
-/// Bytes of a block at most: some twenty bursts of a slow stream, which spares each of them its share
-/// of an allocator's work and bookkeeping. A stream that is not sent to any more holds one or two.
+/// Largest block in bytes: about twenty bursts of a slow stream, which amortizes the cost of an
+/// allocation. A stream that no longer sends keeps one or two blocks.
 const BLOCK_LEN: usize = 8 << 10;
-/// RTP ticks a millisecond: the 90 kHz clock of RFC 3551 §5 for video.
+/// RTP clock in kHz, as for video in RFC 3551 §5.
 const CLOCK_KHZ: u32 = 90;
 
 #[cfg(test)]
@@ -138,7 +144,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bursts_keep_their_packets_whatever_shares_their_memory(
+        fn bursts_that_share_memory_keep_their_packets(
             lengths in vec(prop_oneof![0usize..300, 900usize..1300, 2000usize..5000], 1..60),
             payload_max in 512usize..=1180,
         ) {

@@ -1,4 +1,4 @@
-//! What must hold on any network, tried on a great many: each seed is another one.
+//! Properties that hold on any network, tested on many random ones, each given by a seed.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -12,21 +12,21 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::sim::{Run, lossy};
 
-/// Loss, bursts, reordering, duplicates, jitter, cuts; one path or two; clocks that jump, numbers
-/// that wrap, senders that begin anew.
+/// Loss, bursts, reordering, duplicates, jitter, blackouts; one path or two; clock jumps, wrapping
+/// sequence numbers, restarts of the sender.
 #[test]
-fn each_packet_is_handed_on_once_in_order_or_told_to_be_lost() {
+fn each_packet_is_handed_on_once_in_order_or_reported_lost() {
     let (wraps, restarts, jumps, two_paths) = <[AtomicU64; 4]>::default().into();
     over_seeds(SEEDS, |seed| {
         let run = any_run(seed);
         let out = run.play();
-        let told = out.delays.len() as u64 + out.lost;
+        let reported = out.delays.len() as u64 + out.lost;
         if run.restart.is_none() {
-            assert_eq!(told, out.sent, "every number is accounted for");
+            assert_eq!(reported, out.sent, "every number is accounted for");
             assert_eq!(out.restarts, 0);
         } else {
-            // What was under way when the sender began anew is nobody's.
-            assert!(told <= out.sent);
+            // Packets in flight during the restart may be counted nowhere.
+            assert!(reported <= out.sent);
             assert_eq!(out.restarts, u64::from(out.stats.restarts > 0));
             restarts.fetch_add(out.restarts, Ordering::Relaxed);
         }
@@ -35,11 +35,11 @@ fn each_packet_is_handed_on_once_in_order_or_told_to_be_lost() {
         assert!(out.delays.len() as u64 <= arrived && arrived <= out.sent);
         assert_eq!(out.stats.waits.total(), out.delays.len() as u64);
         let jump = run.jump.map_or(Duration::ZERO, |(_, by)| by);
-        // What is told of before it can be there is waited for that much longer.
+        // A heartbeat that overtakes its packets lengthens the wait by the skew.
         let slowest = run.live.iter().map(|path| path.delay + path.jitter + path.reorder_delay);
-        let lag = slowest.max().unwrap_or_default().saturating_sub(run.down.delay) * 9 / 8;
+        let skew = slowest.max().unwrap_or_default().saturating_sub(run.down.delay) * 9 / 8;
         let latency = run.receiver.latency.max(run.receiver.join_latency);
-        let longest = latency + GRACE + lag + jump;
+        let longest = latency + GRACE + skew + jump;
         assert!(out.longest_gap <= longest + Duration::from_millis(1), "{:?}", out.longest_gap);
         wraps.fetch_add(u64::from(run.before < 536), Ordering::Relaxed);
         jumps.fetch_add(u64::from(run.jump.is_some()), Ordering::Relaxed);
@@ -50,14 +50,14 @@ fn each_packet_is_handed_on_once_in_order_or_told_to_be_lost() {
     {
         let count = count.into_inner();
         println!("{count} of {SEEDS} runs with {what}");
-        // A sender begins anew in one run of ten, and hardly ever so near the end that it is missed.
+        // One run of ten has a restart, rarely so near the end that it is not detected.
         assert!(count > SEEDS * 8 / 100, "{count} with {what}");
     }
 }
 
-/// A packet is lost for good when its first copy and every try are: p at first; a try loses its
-/// request, said twice, or its one copy; the last its request, said thrice, or all of three copies.
-/// At 10 % both ways and four round trips that is 0.1 · (1 − (1 − p²)(1 − p))³ · (1 − (1 − p³)²) =
+/// A packet is lost for good when its first copy is lost (probability p) and every try fails. A try
+/// fails when both of its requests or its one copy are lost; the last try when all three requests or
+/// all three copies are lost. At 10 % both ways and four round trips that is 0.1 · (1 − (1 − p²)(1 − p))³ · (1 − (1 − p³)²) =
 /// 2.6·10⁻⁷ for four tries; 10⁻⁶ is the target.
 #[test]
 fn at_ten_per_cent_and_four_round_trips_one_in_a_million_is_lost() {
@@ -76,38 +76,15 @@ fn at_ten_per_cent_and_four_round_trips_one_in_a_million_is_lost() {
     assert!(lost as f64 <= allowed + 3.0 * allowed.sqrt(), "{lost} of {sent}");
 }
 
-/// The same seed gives the same run, so that a failure can be looked at.
+/// Returns the run of a seed; deterministic, so that a failure can be reproduced.
 fn any_run(seed: u64) -> Run {
     let mut rng = SmallRng::seed_from_u64(seed);
-    let ms = |rng: &mut SmallRng, most: u64| Duration::from_millis(rng.random_range(0..=most));
-    let one_way = ms(&mut rng, 120);
-    let path = |rng: &mut SmallRng| {
-        let mut path = lossy(one_way, rng.random_range(0.0..0.4));
-        if rng.random_bool(0.3) {
-            let length = Duration::from_millis(rng.random_range(1..40));
-            path.bursts = Some(Bursts::covering(rng.random_range(0.01..0.2), length));
-        }
-        if rng.random_bool(0.3) {
-            path.duplicate = rng.random_range(0.0..0.3);
-        }
-        if rng.random_bool(0.3) {
-            path.reorder = rng.random_range(0.0..0.3);
-            path.reorder_delay = ms(rng, 30);
-        }
-        if rng.random_bool(0.2) {
-            path.jitter = ms(rng, 40);
-        }
-        if rng.random_bool(0.1) {
-            let (start, length) = (ms(rng, 80), ms(rng, 400));
-            path.blackouts = vec![Blackout { start, length, period: None }];
-        }
-        path
-    };
+    let one_way = up_to_ms(&mut rng, 120);
     let paths = if rng.random_bool(0.3) { 2 } else { 1 };
     let live: Vec<LinkSettings> = (0..paths)
         .map(|_| {
-            let mut path = path(&mut rng);
-            path.delay += ms(&mut rng, 30);
+            let mut path = any_path(&mut rng, one_way);
+            path.delay += up_to_ms(&mut rng, 30);
             path
         })
         .collect();
@@ -116,8 +93,8 @@ fn any_run(seed: u64) -> Run {
     let restart = rng.random_bool(0.1).then(|| rng.random_range(5..tags));
     Run {
         live,
-        down: path(&mut rng),
-        up: path(&mut rng),
+        down: any_path(&mut rng, one_way),
+        up: any_path(&mut rng, one_way),
         receiver: Settings { latency, join_latency: latency, ..Settings::default() },
         interval: Duration::from_micros(rng.random_range(200..4000)),
         tags: (0..tags)
@@ -126,20 +103,47 @@ fn any_run(seed: u64) -> Run {
                 false => rng.random_range(1..1100),
             })
             .collect(),
-        // Half of the runs cross the wrap; with a restart the first number must be far off, or the
-        // second sequence is taken for a rerun of the first, which takes longer to tell.
+        // Half of the runs cross the wrap. With a restart the first number must be far away, or the
+        // new sequence looks like duplicates of the old one, which takes longer to detect.
         before: match restart {
             Some(_) => rng.random_range(20_000..20_100),
             None => rng.random_range(0..1072).min(600),
         },
         restart,
-        jump: rng.random_bool(0.2).then(|| (rng.random_range(0..tags), ms(&mut rng, 3000))),
-        pause: rng.random_bool(0.2).then(|| (rng.random_range(0..tags), ms(&mut rng, 500))),
+        jump: rng.random_bool(0.2).then(|| (rng.random_range(0..tags), up_to_ms(&mut rng, 3000))),
+        pause: rng.random_bool(0.2).then(|| (rng.random_range(0..tags), up_to_ms(&mut rng, 500))),
         seed,
     }
 }
 
-/// Runs all seeds on all cores; a failure tells its seed.
+fn any_path(rng: &mut SmallRng, one_way: Duration) -> LinkSettings {
+    let mut path = lossy(one_way, rng.random_range(0.0..0.4));
+    if rng.random_bool(0.3) {
+        let length = Duration::from_millis(rng.random_range(1..40));
+        path.bursts = Some(Bursts::covering(rng.random_range(0.01..0.2), length));
+    }
+    if rng.random_bool(0.3) {
+        path.duplicate = rng.random_range(0.0..0.3);
+    }
+    if rng.random_bool(0.3) {
+        path.reorder = rng.random_range(0.0..0.3);
+        path.reorder_delay = up_to_ms(rng, 30);
+    }
+    if rng.random_bool(0.2) {
+        path.jitter = up_to_ms(rng, 40);
+    }
+    if rng.random_bool(0.1) {
+        let (start, length) = (up_to_ms(rng, 80), up_to_ms(rng, 400));
+        path.blackouts = vec![Blackout { start, length, period: None }];
+    }
+    path
+}
+
+fn up_to_ms(rng: &mut SmallRng, most: u64) -> Duration {
+    Duration::from_millis(rng.random_range(0..=most))
+}
+
+/// Runs all seeds on all cores; a failure prints its seed.
 fn over_seeds(seeds: u64, check: impl Fn(u64) + Sync) {
     let next = AtomicU64::new(0);
     thread::scope(|scope| {
@@ -150,18 +154,18 @@ fn over_seeds(seeds: u64, check: impl Fn(u64) + Sync) {
                     if seed >= seeds {
                         return;
                     }
-                    let told = TellSeed(seed);
+                    let guard = PrintSeedOnPanic(seed);
                     check(seed);
-                    std::mem::forget(told);
+                    std::mem::forget(guard);
                 }
             });
         }
     });
 }
 
-struct TellSeed(u64);
+struct PrintSeedOnPanic(u64);
 
-impl Drop for TellSeed {
+impl Drop for PrintSeedOnPanic {
     fn drop(&mut self) {
         eprintln!("seed {}", self.0);
     }

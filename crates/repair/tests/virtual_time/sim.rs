@@ -10,7 +10,7 @@ use downpour_repair::{
     history::History,
     message::{Gone, Heartbeat, Message, Nack, encode_repair},
     receiver::{Event, Path, Receiver, Settings, Stats},
-    retransmit::Resender,
+    retransmit::Retransmitter,
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 
@@ -87,7 +87,7 @@ struct World<'a> {
     now: Instant,
     packetizer: Packetizer,
     history: History,
-    resender: Resender<Bytes>,
+    resender: Retransmitter<Bytes>,
     receiver: Receiver,
     live: Vec<Link>,
     down: Link,
@@ -119,7 +119,7 @@ impl<'a> World<'a> {
         let mut receiver = Receiver::starting_at(run.receiver, first);
         let round_trip = run.down.delay + run.up.delay;
         receiver.set_round_trip(start, round_trip, round_trip / 8);
-        let mut resender = Resender::new();
+        let mut resender = Retransmitter::new();
         resender.set_round_trip(round_trip);
         let link = |settings: &LinkSettings, n: u64| {
             Link::new(settings.clone(), run.seed.wrapping_mul(4).wrapping_add(n))
@@ -280,7 +280,7 @@ impl<'a> World<'a> {
             match self.history.packet(seq) {
                 Some(packet) => {
                     self.send_repair(&packet);
-                    self.resender.copy(self.now, packet, nack.copies - 1, within);
+                    self.resender.schedule_copies(self.now, packet, nack.copies - 1, within);
                 }
                 None => gone.push(seq),
             }

@@ -1,4 +1,4 @@
-//! The client's end of a connection: it publishes a stream or plays one.
+//! The client's side of a connection: publishes a stream or plays one.
 
 use bytes::BytesMut;
 use rand::{SeedableRng, rngs::SmallRng};
@@ -21,25 +21,43 @@ use downpour_media::{
     flv::{Tag, TagKind},
 };
 
-/// One connection to a server, for one stream.
+/// A client's connection that publishes or plays one stream.
 ///
-/// Send [`ClientSession::take_output`] after every call, the first one included.
+/// After [`ClientSession::new`] and after every other call, send [`ClientSession::take_output`] to
+/// the server.
+///
+/// # States
+/// - **handshake** → **connecting**: the handshake is done; sends `connect`.
+/// - connecting → **creating**: `_result` of `connect`; sends `createStream`.
+/// - creating → **starting**: `_result` of `createStream`; sends `publish` or `play`.
+/// - starting → **running**: `NetStream.Publish.Start` or `NetStream.Play.Start`; returns
+///   [`ClientEvent::Started`].
+/// - any → **ended**: Stream EOF, a stop or unpublish status, `close`, or
+///   [`ClientSession::finish`]. All but `finish` return [`ClientEvent::Ended`], once.
+/// - `_error` or an error status ends the session with [`SessionError::Rejected`].
+///
+/// # Invariants
+/// - `stream_id` is 0 until the server has created a message stream.
+/// - Tags are returned only while playing, in the states starting and running.
 #[derive(Debug)]
 pub struct ClientSession {
-    /// Until it is done.
+    /// `None` once the handshake is done.
     handshake: Option<Box<(ClientHandshake, SmallRng)>>,
     channel: ChunkChannel,
     url: RtmpUrl,
     purpose: Purpose,
     stage: Stage,
+    /// The message stream of the publication or playback; 0 before it is created.
     stream_id: u32,
+    /// The rest of an aggregate message that is being returned tag by tag.
     aggregate: Option<Aggregate>,
-    /// Reused for metadata that needs a prefix.
+    /// Scratch buffer for metadata with its prefix.
     script: BytesMut,
 }
 
 impl ClientSession {
-    /// Greets the server. `seed` is the randomness of the handshake, which keeps no secret.
+    /// Starts a session with a handshake. `seed` seeds its random bytes, which need not be
+    /// unpredictable.
     pub fn new(url: RtmpUrl, purpose: Purpose, seed: u64) -> Self {
         let mut channel = ChunkChannel::new(Tag::MAX_BODY_LEN);
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -56,16 +74,17 @@ impl ClientSession {
         }
     }
 
-    /// Takes bytes off `input` up to the next event; `None` when all are used up.
+    /// Consumes `input` up to the next event and returns it, or `None` once all input is consumed.
     ///
     /// # Errors
-    /// Ends the connection. [`SessionError::Rejected`] is what the server said.
+    /// [`SessionError`], after which the connection must be closed. [`SessionError::Rejected`] has
+    /// the server's reason.
     pub fn receive(&mut self, input: &mut &[u8]) -> Result<Option<ClientEvent>, SessionError> {
         if let Some(handshake) = &mut self.handshake {
             let before = input.len();
             let (handshake, rng) = &mut **handshake;
             let done = handshake.receive(input, rng, &mut self.channel.output)?;
-            self.channel.count(before - input.len());
+            self.channel.count_received(before - input.len());
             if !done {
                 return Ok(None);
             }
@@ -92,10 +111,11 @@ impl ClientSession {
         }
     }
 
-    /// Queues a tag. Metadata gets the `@setDataFrame` in front that servers expect.
+    /// Queues a tag for the server, prefixing metadata with `@setDataFrame`. Call it only after
+    /// [`ClientEvent::Started`].
     ///
     /// # Errors
-    /// None that a tag can cause.
+    /// None in practice: every tag fits into a message.
     pub fn send(&mut self, tag: &Tag) -> Result<(), SessionError> {
         let (csid, kind) = match tag.kind() {
             TagKind::Audio => (AUDIO_CSID, AUDIO),
@@ -110,16 +130,16 @@ impl ClientSession {
             Value::from("@setDataFrame").encode(&mut self.script)?;
             self.script.extend_from_slice(tag.body());
             if self.script.len() <= Tag::MAX_BODY_LEN {
-                return self.channel.media(csid, head, &self.script);
+                return self.channel.write(csid, head, &self.script);
             }
         }
-        self.channel.media(csid, head, tag.body())
+        self.channel.write(csid, head, tag.body())
     }
 
-    /// Ends the publication or the playback. The caller sends the output and closes.
+    /// Ends the publication or playback. Send the output, then close the connection.
     ///
     /// # Errors
-    /// None that the stream's name can cause: it has been sent before.
+    /// None in practice: the stream's name has been encoded before.
     pub fn finish(&mut self) -> Result<(), SessionError> {
         if self.stream_id == 0 || self.stage == Stage::Ended {
             return Ok(());
@@ -127,19 +147,19 @@ impl ClientSession {
         self.stage = Stage::Ended;
         if self.purpose == Purpose::Publish {
             let name = self.url.stream_name().as_str().into();
-            self.channel.command(0, "FCUnpublish", 6.0, &[Value::Null, name])?;
+            self.channel.write_command(0, "FCUnpublish", 6.0, &[Value::Null, name])?;
         }
         let id = f64::from(self.stream_id).into();
-        self.channel.command(0, "deleteStream", 7.0, &[Value::Null, id])
+        self.channel.write_command(0, "deleteStream", 7.0, &[Value::Null, id])
     }
 
-    /// What is to be sent to the server; empty if there is nothing.
+    /// Takes the bytes to send to the server, possibly none.
     pub fn take_output(&mut self) -> BytesMut {
         self.channel.output.split()
     }
 
     fn connect(&mut self) -> Result<(), SessionError> {
-        self.channel.control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
+        self.channel.write_control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
         self.channel.set_chunk_size(CHUNK_SIZE)?;
         let codecs = FOUR_CCS.into_iter().map(Value::from).collect();
         let object = Value::object([
@@ -155,7 +175,7 @@ impl ClientSession {
             ("objectEncoding", 0.0.into()),
             ("fourCcList", Value::StrictArray(codecs)),
         ]);
-        self.channel.command(0, "connect", CONNECT, &[object])
+        self.channel.write_command(0, "connect", CONNECT, &[object])
     }
 
     fn command(&mut self, command: &Command) -> Result<Option<ClientEvent>, SessionError> {
@@ -166,10 +186,10 @@ impl ClientSession {
                 if self.purpose == Purpose::Publish {
                     let name = Value::from(self.url.stream_name().as_str());
                     let arguments = [Value::Null, name];
-                    self.channel.command(0, "releaseStream", 2.0, &arguments)?;
-                    self.channel.command(0, "FCPublish", 3.0, &arguments)?;
+                    self.channel.write_command(0, "releaseStream", 2.0, &arguments)?;
+                    self.channel.write_command(0, "FCPublish", 3.0, &arguments)?;
                 }
-                self.channel.command(0, "createStream", CREATE_STREAM, &[Value::Null])?;
+                self.channel.write_command(0, "createStream", CREATE_STREAM, &[Value::Null])?;
             }
             "_result" if command.transaction == CREATE_STREAM && self.stage == Stage::Creating => {
                 self.stage = Stage::Starting;
@@ -210,16 +230,16 @@ impl ClientSession {
         match self.purpose {
             Purpose::Publish => {
                 let arguments = [Value::Null, name, "live".into()];
-                self.channel.command(self.stream_id, "publish", START, &arguments)
+                self.channel.write_command(self.stream_id, "publish", START, &arguments)
             }
             Purpose::Play => {
                 let mut buffer_length = SET_BUFFER_LENGTH.to_vec();
                 buffer_length.extend(self.stream_id.to_be_bytes());
                 buffer_length.extend(BUFFER_LENGTH_MS.to_be_bytes());
-                self.channel.control(USER_CONTROL, &buffer_length)?;
-                // §7.2.2.1: −2, a live stream or else a recorded one.
+                self.channel.write_control(USER_CONTROL, &buffer_length)?;
+                // §7.2.2.1: −2 plays the live stream, or else a recorded one.
                 let arguments = [Value::Null, name, (-2.0).into()];
-                self.channel.command(self.stream_id, "play", START, &arguments)
+                self.channel.write_command(self.stream_id, "play", START, &arguments)
             }
         }
     }
@@ -245,23 +265,24 @@ impl ClientSession {
     }
 }
 
-/// What a client connects for.
+/// The purpose of a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// To send a stream.
+    /// Send a stream.
     Publish,
-    /// To receive one.
+    /// Receive a stream.
     Play,
 }
 
-/// What a server did.
+/// An event of a [`ClientSession`].
 #[derive(Debug)]
 pub enum ClientEvent {
-    /// The publication or the playback may begin.
+    /// The server accepted the publication or playback.
     Started,
-    /// It sent media; the first may come before [`ClientEvent::Started`], or instead.
+    /// Media from the server. Some servers send it before [`ClientEvent::Started`], or never send
+    /// the latter.
     Tag(Tag),
-    /// The stream is over.
+    /// The stream has ended.
     Ended,
 }
 
@@ -275,25 +296,25 @@ enum Stage {
 }
 
 fn rejected(info: &Value) -> SessionError {
-    let text =
-        |name| info.property(name).and_then(Value::as_str).unwrap_or("(not told)").to_owned();
+    let text = |name| info.property(name).and_then(Value::as_str).unwrap_or("(none)").to_owned();
     SessionError::Rejected { code: text("code"), description: text("description") }
 }
 
-/// Transaction ids of the commands whose answers matter.
+/// Transaction ids of the commands whose answers the session evaluates.
 const CONNECT: f64 = 1.0;
 const CREATE_STREAM: f64 = 4.0;
 const START: f64 = 5.0;
 const AUDIO_CSID: u32 = 4;
 const DATA_CSID: u32 = 5;
 const VIDEO_CSID: u32 = 6;
-/// All servers take this size, and larger ones gain nothing.
+/// Chunk size in bytes. All servers accept it, and a larger one gains nothing.
 const CHUNK_SIZE: u32 = 4096;
 const FLASH_VERSION: &str = "FMLE/3.0 (compatible; Downpour)";
-/// Codecs that we pass on by their FourCC (Enhanced RTMP v2).
+/// Codecs that can be published by their FourCC (Enhanced RTMP v2).
 const FOUR_CCS: [&str; 10] =
     ["av01", "vp08", "vp09", "hvc1", "avc1", "mp4a", "Opus", "fLaC", "ac-3", "ec-3"];
 /// User control events (§7.1.7).
 const STREAM_EOF: [u8; 2] = [0, 1];
 const SET_BUFFER_LENGTH: [u8; 2] = [0, 3];
+/// Playback buffer announced to the server, in milliseconds.
 const BUFFER_LENGTH_MS: u32 = 3000;

@@ -1,4 +1,4 @@
-//! Media and data messages as tags.
+//! Media and data messages to tags.
 
 use bytes::Buf;
 
@@ -8,22 +8,24 @@ use downpour_media::{
     flv::{Tag, TagKind},
 };
 
-/// An aggregate message (§7.1.6) on its way out as tags.
+/// An aggregate message (§7.1.6), split into tags one by one.
 #[derive(Debug)]
-pub struct Aggregate {
+pub(super) struct Aggregate {
     message: Message,
-    /// The message's time less the first tag's: tags in it may have a clock of their own.
+    /// Timestamp of the message minus that of its first tag: the tags may use another clock.
     offset: Option<u32>,
-    /// Parts that became no tag.
+    /// Parts that could not be converted into tags.
     pub ignored: u64,
 }
 
 impl Aggregate {
-    pub fn new(message: Message) -> Self {
+    /// An aggregate at its first tag.
+    pub(super) fn new(message: Message) -> Self {
         Self { message, offset: None, ignored: 0 }
     }
 
-    pub fn next_tag(&mut self) -> Option<Tag> {
+    /// Returns the next tag, or `None` at the end of the message.
+    pub(super) fn next_tag(&mut self) -> Option<Tag> {
         while let Some((&head, rest)) =
             self.message.body().split_first_chunk::<{ Tag::HEADER_LEN }>()
         {
@@ -49,14 +51,14 @@ impl Aggregate {
                 None => self.ignored += 1,
             }
         }
-        // What is left is less than a tag.
+        // A rest shorter than a tag.
         self.ignored += u64::from(!self.message.body().is_empty());
         None
     }
 }
 
-/// A media or data message as a tag; `None` if there is nothing in it for a viewer.
-pub fn into_tag(mut message: Message) -> Option<Tag> {
+/// Converts a media or data message into a tag. Returns `None` if it has no content for viewers.
+pub(super) fn into_tag(mut message: Message) -> Option<Tag> {
     let kind = match message.kind {
         AUDIO => TagKind::Audio,
         VIDEO => TagKind::Video,
@@ -74,7 +76,8 @@ pub fn into_tag(mut message: Message) -> Option<Tag> {
     message.into_tag(kind).ok()
 }
 
-/// Bytes to cut off a data message; `None` if all of it is talk between encoder and server.
+/// Returns the length of the prefix to remove from a data message, or `None` if the whole message
+/// is addressed to the server.
 fn script_prefix(body: &[u8]) -> Option<usize> {
     match amf0::leading_string(body) {
         Some((b"@setDataFrame", rest)) => Some(body.len() - rest.len()),

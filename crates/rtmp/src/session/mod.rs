@@ -1,4 +1,4 @@
-//! The two ends of an RTMP connection as state machines: bytes in, events and bytes out.
+//! Both sides of an RTMP connection as state machines: bytes in, events and bytes out.
 //!
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0 §5.4, §6 and §7.
 
@@ -16,36 +16,36 @@ pub use server::{
 use super::{chunk::ChunkError, handshake::HandshakeError};
 use downpour_media::amf0::Amf0Error;
 
-/// Why a session cannot go on.
+/// Why a session ends.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
-    /// Not RTMP.
+    /// The handshake failed: the peer does not speak RTMP.
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
-    /// Not a chunk stream, or one beyond our limits.
+    /// The chunk stream is invalid or exceeds a limit.
     #[error(transparent)]
     Chunk(#[from] ChunkError),
-    /// A command that is not AMF0, or beyond our limits.
+    /// A command is not AMF0 or exceeds a limit.
     #[error("in a command: {0}")]
     Amf0(#[from] Amf0Error),
     /// A command without a name.
     #[error("a command has no name")]
     Command,
-    /// A client that sends and sends and publishes nothing.
-    #[error("{0} bytes came without a publication")]
+    /// A client sent this many bytes, over the limit, outside a publication.
+    #[error("{0} bytes received without a publication")]
     NothingPublished(usize),
-    /// The server said no.
+    /// The server refused the connection, publication or playback.
     #[error("the server refused: {code}: {description}")]
     Rejected {
-        /// Such as `NetStream.Publish.BadName`.
+        /// The status code, such as `NetStream.Publish.BadName`.
         code: String,
-        /// The server's words.
+        /// The server's description.
         description: String,
     },
 }
 
 impl SessionError {
-    /// A short name of the kind of error, for a metric label.
+    /// Returns the kind of error as a metric label.
     pub fn label(&self) -> &'static str {
         match self {
             Self::Handshake(_) => "handshake",
@@ -56,7 +56,7 @@ impl SessionError {
         }
     }
 
-    /// All that [`SessionError::label`] may say.
+    /// All values of [`SessionError::label`].
     pub const LABELS: [&str; 5] =
         ["handshake", "chunk", "command", "nothing_published", "rejected"];
 }

@@ -1,4 +1,4 @@
-//! The server's end of a connection on which an encoder publishes.
+//! The server's side of a connection on which an encoder publishes.
 
 use bytes::BytesMut;
 use rand::{SeedableRng, rngs::SmallRng};
@@ -18,35 +18,52 @@ use crate::{
 };
 use downpour_media::{StreamKey, amf0::Value, flv::Tag};
 
-/// One encoder's connection.
+/// An encoder's connection.
 ///
-/// Feed what came to [`ServerSession::receive`] until it yields nothing more, then send
-/// [`ServerSession::take_output`]. A [`ServerEvent::Publish`] is answered with
-/// [`ServerSession::accept`] or [`ServerSession::refuse`] before more is fed: media of a
-/// publication that is not accepted is dropped.
+/// Pass received bytes to [`ServerSession::receive`] until it returns `None`, then send
+/// [`ServerSession::take_output`]. Answer a [`ServerEvent::Publish`] with [`ServerSession::accept`]
+/// or [`ServerSession::refuse`] before passing more input: media outside an accepted publication is
+/// discarded.
+///
+/// # States
+/// - **handshake** → **connected**: the handshake is done. Commands are answered from here on;
+///   `publish` needs a preceding `connect`.
+/// - The publication is **idle** → **requested**: `publish` with a valid name; returns
+///   [`ServerEvent::Publish`].
+/// - requested → **live**: [`ServerSession::accept`]; media is returned as [`ServerEvent::Tag`].
+/// - requested → idle: [`ServerSession::refuse`].
+/// - live → idle: `FCUnpublish`, or `closeStream` or `deleteStream` of its message stream; returns
+///   [`ServerEvent::Unpublish`].
+///
+/// # Invariants
+/// - At most one publication at a time per connection, whatever the number of message streams.
+/// - Message streams, publications, and bytes outside a publication are bounded.
 #[derive(Debug)]
 pub struct ServerSession {
-    /// Until it is done.
+    /// `None` once the handshake is done.
     handshake: Option<Box<(ServerHandshake, SmallRng)>>,
     channel: ChunkChannel,
+    /// Payload of outgoing chunks after `connect`, in bytes.
     chunk_size: u32,
-    /// What `connect` named.
+    /// The application of `connect`; `None` before it.
     target: Option<ConnectTarget>,
     /// Message streams that were created and not deleted.
     streams: Vec<u32>,
     next_stream: u32,
     publishing: Publishing,
-    /// Publications asked for so far.
+    /// Publications requested so far.
     publications: usize,
+    /// The rest of an aggregate message that is being returned tag by tag.
     aggregate: Option<Aggregate>,
-    /// Bytes since the start, or since the last publication ended.
+    /// Bytes received since the start or the end of the last publication.
     bytes_without_publication: usize,
+    /// Messages ignored since the last [`ServerSession::take_ignored`].
     ignored: u64,
 }
 
 impl ServerSession {
-    /// Waits for the handshake, for which `seed` is the randomness; the handshake keeps no
-    /// secret, so it need not be unpredictable.
+    /// A session that waits for the handshake. `seed` seeds its random bytes, which need not be
+    /// unpredictable.
     pub fn new(settings: SessionSettings, seed: u64) -> Self {
         Self {
             handshake: Some(Box::new((ServerHandshake::new(), SmallRng::seed_from_u64(seed)))),
@@ -55,7 +72,7 @@ impl ServerSession {
             target: None,
             streams: Vec::new(),
             next_stream: 1,
-            publishing: Publishing::No,
+            publishing: Publishing::Idle,
             publications: 0,
             aggregate: None,
             bytes_without_publication: 0,
@@ -63,17 +80,17 @@ impl ServerSession {
         }
     }
 
-    /// Takes bytes off `input` up to the next event; `None` when all are used up.
+    /// Consumes `input` up to the next event and returns it, or `None` once all input is consumed.
     ///
     /// # Errors
-    /// Ends the connection.
+    /// [`SessionError`], after which the connection must be closed.
     pub fn receive(&mut self, input: &mut &[u8]) -> Result<Option<ServerEvent>, SessionError> {
         let before = input.len();
         let event = self.next_event(input)?;
         if !matches!(self.publishing, Publishing::Live { .. }) {
             self.bytes_without_publication += before - input.len();
-            // Whoever does not publish is not worth our time: this much is a hundred times what
-            // the most talkative encoder says first.
+            // Stops clients that occupy the server without publishing. The limit is a hundred times
+            // the preamble of the most verbose encoder.
             if self.bytes_without_publication > MAX_BYTES_WITHOUT_PUBLICATION {
                 return Err(SessionError::NothingPublished(self.bytes_without_publication));
             }
@@ -81,16 +98,16 @@ impl ServerSession {
         Ok(event)
     }
 
-    /// Admits the publication that was asked for.
+    /// Accepts the requested publication.
     ///
     /// # Errors
-    /// If the answer cannot be written, which no admitted key can cause.
+    /// If the answer cannot be encoded, which no valid key causes.
     pub fn accept(&mut self) -> Result<(), SessionError> {
-        if let Publishing::Asked { stream_id, key } = std::mem::take(&mut self.publishing) {
+        if let Publishing::Requested { stream_id, key } = std::mem::take(&mut self.publishing) {
             let description = format!("{key} is now published");
             let info = status_info("status", PUBLISH_START, &description);
-            // FMLE waits for this one, everybody else for the other.
-            self.channel.command(0, "onFCPublish", 0.0, &[Value::Null, info])?;
+            // FMLE waits for `onFCPublish`, every other encoder for `onStatus`.
+            self.channel.write_command(0, "onFCPublish", 0.0, &[Value::Null, info])?;
             self.status(stream_id, "status", PUBLISH_START, &description)?;
             self.bytes_without_publication = 0;
             self.publishing = Publishing::Live { stream_id, key };
@@ -98,16 +115,16 @@ impl ServerSession {
         Ok(())
     }
 
-    /// Refuses the publication that was asked for. The caller sends the output and closes.
+    /// Refuses the requested publication. Send the output, then close the connection.
     ///
     /// # Errors
-    /// If the answer cannot be written.
+    /// If the answer cannot be encoded.
     pub fn refuse(
         &mut self,
         reason: PublishRefusal,
         description: &str,
     ) -> Result<(), SessionError> {
-        if let Publishing::Asked { stream_id, .. } = std::mem::take(&mut self.publishing) {
+        if let Publishing::Requested { stream_id, .. } = std::mem::take(&mut self.publishing) {
             let code = match reason {
                 PublishRefusal::BadName => PUBLISH_BAD_NAME,
                 PublishRefusal::Unauthorized => "NetStream.Publish.Unauthorized",
@@ -118,31 +135,33 @@ impl ServerSession {
         Ok(())
     }
 
-    /// Tells the encoder that we end the connection. The caller sends the output and closes.
+    /// Notifies the encoder that the server closes the connection. Send the output, then close it.
     ///
     /// # Errors
-    /// If it cannot be written.
-    pub fn close(&mut self, why: &str) -> Result<(), SessionError> {
+    /// If the notification cannot be encoded.
+    pub fn close(&mut self, reason: &str) -> Result<(), SessionError> {
         let stream_id = match std::mem::take(&mut self.publishing) {
-            Publishing::Live { stream_id, .. } | Publishing::Asked { stream_id, .. } => stream_id,
-            Publishing::No => 0,
+            Publishing::Live { stream_id, .. } | Publishing::Requested { stream_id, .. } => {
+                stream_id
+            }
+            Publishing::Idle => 0,
         };
-        self.status(stream_id, "error", "NetConnection.Connect.Closed", why)
+        self.status(stream_id, "error", "NetConnection.Connect.Closed", reason)
     }
 
-    /// What is to be sent to the encoder; empty if there is nothing.
+    /// Takes the bytes to send to the encoder, possibly none.
     pub fn take_output(&mut self) -> BytesMut {
-        // Gives the memory away too: thousands of idle connections keep none.
+        // Takes the allocation too, so that thousands of idle connections hold none.
         std::mem::take(&mut self.channel.output)
     }
 
-    /// Messages since the last call that became neither an answer nor a tag: unknown, empty, cut
-    /// short, or media outside a publication.
+    /// Returns the number of messages ignored since the last call: unknown, empty or truncated
+    /// ones, and media outside a publication.
     pub fn take_ignored(&mut self) -> u64 {
         std::mem::take(&mut self.ignored)
     }
 
-    /// The key that is being published.
+    /// Returns the key of the accepted publication.
     pub fn live_key(&self) -> Option<&StreamKey> {
         match &self.publishing {
             Publishing::Live { key, .. } => Some(key),
@@ -155,7 +174,7 @@ impl ServerSession {
             let before = input.len();
             let (handshake, rng) = &mut **handshake;
             let done = handshake.receive(input, rng, &mut self.channel.output)?;
-            self.channel.count(before - input.len());
+            self.channel.count_received(before - input.len());
             if !done {
                 return Ok(None);
             }
@@ -201,7 +220,7 @@ impl ServerSession {
         let transaction = command.transaction;
         match command.name.as_str() {
             "connect" => self.connect(transaction, command.object())?,
-            // Encoders wait for an answer to these, whatever it says.
+            // Encoders wait for an answer to these and ignore its content.
             "releaseStream" | "FCPublish" | "_checkbw" => {
                 self.result(transaction, Value::Null, Value::Undefined)?;
             }
@@ -217,7 +236,7 @@ impl ServerSession {
             }
             "FCUnpublish" => {
                 let info = status_info("status", UNPUBLISH_SUCCESS, "unpublished");
-                self.channel.command(0, "onFCUnpublish", 0.0, &[Value::Null, info])?;
+                self.channel.write_command(0, "onFCUnpublish", 0.0, &[Value::Null, info])?;
                 self.result(transaction, Value::Null, Value::Undefined)?;
                 return self.unpublish(None);
             }
@@ -234,9 +253,9 @@ impl ServerSession {
 
     fn connect(&mut self, transaction: f64, object: &Value) -> Result<(), SessionError> {
         self.target = Some(ConnectTarget::new(object));
-        self.channel.control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
+        self.channel.write_control(WINDOW_ACK_SIZE, &WINDOW.to_be_bytes())?;
         let [a, b, c, d] = WINDOW.to_be_bytes();
-        self.channel.control(SET_PEER_BANDWIDTH, &[a, b, c, d, LIMIT_DYNAMIC])?;
+        self.channel.write_control(SET_PEER_BANDWIDTH, &[a, b, c, d, LIMIT_DYNAMIC])?;
         self.channel.set_chunk_size(self.chunk_size)?;
 
         let mut properties = vec![
@@ -245,7 +264,7 @@ impl ServerSession {
             ("mode".to_owned(), 1.0.into()),
         ];
         properties.extend(extended_capabilities(object));
-        // We read commands in either encoding, so the client's choice stands (§7.2.1.1).
+        // Both encodings are supported, so confirm the client's choice (§7.2.1.1).
         let encoding = match object.property("objectEncoding").and_then(Value::as_number) {
             Some(3.0) => 3.0,
             _ => 0.0,
@@ -262,7 +281,7 @@ impl ServerSession {
     fn create_stream(&mut self, transaction: f64) -> Result<(), SessionError> {
         if self.streams.len() >= MAX_STREAMS {
             let info = status_info("error", "NetConnection.Call.Failed", "too many streams");
-            return self.channel.command(0, "_error", transaction, &[Value::Null, info]);
+            return self.channel.write_command(0, "_error", transaction, &[Value::Null, info]);
         }
         let id = self.next_stream;
         self.next_stream = self.next_stream.wrapping_add(1).max(1);
@@ -275,7 +294,7 @@ impl ServerSession {
             self.status(stream_id, "error", PUBLISH_FAILED, "publish came before connect")?;
             return Ok(Some(ServerEvent::Refused(Refusal::NotConnected)));
         };
-        let (key, query) = match target.stream(name) {
+        let (key, query) = match target.resolve(name) {
             Ok(stream) => stream,
             Err(error) => {
                 self.status(stream_id, "error", PUBLISH_BAD_NAME, &error.to_string())?;
@@ -283,18 +302,18 @@ impl ServerSession {
             }
         };
         match self.live_key() {
-            // FMLE asks twice.
+            // FMLE publishes twice.
             Some(live) if *live == key => {
                 let description = format!("{key} is now published");
                 self.status(stream_id, "status", PUBLISH_START, &description)?;
                 Ok(None)
             }
             Some(_) => {
-                let why = "this connection publishes another stream already";
-                self.status(stream_id, "error", PUBLISH_BAD_NAME, why)?;
+                let reason = "this connection publishes another stream already";
+                self.status(stream_id, "error", PUBLISH_BAD_NAME, reason)?;
                 Ok(None)
             }
-            // Each one is announced to every edge: nobody may do that at the speed of a loop.
+            // Every publication is announced to all edges; a client must not loop.
             None if self.publications >= MAX_PUBLICATIONS => {
                 let refusal = Refusal::TooMany;
                 self.status(stream_id, "error", PUBLISH_FAILED, &refusal.to_string())?;
@@ -302,18 +321,18 @@ impl ServerSession {
             }
             None => {
                 self.publications += 1;
-                self.publishing = Publishing::Asked { stream_id, key: key.clone() };
+                self.publishing = Publishing::Requested { stream_id, key: key.clone() };
                 Ok(Some(ServerEvent::Publish(PublishIntent { key, query })))
             }
         }
     }
 
-    /// Ends the publication, if it runs on `on`, or on whichever stream.
-    fn unpublish(&mut self, on: Option<u32>) -> Result<Option<ServerEvent>, SessionError> {
+    /// Ends the publication, if there is one and its message stream is `only` (`None` matches any).
+    fn unpublish(&mut self, only: Option<u32>) -> Result<Option<ServerEvent>, SessionError> {
         match &self.publishing {
-            Publishing::Live { stream_id, .. } if on.is_none_or(|on| on == *stream_id) => {
+            Publishing::Live { stream_id, .. } if only.is_none_or(|only| only == *stream_id) => {
                 let stream_id = *stream_id;
-                self.publishing = Publishing::No;
+                self.publishing = Publishing::Idle;
                 self.status(stream_id, "status", UNPUBLISH_SUCCESS, "unpublished")?;
                 Ok(Some(ServerEvent::Unpublish))
             }
@@ -322,7 +341,7 @@ impl ServerSession {
     }
 
     fn result(&mut self, id: f64, object: Value, info: Value) -> Result<(), SessionError> {
-        self.channel.command(0, "_result", id, &[object, info])
+        self.channel.write_command(0, "_result", id, &[object, info])
     }
 
     fn status(
@@ -333,42 +352,42 @@ impl ServerSession {
         description: &str,
     ) -> Result<(), SessionError> {
         let info = status_info(level, code, description);
-        self.channel.command(stream_id, "onStatus", 0.0, &[Value::Null, info])
+        self.channel.write_command(stream_id, "onStatus", 0.0, &[Value::Null, info])
     }
 }
 
-/// What a session is told once.
+/// Settings of a [`ServerSession`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SessionSettings {
     /// The longest media message, in bytes.
     pub max_message_len: usize,
-    /// The payload of the chunks that we send, in bytes.
+    /// The payload of outgoing chunks, in bytes.
     pub chunk_size: u32,
 }
 
-/// What an encoder did.
+/// An event of a [`ServerSession`].
 #[derive(Debug)]
 pub enum ServerEvent {
-    /// It asks to publish.
+    /// The encoder asks to publish.
     Publish(PublishIntent),
-    /// It sent media. Script data comes without `@setDataFrame`.
+    /// Media of the publication. Script data is without `@setDataFrame`.
     Tag(Tag),
-    /// It ended the publication; it may start another.
+    /// The encoder ended the publication. It may start another.
     Unpublish,
-    /// It was refused what it asked for. The caller sends the output and closes.
+    /// The session refused a request. Send the output, then close the connection.
     Refused(Refusal),
 }
 
-/// A publication that an encoder asks for.
+/// A requested publication.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishIntent {
     /// The stream's name.
     pub key: StreamKey,
-    /// The queries of application, `tcUrl` and stream name, joined with `&`.
+    /// The queries of application, `tcUrl` and stream name, without repetitions, joined with `&`.
     pub query: String,
 }
 
-/// The status with which [`ServerSession::refuse`] answers `publish`.
+/// The status code of [`ServerSession::refuse`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PublishRefusal {
     /// `NetStream.Publish.BadName`: the name is taken.
@@ -379,29 +398,29 @@ pub enum PublishRefusal {
     Failed,
 }
 
-/// Why a session refuses a request by itself.
+/// Why a session refuses a request without asking the server.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// A player.
+    /// A `play` request: the session takes publishers only.
     #[error("{PLAY_REFUSED}")]
     Play,
-    /// Application and stream name are no [`StreamKey`].
+    /// Application and stream name are not a [`StreamKey`], or the query is too long.
     #[error("{0}")]
     Name(String),
-    /// `publish` without `connect`.
+    /// `publish` before `connect`.
     #[error("publish came before connect")]
     NotConnected,
-    /// One publication after another.
+    /// Too many publications on one connection.
     #[error("this connection has published {MAX_PUBLICATIONS} times")]
     TooMany,
 }
 
-/// How far a publication has come. Message streams share it: one connection, one publication.
+/// The state of the connection's publication.
 #[derive(Debug, Default)]
 enum Publishing {
     #[default]
-    No,
-    Asked {
+    Idle,
+    Requested {
         stream_id: u32,
         key: StreamKey,
     },
@@ -411,9 +430,9 @@ enum Publishing {
     },
 }
 
-/// What we can do with the codecs that a client lists (Enhanced RTMP v2, "Enhancing NetConnection
-/// connect Command"): media passes through untouched, so every codec can be forwarded, and none of
-/// the extensions that would need our help is claimed.
+/// The server's capabilities for the codecs that a client lists (Enhanced RTMP v2, "Enhancing
+/// NetConnection connect Command"). Media passes through untouched, so every codec can be
+/// forwarded; extensions that need the server's help are not offered.
 fn extended_capabilities(object: &Value) -> Vec<(String, Value)> {
     let mut ours = Vec::new();
     if let Some(Value::StrictArray(codecs)) = object.property("fourCcList") {
@@ -451,16 +470,17 @@ const PUBLISH_BAD_NAME: &str = "NetStream.Publish.BadName";
 const PUBLISH_FAILED: &str = "NetStream.Publish.Failed";
 const UNPUBLISH_SUCCESS: &str = "NetStream.Unpublish.Success";
 const PLAY_REFUSED: &str = "this node takes publishers only";
-/// The version that encoders with a list of known servers know.
+/// A version that encoders with a list of known servers accept.
 const FMS_VERSION: &str = "FMS/3,0,1,123";
 /// §5.4.5.
 const LIMIT_DYNAMIC: u8 = 2;
 /// `FourCcInfoMask.CanForward`.
 const CAN_FORWARD: f64 = 4.0;
+/// Codecs per list that the server echoes.
 const MAX_CODECS: usize = 64;
-/// Publications one after another on one connection.
+/// Publications per connection, one after another.
 const MAX_PUBLICATIONS: usize = 64;
-/// Message streams open at a time on one connection.
+/// Message streams per connection at a time.
 const MAX_STREAMS: usize = 16;
 const MAX_BYTES_WITHOUT_PUBLICATION: usize = 1 << 20;
 

@@ -1,18 +1,18 @@
-//! What an encoder names, out of the places where encoders put it.
+//! Application, stream name and query, which encoders put in different places.
 
 use downpour_media::{InvalidStreamKey, StreamKey, amf0::Value};
 
-/// The application of a `connect` command, and the query that came with it.
+/// The application and query of a `connect` command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ConnectTarget {
+pub(super) struct ConnectTarget {
     app: String,
     query: String,
 }
 
 impl ConnectTarget {
-    /// Reads a `connect` command's object. The query may stand behind `app` or in `tcUrl`, the
-    /// latter may be quoted or spelled `tcurl`, and either may hold a second `?`.
-    pub fn new(object: &Value) -> Self {
+    /// Parses the command object of `connect`. The query may follow `app` or be part of `tcUrl`;
+    /// the latter may be quoted or spelled `tcurl`; either may contain a second `?`.
+    pub(super) fn new(object: &Value) -> Self {
         let text = |name| object.property(name).and_then(Value::as_str).map(unquote);
         let (app, app_query) = split_query(text("app").unwrap_or_default());
         let (url, url_query) =
@@ -23,11 +23,11 @@ impl ConnectTarget {
         Self { app: app.to_owned(), query }
     }
 
-    /// The key and the whole query of the stream `name`.
+    /// Returns the key and the whole query of the stream `name`.
     ///
     /// # Errors
-    /// If the names are no key, or the query is over [`MAX_QUERY_LEN`].
-    pub fn stream(&self, name: &str) -> Result<(StreamKey, String), InvalidTarget> {
+    /// If application and name are not a valid key, or the query is over [`MAX_QUERY_LEN`].
+    pub(super) fn resolve(&self, name: &str) -> Result<(StreamKey, String), InvalidTarget> {
         let (name, name_query) = split_query(unquote(name));
         let mut query = self.query.clone();
         join(&mut query, name_query);
@@ -38,36 +38,37 @@ impl ConnectTarget {
     }
 }
 
-/// Why there is no stream of that name.
+/// Why a stream name is refused.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum InvalidTarget {
+pub(super) enum InvalidTarget {
+    /// Application and name are not a valid key.
     #[error(transparent)]
     Key(#[from] InvalidStreamKey),
-    /// A cut one could lose a signature, so it is refused.
+    /// A truncated query could lose its signature, so a long one is refused.
     #[error("the query is longer than {MAX_QUERY_LEN} bytes")]
     QueryTooLong,
 }
 
-/// Room for a signed URL or a token; a limit on what a peer makes us keep.
-pub const MAX_QUERY_LEN: usize = 4096;
+/// The longest query in bytes: enough for a signed URL, and a bound on the memory of a connection.
+pub(super) const MAX_QUERY_LEN: usize = 4096;
 
 fn unquote(text: &str) -> &str {
     text.trim_matches(|c: char| c.is_whitespace() || matches!(c, '"' | '\''))
 }
 
-/// Cuts at the first `?`; later ones separate parameters like `&`.
+/// Splits at the first `?`. Later ones separate parameters like `&`.
 fn split_query(text: &str) -> (&str, String) {
     let (path, query) = text.split_once('?').unwrap_or((text, ""));
     (path, query.replace('?', "&").trim_matches(['&', '/']).to_owned())
 }
 
-/// What follows the host in a URL.
+/// Returns the path of a URL, without the leading slash.
 fn path(url: &str) -> &str {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     rest.split_once('/').map_or("", |(_, path)| path)
 }
 
-/// Adds a query to another, unless it is there already: encoders repeat it.
+/// Appends `more` to `query`, unless they are equal: encoders repeat the query.
 fn join(query: &mut String, more: String) {
     if more.is_empty() || *query == more {
         return;
@@ -82,14 +83,14 @@ fn join(query: &mut String, more: String) {
 mod tests {
     use super::*;
 
-    fn stream(app: &str, url: &str, name: &str) -> Result<(String, String), InvalidTarget> {
+    fn resolve(app: &str, url: &str, name: &str) -> Result<(String, String), InvalidTarget> {
         let object = Value::object([("app", app.into()), ("tcUrl", url.into())]);
-        let (key, query) = ConnectTarget::new(&object).stream(name)?;
+        let (key, query) = ConnectTarget::new(&object).resolve(name)?;
         Ok((key.to_string(), query))
     }
 
     #[test]
-    fn the_query_is_found_wherever_it_stands() {
+    fn the_query_is_found_in_every_place() {
         for (app, url, name) in [
             ("live", "rtmp://h/live", "x?k=1"),
             ("live?k=1", "rtmp://h/live", "x"),
@@ -100,22 +101,30 @@ mod tests {
             ("", "\"rtmp://h:1935/live?k=1\"", "x"),
             (" live?k=1 ", "", "'x'"),
         ] {
-            let found = stream(app, url, name).unwrap();
+            let found = resolve(app, url, name).unwrap();
             assert_eq!(found, ("live/x".into(), "k=1".into()), "{app} {url} {name}");
         }
-        assert_eq!(stream("live", "rtmp://h/live?a=1?b=2", "x?c=3").unwrap().1, "a=1&b=2&c=3");
-        let object = Value::object([("tcurl", "rtmp://h/a/b".into())]);
-        assert_eq!(ConnectTarget::new(&object).stream("c").unwrap().0.to_string(), "a/b/c");
     }
 
     #[test]
-    fn what_names_no_stream_is_refused() {
-        assert!(stream("live", "", "").is_err());
-        assert!(stream("live", "", "?k=1").is_err());
-        assert!(stream("", "rtmp://h", "x").is_err());
-        assert!(stream("", "", "x").is_err());
-        assert!(stream("live", "", "../x").is_err());
-        assert!(stream("live", "", &format!("x?{}", "k".repeat(MAX_QUERY_LEN + 1))).is_err());
-        assert!(ConnectTarget::new(&Value::Null).stream("x").is_err());
+    fn different_queries_are_joined() {
+        assert_eq!(resolve("live", "rtmp://h/live?a=1?b=2", "x?c=3").unwrap().1, "a=1&b=2&c=3");
+    }
+
+    #[test]
+    fn the_application_is_taken_from_the_url_if_missing() {
+        let object = Value::object([("tcurl", "rtmp://h/a/b".into())]);
+        assert_eq!(ConnectTarget::new(&object).resolve("c").unwrap().0.to_string(), "a/b/c");
+    }
+
+    #[test]
+    fn a_target_without_a_valid_key_is_refused() {
+        assert!(resolve("live", "", "").is_err());
+        assert!(resolve("live", "", "?k=1").is_err());
+        assert!(resolve("", "rtmp://h", "x").is_err());
+        assert!(resolve("", "", "x").is_err());
+        assert!(resolve("live", "", "../x").is_err());
+        assert!(resolve("live", "", &format!("x?{}", "k".repeat(MAX_QUERY_LEN + 1))).is_err());
+        assert!(ConnectTarget::new(&Value::Null).resolve("x").is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! What edges reported, for Prometheus.
+//! Prometheus collector for the reports of edges.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,11 @@ use super::Edges;
 use crate::report_metrics::ReportSeries;
 use downpour_repair::control::{DelayReport, StreamReport};
 
-/// Makes the series of each edge and stream when it is scraped, so that they go with the edge.
+/// Collector that creates the series of each edge and stream per scrape, so that they disappear with
+/// the edge.
 ///
-/// They are about 12,000 at most: [`MAX_REPORTS`] edges' streams have their own, and the others are
-/// summed under an empty `edge` and `stream`. Edges of the same name are summed too.
+/// There are about 12,000 series at most: [`MAX_REPORTS`] pairs of edge and stream have their own, and
+/// the rest is summed under an empty `edge` and `stream`. Edges of the same name are summed too.
 pub struct ReportCollector {
     edges: Edges,
     reports: ReportSeries,
@@ -24,22 +25,25 @@ pub struct ReportCollector {
 }
 
 impl ReportCollector {
-    /// Tells what these edges report.
+    /// A collector for `edges`.
     ///
     /// # Errors
-    /// None in practice: the names are valid.
+    /// None in practice: the metric names are valid.
     pub fn new(edges: Edges) -> prometheus::Result<Self> {
         Ok(Self {
             edges,
-            // Named as the edges name their own.
+            // The same names as on the edges themselves.
             reports: ReportSeries::new("downpour_edge_stream", &["edge", "stream"])?,
             round_trip: GaugeVec::new(
-                Opts::new("downpour_edge_round_trip_seconds", "Round trip to an edge, as it told"),
+                Opts::new(
+                    "downpour_edge_round_trip_seconds",
+                    "Round-trip time that the edge reported",
+                ),
                 &["edge"],
             )?,
             summed: IntGauge::new(
                 "downpour_edge_reports_summed",
-                "Reports that share the series without names because there are too many",
+                "Reports summed in the series with empty labels because there are too many",
             )?,
         })
     }
@@ -90,7 +94,7 @@ impl Collector for ReportCollector {
     }
 }
 
-/// Adds counts that an edge told, which may be anything.
+/// Adds the counts of a report. They come from an edge and may have any value.
 fn add(sum: &mut StreamReport, report: &StreamReport) {
     for (sum, (_, more)) in sum.counters_mut().into_iter().zip(report.counters()) {
         *sum = sum.saturating_add(more);
@@ -117,7 +121,7 @@ fn add_delays(sum: &mut DelayReport, more: &DelayReport) {
     sum.sum_us = sum.sum_us.saturating_add(more.sum_us);
 }
 
-/// Edges' streams that have series of their own, of which there are up to 54 each.
+/// Pairs of edge and stream with separate series, up to 54 series each.
 pub const MAX_REPORTS: usize = 217;
 
 #[cfg(test)]
@@ -147,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn many_edges_make_no_more_series_than_a_scrape_can_take() {
+    fn the_number_of_series_is_bounded() {
         let edges = Edges::default();
         let registry = Registry::new();
         registry.register(Box::new(ReportCollector::new(edges.clone()).unwrap())).unwrap();

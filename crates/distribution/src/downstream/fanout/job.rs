@@ -1,4 +1,4 @@
-//! What a fan-out worker is given to send, and to whom.
+//! Tasks of a fan-out worker: packet trains, and the worker's share of their targets.
 
 use std::{any::Any, sync::Arc, time::Duration};
 
@@ -8,7 +8,7 @@ use crate::downstream::routes::Target;
 use downpour_repair::rtp::{Burst, Ssrc};
 use downpour_sys::buffer::{Buffer, BufferMut};
 
-/// Packets of one length, one behind the other; the last one may be shorter.
+/// Packet train: packets of equal length, back to back in one buffer. The last one may be shorter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Train {
     bytes: Buffer,
@@ -16,12 +16,12 @@ pub struct Train {
 }
 
 impl Train {
-    /// Puts packets together, in their order, into as few trains as their lengths allow.
+    /// Joins packets, in order, into as few trains as their lengths allow. Empty packets are left out.
     pub fn collect(packets: impl IntoIterator<Item = Bytes>) -> Vec<Self> {
         let mut trains: Vec<(BufferMut, usize)> = Vec::new();
         for packet in packets.into_iter().filter(|packet| !packet.is_empty()) {
             match trains.last_mut() {
-                // Behind a shorter one, none can follow.
+                // A shorter packet ends its train.
                 Some((bytes, stride))
                     if packet.len() <= *stride && bytes.len().is_multiple_of(*stride) =>
                 {
@@ -33,22 +33,22 @@ impl Train {
         trains.into_iter().map(|(bytes, stride)| Self { bytes: bytes.freeze(), stride }).collect()
     }
 
-    /// How many they are.
+    /// The number of packets.
     pub fn packets(&self) -> usize {
         self.bytes.len().div_ceil(self.stride)
     }
 
-    /// All packets, laid end to end.
+    /// All packets, back to back.
     pub fn bytes(&self) -> &Buffer {
         &self.bytes
     }
 
-    /// Bytes from one packet's start to the next one's, at least 1.
+    /// Length of each packet but the last one in bytes, at least 1.
     pub fn stride(&self) -> usize {
         self.stride
     }
 
-    /// At most `count` packets from the one at `first` on, sharing the train's memory.
+    /// Up to `count` packets, starting with the one at index `first`. Shares the train's memory.
     pub(super) fn slice(&self, first: usize, count: usize) -> Buffer {
         let end = self.bytes.len();
         let [first, last] = [first, first + count].map(|packet| (packet * self.stride).min(end));
@@ -63,44 +63,44 @@ impl From<&Burst> for Train {
 }
 
 impl From<Bytes> for Train {
-    /// One packet.
+    /// A train of one packet.
     fn from(packet: Bytes) -> Self {
         Self { stride: packet.len().max(1), bytes: BufferMut::from(&packet[..]).freeze() }
     }
 }
 
-/// How a train is to leave where the fan-out paces.
+/// How a paced fan-out spreads a train over time.
 #[derive(Clone)]
 pub struct Pace {
-    /// Bytes a second of its stream.
+    /// Rate of the stream in bytes per second.
     pub rate: u64,
-    /// From one video frame of its stream to the next.
+    /// Time between two video frames of the stream.
     pub interval: Duration,
-    /// Dropped when its last packet has left for the last target.
+    /// Dropped once the last packet has been sent to the last target.
     pub held: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// A worker's task.
 pub(super) enum Task {
     Send(Job),
-    /// Nothing follows in this lane: what waits there is to leave at once.
+    /// The flow has ended: send its waiting packets at once.
     Finish(Ssrc),
     #[cfg(test)]
     Panic,
 }
 
 impl Task {
-    /// What it takes of a queue's bounds.
-    pub(super) fn weight(&self) -> QueueCost {
+    /// The task's cost in its queue.
+    pub(super) fn cost(&self) -> QueueCost {
         match self {
-            Self::Send(job) => job.weight(),
-            Self::Finish(lane) => QueueCost { lane: *lane, bytes: 0 },
+            Self::Send(job) => job.cost(),
+            Self::Finish(flow) => QueueCost { flow: *flow, bytes: 0 },
             #[cfg(test)]
-            Self::Panic => QueueCost { lane: Ssrc(0), bytes: 0 },
+            Self::Panic => QueueCost { flow: Ssrc(0), bytes: 0 },
         }
     }
 
-    /// Bytes that are to be sent for it, to all of its targets.
+    /// Bytes to send, to all targets together.
     pub(super) fn bytes_to_send(&self) -> usize {
         match self {
             Self::Send(job) => job.train.bytes.len().saturating_mul(job.share.len()),
@@ -108,7 +108,7 @@ impl Task {
         }
     }
 
-    /// Packets that are to be sent for it, times targets.
+    /// Packets to send, to all targets together.
     pub(super) fn packets_to_send(&self) -> u64 {
         match self {
             Self::Send(job) => (job.train.packets() * job.share.len()) as u64,
@@ -117,53 +117,53 @@ impl Task {
     }
 }
 
-/// One task's part of what is in a queue: its lane's.
+/// Cost of a task in its queue: one task and its bytes, charged to a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct QueueCost {
-    pub(super) lane: Ssrc,
-    /// That it holds.
+    pub(super) flow: Ssrc,
+    /// Bytes that the task holds in memory.
     pub(super) bytes: usize,
 }
 
-/// A train for a worker's share of its targets.
+/// A train and one worker's share of its targets.
 pub(super) struct Job {
-    /// Its stream: what is in one lane keeps its order.
-    pub(super) lane: Ssrc,
+    /// The stream. Jobs of one flow are sent in order.
+    pub(super) flow: Ssrc,
     pub(super) train: Train,
     pub(super) share: TargetShare,
-    /// `None` leaves at once.
+    /// `None` sends the train at once.
     pub(super) pace: Option<Pace>,
 }
 
 impl Job {
-    pub(super) fn weight(&self) -> QueueCost {
-        QueueCost { lane: self.lane, bytes: self.train.bytes.len() }
+    pub(super) fn cost(&self) -> QueueCost {
+        QueueCost { flow: self.flow, bytes: self.train.bytes.len() }
     }
 }
 
-/// How many workers there are.
+/// The number of workers, and how target lists are divided among them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Workers {
     pub(super) count: usize,
-    /// Those with which lists begin. Where these are half of them, short lists are left to that half,
-    /// each of which has more to do at a time, and so fewer wakes and calls for all of it; long lists
-    /// are for all.
-    pub(super) begin: usize,
+    /// The first chunk of each list goes to one of the first `first_choice` workers. With half of
+    /// `count`, short lists stay on half of the workers: larger rounds, so fewer wake-ups and system
+    /// calls. Long lists still use all workers.
+    pub(super) first_choice: usize,
 }
 
 impl From<usize> for Workers {
-    /// Lists begin with all of them in turn.
+    /// Lists start at any of the workers.
     fn from(count: usize) -> Self {
-        Self { count, begin: count }
+        Self { count, first_choice: count }
     }
 }
 
-/// Those of a list of targets that are one worker's.
+/// One worker's share of a list of targets.
 ///
-/// The list is cut into chunks, which go to the workers in turn, from one on that the lane decides:
-/// a long list is shared by all workers, many short ones are spread over them, and each target of a
-/// stream has its worker and so its order as long as it keeps its place in the list, which the
-/// routes see to.
+/// The list is cut into chunks, which go to the workers round-robin; the flow decides which worker gets
+/// the first one. So a long list is shared by all workers, and many short lists are spread over them.
+/// A target that keeps its index in the list keeps its worker, and with it the order of its packets;
+/// [`Routes`](crate::downstream::routes::Routes) keeps the indices stable.
 #[derive(Debug, Clone)]
 pub(super) struct TargetShare {
     targets: Arc<[Target]>,
@@ -172,21 +172,21 @@ pub(super) struct TargetShare {
 }
 
 impl TargetShare {
-    /// The share of one of `workers`; `None` if it has none.
+    /// The share of worker number `worker`, or `None` if it is empty.
     pub(super) fn of(
         targets: &Arc<[Target]>,
-        lane: Ssrc,
+        flow: Ssrc,
         worker: usize,
         workers: impl Into<Workers>,
     ) -> Option<Self> {
-        let Workers { count: workers, begin } = workers.into();
-        let begins_at = lane.0 as usize % begin.max(1);
-        let first = (worker + workers - begins_at) % workers;
+        let Workers { count: workers, first_choice } = workers.into();
+        let starts_at = flow.0 as usize % first_choice.max(1);
+        let first = (worker + workers - starts_at) % workers;
         let any = first * CHUNK < targets.len();
         any.then(|| Self { targets: targets.clone(), first, workers })
     }
 
-    /// Targets in it.
+    /// The number of targets.
     pub(super) fn len(&self) -> usize {
         let chunks = self.targets.len() / CHUNK;
         let whole = chunks.saturating_sub(self.first).div_ceil(self.workers);
@@ -194,20 +194,20 @@ impl TargetShare {
         whole * CHUNK + usize::from(has_last) * (self.targets.len() % CHUNK)
     }
 
-    /// Its chunks.
+    /// The chunks of the list that belong to the share.
     pub(super) fn chunks(&self) -> impl Iterator<Item = &[Target]> {
         self.targets.chunks(CHUNK).skip(self.first).step_by(self.workers)
     }
 
-    /// Its target at `index`.
+    /// The target at `index` within the share.
     pub(super) fn get(&self, index: usize) -> Option<Target> {
         let chunk = self.first + index / CHUNK * self.workers;
         self.targets.get(chunk * CHUNK + index % CHUNK).copied()
     }
 }
 
-/// Enough that a chunk's calls cost more than handing it over, and few enough that a thousand
-/// targets are work for 16 workers.
+/// Targets per chunk: enough that sending to them costs more than queueing the job, few enough that a
+/// thousand targets keep 16 workers busy.
 const CHUNK: usize = 64;
 
 #[cfg(test)]
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_is_some_packets_and_the_last_may_be_shorter() {
+    fn a_slice_ends_with_the_train() {
         let train = Train { bytes: BufferMut::from(&b"aabbccd"[..]).freeze(), stride: 2 };
         assert_eq!(train.packets(), 4);
         assert_eq!(&train.slice(1, 2)[..], b"bbcc");
@@ -231,10 +231,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_target_is_in_one_share(count in 0..600_usize, lane: u32, workers in 1..17_usize) {
+        fn each_target_is_in_one_share(count in 0..600_usize, flow: u32, workers in 1..17_usize) {
             let targets = targets(count);
-            let shares: Vec<_> =
-                (0..workers).filter_map(|w| TargetShare::of(&targets, Ssrc(lane), w, workers)).collect();
+            let share = |worker| TargetShare::of(&targets, Ssrc(flow), worker, workers);
+            let shares: Vec<_> = (0..workers).filter_map(share).collect();
             let mut all = Vec::new();
             for share in &shares {
                 let own: Vec<_> = share.chunks().flatten().copied().collect();
@@ -248,7 +248,7 @@ mod tests {
             }
             all.sort_by_key(|target| target.addr);
             prop_assert_eq!(&all[..], &targets[..]);
-            // A long list is work for all of them.
+            // A long list is divided among all workers.
             prop_assert_eq!(shares.len(), workers.min(count.div_ceil(CHUNK)));
         }
     }

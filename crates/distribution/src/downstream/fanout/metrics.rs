@@ -1,4 +1,4 @@
-//! What the fan-out counts.
+//! Metrics of the fan-out, and the classes of send errors.
 
 use std::io;
 
@@ -7,38 +7,38 @@ use prometheus::{
     register_int_counter_with_registry, register_int_gauge_with_registry,
 };
 
-/// Counters of the fan-out.
+/// Metrics of the fan-out. Clones share the counters.
 #[derive(Clone)]
 pub struct FanoutMetrics {
     pub(super) datagrams: IntCounter,
     pub(super) bytes: IntCounter,
     pub(super) calls: IntCounter,
     pub(super) skipped: IntCounter,
-    errors: [IntCounter; Refusal::ALL.len()],
-    pub(super) refused_offload: IntCounter,
-    pub(super) offload: IntGauge,
+    errors: [IntCounter; SendErrorKind::ALL.len()],
+    pub(super) gso_refused: IntCounter,
+    pub(super) gso_sockets: IntGauge,
 }
 
 impl FanoutMetrics {
-    /// Makes the handles and registers them.
+    /// Creates the metrics and registers them.
     ///
     /// # Errors
-    /// If their names are taken.
+    /// If `registry` already has metrics of these names.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter =
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
         let errors = register_int_counter_vec_with_registry!(
             Opts::new(
                 "downpour_fanout_errors_total",
-                "Packets that the kernel did not take for an address, by error"
+                "Packets that the kernel refused to send to an address, by error"
             ),
             &["error"],
             registry
         )?;
-        let errors = Refusal::ALL.map(|refusal| errors.with_label_values(&[refusal.label()]));
-        let offload = register_int_gauge_with_registry!(
+        let errors = SendErrorKind::ALL.map(|kind| errors.with_label_values(&[kind.label()]));
+        let gso_sockets = register_int_gauge_with_registry!(
             "downpour_fanout_gso",
-            "Sockets, up to two of each worker, that send with UDP segmentation offload",
+            "Sockets, up to two per worker, that send with UDP segmentation offload",
             registry
         )?;
         Ok(Self {
@@ -46,45 +46,48 @@ impl FanoutMetrics {
                 "downpour_fanout_datagrams_total",
                 "Datagrams of RTP and parity sent",
             )?,
-            bytes: counter("downpour_fanout_bytes_total", "Bytes of those datagrams")?,
-            calls: counter("downpour_fanout_calls_total", "System calls that sent them")?,
+            bytes: counter(
+                "downpour_fanout_bytes_total",
+                "Bytes of RTP and parity sent, without UDP headers",
+            )?,
+            calls: counter("downpour_fanout_calls_total", "System calls that sent RTP and parity")?,
             skipped: counter(
                 "downpour_fanout_skipped_packets_total",
-                "Packets times addresses that were not sent because a worker of the fan-out was behind; edges ask for those that are not parity",
+                "Packets, counted once per address, that were not sent because a fan-out worker was behind; edges request them again unless they are parity",
             )?,
             errors,
-            refused_offload: counter(
+            gso_refused: counter(
                 "downpour_fanout_gso_refused_total",
-                "Messages whose segmentation the kernel refused, and that were sent packet by packet",
+                "Messages that the kernel refused to segment, and that were sent packet by packet",
             )?,
-            offload,
+            gso_sockets,
         })
     }
 
-    /// Datagrams that the kernel took so far.
+    /// Datagrams that the kernel accepted.
     pub fn datagrams(&self) -> u64 {
         self.datagrams.get()
     }
 
-    /// System calls that sent them.
+    /// System calls that sent datagrams.
     pub fn calls(&self) -> u64 {
         self.calls.get()
     }
 
-    /// Packets, times addresses, that a worker did not send because it was behind.
+    /// Packets, counted once per address, that were dropped because a worker was behind.
     pub fn skipped(&self) -> u64 {
         self.skipped.get()
     }
 
-    /// Packets that the kernel did not take because of `refusal`.
-    pub(super) fn errors(&self, refusal: Refusal) -> &IntCounter {
-        &self.errors[refusal as usize]
+    /// The counter of packets that the kernel refused because of `kind`.
+    pub(super) fn errors(&self, kind: SendErrorKind) -> &IntCounter {
+        &self.errors[kind as usize]
     }
 }
 
-/// Why the kernel did not take a packet.
+/// Class of an error that the kernel returned for a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Refusal {
+pub(super) enum SendErrorKind {
     Unreachable,
     Refused,
     NotPermitted,
@@ -94,7 +97,7 @@ pub(super) enum Refusal {
     Other,
 }
 
-impl Refusal {
+impl SendErrorKind {
     const ALL: [Self; 7] = [
         Self::Unreachable,
         Self::Refused,
@@ -105,7 +108,7 @@ impl Refusal {
         Self::Other,
     ];
 
-    /// Whether it is the way out that is full, and not the fault of one target.
+    /// `true` if a queue of this machine is full: no fault of the target.
     pub(super) fn is_congestion(self) -> bool {
         matches!(self, Self::NoBuffers | Self::WouldBlock)
     }
@@ -123,7 +126,7 @@ impl Refusal {
     }
 }
 
-impl From<&io::Error> for Refusal {
+impl From<&io::Error> for SendErrorKind {
     fn from(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Self::Unreachable,
@@ -142,18 +145,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_refusal_has_its_counter() {
+    fn each_error_kind_has_its_counter() {
         let registry = Registry::new();
         let metrics = FanoutMetrics::register(&registry).unwrap();
-        for (times, refusal) in Refusal::ALL.into_iter().enumerate() {
-            metrics.errors(refusal).inc_by(times as u64 + 1);
+        for (times, kind) in SendErrorKind::ALL.into_iter().enumerate() {
+            metrics.errors(kind).inc_by(times as u64 + 1);
         }
         let families = registry.gather();
         let errors = families.iter().find(|f| f.name().ends_with("errors_total")).unwrap();
-        assert_eq!(errors.get_metric().len(), Refusal::ALL.len());
+        assert_eq!(errors.get_metric().len(), SendErrorKind::ALL.len());
         for metric in errors.get_metric() {
             let label = metric.get_label()[0].value();
-            let at = Refusal::ALL.iter().position(|refusal| refusal.label() == label).unwrap();
+            let at = SendErrorKind::ALL.iter().position(|kind| kind.label() == label).unwrap();
             assert_eq!(metric.get_counter().get_value(), at as f64 + 1.0, "{label}");
         }
     }

@@ -1,4 +1,4 @@
-//! What comes to the port that RTP leaves from.
+//! Threads that read the RTP port and answer the probes that arrive there.
 
 use std::{
     io,
@@ -10,15 +10,16 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{FanoutMetrics, metrics::Refusal};
+use super::{FanoutMetrics, metrics::SendErrorKind};
 
-/// Takes what comes to the RTP port: from where, and the bytes of one or more datagrams of that
-/// sender, one behind the other. What it gives is sent back there, each as one datagram.
+/// Callback for datagrams that arrive at the RTP port. Its arguments are the sender's address and the
+/// bytes of one or more datagrams of that sender, back to back (UDP GRO). Each returned buffer is sent
+/// back to the sender as one datagram.
 pub type OnDatagrams = Arc<dyn Fn(SocketAddr, &[u8]) -> Vec<Bytes> + Send + Sync>;
 
-/// Reads, on a thread of its own, until nobody holds what `alive` watches.
+/// Starts a thread that reads `socket` until the last owner of `alive` is gone.
 ///
-/// The socket is the reader's, or all workers' where there is only one. It stays a blocking one.
+/// The socket stays in blocking mode. Workers send from it too if they have no sockets of their own.
 pub(super) fn spawn<T: Send + Sync + 'static>(
     socket: Arc<UdpSocket>,
     on_datagrams: &OnDatagrams,
@@ -26,8 +27,8 @@ pub(super) fn spawn<T: Send + Sync + 'static>(
     alive: Weak<T>,
 ) -> io::Result<()> {
     socket.set_nonblocking(false)?;
-    socket.set_read_timeout(Some(LISTEN_TIMEOUT))?;
-    socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+    socket.set_read_timeout(Some(READ_TIMEOUT))?;
+    socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
     let (on_datagrams, metrics) = (on_datagrams.clone(), metrics.clone());
     let thread = thread::Builder::new().name("rtp-port".into());
     thread.spawn(move || listen(&socket, &on_datagrams, &metrics, &alive)).map(drop)
@@ -39,29 +40,29 @@ fn listen<T>(
     metrics: &FanoutMetrics,
     alive: &Weak<T>,
 ) {
-    // The longest datagram; the kernel may put several together up to that length (UDP GRO).
+    // The kernel joins datagrams of one sender up to the largest UDP payload (UDP GRO).
     let mut buffer = vec![0; usize::from(u16::MAX)];
     while alive.strong_count() > 0 {
         match socket.recv_from(&mut buffer) {
             Ok((len, from)) => {
                 for answer in on_datagrams(from, &buffer[..len]) {
                     if let Err(error) = socket.send_to(&answer, from) {
-                        metrics.errors(Refusal::from(&error)).inc();
+                        metrics.errors(SendErrorKind::from(&error)).inc();
                     }
                 }
             }
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN)) => {}
             Err(error) => {
-                tracing::debug!(%error, "reading the RTP port");
-                thread::sleep(LISTEN_PAUSE);
+                tracing::debug!(%error, "RTP port read failed");
+                thread::sleep(ERROR_PAUSE);
             }
         }
     }
 }
 
-/// How long the last handle may be gone before a thread that waits for datagrams sees it.
-const LISTEN_TIMEOUT: Duration = Duration::from_millis(500);
-/// Who sends probes asks again.
-const ANSWER_TIMEOUT: Duration = Duration::from_millis(20);
-/// An error that stays must not turn into a busy loop.
-const LISTEN_PAUSE: Duration = Duration::from_millis(10);
+/// Interval at which a reader without datagrams checks whether the fan-out still exists.
+const READ_TIMEOUT: Duration = Duration::from_millis(500);
+/// An answer that cannot be sent by then is lost; the edge repeats its probe.
+const WRITE_TIMEOUT: Duration = Duration::from_millis(20);
+/// Wait after an error, so that a lasting error does not become a busy loop.
+const ERROR_PAUSE: Duration = Duration::from_millis(10);

@@ -6,8 +6,8 @@ use std::{
 use prometheus::Registry;
 
 use super::{
-    metrics::Refusal,
-    sockets::{SendSocket, Sockets},
+    metrics::SendErrorKind,
+    sockets::{WorkerSocket, WorkerSockets},
     *,
 };
 use downpour_media::flv::{Tag, TagKind};
@@ -34,13 +34,13 @@ fn spawn(settings: &Settings, metrics: FanoutMetrics) -> Fanout {
 fn wait_until(condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(5);
     while !condition() {
-        assert!(Instant::now() < deadline, "it did not come true");
+        assert!(Instant::now() < deadline, "the condition did not become true");
         thread::yield_now();
     }
 }
 
 #[test]
-fn every_target_gets_every_packet_as_it_stands_in_the_burst() {
+fn every_target_gets_every_packet_of_the_burst() {
     let (a, a_addr) = receiver();
     let (b, b_addr) = receiver();
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
@@ -60,19 +60,19 @@ fn every_target_gets_every_packet_as_it_stands_in_the_burst() {
             assert_eq!(buffer[..len], burst.packet(i).unwrap());
         }
     }
-    // It counts once the kernel has returned, which may be after the packets have come.
+    // The counters are updated after the system call, maybe later than the packets arrive.
     wait_until(|| metrics.datagrams.get() == 2 * (1 + burst.count() as u64));
     assert_eq!(metrics.bytes.get(), 2 * (8 + burst.bytes().len() as u64));
-    if metrics.offload.get() > 0 {
+    if metrics.gso_sockets.get() > 0 {
         assert!(metrics.calls.get() <= 2 * 3, "{} calls", metrics.calls.get());
     }
 }
 
 #[test]
-fn an_unreachable_target_is_counted_and_the_others_are_served() {
+fn an_unreachable_target_is_counted_and_others_are_served() {
     let (socket, addr) = receiver();
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-    // Class E: no route leads there.
+    // Limited broadcast: the kernel refuses it.
     let nowhere = "255.255.255.255:9".parse().unwrap();
     let fanout = fanout(metrics.clone());
     fanout.routes().set_fixed([nowhere, addr]);
@@ -80,11 +80,11 @@ fn an_unreachable_target_is_counted_and_the_others_are_served() {
     let burst = Packetizer::new(Ssrc(9), 1120).packetize(&tag);
     fanout.send(Ssrc(9), &burst, &fanout.routes().fixed(), None);
     assert_eq!(socket.recv_from(&mut [0; 2000]).unwrap().0, 26);
-    wait_until(|| metrics.errors(Refusal::NotPermitted).get() == 1);
+    wait_until(|| metrics.errors(SendErrorKind::NotPermitted).get() == 1);
 }
 
 #[test]
-fn what_comes_to_the_rtp_port_is_answered_while_bursts_go_out() {
+fn datagrams_to_the_rtp_port_are_answered_while_bursts_are_sent() {
     let (socket, addr) = receiver();
     let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
     fanout.routes().set_fixed([addr]);
@@ -92,7 +92,7 @@ fn what_comes_to_the_rtp_port_is_answered_while_bursts_go_out() {
     let mut buffer = [0; 2000];
     let mut packetizer = Packetizer::new(Ssrc(9), 1120);
     for i in 0..100 {
-        // RTP begins with 0x80.
+        // The first byte is not that of RTP (0x80).
         socket.send_to(&[i; 20], to).unwrap();
         let tag = Tag::new(TagKind::Audio, 5, &[1, 2, 3]).unwrap();
         let burst = packetizer.packetize(&tag);
@@ -103,7 +103,7 @@ fn what_comes_to_the_rtp_port_is_answered_while_bursts_go_out() {
 }
 
 #[test]
-fn a_packet_goes_to_a_group_that_is_listed_and_nowhere_else() {
+fn a_packet_is_sent_only_to_a_listed_multicast_group() {
     let (socket, addr) = receiver();
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
     let fanout = fanout(metrics.clone());
@@ -111,10 +111,10 @@ fn a_packet_goes_to_a_group_that_is_listed_and_nowhere_else() {
     let packet = Bytes::from_static(b"packet");
     assert!(!fanout.send_to(group, packet.clone()));
     fanout.routes().set_fixed([addr, group]);
-    assert!(!fanout.send_to(addr, packet.clone()), "one edge has its repair by QUIC");
+    assert!(!fanout.send_to(addr, packet.clone()), "a unicast edge is repaired over QUIC");
     assert!(fanout.send_to(group, packet));
     wait_until(|| {
-        let failed = metrics.errors(Refusal::Unreachable).get();
+        let failed = metrics.errors(SendErrorKind::Unreachable).get();
         metrics.datagrams.get() + failed == 1
     });
     socket.set_nonblocking(true).unwrap();
@@ -122,14 +122,14 @@ fn a_packet_goes_to_a_group_that_is_listed_and_nowhere_else() {
 }
 
 #[test]
-fn packets_of_one_length_make_a_train() {
+fn packets_of_equal_length_form_a_train() {
     let packets = [5, 5, 5, 4, 5, 0, 5, 6].map(|len| Bytes::from(vec![len as u8; len]));
     let trains = Train::collect(packets.clone());
     let shapes: Vec<_> = trains.iter().map(|t| (t.packets(), t.stride())).collect();
     assert_eq!(shapes, [(4, 5), (2, 5), (1, 6)]);
     let bytes: Vec<u8> = trains.iter().flat_map(|train| train.bytes().to_vec()).collect();
     assert_eq!(bytes, packets.concat());
-    // They leave as the packets that they were.
+    // They are sent as separate packets again.
     let (socket, addr) = receiver();
     let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
     for train in trains {
@@ -143,9 +143,9 @@ fn packets_of_one_length_make_a_train() {
 }
 
 #[test]
-fn its_threads_end_with_the_last_handle() {
+fn threads_end_with_the_last_handle() {
     let routes = Routes::new(&Registry::new()).unwrap();
-    // Held by the thread that reads the port.
+    // Owned by the thread that reads the port.
     let reader = Arc::new(());
     let held = reader.clone();
     let ignore: OnDatagrams = Arc::new(move |_, _| {
@@ -156,7 +156,7 @@ fn its_threads_end_with_the_last_handle() {
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
     let fanout = Fanout::spawn(&settings, routes, &ignore, metrics).unwrap();
     drop(ignore);
-    // And each by its worker.
+    // Each queue is owned by its worker.
     let queues: Vec<_> = fanout.shared.queues.iter().map(Arc::downgrade).collect();
     let last = fanout.clone();
     drop(fanout);
@@ -169,7 +169,7 @@ fn its_threads_end_with_the_last_handle() {
 }
 
 #[tokio::test]
-async fn a_worker_that_fails_is_told_of_and_holds_nothing() {
+async fn a_failed_worker_is_reported_and_drops_its_tasks() {
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
     let pacing = Pacing::Factor(PaceFactor::new(2.0).unwrap());
     let settings = Settings { port: 0, workers: 1, pacing, ..Settings::default() };
@@ -180,24 +180,24 @@ async fn a_worker_that_fails_is_told_of_and_holds_nothing() {
     let held: Arc<dyn std::any::Any + Send + Sync> = Arc::new(());
     let pace = Pace { rate: 1, interval: Duration::from_secs(60), held: Some(held.clone()) };
     let packet = || Bytes::from(vec![7; 100]);
-    // It waits for its turn, behind one that takes a minute.
+    // The second train waits behind the first one, which takes a minute.
     for _ in 0..2 {
         let trains = Train::collect(vec![packet(); 16]);
         fanout.send(Ssrc(9), trains[0].clone(), &Arc::from([addr.into()]), Some(&pace));
     }
-    assert!(!fanout.drain(soon).await, "it paces");
+    assert!(!fanout.drain(soon).await, "the trains are paced");
     assert!(fanout.shared.queues[0].push(Task::Panic));
     tokio::time::timeout(Duration::from_secs(20), fanout.failed()).await.unwrap();
     drop(pace);
     assert_eq!(Arc::strong_count(&held), 1);
-    assert!(fanout.drain(soon).await, "nobody will send it");
+    assert!(fanout.drain(soon).await, "the failed worker holds nothing");
     let before = metrics.skipped();
     fanout.send(Ssrc(9), packet(), &Arc::from([addr.into(); 3]), None);
     assert_eq!(metrics.skipped(), before + 3);
 }
 
 #[tokio::test]
-async fn drained_is_what_has_left() {
+async fn drain_waits_for_paced_packets() {
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
     let pacing = Pacing::Factor(PaceFactor::new(2.0).unwrap());
     let fanout = spawn(&Settings { port: 0, pacing, ..Settings::default() }, metrics.clone());
@@ -210,36 +210,42 @@ async fn drained_is_what_has_left() {
 }
 
 #[test]
-fn what_one_family_cannot_cut_is_cut_for_the_other() {
+fn gso_of_one_family_is_independent_of_the_other() {
     for (v4, v6, calls) in [(64, 1, 2), (1, 64, 2)] {
         let socket = |addr: &str, segments| {
             let socket = Arc::new(UdpSocket::bind(addr).unwrap());
-            SendSocket { socket, segments, is_own: true, progress: Arc::default() }
+            WorkerSocket {
+                socket,
+                max_segments: segments,
+                is_exclusive: true,
+                progress: Arc::default(),
+            }
         };
-        let sockets = Sockets { v4: socket("127.0.0.1:0", v4), v6: Some(socket("[::1]:0", v6)) };
+        let sockets =
+            WorkerSockets { v4: socket("127.0.0.1:0", v4), v6: Some(socket("[::1]:0", v6)) };
         let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
         let queue = Arc::new(Queue::new(Amount { tasks: 9, bytes: 1 << 20 }));
         let targets: Arc<[Target]> =
             ["127.0.0.1", "::1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), 9).into()).into();
         let train = Train::collect(vec![Bytes::from(vec![7; 100]); 30]).remove(0);
         let share = TargetShare::of(&targets, Ssrc(1), 0, 1).unwrap();
-        queue.push(Task::Send(Job { lane: Ssrc(1), train, share, pace: None }));
+        queue.push(Task::Send(Job { flow: Ssrc(1), train, share, pace: None }));
         queue.close();
         Worker::new(queue, sockets, Pacing::Off, &metrics).run();
         assert_eq!(metrics.datagrams(), 60);
-        // One for the 30 packets of the one, and one for the one message of the other.
+        // One call for 30 single packets, and one for one message with GSO.
         assert_eq!(metrics.calls(), calls, "{v4} and {v6} segments");
-        assert_eq!(metrics.offload.get(), 1);
+        assert_eq!(metrics.gso_sockets.get(), 1);
     }
 }
 
 #[test]
-fn whoever_writes_to_the_port_is_heard_however_many_sockets_share_it() {
+fn every_datagram_to_the_shared_port_reaches_the_reader() {
     let settings = Settings { port: 0, workers: 8, ..Settings::default() };
     let fanout = spawn(&settings, FanoutMetrics::register(&Registry::new()).unwrap());
     let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     for ip in loopback.into_iter().filter(|ip| UdpSocket::bind((*ip, 0)).is_ok()) {
-        // The kernel would spread them over the sockets by their ports.
+        // Without the filter, the kernel would distribute them over the sockets by source port.
         for number in 0..64u8 {
             let socket = UdpSocket::bind((ip, 0)).unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -252,7 +258,7 @@ fn whoever_writes_to_the_port_is_heard_however_many_sockets_share_it() {
 }
 
 #[test]
-fn a_port_that_another_has_is_not_shared() {
+fn a_port_in_use_is_refused() {
     let fanout = fanout(FanoutMetrics::register(&Registry::new()).unwrap());
     let settings = Settings { port: fanout.local_port(), ..Settings::default() };
     let (registry, ignore): (_, OnDatagrams) = (Registry::new(), Arc::new(|_, _| Vec::new()));
@@ -263,7 +269,7 @@ fn a_port_that_another_has_is_not_shared() {
 }
 
 #[test]
-fn each_target_has_its_order_with_many_workers() {
+fn many_workers_keep_the_order_at_each_target() {
     let receivers: Vec<_> = (0..150).map(|_| receiver()).collect();
     let targets: Arc<[Target]> = receivers.iter().map(|(_, addr)| (*addr).into()).collect();
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
@@ -275,7 +281,7 @@ fn each_target_has_its_order_with_many_workers() {
     for n in 1..=15 {
         let tag = Tag::new(TagKind::Video, n, &vec![7; 400 * n as usize]).unwrap();
         fanout.send(Ssrc(6), &packetizer.packetize(&tag), &targets, None);
-        // A processor's queue for loopback has room for 1000 messages, of all tests; without GSO a
+        // The loopback queue of a core holds 1000 messages, of all tests together. Without GSO, a
         // burst here is up to 900.
         let sent = packetizer.next_seq().distance_from(first) as u64 * 150;
         wait_until(|| metrics.datagrams() == sent);
@@ -293,7 +299,7 @@ fn each_target_has_its_order_with_many_workers() {
 }
 
 #[test]
-fn a_worker_that_is_behind_skips_and_counts() {
+fn packets_beyond_the_queue_limit_are_skipped_and_counted() {
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
     let settings = Settings { port: 0, queue_bytes: 5000, workers: 1, ..Settings::default() };
     let fanout = spawn(&settings, metrics.clone());
@@ -305,7 +311,7 @@ fn a_worker_that_is_behind_skips_and_counts() {
 }
 
 #[test]
-fn a_paced_burst_takes_its_time_and_is_held_until_the_last_packet() {
+fn a_paced_burst_is_spread_out_and_held_until_its_last_packet() {
     let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
     let pacing = Pacing::Factor(PaceFactor::new(2.0).unwrap());
     let settings = Settings { port: 0, pacing, ..Settings::default() };
@@ -327,11 +333,11 @@ fn a_paced_burst_takes_its_time_and_is_held_until_the_last_packet() {
     for n in 0..64 {
         socket.recv(&mut buffer).unwrap();
         assert_eq!(buffer[3], (65000 + n) as u8);
-        // The eighth group of eight leaves after seven eighths.
+        // The last of eight groups is sent after seven eighths of the interval.
         assert!(n < 63 || began.elapsed() >= interval * 7 / 8, "{:?}", began.elapsed());
     }
     wait_until(|| Arc::strong_count(&held) == 1);
-    // What is behind a burst that has ended does not wait for it.
+    // A finished flow is sent at once.
     let began = Instant::now();
     let slow = Duration::from_secs(60);
     for _ in 0..2 {
@@ -343,7 +349,7 @@ fn a_paced_burst_takes_its_time_and_is_held_until_the_last_packet() {
         socket.recv(&mut buffer).unwrap();
         assert_eq!(buffer[3], (65000 + n) as u8);
     }
-    // And so where the last handle goes.
+    // Everything is sent at once when the last handle is dropped.
     fanout.send(Ssrc(9), &burst(), &targets, Some(&Pace { interval: slow, ..pace(None) }));
     drop(fanout);
     for _ in 0..64 {

@@ -1,8 +1,7 @@
-//! One socket of a fan-out worker: trains to many targets in few calls, and what to do when the
-//! kernel refuses.
+//! One socket of a fan-out worker: sends packet trains to many targets in few system calls, and handles
+//! the kernel's refusals.
 
 use std::{
-    collections::{HashMap, HashSet},
     io,
     net::{SocketAddr, UdpSocket},
     sync::{
@@ -15,10 +14,15 @@ use std::{
 
 use socket2::SockRef;
 
-use super::{FanoutMetrics, metrics::Refusal};
-use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_for_room};
+use super::{
+    FanoutMetrics,
+    gso::{GsoState, is_gso_error},
+    metrics::SendErrorKind,
+};
+use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_writable};
+use downpour_sys::{KeyedLogLimit, LogLimit};
 
-/// What an outlet needs of a socket. None of it waits but for what says so.
+/// The socket calls that a [`UdpSender`] makes. Only `wait_writable` and `pause` block.
 pub(super) trait SendSocket {
     /// As [`Messages::send`].
     fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize>;
@@ -26,92 +30,102 @@ pub(super) trait SendSocket {
     /// Sends one datagram.
     fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()>;
 
-    /// Cuts longer messages into so many bytes by itself from now on; 0 cuts none.
+    /// Sets the segment size of messages without a control message (`UDP_SEGMENT`) in bytes; 0 switches
+    /// segmentation off.
     fn set_segment(&self, segment: u16) -> io::Result<()>;
 
-    /// Waits until there is room for a datagram, or until `timeout` is over.
-    fn wait_for_room(&self, timeout: Duration);
+    /// Blocks until the send buffer has room for a datagram, for at most `timeout`.
+    fn wait_writable(&self, timeout: Duration);
 
-    /// Waits where nothing says when there is room.
+    /// Blocks for `time`, where the kernel does not signal when there is room.
     fn pause(&self, time: Duration);
 }
 
-/// One socket as one worker sends from it; other workers may send from the same.
-pub(super) struct UdpSender<W = UdpSocket> {
-    socket: Arc<W>,
-    /// Calls of all workers in which the kernel took something from the socket.
+/// Sender of one worker on one socket. Several workers may share the socket.
+///
+/// Packets are collected in a [`Round`]. The kernel's answers decide what happens to a message:
+///
+/// | answer | reaction |
+/// |---|---|
+/// | accepted | count it; renew the round's send timeout |
+/// | EAGAIN, ENOBUFS, ECONNREFUSED, EINTR | wait for room and retry, until the send timeout is used up |
+/// | GSO refused, segment size was the socket's option | clear the option, retry |
+/// | GSO refused | send the packets one by one, remember the target |
+/// | any other error, or timeout | drop the message, count its packets as errors |
+pub(super) struct UdpSender<S = UdpSocket> {
+    socket: Arc<S>,
+    /// Count of successful send calls on the socket, by all workers that share it.
     progress: Arc<AtomicU64>,
-    offload: GsoState,
+    gso: GsoState,
     batch: Batch,
-    told: LogLimit,
+    log: SendLog,
     metrics: FanoutMetrics,
 }
 
-impl<W: SendSocket> UdpSender<W> {
-    /// `segments` is the most datagrams that the kernel cuts out of one message; 1 is for none.
-    /// `is_own` says that nobody else sends from the socket. `progress` counts for all that do.
+impl<S: SendSocket> UdpSender<S> {
+    /// `max_segments` is the most datagrams that the kernel splits one message into; 1 without GSO.
+    /// `is_exclusive` is `true` if nobody else sends from the socket. `progress` is shared by all
+    /// senders of the socket.
     pub(super) fn new(
-        socket: Arc<W>,
-        segments: usize,
-        is_own: bool,
+        socket: Arc<S>,
+        max_segments: usize,
+        is_exclusive: bool,
         progress: Arc<AtomicU64>,
         metrics: FanoutMetrics,
     ) -> Self {
-        let offload =
-            GsoState { segments: segments.max(1), by_socket: is_own, ..GsoState::default() };
-        if offload.segments > 1 {
-            metrics.offload.inc();
+        let gso = GsoState::new(max_segments, is_exclusive);
+        if gso.max_segments > 1 {
+            metrics.gso_sockets.inc();
         }
-        let (batch, told) = (Batch::new(), LogLimit::default());
-        Self { socket, progress, offload, batch, told, metrics }
+        Self { socket, progress, gso, batch: Batch::new(), log: SendLog::new(), metrics }
     }
 
-    /// Begins a round of sends of what lives for `'a`; nothing is sent for sure until
-    /// [`Round::flush`].
-    pub(super) fn round<'a>(&mut self) -> Round<'_, 'a, W> {
+    /// Starts a round of sends. Messages may stay in it until [`Round::flush`].
+    pub(super) fn round<'a>(&mut self) -> Round<'_, 'a, S> {
         Round {
             socket: &self.socket,
             progress: &self.progress,
             seen_progress: self.progress.load(Ordering::Relaxed),
-            offload: &mut self.offload,
+            gso: &mut self.gso,
             messages: self.batch.begin(),
-            told: &mut self.told,
+            log: &mut self.log,
             metrics: &self.metrics,
-            patience: PATIENCE,
+            timeout_left: SEND_TIMEOUT,
         }
     }
 }
 
-/// Sends that go together.
-pub(super) struct Round<'o, 'a, W = UdpSocket> {
-    socket: &'o W,
+/// Round of sends that share system calls and one send timeout.
+pub(super) struct Round<'o, 'a, S = UdpSocket> {
+    socket: &'o S,
     progress: &'o AtomicU64,
-    /// Up to where progress has renewed the patience.
+    /// The value of `progress` that last renewed the timeout.
     seen_progress: u64,
-    offload: &'o mut GsoState,
+    gso: &'o mut GsoState,
     messages: Messages<'o, 'a>,
-    told: &'o mut LogLimit,
+    log: &'o mut SendLog,
     metrics: &'o FanoutMetrics,
-    /// How much longer it may wait for room while the kernel takes nothing.
-    patience: Duration,
+    /// How much longer the round may wait while the kernel accepts nothing.
+    timeout_left: Duration,
 }
 
-impl<'a, W: SendSocket> Round<'_, 'a, W> {
-    /// The most bytes of a train of packets of `stride` bytes that go in one message.
-    pub(super) fn piece(&self, stride: usize) -> usize {
-        self.offload.segments.min(MAX_MESSAGE / stride.max(1)).max(1) * stride.max(1)
+impl<'a, S: SendSocket> Round<'_, 'a, S> {
+    /// The longest piece of a train, in bytes, that fits in one message. At least one packet of
+    /// `stride` bytes.
+    pub(super) fn max_piece_len(&self, stride: usize) -> usize {
+        self.gso.max_segments.min(MAX_MESSAGE / stride.max(1)).max(1) * stride.max(1)
     }
 
-    /// Sends one piece of a train as datagrams of `stride` bytes, the last one shorter.
+    /// Sends a piece of a train as datagrams of `stride` bytes. The last one may be shorter.
     #[inline]
     pub(super) fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
         if piece.len() <= stride {
             return self.push(Message { to, bytes: piece, segment: 0 });
         }
-        if self.offload.cuts(to) {
+        if self.gso.is_on_for(to) {
             let segment = stride as u16;
             if segment != self.messages.default_segment() {
-                self.ask_for(segment);
+                self.want_option(segment);
             }
             return self.push(Message { to, bytes: piece, segment });
         }
@@ -120,7 +134,7 @@ impl<'a, W: SendSocket> Round<'_, 'a, W> {
         }
     }
 
-    /// Sends what has not been sent yet.
+    /// Sends the messages that are still in the round.
     pub(super) fn flush(&mut self) {
         let mut next = 0;
         let mut sent = Sent::default();
@@ -132,21 +146,20 @@ impl<'a, W: SendSocket> Round<'_, 'a, W> {
                     for (len, segment) in self.messages.lengths().skip(next).take(count) {
                         sent.add(len, segment);
                         if segment > 0 {
-                            self.offload.refused = 0;
+                            self.gso.accepted();
                         }
                     }
                     next += count;
-                    // A key frame to a thousand edges takes an interface of 1 Gbit/s half a second:
-                    // as long as it goes on, it is the queue that pushes back.
+                    // A key frame to a thousand edges takes half a second on a 1 Gbit/s interface:
+                    // while the kernel accepts messages, the queue provides the backpressure.
                     if count > 0 {
-                        self.patience = PATIENCE;
-                        self.progress.fetch_add(1, Ordering::Relaxed);
+                        self.made_progress();
                     }
                 }
                 Err(error) => {
                     if let Some(message) = self.messages.get(next)
-                        && !self.may_try_again(&error)
-                        && !self.stops_cutting(&error)
+                        && !self.wait_to_retry(&error)
+                        && !self.clear_option(&error)
                     {
                         self.handle_failure(&message, error, &mut sent);
                         next += 1;
@@ -156,7 +169,7 @@ impl<'a, W: SendSocket> Round<'_, 'a, W> {
         }
         self.messages.clear();
         if let Some(error) = sent.congestion {
-            self.told.of_congestion(Instant::now(), &error);
+            self.log.congestion(Instant::now(), &error);
         }
         let metrics = self.metrics;
         metrics.calls.inc_by(sent.calls);
@@ -164,37 +177,30 @@ impl<'a, W: SendSocket> Round<'_, 'a, W> {
         metrics.bytes.inc_by(sent.bytes);
     }
 
-    /// A message wants what the socket does not do by itself. After some of the same, it does.
-    fn ask_for(&mut self, segment: u16) {
-        let offload = &mut *self.offload;
-        if !offload.by_socket {
-            return;
-        }
-        let (wanted, times) = offload.wanted;
-        offload.wanted = (segment, if wanted == segment { times + 1 } else { 1 });
-        // What waits in the batch counts on what there is.
-        if offload.wanted.1 > WANTED && self.messages.len() == 0 {
+    /// Makes `segment` the socket's option once enough messages in a row want it.
+    fn want_option(&mut self, segment: u16) {
+        // The messages that are in the round rely on the current option.
+        if self.gso.wants_option(segment) && self.messages.len() == 0 {
             match self.socket.set_segment(segment) {
                 Ok(()) => self.messages.set_default_segment(segment),
-                Err(_) => offload.by_socket = false,
+                Err(_) => self.gso.forbid_option(),
             }
         }
     }
 
-    /// Whether the socket cut by itself until now, and the error may be for that: it refuses even
-    /// short messages then, where a way cannot be cut for (IPsec) or has a small MTU.
-    fn stops_cutting(&mut self, error: &io::Error) -> bool {
-        let was_cutting = self.messages.default_segment() > 0 && refuses_offload(error);
-        if was_cutting {
-            self.offload.by_socket = false;
+    /// Clears the socket's segment option if it is set and may be the cause of `error`: with it, the
+    /// kernel refuses even short messages on a route that cannot segment (IPsec) or has a small MTU.
+    /// Returns `true` if the send is to be retried.
+    fn clear_option(&mut self, error: &io::Error) -> bool {
+        let is_cause = self.messages.default_segment() > 0 && is_gso_error(error);
+        if is_cause {
+            self.gso.forbid_option();
             self.messages.set_default_segment(0);
             if let Err(error) = self.socket.set_segment(0) {
-                tracing::warn!(
-                    "RTP may be cut wrongly: UDP_SEGMENT cannot be switched off: {error}"
-                );
+                tracing::warn!(%error, "UDP_SEGMENT cannot be cleared; RTP datagrams may have wrong lengths");
             }
         }
-        was_cutting
+        is_cause
     }
 
     #[inline]
@@ -205,41 +211,46 @@ impl<'a, W: SendSocket> Round<'_, 'a, W> {
         }
     }
 
-    /// Waits if that may help, and if there is time.
-    fn may_try_again(&mut self, error: &io::Error) -> bool {
+    fn made_progress(&mut self) {
+        self.timeout_left = SEND_TIMEOUT;
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits if `error` is temporary and the send timeout is not used up. Returns `true` if the send is
+    /// to be retried.
+    fn wait_to_retry(&mut self, error: &io::Error) -> bool {
         match error.raw_os_error() {
             Some(libc::EINTR) => true,
-            // An answer to an earlier datagram, told to whoever sends next.
+            // A pending ICMP error of an earlier datagram. The call has cleared it.
             Some(libc::ECONNREFUSED) => self.wait(|_| ()),
             Some(libc::EAGAIN) => {
-                // Room that there was, another worker may have had first.
+                // Another worker may have used the room: that counts as progress of the socket.
                 let progress = self.progress.load(Ordering::Relaxed);
                 if std::mem::replace(&mut self.seen_progress, progress) != progress {
-                    self.patience = PATIENCE;
+                    self.timeout_left = SEND_TIMEOUT;
                 }
-                self.wait(|socket| socket.wait_for_room(PATIENCE))
+                self.wait(|socket| socket.wait_writable(SEND_TIMEOUT))
             }
-            // A queue below the socket is full, and nothing says when it no longer is.
+            // A queue below the socket is full. The kernel does not signal when it has room.
             Some(libc::ENOBUFS) => self.wait(|socket| socket.pause(QUEUE_PAUSE)),
             _ => false,
         }
     }
 
-    fn wait(&mut self, wait: impl FnOnce(&W)) -> bool {
-        if self.patience.is_zero() {
+    fn wait(&mut self, wait: impl FnOnce(&S)) -> bool {
+        if self.timeout_left.is_zero() {
             return false;
         }
         let began = Instant::now();
         wait(self.socket);
-        // However short it was, waits come to an end.
-        self.patience = self.patience.saturating_sub(began.elapsed().max(QUEUE_PAUSE));
+        // At least QUEUE_PAUSE per wait, so that the number of retries is bounded.
+        self.timeout_left = self.timeout_left.saturating_sub(began.elapsed().max(QUEUE_PAUSE));
         true
     }
 
     fn handle_failure(&mut self, message: &Message<'a>, error: io::Error, sent: &mut Sent) {
-        if message.segment > 0 && refuses_offload(&error) {
-            self.metrics.refused_offload.inc();
-            self.offload.refuse(message.to, &error, self.metrics);
+        if message.segment > 0 && is_gso_error(&error) {
+            self.gso.refused(message.to, &error, self.metrics);
             for packet in message.bytes.chunks(usize::from(message.segment)) {
                 self.send_one(message.to, packet, sent);
             }
@@ -254,23 +265,22 @@ impl<'a, W: SendSocket> Round<'_, 'a, W> {
             sent.calls += 1;
             match self.socket.send_one(to, packet) {
                 Ok(()) => {
-                    self.patience = PATIENCE;
-                    self.progress.fetch_add(1, Ordering::Relaxed);
+                    self.made_progress();
                     return sent.add(packet.len(), 0);
                 }
-                Err(error) if self.may_try_again(&error) => {}
+                Err(error) if self.wait_to_retry(&error) => {}
                 Err(error) => return self.fail(to, 1, error, sent),
             }
         }
     }
 
     fn fail(&mut self, to: SocketAddr, packets: u64, error: io::Error, sent: &mut Sent) {
-        let refusal = Refusal::from(&error);
-        self.metrics.errors(refusal).inc_by(packets);
-        // That may be most of what a worker that is behind has to send, so it is told later.
-        match refusal.is_congestion() {
+        let kind = SendErrorKind::from(&error);
+        self.metrics.errors(kind).inc_by(packets);
+        // Congestion may fail most messages of a flush, so it is logged once, at the end.
+        match kind.is_congestion() {
             true => sent.congestion = Some(error),
-            false => self.told.of_target(Instant::now(), to, refusal, &error),
+            false => self.log.target(Instant::now(), to, kind, &error),
         }
     }
 }
@@ -282,7 +292,7 @@ impl SendSocket for UdpSocket {
     }
 
     fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()> {
-        // The socket itself is one that waits, for who reads its port.
+        // The socket is in blocking mode, because a thread reads it.
         let socket = SockRef::from(self);
         socket.send_to_with_flags(packet, &to.into(), libc::MSG_DONTWAIT).map(drop)
     }
@@ -291,8 +301,8 @@ impl SendSocket for UdpSocket {
         set_segment(self, segment)
     }
 
-    fn wait_for_room(&self, timeout: Duration) {
-        wait_for_room(self, timeout);
+    fn wait_writable(&self, timeout: Duration) {
+        wait_writable(self, timeout);
     }
 
     fn pause(&self, time: Duration) {
@@ -300,93 +310,39 @@ impl SendSocket for UdpSocket {
     }
 }
 
-/// When failures were logged last.
-#[derive(Debug, Default)]
-struct LogLimit {
-    targets: HashMap<(SocketAddr, Refusal), Instant>,
-    congestion: Option<Instant>,
+/// Log lines of failed sends, at most one per [`LOG_INTERVAL`] and cause.
+struct SendLog {
+    targets: KeyedLogLimit<(SocketAddr, SendErrorKind)>,
+    congestion: LogLimit,
 }
 
-impl LogLimit {
-    fn of_target(&mut self, now: Instant, to: SocketAddr, refusal: Refusal, error: &io::Error) {
-        // Targets that were taken off the list are forgotten with the rest.
-        if self.targets.len() > MAX_TOLD {
-            self.targets.clear();
-        }
-        if self.targets.get(&(to, refusal)).is_none_or(|at| is_due(now, *at)) {
-            self.targets.insert((to, refusal), now);
-            tracing::warn!(target = %to, "RTP cannot be sent there: {error}");
+impl SendLog {
+    fn new() -> Self {
+        let targets = KeyedLogLimit::every(LOG_INTERVAL, MAX_LOGGED_TARGETS);
+        Self { targets, congestion: LogLimit::every(LOG_INTERVAL) }
+    }
+
+    fn target(&mut self, now: Instant, to: SocketAddr, kind: SendErrorKind, error: &io::Error) {
+        if let Some(missed) = self.targets.due(now, (to, kind)) {
+            tracing::warn!(target = %to, %error, missed, "RTP send failed");
         }
     }
 
-    fn of_congestion(&mut self, now: Instant, error: &io::Error) {
-        if self.congestion.is_none_or(|at| is_due(now, at)) {
-            self.congestion = Some(now);
-            tracing::warn!(
-                "RTP is lost here: for {} ms the kernel took nothing more ({error})",
-                PATIENCE.as_millis()
-            );
+    fn congestion(&mut self, now: Instant, error: &io::Error) {
+        if let Some(missed) = self.congestion.due(now) {
+            let waited_ms = SEND_TIMEOUT.as_millis() as u64;
+            tracing::warn!(waited_ms, %error, missed, "RTP dropped: the kernel accepts no packets");
         }
     }
 }
 
-fn is_due(now: Instant, told: Instant) -> bool {
-    now.saturating_duration_since(told) >= TELL_EVERY
-}
-
-/// What is known of segmentation offload (UDP GSO).
-#[derive(Default)]
-struct GsoState {
-    /// Datagrams that a message may have; 1 once it is known that the kernel cuts none.
-    segments: usize,
-    /// Targets on whose way it is refused: a tunnel, an interface with a small MTU.
-    whole: HashSet<SocketAddr>,
-    /// Messages refused since the last one that was not.
-    refused: usize,
-    /// Whether the socket may be set to cut by itself: nobody else sends from it, and it never refused
-    /// anything then.
-    by_socket: bool,
-    /// What messages wanted of late that the socket does not do by itself, and how many in a row.
-    wanted: (u16, usize),
-    /// When a refusal was logged last.
-    told: Option<Instant>,
-}
-
-impl GsoState {
-    fn cuts(&self, to: SocketAddr) -> bool {
-        self.segments > 1 && (self.whole.is_empty() || !self.whole.contains(&to))
-    }
-
-    fn refuse(&mut self, to: SocketAddr, error: &io::Error, metrics: &FanoutMetrics) {
-        self.refused += 1;
-        if self.whole.len() >= MAX_WHOLE {
-            self.whole.clear();
-        }
-        let now = Instant::now();
-        if self.whole.insert(to) && self.told.is_none_or(|at| is_due(now, at)) {
-            self.told = Some(now);
-            tracing::warn!(
-                target = %to,
-                "UDP segmentation offload is refused ({error}): sending one datagram at a time there"
-            );
-        }
-        if self.refused >= REFUSALS && self.segments > 1 {
-            self.segments = 1;
-            self.whole = HashSet::new();
-            metrics.offload.dec();
-            tracing::warn!(
-                "UDP segmentation offload is off: it was refused {REFUSALS} times running"
-            );
-        }
-    }
-}
-
+/// Totals of one flush.
 #[derive(Default)]
 struct Sent {
     calls: u64,
     datagrams: u64,
     bytes: u64,
-    /// Why packets were given up that had nowhere to go.
+    /// The latest error by which packets were dropped because of congestion.
     congestion: Option<io::Error>,
 }
 
@@ -398,310 +354,26 @@ impl Sent {
     }
 }
 
-/// Datagrams of a message.
+/// The number of datagrams of a message.
 #[inline]
 fn packets(len: usize, segment: u16) -> u64 {
     match u32::from(segment) {
         0 => 1,
-        // No message is longer than a datagram may be, so 32 bits do, and are quicker.
+        // A message is at most 64 KiB, and a division of 32 bits is faster than one of 64.
         segment => u64::from((len as u32).div_ceil(segment)),
     }
 }
 
-/// The first is for an interface that cannot. The second is for one whose MTU a packet exceeds, for
-/// which since 2025 (Linux 6.14) it is the last, as for a packet that was not to be cut.
-fn refuses_offload(error: &io::Error) -> bool {
-    let error = error.raw_os_error();
-    matches!(error, Some(libc::EIO | libc::EINVAL | libc::ENOTSUP | libc::EMSGSIZE))
-}
-
-/// The largest UDP payload of IPv4: what one message with segmentation may carry.
+/// Most bytes of a message with GSO: the largest UDP payload of IPv4.
 const MAX_MESSAGE: usize = 65_507;
-/// How long a round waits for room while the kernel takes nothing: the other targets wait too.
-const PATIENCE: Duration = Duration::from_millis(20);
-/// About as long as a gigabit interface takes for fifty packets.
+/// How long a round waits while the kernel accepts nothing; its other targets wait too.
+const SEND_TIMEOUT: Duration = Duration::from_millis(20);
+/// Wait while a queue is full: about the time that a 1 Gbit/s interface takes for fifty packets.
 const QUEUE_PAUSE: Duration = Duration::from_micros(500);
-const MAX_TOLD: usize = 10_000;
-const TELL_EVERY: Duration = Duration::from_secs(60);
-/// Targets without segmentation that are remembered; the others are tried anew.
-const MAX_WHOLE: usize = 4096;
-/// Refusals one after the other, without a message that was cut, after which none will be.
-const REFUSALS: usize = 16;
-/// Messages in a row to cut alike, after which the socket does so by itself.
-const WANTED: usize = 64;
+/// Most pairs of target and error with a log limit each.
+const MAX_LOGGED_TARGETS: usize = 10_000;
+/// Least time between two log lines of one cause.
+pub(super) const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        collections::VecDeque,
-        sync::{
-            Mutex,
-            atomic::{AtomicUsize, Ordering},
-        },
-    };
-
-    use prometheus::Registry;
-
-    use super::*;
-
-    fn outlet(segments: usize) -> (UdpSender, FanoutMetrics) {
-        let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap());
-        (UdpSender::new(socket, segments, true, Arc::default(), metrics.clone()), metrics)
-    }
-
-    fn receiver() -> (UdpSocket, SocketAddr) {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        let addr = socket.local_addr().unwrap();
-        (socket, addr)
-    }
-
-    #[test]
-    fn with_offload_and_without_the_datagrams_are_the_same() {
-        let bytes: Vec<u8> = (0..2050_u32).map(|i| i as u8).collect();
-        for (segments, calls) in [(64, 1), (8, 1), (1, 1)] {
-            let (mut outlet, metrics) = outlet(segments);
-            let (socket, addr) = receiver();
-            let mut round = outlet.round();
-            for piece in bytes.chunks(round.piece(100)) {
-                round.send(addr, piece, 100);
-            }
-            round.flush();
-            let mut buffer = [0; 200];
-            for expected in bytes.chunks(100) {
-                let len = socket.recv(&mut buffer).unwrap();
-                assert_eq!(&buffer[..len], expected);
-            }
-            let counted = (metrics.calls.get(), metrics.datagrams.get(), metrics.bytes.get());
-            assert_eq!(counted, (calls, 21, 2050), "{segments} segments");
-        }
-    }
-
-    #[test]
-    fn a_bad_target_hurts_no_other() {
-        let (mut outlet, metrics) = outlet(64);
-        let (socket, addr) = receiver();
-        let nowhere = "255.255.255.255:9".parse().unwrap();
-        let bytes = [7; 150];
-        let mut round = outlet.round();
-        for to in [nowhere, addr, nowhere, addr, nowhere] {
-            round.send(to, &bytes, 100);
-        }
-        round.flush();
-        let mut buffer = [0; 200];
-        let lengths = [(); 4].map(|()| socket.recv(&mut buffer).unwrap());
-        assert_eq!(lengths, [100, 50, 100, 50]);
-        assert_eq!(metrics.errors(Refusal::NotPermitted).get(), 6, "of two packets each");
-        assert_eq!(metrics.datagrams.get(), 4);
-        assert_eq!(metrics.offload.get(), 1);
-    }
-
-    /// A socket without checksums has the kernel refuse to cut (EIO), as an interface does that
-    /// cannot.
-    #[test]
-    fn where_offload_is_refused_the_packets_go_one_by_one() {
-        let (mut outlet, metrics) = outlet(64);
-        let (socket, addr) = receiver();
-        downpour_sys::udp::disable_checksums(&outlet.socket).unwrap();
-        let bytes = [7; 250];
-        for round in 1..=20 {
-            let mut sending = outlet.round();
-            sending.send(addr, &bytes, 100);
-            sending.flush();
-            let mut buffer = [0; 200];
-            let lengths = [(); 3].map(|()| socket.recv(&mut buffer).unwrap());
-            assert_eq!(lengths, [100, 100, 50]);
-            assert_eq!(metrics.datagrams.get(), 3 * round);
-        }
-        assert_eq!(metrics.refused_offload.get(), 1, "it is remembered");
-        assert!(outlet.offload.cuts("127.0.0.1:9".parse().unwrap()), "others are tried");
-        for port in 1..=20 {
-            let mut sending = outlet.round();
-            sending.send(([127, 0, 0, 1], port).into(), &bytes, 100);
-            sending.flush();
-        }
-        assert_eq!(metrics.refused_offload.get(), REFUSALS as u64);
-        assert!(!outlet.offload.cuts(addr) && outlet.round().piece(100) == 100);
-    }
-
-    #[test]
-    fn a_socket_that_cuts_by_itself_sends_the_same_and_stops_when_it_is_refused() {
-        let (mut outlet, metrics) = outlet(64);
-        let (socket, addr) = receiver();
-        let (bytes, mut buffer) = ([7; 300], [0; 400]);
-        let mut send = |outlet: &mut UdpSender, lengths: &[(usize, usize)]| {
-            let mut round = outlet.round();
-            lengths.iter().for_each(|(len, stride)| round.send(addr, &bytes[..*len], *stride));
-            round.flush();
-            let segment = round.messages.default_segment();
-            let sent = lengths.iter().flat_map(|(len, stride)| bytes[..*len].chunks(*stride));
-            for packet in sent {
-                assert_eq!(socket.recv(&mut buffer).unwrap(), packet.len());
-            }
-            segment
-        };
-        for _ in 0..WANTED {
-            assert_eq!(send(&mut outlet, &[(250, 100)]), 0);
-        }
-        assert_eq!(send(&mut outlet, &[(250, 100), (80, 100), (250, 120), (300, 300)]), 100);
-        // What is wanted instead becomes the rule too, but not within a batch.
-        for _ in 0..WANTED - 1 {
-            assert_eq!(send(&mut outlet, &[(250, 120)]), 100);
-        }
-        assert_eq!(send(&mut outlet, &[(250, 100), (250, 120)]), 100);
-        assert_eq!(send(&mut outlet, &[(250, 120), (250, 100)]), 120);
-        // A socket without checksums has the kernel refuse even a short message (EINVAL).
-        downpour_sys::udp::disable_checksums(&outlet.socket).unwrap();
-        assert_eq!(send(&mut outlet, &[(80, 100), (250, 120), (90, 100)]), 0);
-        assert_eq!(metrics.refused_offload.get(), 1, "of the one that was to be cut");
-        assert_eq!(metrics.datagrams.get(), 3 * 64 + 8 + 3 * 63 + 6 + 6 + 5);
-        for _ in 0..2 * WANTED {
-            assert_eq!(send(&mut outlet, &[(250, 120)]), 0, "it is left alone");
-        }
-    }
-
-    #[test]
-    fn a_socket_that_others_send_from_is_left_alone() {
-        let (_, metrics) = outlet(64);
-        let fake = Arc::<Fake>::default();
-        let mut outlet = UdpSender::new(fake.clone(), 64, false, Arc::default(), metrics);
-        for _ in 0..2 * WANTED {
-            let mut round = outlet.round();
-            round.send(([127, 0, 0, 1], 9).into(), &[7; 250], 100);
-            round.flush();
-        }
-        assert!(fake.segments.lock().unwrap().is_empty());
-    }
-
-    /// What a socket is to answer, one call after the other, and what it took.
-    #[derive(Default)]
-    struct Fake {
-        answers: Mutex<VecDeque<Answer>>,
-        taken: Mutex<Vec<usize>>,
-        waits: AtomicUsize,
-        segments: Mutex<Vec<u16>>,
-        /// Another worker, which gets the room that this one waits for.
-        other: Option<Arc<AtomicU64>>,
-    }
-
-    #[derive(Clone, Copy)]
-    enum Answer {
-        Take(usize),
-        Fail(libc::c_int),
-    }
-
-    impl Fake {
-        fn outlet(answers: impl IntoIterator<Item = Answer>) -> (UdpSender<Self>, FanoutMetrics) {
-            let answers = Mutex::new(answers.into_iter().collect());
-            let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-            let fake = Arc::new(Self { answers, ..Self::default() });
-            (UdpSender::new(fake, 64, true, Arc::default(), metrics.clone()), metrics)
-        }
-
-        /// Without an answer, it takes all.
-        fn next(&self, most: usize) -> io::Result<usize> {
-            match self.answers.lock().unwrap().pop_front() {
-                None => Ok(most),
-                Some(Answer::Take(count)) => Ok(count.min(most)),
-                Some(Answer::Fail(error)) => Err(io::Error::from_raw_os_error(error)),
-            }
-        }
-    }
-
-    impl SendSocket for Fake {
-        fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize> {
-            let count = self.next(messages.len() - first)?;
-            let lengths = messages.lengths().skip(first).take(count).map(|(len, _)| len);
-            self.taken.lock().unwrap().extend(lengths);
-            Ok(count)
-        }
-
-        fn set_segment(&self, segment: u16) -> io::Result<()> {
-            self.segments.lock().unwrap().push(segment);
-            Ok(())
-        }
-
-        fn send_one(&self, _: SocketAddr, packet: &[u8]) -> io::Result<()> {
-            self.next(1)?;
-            self.taken.lock().unwrap().push(packet.len());
-            Ok(())
-        }
-
-        fn wait_for_room(&self, _: Duration) {
-            self.waits.fetch_add(1, Ordering::Relaxed);
-            if let Some(progress) = &self.other {
-                progress.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-
-        fn pause(&self, _: Duration) {
-            self.waits.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// A wait that takes no time counts for half a millisecond.
-    const WAITS: usize = 40;
-
-    #[test]
-    fn as_long_as_the_kernel_takes_something_nothing_is_given_up() {
-        for error in [libc::EAGAIN, libc::ENOBUFS] {
-            let answers = [Answer::Fail(error), Answer::Take(1)].repeat(64);
-            let (mut outlet, metrics) = Fake::outlet(answers);
-            let mut round = outlet.round();
-            for _ in 0..64 {
-                round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
-            }
-            round.flush();
-            assert_eq!(outlet.socket.taken.lock().unwrap()[..], [5400; 64]);
-            assert_eq!(metrics.datagrams.get(), 64 * 54);
-            assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), 64);
-        }
-    }
-
-    #[test]
-    fn as_long_as_another_worker_has_the_room_it_is_waited_for() {
-        let metrics = FanoutMetrics::register(&Registry::new()).unwrap();
-        let progress = Arc::<AtomicU64>::default();
-        let answers = Mutex::new(VecDeque::from([Answer::Fail(libc::EAGAIN); 3 * WAITS]));
-        let fake = Fake { answers, other: Some(Arc::clone(&progress)), ..Fake::default() };
-        let mut outlet = UdpSender::new(Arc::new(fake), 64, true, progress, metrics.clone());
-        let mut round = outlet.round();
-        round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
-        round.flush();
-        assert_eq!(metrics.datagrams.get(), 54);
-        assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 0);
-    }
-
-    #[test]
-    fn where_the_kernel_takes_nothing_all_is_given_up_after_a_while_and_counted() {
-        let (mut outlet, metrics) = Fake::outlet([Answer::Fail(libc::EAGAIN); WAITS + 3]);
-        let mut round = outlet.round();
-        for _ in 0..4 {
-            round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
-        }
-        round.flush();
-        assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), WAITS);
-        assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 3 * 54, "each was tried");
-        assert_eq!(metrics.datagrams.get(), 54);
-        assert!(outlet.told.targets.is_empty() && outlet.told.congestion.is_some());
-    }
-
-    #[test]
-    fn packets_that_go_one_by_one_wait_no_longer_than_others() {
-        // As Linux answers where the MTU is too small, by its age.
-        for error in [libc::EMSGSIZE, libc::EINVAL] {
-            let mut answers = vec![Answer::Fail(error)];
-            answers.extend([Answer::Fail(libc::EAGAIN), Answer::Take(1)].repeat(50));
-            answers.extend([Answer::Fail(libc::EAGAIN); WAITS + 2]);
-            let (mut outlet, metrics) = Fake::outlet(answers);
-            let mut round = outlet.round();
-            round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
-            round.flush();
-            assert_eq!(metrics.refused_offload.get(), 1);
-            assert_eq!(outlet.socket.taken.lock().unwrap()[..], [100; 52]);
-            assert_eq!(metrics.errors(Refusal::WouldBlock).get(), 2);
-            assert_eq!(outlet.socket.waits.load(Ordering::Relaxed), 50 + WAITS);
-        }
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! What a worker of the fan-out has taken from its queue and not sent yet.
+//! Tasks that a fan-out worker has taken from its queue and not sent yet.
 
 use std::{
     collections::{VecDeque, vec_deque},
@@ -10,21 +10,21 @@ use super::{
     queue::Queue,
 };
 
-/// All that waited when the worker looked last, in its order.
+/// Batch of tasks that a worker took from its queue at once, in order.
 ///
-/// It is sent in steps, so that a worker that is behind gives back room in its queue as it goes.
-/// What cannot be sent for long is not sent at all: edges have asked for it by then, or no longer
-/// wait, and it would only hold up what they do wait for.
+/// The worker sends it in steps and releases the cost of each, so that its queue has room again before
+/// the whole batch is sent. A batch older than [`STALE`] is dropped: by then edges have requested the
+/// packets by NACK or given them up, and sending them would delay newer ones.
 #[derive(Default)]
 pub(super) struct WorkBatch {
     tasks: VecDeque<Task>,
-    /// When it was taken; each task was queued before.
+    /// When the tasks were taken from the queue.
     taken: Option<Instant>,
 }
 
 impl WorkBatch {
-    /// Takes what waits, once all from before is over, and tells the queue what is `done`. Says
-    /// whether more can come, and what time it is.
+    /// Releases the cost of finished jobs and, if the batch is empty, takes all waiting tasks. Returns
+    /// `false` once the queue is closed, and the current time.
     pub(super) fn refill(&mut self, queue: &Queue, done: &mut Vec<QueueCost>) -> (bool, Instant) {
         let refilled = self.tasks.is_empty();
         let open = queue.take(&mut self.tasks, done);
@@ -35,7 +35,7 @@ impl WorkBatch {
         (open, now)
     }
 
-    /// Whether it was taken so long ago that what is left is not to be sent any more.
+    /// `true` if the batch is so old that its tasks are to be dropped.
     pub(super) fn is_stale(&self, now: Instant) -> bool {
         self.taken.is_some_and(|at| now.saturating_duration_since(at) >= STALE)
     }
@@ -44,33 +44,33 @@ impl WorkBatch {
         self.tasks.is_empty()
     }
 
-    /// The tasks of the next step, one at least if there is one.
+    /// The tasks of the next step: at least one, unless the batch is empty.
     pub(super) fn next_step(&self) -> vec_deque::Iter<'_, Task> {
         let mut bytes = 0_usize;
-        let is_in_it = |task: &&Task| {
+        let is_in_step = |task: &&Task| {
             let fits = bytes < STEP_BYTES;
             bytes = bytes.saturating_add(task.bytes_to_send());
             fits
         };
-        self.tasks.range(..self.tasks.iter().take_while(is_in_it).count())
+        self.tasks.range(..self.tasks.iter().take_while(is_in_step).count())
     }
 
-    /// Takes out the first `count` tasks.
+    /// Removes the first `count` tasks.
     pub(super) fn drain(&mut self, count: usize) -> impl Iterator<Item = Task> {
         self.tasks.drain(..count.min(self.tasks.len()))
     }
 
-    /// Takes out all.
+    /// Removes all tasks.
     pub(super) fn drain_all(&mut self) -> impl Iterator<Item = Task> {
         self.tasks.drain(..)
     }
 }
 
-/// What waits for so long, without a worker getting round to it, is dropped. Bursts wait as long
-/// again in the queue at most, so that none leaves later than a second, twice the usual latency.
+/// Age at which unsent tasks are dropped. They wait in the queue for at most the same time before, so
+/// that no packet leaves more than one second late, twice the usual latency.
 pub(super) const STALE: Duration = Duration::from_millis(500);
-/// Bytes, times targets, of a step: what a send buffer holds. Less would be many calls with few
-/// messages.
+/// Bytes to send in one step, to all targets together: the size of a send buffer. Smaller steps would
+/// mean more system calls with fewer messages each.
 const STEP_BYTES: usize = 4 << 20;
 
 #[cfg(test)]
@@ -95,45 +95,45 @@ mod tests {
         let target = |n| Target { addr: ([10, 0, 0, 1], n).into() };
         let share = TargetShare::of(&(0..targets).map(target).collect(), Ssrc(0), 0, 1).unwrap();
         let train = Bytes::from(vec![0; len]).into();
-        assert!(queue.push(Task::Send(Job { lane: Ssrc(0), train, share, pace: None })));
+        assert!(queue.push(Task::Send(Job { flow: Ssrc(0), train, share, pace: None })));
     }
 
     #[test]
-    fn room_in_the_queue_is_given_back_step_by_step() {
-        let (queue, mut backlog, mut done) = (queue(), WorkBatch::default(), Vec::new());
+    fn each_step_releases_its_cost() {
+        let (queue, mut batch, mut done) = (queue(), WorkBatch::default(), Vec::new());
         for (len, targets) in [(1 << 20, 3), (1 << 20, 1), (10, 1), (1 << 20, 1000), (10, 1)] {
             push(&queue, len, targets);
         }
-        assert!(backlog.refill(&queue, &mut done).0 && queue.held().tasks == 5);
+        assert!(batch.refill(&queue, &mut done).0 && queue.held().tasks == 5);
         push(&queue, 10, 1);
         let mut steps = Vec::new();
-        while !backlog.is_empty() && steps.len() < 9 {
-            let step = backlog.next_step().len();
+        while !batch.is_empty() && steps.len() < 9 {
+            let step = batch.next_step().len();
             steps.push(step);
-            done.extend(backlog.drain(step).map(|task| task.weight()));
+            done.extend(batch.drain(step).map(|task| task.cost()));
             let before = queue.held().tasks;
-            backlog.refill(&queue, &mut done);
+            batch.refill(&queue, &mut done);
             assert_eq!(queue.held().tasks, before - step);
         }
-        // What came meanwhile was taken when all else had been sent.
+        // The task that was pushed meanwhile is the last step.
         assert_eq!(steps, [2, 2, 1, 1]);
         assert_eq!(queue.held(), Amount::default());
-        assert_eq!(backlog.next_step().len(), 0);
+        assert_eq!(batch.next_step().len(), 0);
     }
 
     #[test]
-    fn what_cannot_be_sent_for_long_is_stale_and_what_has_just_been_taken_is_not() {
-        let (queue, mut backlog, mut done) = (queue(), WorkBatch::default(), Vec::new());
-        assert!(!backlog.is_stale(Instant::now()));
+    fn a_batch_is_stale_after_the_limit_and_fresh_after_a_refill() {
+        let (queue, mut batch, mut done) = (queue(), WorkBatch::default(), Vec::new());
+        assert!(!batch.is_stale(Instant::now()));
         push(&queue, 10, 1);
-        let (_, taken) = backlog.refill(&queue, &mut done);
-        assert!(!backlog.is_stale(taken + STALE / 2) && backlog.is_stale(taken + STALE));
-        // To look again changes nothing as long as there is something.
-        let (_, later) = backlog.refill(&queue, &mut done);
-        assert!(backlog.is_stale(taken + STALE));
-        done.extend(backlog.drain_all().map(|task| task.weight()));
+        let (_, taken) = batch.refill(&queue, &mut done);
+        assert!(!batch.is_stale(taken + STALE / 2) && batch.is_stale(taken + STALE));
+        // A refill of a batch that is not empty does not reset its age.
+        let (_, later) = batch.refill(&queue, &mut done);
+        assert!(batch.is_stale(taken + STALE));
+        done.extend(batch.drain_all().map(|task| task.cost()));
         push(&queue, 10, 1);
-        let (_, taken) = backlog.refill(&queue, &mut done);
-        assert!(taken >= later && !backlog.is_stale(taken));
+        let (_, taken) = batch.refill(&queue, &mut done);
+        assert!(taken >= later && !batch.is_stale(taken));
     }
 }

@@ -1,14 +1,15 @@
-//! The threads that send.
+//! The worker threads of the fan-out.
 
 use std::{net::SocketAddr, sync::Arc, thread, time::Instant};
 
 use super::{
     FanoutMetrics,
     job::{QueueCost, Task},
-    metrics::Refusal,
-    pacer::{Due, Group, Pacer, Pacing},
+    metrics::SendErrorKind,
+    pacer::{Due, Group, Pacer},
+    pacing::Pacing,
     queue::Queue,
-    sockets::{SendSocket, Sockets},
+    sockets::{WorkerSocket, WorkerSockets},
 };
 use crate::downstream::fanout::{
     udp_sender::{Round, UdpSender},
@@ -16,14 +17,26 @@ use crate::downstream::fanout::{
 };
 use downpour_sys::idle::{self, IdleStrategy, Next};
 
-/// One thread of the fan-out.
+/// A worker: takes tasks from its queue and sends their packets to its share of the targets.
+///
+/// Each turn of [`Worker::run`] does one of these, depending on what is waiting:
+///
+/// | batch | pacer | turn |
+/// |---|---|---|
+/// | fresh tasks | none | send one step of the batch |
+/// | stale tasks | none | skip the batch and count its packets |
+/// | any | has or gets packets that are due | move the batch to the pacer, send what is due |
+/// | empty | nothing due yet | nap or park until the next deadline or task |
+/// | empty | empty, queue closed | end |
+///
+/// When it ends, for whatever reason, its queue is abandoned, so that nobody waits for its tasks.
 pub(super) struct Worker {
     queue: Arc<Queue>,
     v4: UdpSender,
     /// `None` on a machine without IPv6.
     v6: Option<UdpSender>,
-    /// Whether it was told that there is none and somebody needs it.
-    told_of_v6: bool,
+    /// `true` once the lack of IPv6 was logged.
+    logged_no_v6: bool,
     pacer: Option<Pacer>,
     metrics: FanoutMetrics,
     due: Due,
@@ -32,18 +45,18 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn new(
         queue: Arc<Queue>,
-        Sockets { v4, v6 }: Sockets,
+        WorkerSockets { v4, v6 }: WorkerSockets,
         pacing: Pacing,
         metrics: &FanoutMetrics,
     ) -> Self {
-        let outlet = |SendSocket { socket, segments, is_own, progress }| {
-            UdpSender::new(socket, segments, is_own, progress, metrics.clone())
+        let sender = |WorkerSocket { socket, max_segments, is_exclusive, progress }| {
+            UdpSender::new(socket, max_segments, is_exclusive, progress, metrics.clone())
         };
         Self {
             queue,
-            v4: outlet(v4),
-            v6: v6.map(outlet),
-            told_of_v6: false,
+            v4: sender(v4),
+            v6: v6.map(sender),
+            logged_no_v6: false,
             pacer: match pacing {
                 Pacing::Off => None,
                 Pacing::Factor(factor) => Some(Pacer::new(factor)),
@@ -53,101 +66,100 @@ impl Worker {
         }
     }
 
-    /// Sends what comes through the queue until that is closed and empty.
+    /// Runs until the queue is closed and all of its tasks are done.
     pub(super) fn run(mut self) {
-        idle::sleep_exactly();
-        let _end = AbandonOnEnd(self.queue.clone());
-        let (mut backlog, mut done) = (WorkBatch::default(), Vec::new());
-        let mut rest = IdleStrategy::default();
+        idle::minimize_timer_slack();
+        let _on_end = AbandonOnEnd(self.queue.clone());
+        let (mut batch, mut done) = (WorkBatch::default(), Vec::new());
+        let mut idle = IdleStrategy::default();
         loop {
-            let (open, now) = backlog.refill(&self.queue, &mut done);
+            let (open, now) = batch.refill(&self.queue, &mut done);
             if !open && let Some(pacer) = &mut self.pacer {
-                pacer.hurry_all(now);
+                pacer.release_all(now);
             }
             let deadline = self.pacer.as_ref().and_then(Pacer::next_deadline);
-            if backlog.is_empty() && deadline.is_none_or(|at| at > now) {
+            if batch.is_empty() && deadline.is_none_or(|at| at > now) {
                 if !open {
                     return;
                 }
-                match rest.next(now, deadline) {
+                match idle.next(now, deadline) {
                     Next::Nap(time) => thread::sleep(time),
                     Next::Wait => self.queue.park(deadline),
                 }
                 continue;
             }
-            rest.begin_round(now);
+            idle.begin_round(now);
             match self.pacer.is_some() {
-                true => self.pace(now, &mut backlog, &mut done),
-                false if backlog.is_stale(now) => self.skip(&mut backlog, &mut done),
+                true => self.pace(now, &mut batch, &mut done),
+                false if batch.is_stale(now) => self.skip(&mut batch, &mut done),
                 false => {
-                    let step = backlog.next_step();
+                    let step = batch.next_step();
                     let count = step.len();
                     self.send(step);
-                    done.extend(backlog.drain(count).map(|task| task.weight()));
+                    done.extend(batch.drain(count).map(|task| task.cost()));
                 }
             }
-            rest.end_round(Instant::now());
+            idle.end_round(Instant::now());
         }
     }
 
-    /// Gives up what is left of a backlog.
-    fn skip(&mut self, backlog: &mut WorkBatch, done: &mut Vec<QueueCost>) {
-        for task in backlog.drain_all() {
+    /// Drops the rest of a batch and counts its packets.
+    fn skip(&mut self, batch: &mut WorkBatch, done: &mut Vec<QueueCost>) {
+        for task in batch.drain_all() {
             self.metrics.skipped.inc_by(task.packets_to_send());
-            done.push(task.weight());
+            done.push(task.cost());
         }
     }
 
     fn send<'a>(&mut self, tasks: impl Iterator<Item = &'a Task>) {
-        let Self { v4, v6, told_of_v6, metrics, .. } = self;
-        let mut out = Out::new(v4, v6, told_of_v6, metrics);
+        let Self { v4, v6, logged_no_v6, metrics, .. } = self;
+        let mut round = DualRound::new(v4, v6, logged_no_v6, metrics);
         for task in tasks {
             #[cfg(test)]
-            assert!(!matches!(task, Task::Panic), "as asked");
+            assert!(!matches!(task, Task::Panic), "panic requested by a test");
             if let Task::Send(job) = task {
                 let (bytes, stride) = (job.train.bytes(), job.train.stride());
-                // Chunk by chunk, and piece by piece within: a piece stays in the cache while it
-                // goes to a chunk's targets, and no target waits for all of another's.
+                // Piece by piece to one chunk of targets after the other: the piece stays in the
+                // cache, and no target waits until another has the whole train.
                 for chunk in job.share.chunks() {
-                    for piece in bytes.chunks(out.piece(stride)) {
-                        chunk.iter().for_each(|target| out.send(target.addr, piece, stride));
+                    for piece in bytes.chunks(round.max_piece_len(stride)) {
+                        chunk.iter().for_each(|target| round.send(target.addr, piece, stride));
                     }
                 }
             }
         }
-        out.flush();
+        round.flush();
     }
 
-    /// Gives the pacer what came, and sends what it says is due, or as much of that as it says at a
-    /// time.
-    fn pace(&mut self, now: Instant, backlog: &mut WorkBatch, done: &mut Vec<QueueCost>) {
+    /// Moves the batch to the pacer, then sends what is due.
+    fn pace(&mut self, now: Instant, batch: &mut WorkBatch, done: &mut Vec<QueueCost>) {
         let Some(pacer) = &mut self.pacer else { return };
-        for task in backlog.drain_all() {
-            let weight = task.weight();
+        for task in batch.drain_all() {
+            let cost = task.cost();
             match task {
                 Task::Send(job) => pacer.push(now, job),
-                Task::Finish(lane) => {
-                    pacer.hurry(now, lane);
-                    done.push(weight);
+                Task::Finish(flow) => {
+                    pacer.release(now, flow);
+                    done.push(cost);
                 }
                 #[cfg(test)]
-                Task::Panic => panic!("as asked"),
+                Task::Panic => panic!("panic requested by a test"),
             }
         }
         pacer.poll(now, &mut self.due);
-        let Self { v4, v6, told_of_v6, metrics, .. } = self;
-        let mut out = Out::new(v4, v6, told_of_v6, metrics);
+        let Self { v4, v6, logged_no_v6, metrics, .. } = self;
+        let mut round = DualRound::new(v4, v6, logged_no_v6, metrics);
         for Group { to, bytes, stride } in &self.due.groups {
-            out.send(*to, bytes, *stride);
+            round.send(*to, bytes, *stride);
         }
-        out.flush();
+        round.flush();
         self.due.groups.clear();
         metrics.skipped.inc_by(std::mem::take(&mut self.due.skipped));
-        done.extend(self.due.over.drain(..).map(|job| job.weight()));
+        done.extend(self.due.finished.drain(..).map(|job| job.cost()));
     }
 }
 
-/// A worker that has come to its end, if only by a bug, leaves nothing that waits for it.
+/// Abandons the queue when the worker ends, also by a panic.
 struct AbandonOnEnd(Arc<Queue>);
 
 impl Drop for AbandonOnEnd {
@@ -156,29 +168,29 @@ impl Drop for AbandonOnEnd {
     }
 }
 
-/// The way out of one round.
-struct Out<'o, 'a> {
+/// One round of sends over the sockets of both address families.
+struct DualRound<'o, 'a> {
     v4: Round<'o, 'a>,
     v6: Option<Round<'o, 'a>>,
-    told_of_v6: &'o mut bool,
+    logged_no_v6: &'o mut bool,
     metrics: &'o FanoutMetrics,
 }
 
-impl<'o, 'a> Out<'o, 'a> {
+impl<'o, 'a> DualRound<'o, 'a> {
     fn new(
         v4: &'o mut UdpSender,
         v6: &'o mut Option<UdpSender>,
-        told_of_v6: &'o mut bool,
+        logged_no_v6: &'o mut bool,
         metrics: &'o FanoutMetrics,
     ) -> Self {
-        Self { v4: v4.round(), v6: v6.as_mut().map(UdpSender::round), told_of_v6, metrics }
+        Self { v4: v4.round(), v6: v6.as_mut().map(UdpSender::round), logged_no_v6, metrics }
     }
 
-    /// The longer one: where packets are not cut, a round sends each for itself, however many there
-    /// are.
-    fn piece(&self, stride: usize) -> usize {
-        let v4 = self.v4.piece(stride);
-        self.v6.as_ref().map_or(v4, |v6| v6.piece(stride).max(v4))
+    /// The longest piece of a train, in bytes, that either family sends as one message. A family
+    /// without GSO accepts a piece of any length: it sends the packets one by one.
+    fn max_piece_len(&self, stride: usize) -> usize {
+        let v4 = self.v4.max_piece_len(stride);
+        self.v6.as_ref().map_or(v4, |v6| v6.max_piece_len(stride).max(v4))
     }
 
     fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
@@ -187,9 +199,9 @@ impl<'o, 'a> Out<'o, 'a> {
             (SocketAddr::V6(_), Some(v6)) => v6.send(to, piece, stride),
             (SocketAddr::V6(_), None) => {
                 let packets = piece.len().div_ceil(stride.max(1));
-                self.metrics.errors(Refusal::Unreachable).inc_by(packets as u64);
-                if !std::mem::replace(self.told_of_v6, true) {
-                    tracing::warn!(target = %to, "RTP cannot be sent there: no IPv6 here");
+                self.metrics.errors(SendErrorKind::Unreachable).inc_by(packets as u64);
+                if !std::mem::replace(self.logged_no_v6, true) {
+                    tracing::warn!(target = %to, "RTP target unreachable: this machine has no IPv6");
                 }
             }
         }

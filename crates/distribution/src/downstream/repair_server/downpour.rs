@@ -1,12 +1,19 @@
-//! `downpour/1` with one edge.
+//! Session of one `downpour/1` edge: hello, admission, and the control stream.
+//!
+//! ```text
+//! control stream ──hello──> admit ──welcome──> serving ──edge finished, shutdown or error──> closed
+//!       │ no hello in 5 s     │ token, handler
+//!       v                     v
+//!     closed           error, then closed
+//! ```
+//!
+//! While serving, the session announces each stream that matches the subscription: `stream_up` once,
+//! `stream_update` per change of headers, `stream_end` once. Events of streams arrive over a bounded
+//! channel; if that overflows, all streams are compared with their last announcement instead.
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, ZeroRttAccepted};
 use ring::digest::{SHA256, digest};
 use tokio::{
@@ -32,7 +39,8 @@ use downpour_repair::{
     rtp::Ssrc,
 };
 
-/// Serves one connection until it ends, and closes it; an error says why.
+/// Serves one connection until it ends, and closes it. Returns the reason as an error, unless the edge
+/// or the shutdown ended it.
 pub(super) async fn serve(
     shared: &Shared,
     connection: &Connection,
@@ -77,7 +85,7 @@ async fn run(
         () = shutdown.cancelled() => return Ok(()),
     };
     let nonce = Nonce(rand::random());
-    let (outbox, messages) = mpsc::channel(CONTROL_BACKLOG);
+    let (outbox, messages) = mpsc::channel(OUTBOX_CAPACITY);
     let edge = match admit(shared, connection.remote_address(), &hello, nonce, outbox) {
         Ok(edge) => edge,
         Err(error) => {
@@ -88,8 +96,8 @@ async fn run(
         }
     };
 
-    // Listening starts before the streams are listed, so that none falls between.
-    let events = shared.origin.subscribe();
+    // Subscribe before listing the streams, so that none is missed in between.
+    let events = shared.outgoing.subscribe();
     let heartbeats = shared.heartbeats.subscribe();
     let settings = &shared.settings;
     control
@@ -112,18 +120,18 @@ async fn run(
         result = session.run(events, messages, shutdown) => result,
         result = repairer.run(stream_rx, heartbeats) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
-        error = unfinished(established) => Err(error),
+        error = handshake_timeout(established) => Err(error),
     }
 }
 
-/// Returns if a handshake that was not complete when the edge's hello came does not complete soon.
-async fn unfinished(established: Option<ZeroRttAccepted>) -> EdgeError {
+/// Returns only if the handshake of a connection with early data does not complete in time.
+async fn handshake_timeout(established: Option<ZeroRttAccepted>) -> EdgeError {
     if let Some(established) = established
         && timeout(HANDSHAKE_TIMEOUT, established).await.is_err()
     {
         return EdgeError::NoHandshake;
     }
-    // If it failed, the connection is gone, and all else on it ends.
+    // If the handshake failed, the connection is closed and the other futures end.
     std::future::pending().await
 }
 
@@ -132,11 +140,11 @@ async fn unfinished(established: Option<ZeroRttAccepted>) -> EdgeError {
 pub(super) enum EdgeError {
     #[error(transparent)]
     Connection(#[from] ConnectionError),
-    #[error("the control stream: {0}")]
+    #[error("control stream: {0}")]
     Control(#[from] StreamError),
     #[error("no hello came in time")]
     NoHello,
-    #[error("the handshake came to no end")]
+    #[error("the handshake did not complete in time")]
     NoHandshake,
     #[error("the first message was not hello")]
     NotHello,
@@ -151,11 +159,11 @@ pub(super) enum EdgeError {
     #[error(transparent)]
     Message(#[from] MessageError),
     #[error("a message that only the cloud sends")]
-    WrongWay,
+    WrongDirection,
 }
 
 impl EdgeError {
-    /// What the connection is closed with, if it is not closed yet.
+    /// The code to close the connection with; `None` if it is closed already.
     fn code(&self) -> Option<quinn::VarInt> {
         match self {
             Self::Connection(_) | Self::Control(StreamError::Read(_) | StreamError::Write(_)) => {
@@ -167,7 +175,7 @@ impl EdgeError {
         }
     }
 
-    /// The word for programs in the message that refuses an edge.
+    /// The machine-readable code of the `error` message to a refused edge.
     fn word(&self) -> &'static str {
         if matches!(self, Self::Token) { "token" } else { "refused" }
     }
@@ -188,63 +196,66 @@ async fn accept_control(
     }
 }
 
-/// What the edge wants and what it was told.
+/// An edge's subscription, and the streams that were announced to it.
 #[derive(Default)]
 pub(super) struct Subscription {
     patterns: Vec<StreamPattern>,
-    told: HashMap<Ssrc, Told>,
+    announced: HashMap<Ssrc, Announced>,
 }
 
-struct Told {
+/// A stream as it was announced last.
+struct Announced {
     stream: Arc<OutgoingStream>,
     headers: Headers,
 }
 
 impl Subscription {
-    /// Bytes a second of the streams that the edge gets.
+    /// Byte rate of the announced streams, in bytes per second.
     pub(super) fn byte_rate(&self) -> u64 {
-        let rates = self.told.values().map(|told| told.stream.byte_rate());
+        let rates = self.announced.values().map(|announced| announced.stream.byte_rate());
         rates.fold(0, u64::saturating_add)
     }
 
-    pub(super) fn was_told(&self, ssrc: Ssrc) -> bool {
-        self.told.contains_key(&ssrc)
+    pub(super) fn has_announced(&self, ssrc: Ssrc) -> bool {
+        self.announced.contains_key(&ssrc)
     }
 
     pub(super) fn wants(&self, stream: &OutgoingStream) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(stream.key()))
     }
 
-    /// What is to be told about a stream, given what was.
-    pub(super) fn news(&mut self, stream: &Arc<OutgoingStream>) -> Option<CloudMessage> {
+    /// The announcement that is due for a stream, if any. The caller must send it.
+    pub(super) fn announcement(&mut self, stream: &Arc<OutgoingStream>) -> Option<CloudMessage> {
         let ssrc = stream.ssrc();
         let wanted = self.wants(stream);
-        match self.told.get_mut(&ssrc) {
+        match self.announced.get_mut(&ssrc) {
             Some(_) if stream.ended() => {
-                self.told.remove(&ssrc);
+                self.announced.remove(&ssrc);
                 Some(CloudMessage::StreamEnd { ssrc, last_seq: stream.newest_seq() })
             }
-            Some(told) => {
+            Some(announced) => {
                 let headers = stream.headers();
-                (told.headers != headers).then(|| {
-                    told.headers = headers.clone();
+                (announced.headers != headers).then(|| {
+                    announced.headers = headers.clone();
                     CloudMessage::StreamUpdate { ssrc, headers }
                 })
             }
             None if stream.ended() || !wanted => None,
             None => {
                 let headers = stream.headers();
-                self.told.insert(ssrc, Told { stream: stream.clone(), headers: headers.clone() });
+                let announced = Announced { stream: stream.clone(), headers: headers.clone() };
+                self.announced.insert(ssrc, announced);
                 let gop_start = stream.gop_start();
-                // While the group's first burst is on its way, none of it has been sent. Who is to
-                // get that burst must not ask for it, and who joins too late for it asks when a
-                // heartbeat tells that it has left; both begin with it.
+                // While the pacer holds the GOP's first burst, announce no newest packet: an edge that
+                // will receive the burst must not request it. An edge that joins too late to receive it
+                // requests it after the next heartbeat. Both start with this GOP.
                 let newest = stream
-                    .left_seq()
-                    .filter(|left| gop_start.is_none_or(|first| left.distance_from(first) >= 0));
+                    .sent_seq()
+                    .filter(|sent| gop_start.is_none_or(|first| sent.distance_from(first) >= 0));
                 Some(CloudMessage::StreamUp(StreamInfo {
                     key: stream.key().clone(),
                     ssrc,
+                    publication: Some(stream.id()),
                     start_unix_ms: stream.start_unix_ms(),
                     headers,
                     gop_start,
@@ -255,10 +266,10 @@ impl Subscription {
     }
 }
 
-/// The half of a session that runs on the control stream.
+/// The control-stream half of a session.
 ///
-/// A slow reader holds up only this half: events then pile up in the origin's bounded channel, and
-/// when that overflows the streams are listed afresh.
+/// An edge that reads slowly stalls only this half. Events wait in a bounded channel meanwhile; if it
+/// overflows, all streams are announced again.
 struct ControlSession<'a> {
     shared: &'a Shared,
     control: ControlStream,
@@ -281,12 +292,12 @@ impl ControlSession<'_> {
                 },
                 event = events.recv() => match event {
                     Ok(OutgoingEvent::Up(stream) | OutgoingEvent::Update(stream)
-                        | OutgoingEvent::End(stream)) => self.tell(&stream).await?,
-                    Err(_) => self.tell_all().await?,
+                        | OutgoingEvent::End(stream)) => self.announce(&stream).await?,
+                    Err(_) => self.announce_all().await?,
                 },
                 Some(message) = messages.recv() => self.control.send(&message).await?,
                 () = shutdown.cancelled() => {
-                    self.tell_all().await?;
+                    self.announce_all().await?;
                     self.control.finish().await;
                     return Ok(());
                 }
@@ -299,10 +310,10 @@ impl ControlSession<'_> {
             EdgeMessage::Hello(_) => Err(EdgeError::HelloTwice),
             EdgeMessage::Subscribe { streams } => self.subscribe(streams).await,
             EdgeMessage::Unsubscribe { streams } => {
-                let mut subscription = lock(self.subscription);
+                let mut subscription = self.subscription.lock();
                 subscription.patterns.retain(|pattern| !streams.contains(pattern));
-                let Subscription { patterns, told } = &mut *subscription;
-                told.retain(|_, told| patterns.iter().any(|p| p.matches(told.stream.key())));
+                let Subscription { patterns, announced } = &mut *subscription;
+                announced.retain(|_, known| patterns.iter().any(|p| p.matches(known.stream.key())));
                 let patterns = subscription.patterns.clone();
                 drop(subscription);
                 self.subscribed(&patterns);
@@ -320,7 +331,7 @@ impl ControlSession<'_> {
 
     async fn subscribe(&mut self, streams: Vec<StreamPattern>) -> Result<(), EdgeError> {
         let patterns = {
-            let mut subscription = lock(self.subscription);
+            let mut subscription = self.subscription.lock();
             for pattern in streams {
                 if !subscription.patterns.contains(&pattern) {
                     if subscription.patterns.len() >= MAX_PATTERNS {
@@ -332,7 +343,7 @@ impl ControlSession<'_> {
             subscription.patterns.clone()
         };
         self.subscribed(&patterns);
-        self.tell_all().await
+        self.announce_all().await
     }
 
     fn subscribed(&mut self, patterns: &[StreamPattern]) {
@@ -341,28 +352,30 @@ impl ControlSession<'_> {
         }
     }
 
-    async fn tell(&mut self, stream: &Arc<OutgoingStream>) -> Result<(), EdgeError> {
-        let news = lock(self.subscription).news(stream);
-        match news {
+    async fn announce(&mut self, stream: &Arc<OutgoingStream>) -> Result<(), EdgeError> {
+        let announcement = self.subscription.lock().announcement(stream);
+        match announcement {
             Some(message) => Ok(self.control.send(&message).await?),
             None => Ok(()),
         }
     }
 
-    /// Tells what has changed about all streams, those included that are no longer listed.
-    async fn tell_all(&mut self) -> Result<(), EdgeError> {
-        let mut streams: Vec<_> =
-            lock(self.subscription).told.values().map(|told| told.stream.clone()).collect();
-        let listed = self.shared.origin.streams();
-        streams.retain(|told| !listed.iter().any(|stream| stream.ssrc() == told.ssrc()));
+    /// Sends all announcements that are due, also of announced streams that were removed since.
+    async fn announce_all(&mut self) -> Result<(), EdgeError> {
+        let mut streams: Vec<_> = {
+            let subscription = self.subscription.lock();
+            subscription.announced.values().map(|announced| announced.stream.clone()).collect()
+        };
+        let listed = self.shared.outgoing.streams();
+        streams.retain(|known| !listed.iter().any(|stream| stream.ssrc() == known.ssrc()));
         for stream in streams.iter().chain(&listed) {
-            self.tell(stream).await?;
+            self.announce(stream).await?;
         }
         Ok(())
     }
 }
 
-/// Lets an edge in, or says why not.
+/// Admits an edge. Returns the handler's session, or an error if the edge is refused.
 fn admit(
     shared: &Shared,
     peer: SocketAddr,
@@ -372,18 +385,18 @@ fn admit(
 ) -> Result<Option<Box<dyn EdgeSession>>, EdgeError> {
     let node = &hello.node;
     if node.is_empty() || node.len() > MAX_NODE_NAME || node.chars().any(char::is_control) {
-        let reason = "the node name is empty, too long or holds control characters";
+        let reason = "the node name is empty, too long or contains control characters";
         return Err(EdgeError::Refused(reason.into()));
     }
     if let Some(token) = &shared.settings.token {
-        // Hashes are compared, so that the time it takes tells nothing about the token.
+        // Compare hashes, so that the time of the comparison reveals nothing about the token.
         let hash = |token: &str| digest(&SHA256, token.as_bytes());
         let given = hello.token.as_deref().map(hash);
         if given.is_none_or(|given| given.as_ref() != hash(token).as_ref()) {
             return Err(EdgeError::Token);
         }
     }
-    tracing::info!(%peer, node, version = hello.version, "edge said hello");
+    tracing::info!(%peer, node, version = hello.version, "edge hello received");
     let Some(handler) = &shared.handler else { return Ok(None) };
     let edge = EdgeHello {
         peer,
@@ -400,13 +413,10 @@ fn admit(
     handler.hello(&edge).map(Some).map_err(EdgeError::Refused)
 }
 
-pub(super) fn lock(subscription: &Mutex<Subscription>) -> MutexGuard<'_, Subscription> {
-    subscription.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// Messages that wait for the control stream; who sends them tries again.
-const CONTROL_BACKLOG: usize = 16;
+/// Capacity of [`EdgeHello::outbox`]. Its senders retry when it is full.
+const OUTBOX_CAPACITY: usize = 16;
+/// Bytes of an edge's name.
 const MAX_NODE_NAME: usize = 128;
 
 #[cfg(test)]
@@ -421,23 +431,23 @@ mod tests {
         rtp::{Packetizer, Seq},
     };
 
-    /// What is told of a publication to an edge that comes now.
-    fn told(stream: &Arc<OutgoingStream>) -> (Option<Seq>, Option<Seq>) {
+    /// The GOP start and newest packet in the announcement to an edge that connects now.
+    fn announced(stream: &Arc<OutgoingStream>) -> (Option<Seq>, Option<Seq>) {
         let mut subscription = Subscription::default();
         subscription.patterns.push(StreamPattern::All);
-        match subscription.news(stream) {
+        match subscription.announcement(stream) {
             Some(CloudMessage::StreamUp(up)) => (up.gop_start, up.newest),
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn who_comes_while_a_key_frame_leaves_begins_with_it_and_asks_when_it_has_left() {
+    fn an_edge_that_joins_during_a_paced_key_frame_requests_it_only_once_it_is_sent() {
         let now = Instant::now();
         let history = History::new(100, Duration::from_secs(10));
         let stream = OutgoingStream::new("live/a".parse().unwrap(), Ssrc(1), 0, history);
         let stream = Arc::new(stream);
-        stream.leaves_later();
+        stream.track_sent();
         let mut packetizer = Packetizer::new(Ssrc(1), 1120);
         let mut push = |is_key: bool| {
             let burst = packetizer.packetize(&Tag::new(TagKind::Video, 0, &[7; 5000]).unwrap());
@@ -445,25 +455,25 @@ mod tests {
             (
                 burst.first_seq(),
                 burst.last_seq(),
-                OutgoingStream::departure(&stream, burst.last_seq()),
+                OutgoingStream::sent_guard(&stream, burst.last_seq()),
             )
         };
-        assert_eq!(told(&stream), (None, None));
-        let (key, last, departure) = push(true);
-        assert_eq!(told(&stream), (Some(key), None));
-        drop(departure);
-        assert_eq!(told(&stream), (Some(key), Some(last)));
-        let (before, _, departure) = push(false);
-        assert_eq!(told(&stream), (Some(key), Some(last)));
-        drop(departure);
-        let (key, last, departure) = push(true);
-        assert_eq!(told(&stream), (Some(key), None));
+        assert_eq!(announced(&stream), (None, None));
+        let (key, last, guard) = push(true);
+        assert_eq!(announced(&stream), (Some(key), None));
+        drop(guard);
+        assert_eq!(announced(&stream), (Some(key), Some(last)));
+        let (before, _, guard) = push(false);
+        assert_eq!(announced(&stream), (Some(key), Some(last)));
+        drop(guard);
+        let (key, last, guard) = push(true);
+        assert_eq!(announced(&stream), (Some(key), None));
 
         let mut receiver = Receiver::starting_at(Settings::default(), key);
         receiver.handle_heartbeat(now, before);
-        assert_eq!(receiver.poll_timeout(), None, "it is on its way");
-        drop(departure);
-        assert_eq!(told(&stream), (Some(key), Some(last)));
+        assert_eq!(receiver.poll_timeout(), None, "the burst is still being sent");
+        drop(guard);
+        assert_eq!(announced(&stream), (Some(key), Some(last)));
         receiver.handle_heartbeat(now, last);
         assert!(receiver.poll_timeout().is_some());
     }

@@ -1,7 +1,7 @@
-//! When to tell edges how far a stream has come.
+//! Schedule of heartbeats: the newest sequence number of each stream, sent to edges.
 //!
-//! A gap shows when the next packet arrives. What was lost at the end of a burst shows only when
-//! something says that there was more.
+//! A receiver detects a lost packet when a later one arrives. Losses at the end of a burst show only by
+//! a heartbeat.
 
 use std::{
     collections::HashMap,
@@ -13,138 +13,152 @@ use downpour_repair::{
     rtp::{Seq, Ssrc},
 };
 
-/// How often [`Heartbeats::poll`] wants to be called.
+/// Interval at which [`Heartbeats::poll`] is to be called.
 pub(super) const TICK: Duration = Duration::from_millis(10);
 
-/// What was told of each live stream, and when.
+/// Heartbeat schedule of all live streams.
+///
+/// States of a stream, and when its heartbeats are sent:
+///
+/// | state | entered when | heartbeats |
+/// |---|---|---|
+/// | active | its newest packet is new | one per 100 ms round, to the edges chosen by [`DueHeartbeats::to`] |
+/// | paused | no new packet for 50 ms; 10 ms if it paused before the newest packet too | at once, then 50, 100, 200 and 400 ms after the newest packet, to all edges |
+/// | idle | those are sent | one per second, to all edges |
+/// | gone | not among the live streams of a poll | none |
+///
+/// While a stream is active, the next packet shows a gap within 50 ms, and one datagram per frame and
+/// edge would cost more than the frame.
 #[derive(Debug, Default)]
 pub(super) struct Heartbeats {
-    streams: HashMap<Ssrc, Beat>,
+    streams: HashMap<Ssrc, StreamState>,
     polls: u64,
-    /// When all streams that go on were told of last.
+    /// Start of the latest round for active streams.
     last_round: Option<Instant>,
     rounds: u64,
 }
 
-/// Heartbeats that are due together.
+/// Heartbeats that are due at one poll.
 #[derive(Debug)]
-pub(super) struct Beats {
-    /// Of streams that pause.
+pub(super) struct DueHeartbeats {
+    /// Heartbeats of paused and idle streams.
     paused: Vec<Heartbeat>,
-    /// Of streams that go on.
-    going_on: Vec<Heartbeat>,
-    /// Counts those in which some go on.
+    /// Heartbeats of active streams.
+    active: Vec<Heartbeat>,
+    /// The number of the latest round for active streams.
     round: u64,
 }
 
-/// What one edge is told of.
+/// Receiver of heartbeats: what decides which rounds one edge gets.
 #[derive(Debug)]
-pub(super) struct Listener {
-    /// Which of the edges it is.
+pub(super) struct HeartbeatReceiver {
+    /// The number of the edge.
     number: u64,
     latency: Duration,
-    asked: Option<Instant>,
+    /// When it requested a packet last.
+    requested: Option<Instant>,
 }
 
-impl Beats {
+impl DueHeartbeats {
     pub(super) fn is_empty(&self) -> bool {
-        self.paused.is_empty() && self.going_on.is_empty()
+        self.paused.is_empty() && self.active.is_empty()
     }
 
-    /// Those that are for `edge`.
-    pub(super) fn to(&self, edge: &Listener, now: Instant) -> impl Iterator<Item = Heartbeat> {
-        let going_on: &[_] = if edge.hears(now, self.round) { &self.going_on } else { &[] };
-        self.paused.iter().chain(going_on).copied()
+    /// The heartbeats for one edge.
+    pub(super) fn to(
+        &self,
+        edge: &HeartbeatReceiver,
+        now: Instant,
+    ) -> impl Iterator<Item = Heartbeat> {
+        let active: &[_] = if edge.gets_round(now, self.round) { &self.active } else { &[] };
+        self.paused.iter().chain(active).copied()
     }
 }
 
-impl Listener {
-    /// An edge for which packets are of use for so long.
+impl HeartbeatReceiver {
+    /// Edge number `number`, with its playout latency.
     pub(super) fn new(number: u64, latency: Duration) -> Self {
-        Self { number, latency, asked: None }
+        Self { number, latency, requested: None }
     }
 
-    /// It asked for something.
-    pub(super) fn ask(&mut self, now: Instant) {
-        self.asked = Some(now);
+    /// The edge has requested a packet.
+    pub(super) fn requested(&mut self, now: Instant) {
+        self.requested = Some(now);
     }
 
-    /// Whether it is told in a round of which streams go on: in each if it loses something or has
-    /// little time, and otherwise in every second.
+    /// `true` if the edge gets a round for active streams: each round if it loses packets or has a
+    /// short latency, otherwise every other round.
     ///
-    /// Streams that go on show their gaps by themselves; the rounds are for an edge that nothing
-    /// reaches any more but what comes over its connection. A thousand edges cost a datagram and its
-    /// acknowledgement each.
-    fn hears(&self, now: Instant, round: u64) -> bool {
-        let loses = self.asked.is_some_and(|at| now.saturating_duration_since(at) < ASKED_LATELY);
+    /// The next packet of an active stream shows a gap anyway. The rounds are for edges whose RTP path
+    /// has failed, so that only their connection works. Each costs one datagram and its
+    /// acknowledgement per edge.
+    fn gets_round(&self, now: Instant, round: u64) -> bool {
+        let since = |at: Instant| now.saturating_duration_since(at);
+        let loses = self.requested.is_some_and(|at| since(at) < LOSS_MEMORY);
         loses || self.latency < 4 * ROUND || (round ^ self.number) & 1 == 0
     }
 }
 
 impl Heartbeats {
-    /// The heartbeats that are due, given the newest sequence number that has left of each live
-    /// stream: an edge would ask for what has not.
-    ///
-    /// A stream that goes on is told of every 100 ms, together with all others, if not to every edge
-    /// ([`Beats::to`]): what follows within 50 ms shows a gap by itself, and a datagram to each edge
-    /// for each frame costs more than the frame. One that pauses is told of after 50 ms, or after
-    /// 10 ms if it had paused before this number too, as a stream of few frames does; the packets
-    /// themselves come first. Then the same number again after 50, 100, 200 and 400 ms, and every
-    /// second.
+    /// Returns the heartbeats that are due. `live` has the newest sequence number of each live stream
+    /// that was sent: with a newer one, edges would request packets that the pacer still holds.
     pub(super) fn poll(
         &mut self,
         now: Instant,
         live: impl IntoIterator<Item = (Ssrc, Seq)>,
-    ) -> Beats {
+    ) -> DueHeartbeats {
         self.polls += 1;
         let round = self.last_round.is_none_or(|at| now.saturating_duration_since(at) >= ROUND);
         if round {
             self.last_round = Some(now);
             self.rounds += 1;
         }
-        let (mut going_on, mut paused) = (Vec::new(), Vec::new());
+        let (mut active, mut paused) = (Vec::new(), Vec::new());
         let mut count = 0;
         for (ssrc, newest) in live {
-            let beat = self.streams.entry(ssrc).or_insert_with(|| Beat::new(now, newest));
-            count += usize::from(beat.polls != self.polls);
-            beat.polls = self.polls;
-            if beat.poll(now, newest, false) {
+            let state = self.streams.entry(ssrc).or_insert_with(|| StreamState::new(now, newest));
+            count += usize::from(state.polls != self.polls);
+            state.polls = self.polls;
+            if state.poll(now, newest, false) {
                 paused.push(Heartbeat { ssrc, last: newest });
-            } else if round && beat.poll(now, newest, true) {
-                // Who is not told of one that pauses now would be told when it is repeated.
-                let list = if beat.pause >= PAUSE { &mut paused } else { &mut going_on };
+            } else if round && state.poll(now, newest, true) {
+                // A stream of few frames goes to all edges: one that is left out would have to wait
+                // for the repeat.
+                let list = if state.pause >= PAUSE { &mut paused } else { &mut active };
                 list.push(Heartbeat { ssrc, last: newest });
             }
         }
-        // Looking for those that ended takes as long as all the rest.
+        // Only if there are ended streams: the scan takes as long as the rest of the poll.
         if count < self.streams.len() {
-            self.streams.retain(|_, beat| beat.polls == self.polls);
+            self.streams.retain(|_, state| state.polls == self.polls);
         }
-        Beats { paused, going_on, round: self.rounds }
+        DueHeartbeats { paused, active, round: self.rounds }
     }
 }
 
+/// Heartbeat state of one stream.
 #[derive(Debug)]
-struct Beat {
+struct StreamState {
     newest: Seq,
+    /// When `newest` changed.
     changed: Instant,
-    /// What was told last, and when.
-    told: Option<Seq>,
-    told_at: Instant,
-    /// How long it had been quiet before the newest number.
+    /// The sequence number of the latest heartbeat.
+    sent: Option<Seq>,
+    sent_at: Instant,
+    /// Time without packets before `newest`.
     pause: Duration,
-    /// How often `told` was repeated since it was the newest.
+    /// How many times the heartbeat of `newest` was repeated.
     repeats: usize,
-    /// At which poll the stream was there last.
+    /// The latest poll in which the stream was live.
     polls: u64,
 }
 
-impl Beat {
+impl StreamState {
     fn new(now: Instant, newest: Seq) -> Self {
-        Self { newest, changed: now, told: None, told_at: now, pause: PAUSE, repeats: 0, polls: 0 }
+        Self { newest, changed: now, sent: None, sent_at: now, pause: PAUSE, repeats: 0, polls: 0 }
     }
 
-    /// Whether it is to be told of now, `round` saying that all are that go on.
+    /// Returns `true` if a heartbeat is due. `round` is `true` in a round for active streams.
     fn poll(&mut self, now: Instant, newest: Seq, round: bool) -> bool {
         if newest != self.newest {
             self.pause = now.saturating_duration_since(self.changed);
@@ -152,37 +166,40 @@ impl Beat {
             self.changed = now;
         }
         let quiet = now.saturating_duration_since(self.changed);
-        let since_told = now.saturating_duration_since(self.told_at);
-        let due = if self.told == Some(self.newest) {
+        let since_sent = now.saturating_duration_since(self.sent_at);
+        let due = if self.sent == Some(self.newest) {
             match REPEATS.get(self.repeats) {
                 Some(after) => quiet >= *after,
-                None => since_told >= IDLE_INTERVAL,
+                None => since_sent >= IDLE_INTERVAL,
             }
         } else {
-            round || quiet >= if self.pause >= PAUSE { QUIET } else { PAUSE }
+            round || quiet >= if self.pause >= PAUSE { SHORT_PAUSE } else { PAUSE }
         };
         if due {
-            self.repeats = if self.told == Some(self.newest) { self.repeats + 1 } else { 0 };
-            self.told = Some(self.newest);
-            self.told_at = now;
+            self.repeats = if self.sent == Some(self.newest) { self.repeats + 1 } else { 0 };
+            self.sent = Some(self.newest);
+            self.sent_at = now;
         }
         due
     }
 }
 
-const QUIET: Duration = Duration::from_millis(10);
-/// Longer than from one frame to the next.
+/// Time without packets after which a stream that paused before is paused again.
+const SHORT_PAUSE: Duration = Duration::from_millis(10);
+/// Time without packets after which a stream is paused: longer than a usual frame interval.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Between heartbeats of streams that go on.
+/// Interval of the heartbeats of active streams.
 const ROUND: Duration = Duration::from_millis(100);
-/// For so long an edge counts as one that loses packets.
-const ASKED_LATELY: Duration = Duration::from_secs(2);
+/// How long an edge counts as one that loses packets after a request.
+const LOSS_MEMORY: Duration = Duration::from_secs(2);
+/// Times after the newest packet at which its heartbeat is repeated.
 const REPEATS: [Duration; 4] = [
     Duration::from_millis(50),
     Duration::from_millis(100),
     Duration::from_millis(200),
     Duration::from_millis(400),
 ];
+/// Interval of the heartbeats of idle streams.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -191,58 +208,57 @@ mod tests {
 
     const SSRC: Ssrc = Ssrc(1);
 
-    /// Polls each tick for `ms`, with the newest number at each time; the times of heartbeats to an
-    /// edge that asked for something at these times.
-    fn run_asking(ms: u64, asks: &[u64], newest: impl Fn(u64) -> u16) -> Vec<(u64, u16)> {
-        let (start, mut beats) = (Instant::now(), Heartbeats::default());
-        let mut edge = Listener::new(7, Duration::from_millis(500));
+    /// Polls each tick for `ms` milliseconds; `newest` is the newest number at each time. Returns the
+    /// times and numbers of the heartbeats to an edge that requests packets at the times `requests`.
+    fn run_requesting(ms: u64, requests: &[u64], newest: impl Fn(u64) -> u16) -> Vec<(u64, u16)> {
+        let (start, mut heartbeats) = (Instant::now(), Heartbeats::default());
+        let mut edge = HeartbeatReceiver::new(7, Duration::from_millis(500));
         (0..ms)
             .step_by(TICK.as_millis() as usize)
             .flat_map(|at| {
                 let now = start + Duration::from_millis(at);
-                if asks.contains(&at) {
-                    edge.ask(now);
+                if requests.contains(&at) {
+                    edge.requested(now);
                 }
-                let due = beats.poll(now, [(SSRC, Seq(newest(at)))]);
+                let due = heartbeats.poll(now, [(SSRC, Seq(newest(at)))]);
                 due.to(&edge, now).map(|beat| (at, beat.last.0)).collect::<Vec<_>>()
             })
             .collect()
     }
 
-    /// Polls each tick for `ms`, with the newest number at each time; the times of heartbeats to an
-    /// edge that loses something.
+    /// As [`run_requesting`], for an edge that keeps losing packets.
     fn run(ms: u64, newest: impl Fn(u64) -> u16) -> Vec<(u64, u16)> {
-        let asks: Vec<_> = (0..ms).step_by(1000).collect();
-        run_asking(ms, &asks, newest)
+        let requests: Vec<_> = (0..ms).step_by(1000).collect();
+        run_requesting(ms, &requests, newest)
     }
 
     #[test]
-    fn a_tail_is_told_soon_and_then_ever_less_often() {
+    fn the_heartbeat_of_a_paused_stream_is_sent_soon_and_repeated_ever_less_often() {
         let beats = run(3400, |at| if at <= 100 { 7 } else { 9 });
         let times: Vec<_> = beats.iter().filter(|(_, seq)| *seq == 9).map(|(at, _)| *at).collect();
         assert_eq!(times, [120, 160, 210, 310, 510, 1510, 2510]);
     }
 
     #[test]
-    fn a_stream_that_never_pauses_is_told_each_100_ms() {
+    fn an_active_stream_has_one_heartbeat_per_100_ms() {
         let beats = run(1000, |at| (at / 10) as u16);
         assert!((9..=10).contains(&beats.len()), "{beats:?}");
         assert!(beats.windows(2).all(|pair| pair[1].0 - pair[0].0 == 100), "{beats:?}");
     }
 
     #[test]
-    fn frames_with_pauses_between_are_told_of_ten_times_a_second() {
+    fn a_stream_of_25_frames_per_second_has_ten_heartbeats_per_second() {
         let beats = run(2000, |at| (at / 40) as u16);
         assert!((16..=21).contains(&beats.len()), "{beats:?}");
-        // Slower than that, each pause is one in which something may be missing for long.
+        // At 5 frames per second, each frame is followed by a heartbeat.
         let beats = run(2000, |at| (at / 200) as u16);
         let soon = |news: u64| beats.iter().any(|beat| (news..=news + 10).contains(&beat.0));
         assert!((1..10).all(|n| soon(n * 200)), "{beats:?}");
     }
 
     #[test]
-    fn who_loses_nothing_is_told_half_as_often_and_of_tails_as_soon() {
-        let beats = run_asking(4000, &[1050], |at| (at / 10) as u16);
+    fn an_edge_without_loss_gets_every_other_round_and_all_heartbeats_of_paused_streams() {
+        let beats = run_requesting(4000, &[1050], |at| (at / 10) as u16);
         let steps = |range: std::ops::Range<u64>| {
             let times: Vec<_> =
                 beats.iter().map(|beat| beat.0).filter(|at| range.contains(at)).collect();
@@ -251,26 +267,26 @@ mod tests {
         assert!(steps(0..1000).iter().all(|step| *step == 200), "{beats:?}");
         assert!(steps(1100..3000).iter().all(|step| *step == 100), "{beats:?}");
         assert!(steps(3100..4000).iter().all(|step| *step == 200), "{beats:?}");
-        // Whether the round before the last number was one of its own or not.
+        // Whether or not the edge got the round before the last packet.
         for stops_at in (400..800).step_by(10) {
-            let beats = run_asking(2000, &[], |at| (at.min(stops_at) / 10) as u16);
+            let beats = run_requesting(2000, &[], |at| (at.min(stops_at) / 10) as u16);
             let soon = beats.iter().find(|(_, seq)| u64::from(*seq) == stops_at / 10);
             assert!(soon.is_some_and(|(at, _)| at - stops_at <= 50), "{stops_at}: {beats:?}");
         }
-        // Of frames with long pauses between, all and at once, whether they fall on a round or not.
-        let beats = run_asking(4000, &[], |at| (at / 190) as u16);
+        // Frames with long pauses: each one soon, whether or not it falls on a round.
+        let beats = run_requesting(4000, &[], |at| (at / 190) as u16);
         let soon = |n: u64| beats.iter().any(|beat| (n * 190..=n * 190 + 20).contains(&beat.0));
         assert!((1..20).all(soon), "{beats:?}");
-        // Edges do not all have the same rounds, and one that has little time has all.
+        // Odd and even edges get different rounds; an edge with a short latency gets all.
         let (now, long) = (Instant::now(), Duration::from_secs(1));
-        let rounds = |edge: Listener| [1, 2, 3, 4].map(|round| edge.hears(now, round));
-        assert_eq!(rounds(Listener::new(2, long)), [false, true, false, true]);
-        assert_eq!(rounds(Listener::new(3, long)), [true, false, true, false]);
-        assert_eq!(rounds(Listener::new(3, 3 * ROUND)), [true; 4]);
+        let rounds = |edge: HeartbeatReceiver| [1, 2, 3, 4].map(|r| edge.gets_round(now, r));
+        assert_eq!(rounds(HeartbeatReceiver::new(2, long)), [false, true, false, true]);
+        assert_eq!(rounds(HeartbeatReceiver::new(3, long)), [true, false, true, false]);
+        assert_eq!(rounds(HeartbeatReceiver::new(3, 3 * ROUND)), [true; 4]);
     }
 
     #[test]
-    fn an_ended_stream_is_forgotten() {
+    fn an_ended_stream_is_removed() {
         let (now, mut beats) = (Instant::now(), Heartbeats::default());
         beats.poll(now, [(SSRC, Seq(1)), (Ssrc(2), Seq(1))]);
         beats.poll(now, [(Ssrc(2), Seq(1))]);

@@ -1,12 +1,25 @@
-//! Repairs to one `downpour/1` edge: what it asks for in datagrams, and what it is sent.
+//! Repairs to one `downpour/1` edge: its NACKs arrive and its repairs leave in datagrams.
+//!
+//! ```text
+//! NACK ─> request limit ─> history ─> not a repeat ─┬─> group repair ─> multicast group
+//!              │ flood        │ gone      │ dropped └─> outbox ─> budget, path ─> edge
+//!              v              v                           │ late, full   │ copies later
+//!           dropped      Gone message                     v              v
+//!                                                      dropped        outbox
+//! ```
+//!
+//! Invariants: the outbox is bounded and sends the earliest deadline first; quinn's own queue never
+//! holds more than about one round trip of data, so that an urgent repair overtakes the others; every
+//! dropped repair is counted by reason.
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use quinn::{Connection, SendDatagramError};
 use tokio::{
     sync::{Semaphore, broadcast, mpsc},
@@ -16,8 +29,8 @@ use tokio::{
 
 use super::{
     BUDGET_AGE, Shared,
-    downpour::{EdgeError, Subscription, lock},
-    heartbeat::{Beats, Listener},
+    downpour::{EdgeError, Subscription},
+    heartbeat::{DueHeartbeats, HeartbeatReceiver},
 };
 use crate::{
     congestion::RepairControl, control_stream::STREAM_TIMEOUT,
@@ -26,45 +39,47 @@ use crate::{
 use downpour_repair::{
     bucket::TokenBucket,
     message::{Gone, Heartbeat, Message, MessageError, Nack, encode_repair},
-    multicast_repair::{Answer, Ask},
-    repair_queue::{self, Next, Outbox, Pushed, Repair},
-    retransmit::Resender,
+    multicast_repair::{Answer, GroupRequest},
+    repair_queue::{self, Next, Pushed, Repair, RepairQueue},
+    retransmit::Retransmitter,
 };
 
-/// The half of a session that runs on datagrams.
+/// The datagram half of a session.
 pub(super) struct Repairer<'a> {
     shared: &'a Shared,
     connection: &'a Connection,
     subscription: &'a Mutex<Subscription>,
     requests: TokenBucket,
-    outbox: Outbox<Outgoing>,
+    outbox: RepairQueue<RepairPacket>,
     budget_set: Instant,
-    /// Since when what is in the outbox cannot leave: until when, and why.
+    /// If the outbox is blocked: when to try again, and the reason.
     blocked: Option<(Instant, Blocked)>,
-    resender: Resender<Repair<Outgoing>>,
-    /// Which of the cloud's edges this is.
+    resender: Retransmitter<Repair<RepairPacket>>,
+    /// The number of this edge.
     edge: u64,
-    listener: Listener,
-    /// The multicast group that it says it listens to, if this cloud sends to groups.
+    heartbeat_receiver: HeartbeatReceiver,
+    /// The multicast group that the edge listens to, if this cloud sends to groups.
     group: Option<SocketAddr>,
-    /// Repairs too long for a datagram, on their way on streams.
+    /// Streams with repairs that are too long for a datagram.
     streams: JoinSet<()>,
     stream_slots: Arc<Semaphore>,
 }
 
-/// A packet to be sent again.
+/// A packet to retransmit.
 #[derive(Clone)]
-struct Outgoing {
+struct RepairPacket {
     stream: Arc<OutgoingStream>,
     packet: Bytes,
-    /// Where to, if not to the edge alone.
+    /// The multicast group to send it to; `None` sends it to the edge.
     group: Option<SocketAddr>,
 }
 
-/// What holds repairs up.
+/// Why repairs have to wait.
 #[derive(Clone, Copy, PartialEq)]
 enum Blocked {
+    /// The repair budget is used up.
     Budget,
+    /// The path accepts no more data for now.
     Path,
 }
 
@@ -78,18 +93,18 @@ impl<'a> Repairer<'a> {
     ) -> Self {
         let now = Instant::now();
         let edge = shared.edges.fetch_add(1, Ordering::Relaxed);
-        let (rate, burst) = shared.budget(lock(subscription).byte_rate());
+        let (rate, burst) = shared.budget(subscription.lock().byte_rate());
         Self {
             shared,
             connection,
             subscription,
             requests: shared.request_bucket(),
-            outbox: Outbox::new(now, rate, burst),
+            outbox: RepairQueue::new(now, rate, burst),
             budget_set: now,
             blocked: None,
-            resender: Resender::new(),
+            resender: Retransmitter::new(),
             edge,
-            listener: Listener::new(edge, latency),
+            heartbeat_receiver: HeartbeatReceiver::new(edge, latency),
             group: group.filter(|_| shared.group_sender.is_some()),
             streams: JoinSet::new(),
             stream_slots: Arc::new(Semaphore::new(MAX_REPAIR_STREAMS)),
@@ -99,7 +114,7 @@ impl<'a> Repairer<'a> {
     pub(super) async fn run(
         mut self,
         mut streams: mpsc::Receiver<Result<Bytes, MessageError>>,
-        mut heartbeats: broadcast::Receiver<Arc<Beats>>,
+        mut heartbeats: broadcast::Receiver<Arc<DueHeartbeats>>,
     ) -> Result<(), EdgeError> {
         loop {
             let blocked = self.blocked.map(|(until, _)| until);
@@ -107,8 +122,8 @@ impl<'a> Repairer<'a> {
             tokio::select! {
                 datagram = self.connection.read_datagram() => self.handle(datagram?)?,
                 Some(message) = streams.recv() => self.handle(message?)?,
-                beats = heartbeats.recv() => if let Ok(beats) = beats {
-                    self.heartbeat(&beats)?;
+                due = heartbeats.recv() => if let Ok(due) = due {
+                    self.send_heartbeats(&due)?;
                 },
                 () = sleep_until(wake.unwrap_or_else(Instant::now).into()), if wake.is_some() => {
                     self.send_due()?;
@@ -120,8 +135,8 @@ impl<'a> Repairer<'a> {
     fn handle(&mut self, datagram: Bytes) -> Result<(), EdgeError> {
         match Message::parse(datagram) {
             Ok(Message::Nack(nack)) => self.repair(nack),
-            Ok(_) => Err(EdgeError::WrongWay),
-            // Of a later version.
+            Ok(_) => Err(EdgeError::WrongDirection),
+            // A message of a later version.
             Err(MessageError::UnknownType(_)) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -132,14 +147,14 @@ impl<'a> Repairer<'a> {
         let asked = nack.seqs.len() as u64;
         metrics.downpour.asked.inc_by(asked);
         let now = Instant::now();
-        self.listener.ask(now);
+        self.heartbeat_receiver.requested(now);
         if !self.requests.take(now, asked) {
             metrics.dropped_flood.inc_by(asked);
             return Ok(());
         }
         let ssrc = nack.ssrc;
-        let stream =
-            self.shared.origin.stream(ssrc).filter(|stream| lock(self.subscription).wants(stream));
+        let wanted = |stream: &Arc<_>| self.subscription.lock().wants(stream);
+        let stream = self.shared.outgoing.stream(ssrc).filter(wanted);
         let round_trip = self.connection.rtt();
         self.resender.set_round_trip(round_trip);
         let slack = Duration::from_millis(nack.slack_ms.into());
@@ -163,7 +178,7 @@ impl<'a> Repairer<'a> {
                 deadline,
                 len: packet.len(),
                 further: nack.copies - 1,
-                packet: Outgoing { stream: stream.clone(), packet, group: None },
+                packet: RepairPacket { stream: stream.clone(), packet, group: None },
             };
             if self.group.is_some() && self.answer_by_group(now, round_trip, &mut repair) {
                 continue;
@@ -185,18 +200,19 @@ impl<'a> Repairer<'a> {
         Ok(())
     }
 
-    /// Whether the group has the answer, or gets it now.
+    /// Answers a request by a packet to the edge's multicast group, if many members request it. Returns
+    /// `false` if the packet has to be sent to the edge instead.
     fn answer_by_group(
         &mut self,
         now: Instant,
         round_trip: Duration,
-        repair: &mut Repair<Outgoing>,
+        repair: &mut Repair<RepairPacket>,
     ) -> bool {
         let (Some(group), Some(sender)) = (self.group, &self.shared.group_sender) else {
             return false;
         };
         let metrics = &self.shared.metrics;
-        let ask = Ask {
+        let ask = GroupRequest {
             group,
             edge: self.edge,
             round_trip,
@@ -205,7 +221,7 @@ impl<'a> Repairer<'a> {
             copies: repair.further + 1,
             len: repair.len,
         };
-        let answer = self.shared.groups().ask(now, ask, self.shared.group_budget(now));
+        let answer = self.shared.groups().handle_request(now, ask, self.shared.group_budget(now));
         match answer {
             Answer::Unicast => false,
             Answer::Covered => {
@@ -225,7 +241,7 @@ impl<'a> Repairer<'a> {
                 }
                 repair.packet.group = Some(group);
                 let within = repair.deadline.saturating_duration_since(now);
-                if !self.resender.copy(now, repair.clone(), further, within) {
+                if !self.resender.schedule_copies(now, repair.clone(), further, within) {
                     metrics.dropped_backlog.inc_by(further.into());
                 }
                 true
@@ -233,14 +249,14 @@ impl<'a> Repairer<'a> {
         }
     }
 
-    fn count_group(&self, repair: &Repair<Outgoing>) {
+    fn count_group(&self, repair: &Repair<RepairPacket>) {
         repair.packet.stream.repairs.add(0, 1, 0);
         self.shared.metrics.group_repairs.inc();
         self.shared.metrics.group_bytes.inc_by(repair.len as u64);
     }
 
-    /// Puts a repair where it waits for its turn; how many more wait now.
-    fn queue(&mut self, repair: Repair<Outgoing>) -> usize {
+    /// Adds a repair to the outbox. Returns the number of repairs added: 0 or 1.
+    fn queue(&mut self, repair: Repair<RepairPacket>) -> usize {
         let metrics = &self.shared.metrics;
         match self.outbox.push(repair) {
             Pushed::Queued => 1,
@@ -259,7 +275,7 @@ impl<'a> Repairer<'a> {
         }
     }
 
-    /// Counts those of the repairs just queued that could not leave.
+    /// Counts the repairs, of the `queued` ones, that are still in the outbox after a flush.
     fn count_deferred(&self, queued: usize) {
         let deferred = queued.min(self.outbox.len()) as u64;
         match self.blocked {
@@ -269,7 +285,7 @@ impl<'a> Repairer<'a> {
         }
     }
 
-    /// Sends the copies that are due, and what has waited.
+    /// Sends the copies that are due and the repairs that were blocked.
     fn send_due(&mut self) -> Result<(), EdgeError> {
         let now = Instant::now();
         let mut queued = 0;
@@ -280,8 +296,8 @@ impl<'a> Repairer<'a> {
                 }
                 continue;
             }
-            // Copies are asked for near the deadline, which is an estimate: with budget to spare
-            // each goes out when it is due.
+            // A copy is often due close to the deadline, which is only an estimate: do not drop it as
+            // late if the budget allows it.
             copy.deadline = copy.deadline.max(now);
             copy.further = 0;
             queued += self.queue(copy);
@@ -291,19 +307,19 @@ impl<'a> Repairer<'a> {
         Ok(())
     }
 
-    /// Sends what is most urgent, as far as budget and path allow.
+    /// Sends repairs from the outbox, earliest deadline first, as far as budget and path allow.
     fn flush(&mut self, now: Instant) -> Result<(), EdgeError> {
         self.blocked = None;
         if self.outbox.is_empty() {
             return Ok(());
         }
         if now.saturating_duration_since(self.budget_set) >= BUDGET_AGE {
-            let (rate, burst) = self.shared.budget(lock(self.subscription).byte_rate());
+            let (rate, burst) = self.shared.budget(self.subscription.lock().byte_rate());
             self.outbox.set_budget(now, rate, burst);
             self.budget_set = now;
         }
-        // What quinn holds it sends in the order in which it came, so it gets no more than goes
-        // out in about a round trip: the rest waits where the urgent can overtake it.
+        // quinn sends its datagrams in order. Give it no more than it sends in about one round trip, so
+        // that urgent repairs can overtake the rest in the outbox.
         let window = self.connection.stats().path.cwnd.max(RepairControl::FLOOR);
         let window = usize::try_from(window).unwrap_or(usize::MAX);
         let reserve = SERVER_DATAGRAM_BUFFER.saturating_sub(window);
@@ -319,7 +335,7 @@ impl<'a> Repairer<'a> {
                     self.shared.metrics.dropped_late.inc();
                 }
                 Next::Wait(until) => {
-                    // Small steps would only cost time: a packet or so at once.
+                    // Not too often: each wake-up should find budget for about one packet.
                     self.blocked = Some((until.max(now + PATH_POLL), Blocked::Budget));
                     break;
                 }
@@ -329,8 +345,8 @@ impl<'a> Repairer<'a> {
         Ok(())
     }
 
-    /// Sends a packet once more, if the path has room for it, and plans its copies.
-    fn send_repair(&mut self, now: Instant, repair: Repair<Outgoing>) -> Result<(), EdgeError> {
+    /// Retransmits a packet, if the path has room, and schedules its further copies.
+    fn send_repair(&mut self, now: Instant, repair: Repair<RepairPacket>) -> Result<(), EdgeError> {
         let metrics = &self.shared.metrics;
         let message = encode_repair(&repair.packet.packet);
         let fits = self.connection.max_datagram_size().is_some_and(|max| message.len() <= max);
@@ -345,15 +361,15 @@ impl<'a> Repairer<'a> {
         metrics.downpour.repair_bytes.inc_by(repair.len as u64);
         let further = repair.further;
         let within = repair.deadline.saturating_duration_since(now);
-        if !self.resender.copy(now, repair, further, within) {
+        if !self.resender.schedule_copies(now, repair, further, within) {
             metrics.dropped_backlog.inc_by(further.into());
         }
         Ok(())
     }
 
-    /// Whether there was room.
+    /// Sends a datagram, or a stream if it is too long. Returns `false` if there was no room.
     fn send_datagram(&mut self, datagram: Bytes) -> Result<bool, EdgeError> {
-        // Without this check quinn would make room by dropping older ones, uncounted.
+        // Without room, quinn would silently drop its oldest datagrams.
         if self.connection.datagram_send_buffer_space() < datagram.len() {
             self.shared.metrics.dropped_backlog.inc();
             return Ok(false);
@@ -361,12 +377,12 @@ impl<'a> Repairer<'a> {
         match self.connection.send_datagram(datagram.clone()) {
             Ok(()) => Ok(true),
             Err(SendDatagramError::ConnectionLost(error)) => Err(error.into()),
-            // The path became smaller this very moment, or the edge takes none.
+            // The MTU has just become smaller, or the edge accepts no datagrams.
             Err(_) => Ok(self.send_stream(datagram)),
         }
     }
 
-    /// Whether there was a stream to be had.
+    /// Sends a message on a stream. Returns `false` if too many streams are open.
     fn send_stream(&mut self, message: Bytes) -> bool {
         while self.streams.try_join_next().is_some() {}
         let Ok(slot) = self.stream_slots.clone().try_acquire_owned() else {
@@ -376,7 +392,7 @@ impl<'a> Repairer<'a> {
         let connection = self.connection.clone();
         self.streams.spawn(async move {
             let _slot = slot;
-            // Later than this it would be of no use; dropping the stream resets it.
+            // After the timeout the repair is useless. Dropping the stream resets it.
             let _ = timeout(STREAM_TIMEOUT, async {
                 let mut stream = connection.open_uni().await.ok()?;
                 stream.write_all(&message).await.ok()?;
@@ -388,14 +404,14 @@ impl<'a> Repairer<'a> {
         true
     }
 
-    fn heartbeat(&mut self, beats: &Beats) -> Result<(), EdgeError> {
-        let beats: Vec<_> = {
-            let subscription = lock(self.subscription);
-            let beats = beats.to(&self.listener, Instant::now());
-            beats.filter(|beat| subscription.was_told(beat.ssrc)).collect()
+    fn send_heartbeats(&mut self, due: &DueHeartbeats) -> Result<(), EdgeError> {
+        let heartbeats: Vec<_> = {
+            let subscription = self.subscription.lock();
+            let heartbeats = due.to(&self.heartbeat_receiver, Instant::now());
+            heartbeats.filter(|heartbeat| subscription.has_announced(heartbeat.ssrc)).collect()
         };
         let Some(max_len) = self.connection.max_datagram_size() else { return Ok(()) };
-        for datagram in Heartbeat::encode(&beats, max_len) {
+        for datagram in Heartbeat::encode(&heartbeats, max_len) {
             if self.send_datagram(datagram)? {
                 self.shared.metrics.heartbeats.inc();
             }
@@ -404,6 +420,7 @@ impl<'a> Repairer<'a> {
     }
 }
 
-/// How soon to look again whether what waits can leave.
+/// Least time until a blocked outbox is tried again.
 const PATH_POLL: Duration = Duration::from_millis(4);
+/// Most repairs in flight on streams.
 const MAX_REPAIR_STREAMS: usize = 64;

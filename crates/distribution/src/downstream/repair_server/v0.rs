@@ -1,9 +1,9 @@
-//! The retransmission service of the existing cloud, for the edges that are in the field
+//! The v0 protocol: the retransmission service of the existing Go cloud, for its edges in the field
 //! (`docs/wire.md`).
 //!
-//! An existing edge reads a packet with a single read and then panics or loses its place if that
-//! brings only a part. So a packet is written before its length, and goes out first: once the edge
-//! has seen the length, the whole packet is there.
+//! A v0 edge reads a packet with a single read. If that returns only a part of the packet, the edge
+//! panics or loses its position in the stream. So the packet is written before its length, on a stream
+//! of higher priority: when the edge reads the length, it has already received the whole packet.
 
 use std::time::{Duration, Instant};
 
@@ -18,14 +18,14 @@ use downpour_repair::{
     rtp::{Seq, Ssrc},
 };
 
-/// Serves one connection until it ends; an error says why.
+/// Serves one connection until it ends. Returns the reason as an error, unless the server ended it.
 pub(super) async fn serve(
     shared: &Shared,
     connection: &Connection,
     shutdown: &CancellationToken,
 ) -> Result<(), V0Error> {
-    // The receiving half is kept: dropping it would tell the edge to stop sending on a stream that
-    // it closes, and checks, itself.
+    // Keep the receiving half: dropping it would send STOP_SENDING on a stream that the edge closes
+    // itself, and the edge checks the result of that.
     let (data, _data_recv) =
         timeout(OPEN_TIMEOUT, connection.open_bi()).await.map_err(|_| V0Error::NoDataStream)??;
     data.set_priority(1).ok();
@@ -44,7 +44,7 @@ pub(super) async fn serve(
             return Ok(());
         }
     }
-    // What is on its way shall arrive: an existing edge panics if its packet does not.
+    // Let the last packets arrive: a v0 edge panics if the packet that it requested does not.
     sleep(LINGER).await;
     Ok(())
 }
@@ -52,7 +52,7 @@ pub(super) async fn serve(
 /// Why a v0 connection ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum V0Error {
-    #[error("the edge does not let the cloud open the data stream")]
+    #[error("the edge allows no stream for data")]
     NoDataStream,
     #[error(transparent)]
     Connection(#[from] ConnectionError),
@@ -65,9 +65,9 @@ pub(super) enum V0Error {
 struct Session<'a> {
     shared: &'a Shared,
     data: SendStream,
-    /// Whether the data stream ever carried a byte: until then the edge does not know it.
+    /// `true` once the data stream has carried a byte. Until then the edge does not see the stream.
     data_flowed: bool,
-    /// Limits on what one edge can make us do; the edge waits.
+    /// Limits of one edge's requests and repairs. An edge that exceeds them has to wait.
     requests: TokenBucket,
     bytes: TokenBucket,
     budget_set: Instant,
@@ -95,8 +95,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Answers the requests of one info stream, however they are split or pipelined. Each answer is
-    /// written before the next request is read, so an edge that does not read holds up itself.
+    /// Answers the requests of one info stream. Requests may be split or pipelined. Each answer is
+    /// written before the next request is read, so an edge that does not read answers stalls only
+    /// itself.
     async fn serve(
         &mut self,
         mut info: SendStream,
@@ -108,8 +109,8 @@ impl<'a> Session<'a> {
         loop {
             let read = requests.read(&mut buffer[held..]);
             let read = if answered_gone && !self.data_flowed {
-                // An existing edge looks for the data stream before it reads the length, so a
-                // first answer of "not held" would keep it waiting for ever.
+                // A v0 edge accepts the data stream before it reads the length. If the first answer is
+                // "not held", no data follows and the edge waits forever.
                 match timeout(HANG_TIMEOUT, read).await {
                     Ok(read) => read?,
                     Err(_) => return Ok(Served::EdgeHangs),
@@ -133,7 +134,7 @@ impl<'a> Session<'a> {
         Ok(Served::Finished)
     }
 
-    /// Answers one request; tells whether the packet was held.
+    /// Answers one request. Returns `true` if the packet was in the history.
     async fn answer(
         &mut self,
         info: &mut SendStream,
@@ -143,7 +144,7 @@ impl<'a> Session<'a> {
         let metrics = &self.shared.metrics;
         metrics.v0.asked.inc();
         pause(self.requests.charge(Instant::now(), 1)).await;
-        let stream = self.shared.origin.stream(ssrc);
+        let stream = self.shared.outgoing.stream(ssrc);
         if stream.is_none() {
             metrics.unknown_ssrc.inc();
         }
@@ -177,15 +178,17 @@ impl<'a> Session<'a> {
     }
 }
 
-/// A sleep that costs nothing when it is none.
+/// Sleeps, without a trip through the timer if `duration` is zero.
 async fn pause(duration: Duration) {
     if !duration.is_zero() {
         sleep(duration).await;
     }
 }
 
-/// SSRC and sequence number.
+/// Bytes of a request: SSRC and sequence number.
 const REQUEST_LEN: usize = 6;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Silence after "not held" that shows that the edge waits for the data stream.
 const HANG_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time for the last packets to arrive before the connection is closed.
 const LINGER: Duration = Duration::from_millis(200);

@@ -1,4 +1,4 @@
-//! How long to wait before the next attempt.
+//! Pauses between connection attempts.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    /// The wait after an attempt that lasted `lasted`; `jitter` takes up to half of it away, so
-    /// that a thousand edges do not come back in the same instant.
+    /// Returns the pause after a connection that lasted `lasted`. `jitter`, a random number,
+    /// shortens it by up to half, so that a thousand edges do not reconnect at the same instant.
     pub(super) fn next(&mut self, lasted: Duration, jitter: u16) -> Duration {
         if lasted >= GOOD {
             self.failures = 0;
@@ -23,7 +23,7 @@ impl Backoff {
 
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(5);
-/// A connection that lived this long was a good one.
+/// A connection that lasted this long resets the pause.
 const GOOD: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
@@ -31,11 +31,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_grow_to_the_longest_and_start_over_after_a_good_connection() {
+    fn pauses_double_up_to_the_longest_and_reset_after_a_good_connection() {
         let mut backoff = Backoff::default();
         let short = Duration::from_millis(1);
-        let waits: Vec<_> = (0..8).map(|_| backoff.next(short, 0).as_millis()).collect();
-        assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        let pauses: Vec<_> = (0..8).map(|_| backoff.next(short, 0).as_millis()).collect();
+        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         assert_eq!(backoff.next(short, u16::MAX), Duration::from_millis(2500));
         assert_eq!(backoff.next(GOOD, 0), Duration::from_millis(100));
         for _ in 0..100 {

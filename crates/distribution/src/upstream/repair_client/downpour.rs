@@ -1,4 +1,4 @@
-//! `downpour/1` with the cloud.
+//! A `downpour/1` connection, edge side.
 
 use std::time::Duration;
 
@@ -22,17 +22,17 @@ use downpour_repair::{
     message::{Message, MessageError, Nack},
 };
 
-/// A control stream on which hello has been said.
+/// A control stream on which hello has been sent.
 pub(super) struct Greeted {
     control: ControlStream,
-    /// The patterns that the cloud was told.
-    told: Vec<StreamPattern>,
+    /// The patterns that the cloud has been sent.
+    subscribed: Vec<StreamPattern>,
 }
 
-/// Opens the control stream with this edge's hello, which wants the streams in `told`.
-pub(super) async fn say_hello(
+/// Opens the control stream and sends hello, which subscribes to `streams`.
+pub(super) async fn send_hello(
     settings: &RepairClientSettings,
-    told: Vec<StreamPattern>,
+    streams: Vec<StreamPattern>,
     connection: &Connection,
 ) -> Result<Greeted, Disconnect> {
     let (send, recv) = connection.open_bi().await?;
@@ -46,25 +46,25 @@ pub(super) async fn say_hello(
         group: settings.group,
         parity: settings.parity,
         latency_ms: settings.latency.as_millis().try_into().unwrap_or(u32::MAX),
-        streams: told.clone(),
+        streams: streams.clone(),
     });
     control.send(&hello).await?;
-    Ok(Greeted { control, told })
+    Ok(Greeted { control, subscribed: streams })
 }
 
-/// Speaks until the connection ends; `Ok` on shutdown. `greeted` is there if hello has been said.
+/// Runs the connection to its end; `Ok` on shutdown. `greeted` is set if hello has been sent.
 pub(super) async fn run(
     client: &mut RepairClient,
     connection: &Connection,
     greeted: Option<Greeted>,
 ) -> Result<(), Disconnect> {
-    client.inbox.forget(&client.metrics);
+    client.inbox.discard_nacks(&client.metrics);
     let RepairClient { settings, inbox, events, metrics, shutdown, .. } = client;
     let opening = async {
-        let wanted = || inbox.wishes.borrow().clone();
+        let wanted = || inbox.wanted.borrow().clone();
         let mut greeted = match greeted {
             Some(greeted) => greeted,
-            None => say_hello(settings, wanted(), connection).await?,
+            None => send_hello(settings, wanted(), connection).await?,
         };
         match timeout(WELCOME_TIMEOUT, greeted.control.receive()).await {
             Ok(Ok(Some(CloudMessage::Welcome(welcome)))) => Ok((greeted, welcome)),
@@ -76,7 +76,7 @@ pub(super) async fn run(
             Err(_) => Err(Disconnect::Timeout("the cloud did not say welcome in time")),
         }
     };
-    let (Greeted { mut control, mut told }, welcome) = tokio::select! {
+    let (Greeted { mut control, mut subscribed }, welcome) = tokio::select! {
         opened = opening => opened?,
         error = connection.closed() => return Err(error.into()),
         () = shutdown.cancelled() => return Ok(()),
@@ -85,13 +85,15 @@ pub(super) async fn run(
 
     let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
     let result = tokio::select! {
-        result = tell(&mut control.sender, &mut told, &mut inbox.reports, &mut inbox.wishes) => result,
-        result = hear(&mut control.receiver, events) => result,
-        result = receive(connection, stream_rx, events) => result,
+        result = send_control(
+            &mut control.sender, &mut subscribed, &mut inbox.reports, &mut inbox.wanted,
+        ) => result,
+        result = receive_control(&mut control.receiver, events) => result,
+        result = receive_messages(connection, stream_rx, events) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
-        result = ask(connection, &mut inbox.nacks, metrics) => result,
+        result = send_nacks(connection, &mut inbox.nacks, metrics) => result,
         () = shutdown.cancelled() => Ok(()),
-        // Wherever the others are.
+        // Also while the others wait for something else.
         error = connection.closed() => Err(error.into()),
     };
     Disconnect::explain(result, connection).await
@@ -106,15 +108,15 @@ impl From<StreamError> for Disconnect {
     }
 }
 
-/// What the edge tells on the control stream.
+/// Sends reports and changes of the subscription on the control stream.
 ///
-/// Apart from what it hears there: an end that writes what the other has no room for, and does not
-/// read meanwhile, could wait for an end that does the same.
-async fn tell(
+/// Concurrent with [`receive_control`]: if both ends stopped reading while a write blocks on flow
+/// control, they would deadlock.
+async fn send_control(
     control: &mut ControlSender,
-    told: &mut Vec<StreamPattern>,
+    subscribed: &mut Vec<StreamPattern>,
     reports: &mut watch::Receiver<Report>,
-    wishes: &mut watch::Receiver<Vec<StreamPattern>>,
+    wanted: &mut watch::Receiver<Vec<StreamPattern>>,
 ) -> Result<(), Disconnect> {
     loop {
         tokio::select! {
@@ -124,29 +126,33 @@ async fn tell(
                     control.send(&EdgeMessage::Report(part)).await?;
                 }
             }
-            Ok(()) = wishes.changed() => {
-                let wanted = wishes.borrow_and_update().clone();
-                let without = |of: &[StreamPattern], these: &[StreamPattern]| -> Vec<_> {
-                    of.iter().filter(|pattern| !these.contains(pattern)).cloned().collect()
+            Ok(()) = wanted.changed() => {
+                let patterns = wanted.borrow_and_update().clone();
+                let without = |all: &[StreamPattern], some: &[StreamPattern]| -> Vec<_> {
+                    all.iter().filter(|pattern| !some.contains(pattern)).cloned().collect()
                 };
-                let (more, fewer) = (without(&wanted, told), without(told, &wanted));
-                // First, so that the two together never exceed what the cloud takes.
-                if !fewer.is_empty() {
-                    control.send(&EdgeMessage::Unsubscribe { streams: fewer }).await?;
+                let added = without(&patterns, subscribed);
+                let removed = without(subscribed, &patterns);
+                // Unsubscribe first, so that the total never exceeds the cloud's limit.
+                if !removed.is_empty() {
+                    control.send(&EdgeMessage::Unsubscribe { streams: removed }).await?;
                 }
-                if !more.is_empty() {
-                    control.send(&EdgeMessage::Subscribe { streams: more }).await?;
+                if !added.is_empty() {
+                    control.send(&EdgeMessage::Subscribe { streams: added }).await?;
                 }
-                *told = wanted;
+                *subscribed = patterns;
             }
-            // The handle is gone; the events still matter.
+            // The handle is dropped; events are still received.
             else => std::future::pending().await,
         }
     }
 }
 
-/// What the cloud tells on the control stream.
-async fn hear(control: &mut ControlReceiver, events: &EventSender) -> Result<(), Disconnect> {
+/// Receives the cloud's messages on the control stream.
+async fn receive_control(
+    control: &mut ControlReceiver,
+    events: &EventSender,
+) -> Result<(), Disconnect> {
     loop {
         match control.receive().await? {
             Some(CloudMessage::StreamUp(info)) => events.send(RepairEvent::StreamUp(info)).await?,
@@ -169,8 +175,8 @@ async fn hear(control: &mut ControlReceiver, events: &EventSender) -> Result<(),
     }
 }
 
-/// What comes on datagrams, and on streams instead of datagrams.
-async fn receive(
+/// Receives repair messages, as datagrams or, if too long for one, as streams.
+async fn receive_messages(
     connection: &Connection,
     mut streams: mpsc::Receiver<Result<Bytes, MessageError>>,
     events: &EventSender,
@@ -187,22 +193,22 @@ async fn receive(
             Ok(Message::Nack(_)) => {
                 return Err(Disconnect::Malformed("a nack, which only an edge sends".into()));
             }
-            // Of a later version.
+            // A type of a later version.
             Err(MessageError::UnknownType(_)) => {}
             Err(error) => return Err(Disconnect::Malformed(error.to_string())),
         }
     }
 }
 
-/// What the edge asks for.
-async fn ask(
+/// Sends NACKs as datagrams.
+async fn send_nacks(
     connection: &Connection,
     nacks: &mut mpsc::Receiver<Nack>,
     metrics: &RepairClientMetrics,
 ) -> Result<(), Disconnect> {
     loop {
         let Some(nack) = nacks.recv().await else {
-            // The handle is gone; the events still matter.
+            // The handle is dropped; events are still received.
             return Err(connection.closed().await.into());
         };
         let Some(max_len) = connection.max_datagram_size() else {
@@ -210,7 +216,7 @@ async fn ask(
         };
         metrics.asked.inc_by(nack.seqs.len() as u64);
         for datagram in nack.encode(max_len) {
-            // Without this check quinn would make room by dropping older ones, uncounted.
+            // Without this check, quinn would drop older datagrams, uncounted.
             if connection.datagram_send_buffer_space() < datagram.len() {
                 metrics.dropped_backlog.inc();
                 continue;
@@ -218,7 +224,7 @@ async fn ask(
             match connection.send_datagram(datagram) {
                 Ok(()) => {}
                 Err(SendDatagramError::ConnectionLost(error)) => return Err(error.into()),
-                // The path became smaller this very moment; what is missing is asked for again.
+                // The path MTU has just shrunk; the receiver repeats the request.
                 Err(_) => metrics.dropped_backlog.inc(),
             }
         }

@@ -1,4 +1,4 @@
-//! What the repair client counts.
+//! Metrics of the repair client.
 
 use prometheus::{
     Gauge, IntCounter, IntGauge, Opts, Registry, register_gauge_with_registry,
@@ -9,54 +9,54 @@ use prometheus::{
 use super::Disconnect;
 use crate::protocol::Protocol;
 
-/// Counters of a [`RepairClient`](super::RepairClient).
+/// Metrics of a [`RepairClient`](super::RepairClient). Cloning shares them.
 #[derive(Debug, Clone)]
 pub struct RepairClientMetrics {
     /// 1 while connected to a v0 cloud.
     pub connected_v0: IntGauge,
     /// 1 while connected to a `downpour/1` cloud.
     pub connected_downpour: IntGauge,
-    /// The round trip to the cloud, smoothed, in seconds; 0 before there was one.
+    /// Smoothed round-trip time to the cloud in seconds; 0 until measured.
     pub round_trip: Gauge,
-    /// Connections made.
+    /// Connections established.
     pub connects: IntCounter,
-    /// Attempts that failed.
+    /// Connection attempts that failed.
     pub connect_failures: IntCounter,
-    /// Connections whose hello went with the first packet (0-RTT).
+    /// Connections whose hello the cloud accepted as 0-RTT data.
     pub early_hellos: IntCounter,
-    /// Attempts that ended because the cloud's certificate is not trusted.
+    /// Connections that failed because the cloud's certificate is not trusted.
     pub refused_certificate: IntCounter,
-    /// Attempts that ended because the cloud did not take this edge's token.
+    /// Connections that the cloud refused because of this edge's token.
     pub refused_token: IntCounter,
-    /// Attempts that ended because the cloud does not want this edge for another reason.
+    /// Connections that the cloud refused for another reason.
     pub refused_edge: IntCounter,
-    /// Attempts that ended because the cloud does not speak the protocol.
+    /// Connections that failed because the cloud does not speak the protocol.
     pub refused_protocol: IntCounter,
-    /// Sequence numbers asked for.
+    /// Sequence numbers requested.
     pub asked: IntCounter,
-    /// Packets that came back.
+    /// Repaired packets received.
     pub repairs: IntCounter,
-    /// Bytes of packets that came back.
+    /// Bytes of the repaired packets.
     pub repair_bytes: IntCounter,
     /// Sequence numbers that the cloud no longer holds.
     pub gone: IntCounter,
-    /// Sequence numbers not asked for again while a v0 cloud still owes the answer.
+    /// Sequence numbers not requested because a v0 cloud has not answered an earlier request yet.
     pub suppressed: IntCounter,
-    /// Sequence numbers not asked for: too many nacks waited, or there was no connection.
+    /// Sequence numbers not requested because too many NACKs waited, or there was no connection.
     pub dropped_nacks: IntCounter,
-    /// Nack datagrams dropped because the path takes them too slowly.
+    /// NACK datagrams dropped because the send buffer was full.
     pub dropped_backlog: IntCounter,
-    /// Events dropped because the receiver was too slow.
+    /// Events dropped because their channel was full.
     pub dropped_events: IntCounter,
     /// Connections closed because the cloud broke the protocol.
     pub malformed: IntCounter,
 }
 
 impl RepairClientMetrics {
-    /// Registers all of them as `downpour_repair_client_…`.
+    /// Registers the metrics as `downpour_repair_client_…`.
     ///
     /// # Errors
-    /// If one is registered already.
+    /// If one of the names is registered already.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter = |name: &str, help: &str| {
             register_int_counter_with_registry!(
@@ -66,17 +66,17 @@ impl RepairClientMetrics {
             )
         };
         let connected = register_int_gauge_vec_with_registry!(
-            Opts::new("downpour_repair_client_connected", "Whether there is a cloud to ask"),
+            Opts::new("downpour_repair_client_connected", "1 while connected with this protocol"),
             &["protocol"],
             registry
         )?;
         let dropped = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_repair_client_dropped_total", "What did not get through"),
+            Opts::new("downpour_repair_client_dropped_total", "NACKs and events dropped, by kind"),
             &["what"],
             registry
         )?;
         let refused = register_int_counter_vec_with_registry!(
-            Opts::new("downpour_repair_client_refused_total", "Connections that were refused"),
+            Opts::new("downpour_repair_client_refused_total", "Connections refused, by reason"),
             &["reason"],
             registry
         )?;
@@ -85,29 +85,38 @@ impl RepairClientMetrics {
             connected_downpour: connected.with_label_values(&[Protocol::Downpour.as_str()]),
             round_trip: register_gauge_with_registry!(
                 "downpour_repair_client_round_trip_seconds",
-                "The round trip to the cloud, smoothed",
+                "Smoothed round-trip time to the cloud",
                 registry
             )?,
-            connects: counter("connects_total", "Connections made")?,
-            connect_failures: counter("connect_failures_total", "Attempts that failed")?,
-            early_hellos: counter("early_hellos_total", "Connections back in one round trip")?,
+            connects: counter("connects_total", "Connections established")?,
+            connect_failures: counter("connect_failures_total", "Connection attempts that failed")?,
+            early_hellos: counter(
+                "early_hellos_total",
+                "Connections with hello accepted as 0-RTT data",
+            )?,
             refused_certificate: refused.with_label_values(&["certificate"]),
             refused_token: refused.with_label_values(&["token"]),
             refused_edge: refused.with_label_values(&["edge"]),
             refused_protocol: refused.with_label_values(&["protocol"]),
-            asked: counter("asked_total", "Packets asked for")?,
-            repairs: counter("repairs_total", "Packets that came back")?,
-            repair_bytes: counter("repair_bytes_total", "Bytes of packets that came back")?,
-            gone: counter("gone_total", "Packets that the cloud no longer holds")?,
-            suppressed: counter("suppressed_total", "Requests that were still in flight")?,
+            asked: counter("asked_total", "Packets requested")?,
+            repairs: counter("repairs_total", "Repaired packets received")?,
+            repair_bytes: counter("repair_bytes_total", "Bytes of repaired packets received")?,
+            gone: counter("gone_total", "Requested packets that the cloud no longer held")?,
+            suppressed: counter(
+                "suppressed_total",
+                "Requests suppressed because an earlier one was in flight",
+            )?,
             dropped_nacks: dropped.with_label_values(&["nack"]),
             dropped_backlog: dropped.with_label_values(&["backlog"]),
             dropped_events: dropped.with_label_values(&["event"]),
-            malformed: counter("malformed_total", "Connections closed as malformed")?,
+            malformed: counter(
+                "malformed_total",
+                "Connections closed because the cloud broke the protocol",
+            )?,
         })
     }
 
-    /// Counts why a connection ended, where that has a counter.
+    /// Counts the reason for which a connection ended, if it has a counter.
     pub(super) fn count(&self, reason: &Disconnect) {
         match reason {
             Disconnect::Malformed(_) => self.malformed.inc(),
@@ -119,6 +128,7 @@ impl RepairClientMetrics {
         }
     }
 
+    /// Returns the gauge of a protocol.
     pub(super) fn connected(&self, protocol: Protocol) -> &IntGauge {
         match protocol {
             Protocol::V0 => &self.connected_v0,

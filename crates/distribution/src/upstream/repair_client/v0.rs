@@ -1,17 +1,19 @@
-//! The retransmission service of an existing cloud, with many requests in flight (`docs/wire.md`).
+//! A v0 connection, edge side: the retransmission protocol of existing clouds (`docs/wire.md`),
+//! with many requests in flight.
 //!
-//! An existing cloud reads a request with one read for each half, and loses its place if that
-//! brings only a part; and it does not answer at all for an SSRC that it does not know. So requests
-//! in flight are kept few enough to fit one QUIC packet, and each packet that comes is matched with
-//! the request that it answers.
+//! Two defects of v0 clouds shape this module:
+//! - They read each half of a request with one read, and lose synchronization if that returns only
+//!   a part. So the requests in flight are few enough to fit one QUIC packet.
+//! - They do not answer requests for an unknown SSRC. So each packet is matched with its request,
+//!   and the older requests count as unanswered.
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use parking_lot::Mutex;
 use quinn::{Connection, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::{
     sync::{Semaphore, mpsc},
@@ -24,7 +26,7 @@ use downpour_repair::{
     rtp::{Seq, Ssrc, packet::HEADER_LEN},
 };
 
-/// Asks until the connection ends; `Ok` on shutdown.
+/// Runs the connection to its end; `Ok` on shutdown.
 pub(super) async fn run(
     client: &mut RepairClient,
     connection: &Connection,
@@ -33,26 +35,28 @@ pub(super) async fn run(
     let RepairClient { inbox, events, metrics, shutdown, .. } = client;
     let (mut info, lengths) = connection.open_bi().await?;
     let in_flight = InFlight::default();
-    // An existing cloud fails as a whole when a connection ends on which no info stream was ever
-    // seen. A request for nothing shows it.
+    // A connection that ends without an info stream brings down a v0 cloud. An empty request opens
+    // it.
     let first_nack = first_nack.unwrap_or_else(|| {
-        in_flight.lock().push_back(Request { asked: None, ..Request::NOTHING });
+        in_flight.requests.lock().push_back(Request { asked: None, ..Request::NOTHING });
         Nack { ssrc: Ssrc(0), copies: 1, slack_ms: 0, seqs: Vec::new() }
     });
     if first_nack.seqs.is_empty() {
         info.write_all(&Request::NOTHING.encode()).await?;
     }
 
-    let mut receiving = Box::pin(receive(connection, lengths, &in_flight, events));
+    let mut receiving = Box::pin(receive_answers(connection, lengths, &in_flight, events));
     let ended = tokio::select! {
         result = &mut receiving => Some(result),
-        result = ask(&mut info, first_nack, &mut inbox.nacks, &in_flight, metrics) => Some(result),
+        result = send_requests(&mut info, first_nack, &mut inbox.nacks, &in_flight, metrics) => {
+            Some(result)
+        }
         result = in_flight.watch() => Some(result),
         error = connection.closed() => Some(Err(error.into())),
         () = shutdown.cancelled() => None,
     };
     let Some(ended) = ended else {
-        // An existing cloud also fails as a whole when it cannot finish an answer.
+        // An unfinished answer brings down a v0 cloud, too.
         let drained = async {
             tokio::select! {
                 _ = &mut receiving => {}
@@ -68,12 +72,12 @@ pub(super) async fn run(
     Disconnect::explain(ended, connection).await
 }
 
-/// One request without its answer.
+/// A request that has not been answered.
 #[derive(Debug, Clone, Copy)]
 struct Request {
     ssrc: Ssrc,
     seq: Seq,
-    /// None for a request that may stay without an answer.
+    /// When it was sent; `None` if it may stay unanswered.
     asked: Option<Instant>,
 }
 
@@ -86,6 +90,7 @@ impl Request {
         [s0, s1, s2, s3, q0, q1]
     }
 
+    /// Reports the packet as gone.
     fn gone(&self, events: &EventSender) -> Result<(), Disconnect> {
         if self.asked.is_some() {
             let gone = Gone { ssrc: self.ssrc, seqs: vec![self.seq] };
@@ -95,9 +100,10 @@ impl Request {
     }
 }
 
-/// The requests without their answers, in the order in which they were made.
+/// The unanswered requests, oldest first.
 struct InFlight {
     requests: Mutex<VecDeque<Request>>,
+    /// One permit per request that may still be sent.
     slots: Semaphore,
 }
 
@@ -108,48 +114,47 @@ impl Default for InFlight {
 }
 
 impl InFlight {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Request>> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn contains(&self, ssrc: Ssrc, seq: Seq) -> bool {
-        self.lock().iter().any(|request| request.ssrc == ssrc && request.seq == seq)
+        self.requests.lock().iter().any(|request| request.ssrc == ssrc && request.seq == seq)
     }
 
-    /// The oldest request, answered.
+    /// Removes the oldest request.
     fn pop(&self) -> Option<Request> {
         self.take(1).pop()
     }
 
-    /// The requests up to the one for this packet, answered; none if it was not asked for.
+    /// Removes the requests up to the one for this packet; `None` if there is none for it.
     fn pop_to(&self, ssrc: Ssrc, seq: Seq) -> Option<Vec<Request>> {
-        let index =
-            self.lock().iter().position(|request| request.ssrc == ssrc && request.seq == seq)?;
+        let index = self
+            .requests
+            .lock()
+            .iter()
+            .position(|request| request.ssrc == ssrc && request.seq == seq)?;
         Some(self.take(index + 1))
     }
 
     fn take(&self, count: usize) -> Vec<Request> {
-        let mut requests = self.lock();
+        let mut requests = self.requests.lock();
         let count = count.min(requests.len());
         let taken: Vec<_> = requests.drain(..count).collect();
         self.slots.add_permits(taken.iter().filter(|request| request.asked.is_some()).count());
         taken
     }
 
-    /// Returns once the cloud has owed an answer for too long.
+    /// Returns once the oldest request has waited for [`ANSWER_TIMEOUT`].
     async fn watch(&self) -> Result<(), Disconnect> {
         loop {
             sleep(ANSWER_TIMEOUT / 4).await;
-            let oldest = self.lock().iter().find_map(|request| request.asked);
+            let oldest = self.requests.lock().iter().find_map(|request| request.asked);
             if oldest.is_some_and(|asked| asked.elapsed() > ANSWER_TIMEOUT) {
                 return Err(Disconnect::Timeout("the cloud does not answer"));
             }
         }
     }
 
-    /// Returns once every request has its answer.
+    /// Returns once every request has been answered.
     async fn answered(&self) {
-        // An error only says that the semaphore is closed, which it never is.
+        // An error means a closed semaphore; it is never closed.
         let _ = self.slots.acquire_many(MAX_IN_FLIGHT).await;
     }
 }
@@ -166,8 +171,8 @@ impl From<ReadExactError> for Disconnect {
     }
 }
 
-/// Makes the requests of each nack; waits while too many are in flight.
-async fn ask(
+/// Sends a request for each packet of each NACK; waits while too many are in flight.
+async fn send_requests(
     info: &mut SendStream,
     first_nack: Nack,
     nacks: &mut mpsc::Receiver<Nack>,
@@ -191,28 +196,29 @@ async fn ask(
                     slot.map_err(|_| Disconnect::Stopped)?
                 }
             };
-            // Given back with the answer.
+            // Returned with the answer.
             slot.forget();
             let request = Request { ssrc, seq, asked: Some(Instant::now()) };
-            in_flight.lock().push_back(request);
+            in_flight.requests.lock().push_back(request);
             requests.put_slice(&request.encode());
             metrics.asked.inc();
         }
         info.write_all(&requests).await?;
         nack = nacks.recv().await;
     }
-    // The handle is gone: nothing will ever be asked again.
+    // The handle is dropped: there will be no more requests.
     Err(Disconnect::Stopped)
 }
 
-/// Takes the answers.
-async fn receive(
+/// Receives the answers.
+async fn receive_answers(
     connection: &Connection,
     mut lengths: RecvStream,
     in_flight: &InFlight,
     events: &EventSender,
 ) -> Result<(), Disconnect> {
-    // Known only once bytes flow on it. Its sending half is kept so that it is not reset.
+    // The cloud's stream is visible once it has sent bytes. Dropping the sending half would reset
+    // it.
     let mut data: Option<(SendStream, RecvStream)> = None;
     loop {
         let mut length = [0; 2];
@@ -243,7 +249,7 @@ async fn receive(
     }
 }
 
-/// Which packet this is (RFC 3550 §5.1).
+/// Returns the SSRC and sequence number of an RTP packet (RFC 3550 §5.1).
 fn identify(packet: &[u8]) -> Option<(Ssrc, Seq)> {
     let &[first, _, q0, q1, _, _, _, _, s0, s1, s2, s3] = packet.first_chunk::<HEADER_LEN>()?;
     let ssrc = Ssrc(u32::from_be_bytes([s0, s1, s2, s3]));
@@ -254,7 +260,7 @@ fn out_of_step(what: &str) -> Disconnect {
     Disconnect::Malformed(format!("requests and answers are out of step: {what}"))
 }
 
-/// 768 bytes of requests: less than the smallest QUIC packet takes.
+/// 768 bytes of requests, which fit the smallest QUIC packet.
 const MAX_IN_FLIGHT: u32 = 128;
 const REQUEST_LEN: usize = 6;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

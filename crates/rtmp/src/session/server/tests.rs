@@ -11,11 +11,11 @@ use downpour_media::flv::TagKind;
 const SETTINGS: SessionSettings =
     SessionSettings { max_message_len: Tag::MAX_BODY_LEN, chunk_size: 4096 };
 
-/// An encoder that sends whatever a test wants, behind a finished handshake.
+/// A scripted encoder and its server session, after the handshake.
 struct Encoder {
     server: ServerSession,
     channel: ChunkChannel,
-    /// What the node behind the server says to a publication.
+    /// The answer to every publication request.
     verdict: Result<(), (PublishRefusal, &'static str)>,
 }
 
@@ -29,7 +29,7 @@ impl Encoder {
         Self { server, channel: ChunkChannel::new(Tag::MAX_BODY_LEN), verdict: Ok(()) }
     }
 
-    /// One that has connected to `live` and drained the answers.
+    /// An encoder that is connected to `live`, with the answers drained.
     fn connected() -> Self {
         let mut encoder = Self::new();
         encoder.command(0, "connect", 1.0, &[Value::object([("app", "live".into())])]);
@@ -38,7 +38,7 @@ impl Encoder {
         encoder
     }
 
-    /// One that publishes `live/x`.
+    /// An encoder that publishes `live/x`, with the answers drained.
     fn live() -> Self {
         let mut encoder = Self::connected();
         encoder.publish(1, "x");
@@ -48,11 +48,11 @@ impl Encoder {
     }
 
     fn command(&mut self, stream_id: u32, name: &str, id: f64, arguments: &[Value]) {
-        self.channel.command(stream_id, name, id, arguments).unwrap();
+        self.channel.write_command(stream_id, name, id, arguments).unwrap();
     }
 
     fn message(&mut self, kind: u8, timestamp: u32, body: &[u8]) {
-        self.channel.media(4, MessageHead { kind, stream_id: 1, timestamp }, body).unwrap();
+        self.channel.write(4, MessageHead { kind, stream_id: 1, timestamp }, body).unwrap();
     }
 
     fn publish(&mut self, stream_id: u32, name: &str) -> Vec<ServerEvent> {
@@ -60,7 +60,7 @@ impl Encoder {
         self.run().unwrap()
     }
 
-    /// Delivers what was written.
+    /// Delivers the written bytes to the server and returns its events.
     fn run(&mut self) -> Result<Vec<ServerEvent>, SessionError> {
         let output = self.channel.output.split();
         let mut input = &output[..];
@@ -69,7 +69,7 @@ impl Encoder {
             if matches!(event, ServerEvent::Publish(_)) {
                 match &self.verdict {
                     Ok(()) => self.server.accept()?,
-                    Err((reason, why)) => self.server.refuse(*reason, why)?,
+                    Err((status, reason)) => self.server.refuse(*status, reason)?,
                 }
             }
             events.push(event);
@@ -78,7 +78,7 @@ impl Encoder {
         Ok(events)
     }
 
-    /// The commands that the server has written.
+    /// Takes the commands that the server has written.
     fn answers(&mut self) -> Vec<(u32, Command)> {
         let output = self.server.take_output();
         let mut input = &output[..];
@@ -87,7 +87,7 @@ impl Encoder {
             .collect()
     }
 
-    /// Level, code and description of the only answer, an `onStatus`.
+    /// Takes the only answer, an `onStatus`: level, code and description.
     fn status(&mut self) -> (String, String, String) {
         let answers = self.answers();
         let [(_, status)] = &answers[..] else { panic!("{answers:?}") };
@@ -107,6 +107,19 @@ impl Encoder {
     }
 }
 
+/// The body of an aggregate message of three tags.
+fn aggregate() -> Vec<u8> {
+    let mut body = Vec::new();
+    for (kind, time, media) in [
+        (TagKind::Video, 1000, &[0x17, 1][..]),
+        (TagKind::Audio, 1023, &[0xaf, 1]),
+        (TagKind::Video, 1040, &[0x27, 1]),
+    ] {
+        body.extend_from_slice(Tag::new(kind, time, media).unwrap().framed());
+    }
+    body
+}
+
 fn script(values: &[Value]) -> Vec<u8> {
     let mut body = BytesMut::new();
     for value in values {
@@ -116,7 +129,7 @@ fn script(values: &[Value]) -> Vec<u8> {
 }
 
 #[test]
-fn an_encoder_gets_every_answer_that_it_waits_for() {
+fn every_command_of_an_encoder_is_answered() {
     let mut encoder = Encoder::new();
     let object = [("app", "live?k=1".into()), ("tcUrl", "rtmp://h/live?k=1".into())];
     encoder.command(0, "connect", 1.0, &[Value::object(object)]);
@@ -126,7 +139,7 @@ fn an_encoder_gets_every_answer_that_it_waits_for() {
     encoder.command(0, "_checkbw", 5.0, &[Value::Null]);
     encoder.command(0, "getStreamLength", 6.0, &[Value::Null, "x".into()]);
     encoder.command(0, "setPeerInfo", 7.0, &[Value::Null]);
-    // Without the publish type, as some encoders send it (lal #280).
+    // Some encoders omit the publish type (lal #280).
     encoder.command(1, "publish", 8.0, &[Value::Null, "x?s=2".into()]);
     let events = encoder.run().unwrap();
     let [ServerEvent::Publish(intent)] = &events[..] else { panic!("{events:?}") };
@@ -164,7 +177,7 @@ fn an_encoder_gets_every_answer_that_it_waits_for() {
 }
 
 #[test]
-fn media_becomes_tags_and_only_while_live() {
+fn media_becomes_tags_only_while_live() {
     let mut encoder = Encoder::connected();
     encoder.message(VIDEO, 10, &[0x17, 0]);
     assert!(encoder.run().unwrap().is_empty());
@@ -182,7 +195,7 @@ fn media_becomes_tags_and_only_while_live() {
 }
 
 #[test]
-fn data_messages_lose_what_is_not_for_viewers() {
+fn data_messages_lose_their_server_prefix() {
     let mut encoder = Encoder::live();
     let metadata = script(&["onMetaData".into(), Value::object([("width", 640.0.into())])]);
     let framed = [script(&["@setDataFrame".into()]), metadata.clone()].concat();
@@ -199,26 +212,24 @@ fn data_messages_lose_what_is_not_for_viewers() {
 #[test]
 fn aggregates_are_split_and_rebased_on_their_first_tag() {
     let mut encoder = Encoder::live();
-    let mut body = Vec::new();
-    for (kind, time, media) in [
-        (TagKind::Video, 1000, &[0x17, 1][..]),
-        (TagKind::Audio, 1023, &[0xaf, 1]),
-        (TagKind::Video, 1040, &[0x27, 1]),
-    ] {
-        body.extend_from_slice(Tag::new(kind, time, media).unwrap().framed());
-    }
-    encoder.message(AGGREGATE, 50, &body);
+    encoder.message(AGGREGATE, 50, &aggregate());
     encoder.message(AUDIO, 99, &[0xaf, 2]);
     let times: Vec<_> = encoder.tags().into_iter().map(|(kind, time, _)| (kind, time)).collect();
     assert_eq!(
         times,
         [(TagKind::Video, 50), (TagKind::Audio, 73), (TagKind::Video, 90), (TagKind::Audio, 99)]
     );
+}
 
-    // Cut short, of an unknown type, and empty.
+#[test]
+fn invalid_parts_of_an_aggregate_are_ignored() {
+    let mut encoder = Encoder::live();
+    let mut body = aggregate();
+    // Truncated.
     encoder.message(AGGREGATE, 50, &body[..body.len() - 5]);
     assert_eq!(encoder.tags().len(), 2);
     assert_eq!(encoder.server.take_ignored(), 1);
+    // Of an unknown type, and empty.
     body[0] = 7;
     encoder.message(AGGREGATE, 50, &body);
     encoder.message(AGGREGATE, 50, &[]);
@@ -227,12 +238,12 @@ fn aggregates_are_split_and_rebased_on_their_first_tag() {
 }
 
 #[test]
-fn amf3_commands_are_amf0_behind_a_zero() {
+fn amf3_commands_are_amf0_after_a_zero_byte() {
     let mut encoder = Encoder::new();
     let object = Value::object([("app", "live".into()), ("objectEncoding", 3.0.into())]);
     let mut connect = vec![0];
     connect.extend(script(&["connect".into(), 1.0.into(), object]));
-    // An argument in AMF3 behind what matters.
+    // An AMF3 argument after the relevant ones.
     connect.push(0x11);
     encoder.message(COMMAND_AMF3, 0, &connect);
     encoder.run().unwrap();
@@ -247,7 +258,7 @@ fn amf3_commands_are_amf0_behind_a_zero() {
 }
 
 #[test]
-fn refusals_tell_the_encoder_why() {
+fn a_refused_publication_gets_the_status_code_and_reason() {
     for (reason, code) in [
         (PublishRefusal::BadName, "NetStream.Publish.BadName"),
         (PublishRefusal::Unauthorized, "NetStream.Publish.Unauthorized"),
@@ -262,43 +273,60 @@ fn refusals_tell_the_encoder_why() {
         encoder.message(VIDEO, 0, &[0x17, 1]);
         assert!(encoder.run().unwrap().is_empty());
     }
+}
 
+#[test]
+fn an_invalid_stream_name_is_refused() {
     for name in ["", "?k=1", "a b", "../x"] {
         let mut encoder = Encoder::connected();
         let events = encoder.publish(1, name);
         assert!(matches!(events[..], [ServerEvent::Refused(Refusal::Name(_))]), "{events:?}");
-        let (level, code, why) = encoder.status();
+        let (level, code, reason) = encoder.status();
         assert_eq!((&level[..], &code[..]), ("error", "NetStream.Publish.BadName"));
-        assert!(why.starts_with("not a stream key"), "{why}");
+        assert!(reason.starts_with("not a stream key"), "{reason}");
     }
+}
 
+#[test]
+fn publish_before_connect_is_refused() {
     let mut encoder = Encoder::new();
     let events = encoder.publish(1, "x");
     assert!(matches!(events[..], [ServerEvent::Refused(Refusal::NotConnected)]));
     assert_eq!(encoder.status().1, "NetStream.Publish.Failed");
+}
 
+#[test]
+fn a_player_is_refused() {
     let mut encoder = Encoder::connected();
     encoder.command(1, "play", 5.0, &[Value::Null, "x".into()]);
     assert!(matches!(encoder.run().unwrap()[..], [ServerEvent::Refused(Refusal::Play)]));
     assert_eq!(encoder.status().1, "NetStream.Play.Failed");
-
-    let mut encoder = Encoder::live();
-    encoder.server.close("shutting down").unwrap();
-    let (level, code, why) = encoder.status();
-    assert_eq!((&level[..], &code[..]), ("error", "NetConnection.Connect.Closed"));
-    assert_eq!(why, "shutting down");
 }
 
 #[test]
-fn a_connection_publishes_one_stream_after_another_but_not_two_at_once() {
+fn closing_notifies_the_encoder() {
     let mut encoder = Encoder::live();
-    // FMLE asks again (SRS #4588).
+    encoder.server.close("shutting down").unwrap();
+    let (level, code, reason) = encoder.status();
+    assert_eq!((&level[..], &code[..]), ("error", "NetConnection.Connect.Closed"));
+    assert_eq!(reason, "shutting down");
+}
+
+#[test]
+fn a_second_publication_at_the_same_time_is_refused() {
+    let mut encoder = Encoder::live();
+    // FMLE publishes twice (SRS #4588).
     assert!(encoder.publish(1, "x").is_empty());
     assert_eq!(encoder.status().1, "NetStream.Publish.Start");
     assert!(encoder.publish(2, "y").is_empty());
     assert_eq!(encoder.status().1, "NetStream.Publish.BadName");
     assert_eq!(encoder.server.live_key().unwrap().name(), "x");
+}
 
+#[test]
+fn a_connection_publishes_one_stream_after_another() {
+    let mut encoder = Encoder::live();
+    // Another message stream than the publication's.
     encoder.command(0, "deleteStream", 6.0, &[Value::Null, 2.0.into()]);
     assert!(encoder.run().unwrap().is_empty());
     for (name, end) in [("y", "FCUnpublish"), ("z", "deleteStream"), ("w", "closeStream")] {
@@ -312,7 +340,7 @@ fn a_connection_publishes_one_stream_after_another_but_not_two_at_once() {
 }
 
 #[test]
-fn extended_codecs_are_echoed_and_nothing_is_promised_beyond_passing_them_on() {
+fn extended_codecs_are_offered_for_forwarding_only() {
     let mut encoder = Encoder::new();
     let map = Value::object([("hvc1", 7.0.into()), ("*", 4.0.into()), ("too long", 1.0.into())]);
     let list = vec!["hvc1".into(), "av01".into(), 7.0.into(), "too long".into()];
@@ -343,7 +371,7 @@ fn extended_codecs_are_echoed_and_nothing_is_promised_beyond_passing_them_on() {
 }
 
 #[test]
-fn what_an_encoder_can_ask_for_is_bounded() {
+fn message_streams_are_bounded() {
     let mut encoder = Encoder::connected();
     for _ in 0..=MAX_STREAMS {
         encoder.command(0, "createStream", 2.0, &[Value::Null]);
@@ -352,7 +380,11 @@ fn what_an_encoder_can_ask_for_is_bounded() {
     let answers = encoder.answers();
     assert_eq!(answers.iter().filter(|(_, c)| c.name == "_result").count(), MAX_STREAMS);
     assert_eq!(answers.last().unwrap().1.name, "_error");
+}
 
+#[test]
+fn bytes_without_a_publication_are_bounded() {
+    let mut encoder = Encoder::connected();
     let mut error = None;
     for _ in 0..40 {
         encoder.message(VIDEO, 0, &[0; 60_000]);
@@ -360,6 +392,15 @@ fn what_an_encoder_can_ask_for_is_bounded() {
     }
     assert!(matches!(error, Some(SessionError::NothingPublished(_))), "{error:?}");
 
+    let mut encoder = Encoder::live();
+    for _ in 0..40 {
+        encoder.message(VIDEO, 0, &[0; 60_000]);
+        assert_eq!(encoder.run().unwrap().len(), 1, "a publication is not limited");
+    }
+}
+
+#[test]
+fn publications_per_connection_are_bounded() {
     let mut encoder = Encoder::connected();
     for i in 0..MAX_PUBLICATIONS {
         assert!(matches!(encoder.publish(1, "x")[..], [ServerEvent::Publish(_)]), "{i}");
@@ -370,13 +411,6 @@ fn what_an_encoder_can_ask_for_is_bounded() {
     let events = encoder.publish(1, "x");
     assert!(matches!(events[..], [ServerEvent::Refused(Refusal::TooMany)]), "{events:?}");
     assert_eq!(encoder.status().1, "NetStream.Publish.Failed");
-
-    // A publication may be as long as it likes, and begins the count anew.
-    let mut encoder = Encoder::live();
-    for _ in 0..40 {
-        encoder.message(VIDEO, 0, &[0; 60_000]);
-        assert_eq!(encoder.run().unwrap().len(), 1);
-    }
 }
 
 #[test]
@@ -396,7 +430,7 @@ fn hostile_commands_are_errors() {
 }
 
 #[test]
-fn a_client_hears_the_servers_no() {
+fn a_client_receives_the_servers_refusal() {
     let mut server = ServerSession::new(SETTINGS, 1);
     let url = "rtmp://h/live/x".parse().unwrap();
     let mut client = ClientSession::new(url, Purpose::Play, 2);
@@ -482,16 +516,16 @@ proptest! {
         split in 1usize..300,
     ) {
         let mut channel = ChunkChannel::new(Tag::MAX_BODY_LEN);
-        channel.command(0, "connect", 1.0, &[Value::object([("app", "live".into())])]).unwrap();
+        channel.write_command(0, "connect", 1.0, &[Value::object([("app", "live".into())])]).unwrap();
         channel.set_chunk_size(200).unwrap();
-        channel.command(0, "createStream", 2.0, &[Value::Null]).unwrap();
-        channel.command(1, "publish", 3.0, &[Value::Null, "x".into()]).unwrap();
+        channel.write_command(0, "createStream", 2.0, &[Value::Null]).unwrap();
+        channel.write_command(1, "publish", 3.0, &[Value::Null, "x".into()]).unwrap();
         let body = Tag::new(TagKind::Audio, 7, &[1; 99]).unwrap();
         for kind in [VIDEO, AUDIO, DATA_AMF0, DATA_AMF3, AGGREGATE, WINDOW_ACK_SIZE, 1, 2, 3, 4, 6]
         {
             let head = MessageHead { kind, stream_id: 1, timestamp: kind.into() };
             let body = if kind < 7 { &body.framed()[..6] } else { &body.framed()[..] };
-            channel.media(4, head, body).unwrap();
+            channel.write(4, head, body).unwrap();
         }
         for (at, byte) in damage {
             let at = at.index(channel.output.len());

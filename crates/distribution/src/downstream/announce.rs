@@ -1,0 +1,177 @@
+//! Addresses that get every stream: their look-up, and the port announcement of wire v0.
+
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use downpour_repair::fec::Fec;
+use tokio::{task::JoinSet, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::{fanout::Fanout, routes::FixedTarget};
+use crate::address::Destination;
+
+/// Keeps the fan-out's targets current and tells them the ports now and then: an edge takes that
+/// from its first datagram only, and may be started at any time (wire v0).
+pub(super) async fn announce(
+    fanout: Fanout,
+    destinations: Vec<(Destination, Fec)>,
+    (quic_port, api_port): (u16, u16),
+    shutdown: CancellationToken,
+) {
+    let mut datagram = BytesMut::with_capacity(8);
+    datagram.put_slice(b"0001");
+    datagram.put_u16(quic_port);
+    datagram.put_u16(api_port);
+    let datagram: Bytes = datagram.freeze();
+    let mut targets = Targets::new(destinations);
+    fanout.routes().set_fixed(targets.known());
+    let mut ticks = tokio::time::interval(ANNOUNCE_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            changed = targets.next() => if changed {
+                fanout.routes().set_fixed(targets.known());
+                fanout.send_to_fixed(datagram.clone());
+            },
+            _ = ticks.tick() => {
+                targets.look_up();
+                fanout.send_to_fixed(datagram.clone());
+            }
+        }
+    }
+}
+
+/// The destinations and the address that each was last found to have.
+struct Targets {
+    destinations: Vec<(Destination, Fec)>,
+    addresses: Vec<Option<SocketAddr>>,
+    failed: HashSet<usize>,
+    last_round: Option<Instant>,
+    look_ups: JoinSet<(usize, Result<SocketAddr, String>)>,
+}
+
+impl Targets {
+    /// Addresses are known at once; names are after [`Targets::look_up`].
+    fn new(destinations: Vec<(Destination, Fec)>) -> Self {
+        let literal =
+            |(d, _): &(Destination, Fec)| Some((d.host().parse::<IpAddr>().ok()?, d.port()).into());
+        Self {
+            addresses: destinations.iter().map(literal).collect(),
+            destinations,
+            failed: HashSet::new(),
+            last_round: None,
+            look_ups: JoinSet::new(),
+        }
+    }
+
+    fn known(&self) -> Vec<FixedTarget> {
+        let known = self.addresses.iter().zip(&self.destinations);
+        known
+            .filter_map(|(addr, (_, fec))| Some(FixedTarget { addr: (*addr)?, fec: *fec }))
+            .collect()
+    }
+
+    /// Begins to look up what is due: names that failed each time, the others now and then, since
+    /// they may move. One slow name server holds up nothing else.
+    fn look_up(&mut self) {
+        if !self.look_ups.is_empty() {
+            return;
+        }
+        let all = self.last_round.is_none_or(|at| at.elapsed() >= LOOK_UP_EVERY);
+        if all {
+            self.last_round = Some(Instant::now());
+        }
+        for (i, (destination, _)) in self.destinations.iter().enumerate() {
+            let is_name = destination.host().parse::<IpAddr>().is_err();
+            if is_name && (all || self.failed.contains(&i)) {
+                let (host, port) = (destination.host().to_owned(), destination.port());
+                let current = self.addresses[i];
+                self.look_ups.spawn(async move {
+                    let found = tokio::net::lookup_host((host, port));
+                    let found = match tokio::time::timeout(LOOK_UP_TIMEOUT, found).await {
+                        Ok(Ok(addresses)) => {
+                            choose(addresses, current).ok_or("no address".to_owned())
+                        }
+                        Ok(Err(error)) => Err(error.to_string()),
+                        Err(_) => Err("the name server does not answer".to_owned()),
+                    };
+                    (i, found)
+                });
+            }
+        }
+    }
+
+    /// Waits for the next look-up to end; says whether the known addresses changed. A name that
+    /// cannot be found now keeps the address that it had.
+    async fn next(&mut self) -> bool {
+        let Some(Ok((i, found))) = self.look_ups.join_next().await else {
+            return std::future::pending().await;
+        };
+        let (destination, _) = &self.destinations[i];
+        match found {
+            Ok(address) => {
+                if self.failed.remove(&i) {
+                    tracing::info!("client_addr_list: {destination} is found again");
+                }
+                self.addresses[i].replace(address) != Some(address)
+            }
+            Err(why) => {
+                if self.failed.insert(i) {
+                    tracing::error!("client_addr_list: {destination} is not found: {why}");
+                }
+                false
+            }
+        }
+    }
+}
+
+/// One of the addresses of a name: the one that it had if that is among them, since an edge must not
+/// lose its stream to the order of a name server's answers; else IPv4 before IPv6, as an edge that
+/// listens on `:5222` has.
+fn choose(
+    addresses: impl Iterator<Item = SocketAddr>,
+    current: Option<SocketAddr>,
+) -> Option<SocketAddr> {
+    addresses.min_by_key(|address| (Some(*address) != current, address.is_ipv6()))
+}
+
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
+/// Names may move to other addresses.
+const LOOK_UP_EVERY: Duration = Duration::from_secs(30);
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn addresses_are_sent_to_at_once_and_names_when_they_are_found() {
+        let destinations = ["127.0.0.1:5000", "localhost:5001", "no-such-name.invalid:5002"];
+        let destinations = destinations.map(|d| (d.parse().unwrap(), Fec::Auto)).to_vec();
+        let mut targets = Targets::new(destinations);
+        let literal = FixedTarget { addr: ([127, 0, 0, 1], 5000).into(), fec: Fec::Auto };
+        assert_eq!(targets.known(), [literal]);
+        targets.look_up();
+        let mut changes = 0;
+        while !targets.look_ups.is_empty() {
+            changes += usize::from(targets.next().await);
+        }
+        assert_eq!(changes, 1);
+        assert_eq!((targets.known().len(), targets.failed.len()), (2, 1));
+        assert!(targets.known()[1].addr.ip().is_loopback());
+        // What was found once is kept when it cannot be found any more.
+        targets.look_ups.spawn(async { (1, Err("gone".into())) });
+        assert!(!targets.next().await);
+        assert_eq!(targets.known().len(), 2);
+
+        let [v6, a, b] = ["[::1]:1", "10.0.0.1:1", "10.0.0.2:1"].map(|a| a.parse().unwrap());
+        assert_eq!(choose([v6, a, b].into_iter(), None), Some(a));
+        assert_eq!(choose([v6, a, b].into_iter(), Some(b)), Some(b));
+        assert_eq!(choose([v6].into_iter(), Some(b)), Some(v6));
+    }
+}

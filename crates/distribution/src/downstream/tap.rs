@@ -1,0 +1,485 @@
+//! One stream on its way to the edges: packetizer, history, fan-out and parity.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use downpour_hub::{Sink, Stream, Tap};
+use downpour_media::flv::{Headers, Tag, TagKind};
+use downpour_repair::{
+    history::History,
+    rtp::{Burst, Packetizer, Ssrc},
+};
+use parking_lot::Mutex;
+use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
+
+use super::{
+    fanout::{Fanout, FrameInterval, Pace, Train},
+    outgoing::{OutgoingStream, OutgoingStreams},
+    parity::{ParityFlag, ParityMetrics, ParityOut, ParityWatch},
+    routes::{Route, Snapshot, Target},
+};
+
+/// Sends every stream of the hub to the edges. Cloning shares it.
+#[derive(Clone)]
+pub struct StreamSender {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    settings: SenderSettings,
+    outgoing: OutgoingStreams,
+    /// `None` in debug mode: nothing is sent.
+    fanout: Option<Fanout>,
+    metrics: SenderMetrics,
+    parity: Arc<ParityWatch>,
+    /// Streams that are live, for the parity of those that pause.
+    live: Mutex<HashMap<Ssrc, LiveTap>>,
+    /// Streams that ended, whose packets can still be asked for.
+    retired: Mutex<VecDeque<(Instant, Arc<OutgoingStream>)>>,
+}
+
+struct LiveTap {
+    /// Whether it has encoders of parity.
+    has_parity: Arc<AtomicBool>,
+    tap: Weak<Mutex<TapState>>,
+}
+
+/// What bounds each stream on its way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SenderSettings {
+    /// Packets that each stream's history holds.
+    pub history_packets: usize,
+    /// How long it holds them, and how long an ended stream can be asked for packets.
+    pub history_age: Duration,
+    /// Bytes of RTP payload in a packet.
+    pub payload_max: usize,
+}
+
+/// Counters of a [`StreamSender`].
+#[derive(Debug, Clone)]
+pub struct SenderMetrics {
+    retired_early: IntCounter,
+    parity: ParityMetrics,
+}
+
+impl SenderMetrics {
+    /// Makes the counters and registers them.
+    ///
+    /// # Errors
+    /// If their names are taken.
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let retired_early = register_int_counter_with_registry!(
+            "downpour_ended_streams_dropped_total",
+            "Ended streams whose packets were dropped early because all of them held too many",
+            registry
+        )?;
+        Ok(Self { retired_early, parity: ParityMetrics::register(registry)? })
+    }
+}
+
+impl StreamSender {
+    /// Lists streams in `outgoing` and sends their packets by `fanout`; without one, nothing is sent.
+    pub fn new(
+        settings: SenderSettings,
+        outgoing: OutgoingStreams,
+        fanout: Option<Fanout>,
+        metrics: SenderMetrics,
+    ) -> Self {
+        let shared = Shared {
+            settings,
+            outgoing,
+            fanout,
+            metrics,
+            parity: Arc::default(),
+            live: Mutex::default(),
+            retired: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Sends the parity of streams that pause. Never returns; sleeps while there is no parity.
+    pub async fn drive_parity(&self) {
+        loop {
+            self.shared.parity.until_any().await;
+            tokio::time::sleep(PARITY_TICK).await;
+            self.handle_timeout(Instant::now());
+        }
+    }
+
+    fn handle_timeout(&self, now: Instant) {
+        let live = self.shared.live.lock();
+        let with_parity = live.values().filter(|tap| tap.has_parity.load(Ordering::Acquire));
+        let taps: Vec<_> = with_parity.filter_map(|tap| tap.tap.upgrade()).collect();
+        drop(live);
+        taps.iter().for_each(|tap| tap.lock().handle_timeout(now));
+    }
+
+    /// Forgets packets that have grown too old, and streams that ended long enough ago. To be called
+    /// once per second.
+    pub fn expire(&self, now: Instant) {
+        let Shared { settings, outgoing, retired, .. } = &*self.shared;
+        let mut retired = retired.lock();
+        while let Some((ended, stream)) = retired.front()
+            && now.saturating_duration_since(*ended) >= settings.history_age
+        {
+            outgoing.remove(stream.ssrc());
+            retired.pop_front();
+        }
+        drop(retired);
+        outgoing.streams().iter().for_each(|stream| stream.expire(now));
+    }
+}
+
+impl Sink for StreamSender {
+    fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
+        let state = TapState::new(self.shared.clone(), stream);
+        let ssrc = state.outgoing.ssrc();
+        let has_parity = state.parity_flag.reader();
+        let state = Arc::new(Mutex::new(state));
+        let live = LiveTap { has_parity, tap: Arc::downgrade(&state) };
+        self.shared.live.lock().insert(ssrc, live);
+        Some(Box::new(DownstreamTap { state: Some(state), ssrc, shared: self.shared.clone() }))
+    }
+}
+
+impl Shared {
+    /// Keeps the packets of an ended stream for edges that still miss some, within a bound: an encoder
+    /// that comes and goes quickly must not fill the memory.
+    fn retire(&self, stream: Arc<OutgoingStream>) {
+        let mut retired = self.retired.lock();
+        retired.push_back((Instant::now(), stream));
+        let mut bytes: usize = retired.iter().map(|(_, stream)| stream.held().1).sum();
+        while (bytes > RETIRED_BYTES || retired.len() > RETIRED_STREAMS)
+            && let Some((_, oldest)) = retired.pop_front()
+        {
+            bytes -= oldest.held().1;
+            self.outgoing.remove(oldest.ssrc());
+            self.metrics.retired_early.inc();
+        }
+    }
+
+    /// Random, so that a restarted node or a second one is never mistaken for the first
+    /// (RFC 3550 §8.1). Not zero, which the Go edge takes for none.
+    fn free_ssrc(&self) -> Ssrc {
+        loop {
+            let ssrc = Ssrc(rand::random());
+            if ssrc.0 != 0 && self.outgoing.stream(ssrc).is_none() {
+                return ssrc;
+            }
+        }
+    }
+}
+
+/// The tap of one stream. Dropping it ends the stream for the edges.
+struct DownstreamTap {
+    /// `None` only while it is dropped.
+    state: Option<Arc<Mutex<TapState>>>,
+    ssrc: Ssrc,
+    shared: Arc<Shared>,
+}
+
+impl Tap for DownstreamTap {
+    fn push(&mut self, now: Instant, tag: &Tag) {
+        if let Some(state) = &self.state {
+            state.lock().push(now, tag);
+        }
+    }
+}
+
+impl Drop for DownstreamTap {
+    fn drop(&mut self) {
+        self.shared.live.lock().remove(&self.ssrc);
+        // The parity timer may hold the state for a moment; the end is announced here and now.
+        if let Some(state) = self.state.take() {
+            state.lock().finish(Instant::now());
+        }
+    }
+}
+
+struct TapState {
+    shared: Arc<Shared>,
+    outgoing: Arc<OutgoingStream>,
+    packetizer: Packetizer,
+    headers: Headers,
+    has_video: bool,
+    /// `None` where nothing is sent.
+    route_out: Option<RouteOut>,
+    parity_flag: ParityFlag,
+}
+
+impl TapState {
+    fn new(shared: Arc<Shared>, stream: &Stream) -> Self {
+        let SenderSettings { history_packets, history_age, payload_max } = shared.settings;
+        let ssrc = shared.free_ssrc();
+        let history = History::new(history_packets, history_age);
+        let key = stream.key().clone();
+        let outgoing = OutgoingStream::new(key, ssrc, stream.start_unix_ms(), history);
+        let outgoing = Arc::new(outgoing.with_id(stream.id()));
+        let headers = stream.headers();
+        outgoing.set_headers(headers.clone());
+        shared.outgoing.insert(outgoing.clone());
+        tracing::info!(stream = %stream.key(), %ssrc, "stream up");
+        let route_out = shared
+            .fanout
+            .clone()
+            .map(|fanout| RouteOut::new(fanout, outgoing.clone(), shared.metrics.parity.clone()));
+        Self {
+            outgoing,
+            packetizer: Packetizer::new(ssrc, payload_max),
+            has_video: headers.video.is_some(),
+            headers,
+            route_out,
+            parity_flag: ParityFlag::new(shared.parity.clone()),
+            shared,
+        }
+    }
+
+    fn push(&mut self, now: Instant, tag: &Tag) {
+        if tag.kind() == TagKind::Script {
+            // Script tags do not travel as RTP (wire v0). Edges get the metadata as a header;
+            // captions and cue points stay with this node's own readers.
+            if tag.is_metadata() {
+                self.learn(tag, None);
+            }
+            return;
+        }
+        self.has_video |= tag.kind() == TagKind::Video;
+        let burst = self.packetizer.packetize(tag);
+        if tag.is_sequence_header() {
+            self.learn(tag, Some(&burst));
+        }
+        let starts_gop = tag.is_key_frame() || !self.has_video;
+        // Into the history first: an edge may ask for a packet before the last one is sent.
+        self.outgoing.push(now, burst.clone(), starts_gop);
+        if let Some(route_out) = &mut self.route_out {
+            route_out.send(now, tag, &burst);
+            self.outgoing.set_parity_overhead(route_out.parity.overhead());
+            self.parity_flag.set(route_out.parity.is_active());
+        }
+    }
+
+    /// Takes a header, whose packets are `burst`, and announces it if it has changed: encoders repeat
+    /// theirs.
+    fn learn(&mut self, tag: &Tag, burst: Option<&Burst>) {
+        let held = match tag.kind() {
+            TagKind::Video => &mut self.headers.video,
+            TagKind::Audio => &mut self.headers.audio,
+            TagKind::Script => &mut self.headers.metadata,
+        };
+        if held.as_ref().is_some_and(|held| held.body() == tag.body()) {
+            return;
+        }
+        *held = Some(tag.clone());
+        if let Some(burst) = burst {
+            // It stays, and the memory that it shares need not.
+            self.outgoing.keep_header(tag.kind(), burst.detached());
+        }
+        self.outgoing.set_headers(self.headers.clone());
+        self.shared.outgoing.updated(&self.outgoing);
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        if let Some(route_out) = &mut self.route_out {
+            route_out.handle_timeout(now);
+            self.parity_flag.set(route_out.parity.is_active());
+        }
+    }
+
+    fn finish(&mut self, now: Instant) {
+        if let Some(mut route_out) = self.route_out.take() {
+            route_out.finish(now);
+        }
+        self.parity_flag.set(false);
+        self.shared.outgoing.end(&self.outgoing);
+        self.shared.retire(self.outgoing.clone());
+        tracing::info!(stream = %self.outgoing.key(), ssrc = %self.outgoing.ssrc(), "stream ended");
+    }
+}
+
+/// How a stream's packets leave.
+struct RouteOut {
+    fanout: Fanout,
+    route: Route,
+    parity: ParityOut,
+    outgoing: Arc<OutgoingStream>,
+    frame_interval: FrameInterval,
+}
+
+impl RouteOut {
+    fn new(fanout: Fanout, outgoing: Arc<OutgoingStream>, metrics: ParityMetrics) -> Self {
+        if fanout.paces() {
+            outgoing.track_sent();
+        }
+        Self {
+            route: fanout.routes().route(outgoing.key().clone(), outgoing.ssrc()),
+            parity: ParityOut::new(Instant::now(), outgoing.ssrc(), metrics),
+            frame_interval: FrameInterval::default(),
+            fanout,
+            outgoing,
+        }
+    }
+
+    fn send(&mut self, now: Instant, tag: &Tag, burst: &Burst) {
+        if tag.kind() == TagKind::Video {
+            self.frame_interval.add(tag.timestamp());
+        }
+        let pace = self.pace().map(|pace| Pace {
+            held: Some(Arc::new(OutgoingStream::sent_guard(&self.outgoing, burst.last_seq()))),
+            ..pace
+        });
+        let snapshot = self.route.targets(now);
+        self.fanout.send(self.outgoing.ssrc(), burst, &snapshot.media, pace.as_ref());
+        // The fan-out has its own handle of it.
+        drop(pace);
+        self.with_parity(|parity, snapshot, send| parity.push(now, burst, snapshot, send), now);
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        self.with_parity(|parity, snapshot, send| parity.handle_timeout(now, snapshot, send), now);
+    }
+
+    fn finish(&mut self, now: Instant) {
+        self.with_parity(|parity, _, send| parity.finish(now, send), now);
+        self.fanout.finish(self.outgoing.ssrc());
+    }
+
+    /// Parity goes into the stream's flow, behind the packets that it protects.
+    fn with_parity(
+        &mut self,
+        make: impl FnOnce(&mut ParityOut, &Arc<Snapshot>, &mut dyn FnMut(Train, Arc<[Target]>)),
+        now: Instant,
+    ) {
+        let pace = self.pace();
+        let Self { fanout, route, parity, outgoing, .. } = self;
+        let mut send = |train: Train, targets: Arc<[Target]>| {
+            fanout.send(outgoing.ssrc(), train, &targets, pace.as_ref());
+        };
+        make(parity, route.targets(now), &mut send);
+    }
+
+    fn pace(&self) -> Option<Pace> {
+        self.fanout.paces().then(|| Pace {
+            rate: self.outgoing.byte_rate(),
+            interval: self.frame_interval.get(),
+            held: None,
+        })
+    }
+}
+
+/// Bytes of packets that ended streams may hold, all together.
+const RETIRED_BYTES: usize = 64 << 20;
+const RETIRED_STREAMS: usize = 1024;
+/// How much later than due the parity of a stream that pauses may be sent.
+const PARITY_TICK: Duration = Duration::from_millis(20);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::downstream::outgoing::OutgoingEvent;
+    use downpour_hub::{Hub, LogLimits};
+    use downpour_repair::rtp::Seq;
+
+    fn sender() -> (StreamSender, Hub, OutgoingStreams) {
+        let settings = SenderSettings {
+            history_packets: 100,
+            history_age: Duration::from_secs(10),
+            payload_max: 1120,
+        };
+        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
+        let outgoing = OutgoingStreams::new();
+        let metrics = SenderMetrics::register(&Registry::new()).unwrap();
+        let sender = StreamSender::new(settings, outgoing.clone(), None, metrics);
+        hub.add_sink(Arc::new(sender.clone()));
+        (sender, hub, outgoing)
+    }
+
+    fn frame(timestamp: u32, first: u8) -> Tag {
+        Tag::new(TagKind::Video, timestamp, &[first, 1, 0, 0, 0, 9]).unwrap()
+    }
+
+    fn header() -> Tag {
+        Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]).unwrap()
+    }
+
+    fn script(body: &[u8]) -> Tag {
+        Tag::new(TagKind::Script, 40, body).unwrap()
+    }
+
+    #[test]
+    fn a_live_stream_is_listed_and_its_packets_can_be_asked_for() {
+        let (sender, hub, outgoing) = sender();
+        let mut events = outgoing.subscribe();
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
+        publisher.push(header());
+        publisher.push(frame(1000, 0x17));
+        publisher.push(frame(1040, 0x27));
+        let stream = outgoing.streams().pop().unwrap();
+        assert_eq!(stream.id(), publisher.stream().id());
+        assert_eq!(stream.start_unix_ms(), publisher.stream().start_unix_ms());
+        assert_eq!(stream.newest_seq(), Some(Seq(65002)));
+        assert_eq!(stream.gop_start(), Some(Seq(65001)));
+        assert!(stream.packet(Seq(65000)).is_some());
+        let headers = stream.headers();
+        assert!(headers.metadata.is_some() && headers.video.is_some() && headers.audio.is_none());
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Up(_))));
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the metadata");
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the video header");
+        drop(publisher);
+        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::End(_))));
+        assert!(stream.ended());
+        sender.expire(Instant::now());
+        assert!(stream.packet(Seq(65001)).is_some(), "its tail can still be asked for");
+        sender.expire(Instant::now() + Duration::from_secs(11));
+        assert!(outgoing.streams().is_empty());
+    }
+
+    #[test]
+    fn streams_that_come_and_go_do_not_fill_the_memory() {
+        let (sender, hub, outgoing) = sender();
+        let mut body = vec![0; 8 << 20];
+        body[..2].copy_from_slice(&[0x17, 1]);
+        let tag = Tag::new(TagKind::Video, 0, &body).unwrap();
+        for _ in 0..20 {
+            hub.publish("live/a".parse().unwrap()).unwrap().push(tag.clone());
+        }
+        let held: usize = outgoing.streams().iter().map(|stream| stream.held().1).sum();
+        assert!(held <= RETIRED_BYTES, "{held} bytes are held");
+        assert!(sender.shared.metrics.retired_early.get() >= 12);
+        assert_eq!(outgoing.streams().len(), sender.shared.retired.lock().len());
+        assert!(sender.shared.live.lock().is_empty());
+    }
+
+    #[test]
+    fn captions_do_not_replace_the_metadata() {
+        let (_, hub, outgoing) = sender();
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
+        publisher.push(frame(0, 0x17));
+        publisher.push(script(b"\x02\x00\x0aonTextData\x05"));
+        assert!(outgoing.streams()[0].headers().metadata.unwrap().is_metadata());
+    }
+
+    #[test]
+    fn an_edge_that_joins_before_the_first_key_frame_begins_at_the_beginning() {
+        let (_, hub, outgoing) = sender();
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        publisher.push(header());
+        let stream = outgoing.streams().pop().unwrap();
+        assert_eq!(stream.gop_start(), Some(Seq(65000)));
+        assert_eq!(stream.newest_seq(), Some(Seq(65000)));
+        for i in 0..200 {
+            publisher.push(frame(i, if i == 0 { 0x17 } else { 0x27 }));
+        }
+        assert_eq!(stream.gop_start(), None, "the ring holds 100 packets");
+        assert_eq!(stream.packet(Seq(65000)), None);
+        assert!(stream.header_packet(Seq(65000)).is_some_and(|p| p.ends_with(header().unit())));
+        assert_eq!(stream.header_packet(Seq(65001)), None);
+    }
+}

@@ -1,0 +1,272 @@
+//! One received stream: from a publication's packets to its tags in the hub.
+
+use std::{
+    mem,
+    time::{Duration, Instant},
+};
+
+use super::{
+    super::{
+        parity::Parity,
+        stats::{ReceiveMetrics, StreamStats},
+    },
+    header_recovery::HeaderRecovery,
+};
+use downpour_hub::{NextPush, Publisher};
+use downpour_media::{
+    StreamKey,
+    flv::{Headers, Tag, TagKind},
+};
+use downpour_repair::{
+    control::StreamReport,
+    fec,
+    message::Nack,
+    receiver::{self, Event, Receiver},
+    rtp::{Depacketizer, Packet, Seq, Ssrc, depacketizer::Damage},
+};
+use downpour_sys::LogLimit;
+
+/// One received stream: reordering and repair, reassembly of tags, publication in the hub.
+///
+/// The fields that each packet touches come first and together. With hundreds of streams, every
+/// stream is out of the cache when its packet arrives, so fewer cache lines are fewer misses.
+#[repr(C, align(64))]
+pub(super) struct ReceivedStream {
+    pub(super) publisher: Publisher,
+    pub(super) last_packet: Instant,
+    /// Set once the cloud announced the end: the last number it sent, and how long to wait for it.
+    pub(super) ending: Option<(Option<Seq>, Instant)>,
+    header_recovery: Option<Box<HeaderRecovery>>,
+    /// Set once parity has arrived.
+    pub(super) parity: Option<Box<Parity>>,
+    pub(super) depacketizer: Depacketizer,
+    pub(super) receiver: Receiver,
+    pub(super) ssrc: Ssrc,
+    pub(super) key: StreamKey,
+    /// Its entry in [`Streams::wakes`](super::Streams), if it has one.
+    pub(super) wake: Option<Instant>,
+    /// Since when the current connection has not announced it, if it has not yet.
+    pub(super) unconfirmed_since: Option<Instant>,
+    /// Total since the stream started.
+    damage: Damage,
+    damage_log: LogLimit,
+    /// The part of the receiver's and the decoder's statistics that [`ReceiveMetrics`] has.
+    counted: receiver::Stats,
+    counted_parity: fec::decoder::Stats,
+}
+
+/// Addresses that the stream's next packet will probably touch, for prefetching.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PrefetchHints {
+    pub(super) push: NextPush,
+    /// Destination of the payload.
+    pub(super) payload: usize,
+    /// Counter of the buffer pool, written once per tag.
+    pub(super) count: usize,
+}
+
+impl ReceivedStream {
+    pub(super) fn new(
+        now: Instant,
+        key: StreamKey,
+        ssrc: Ssrc,
+        publisher: Publisher,
+        receiver: Receiver,
+        depacketizer: Depacketizer,
+    ) -> Self {
+        Self {
+            publisher,
+            last_packet: now,
+            ending: None,
+            header_recovery: None,
+            parity: None,
+            depacketizer,
+            receiver,
+            ssrc,
+            key,
+            wake: None,
+            unconfirmed_since: None,
+            damage: Damage::default(),
+            damage_log: LogLimit::every(DAMAGE_LOG_INTERVAL),
+            counted: receiver::Stats::default(),
+            counted_parity: fec::decoder::Stats::default(),
+        }
+    }
+
+    pub(super) fn prefetch_hints(&self) -> PrefetchHints {
+        PrefetchHints {
+            push: self.publisher.next_push(),
+            payload: self.depacketizer.next_address(),
+            count: self.depacketizer.refcount_address(),
+        }
+    }
+
+    /// Starts to recover the codec headers; returns the first request.
+    pub(super) fn begin_header_recovery(&mut self, now: Instant) -> Nack {
+        self.header_recovery = Some(Box::new(HeaderRecovery::new(now)));
+        HeaderRecovery::request(self.ssrc)
+    }
+
+    /// Returns `true` if the packet is one that header recovery asked for; the packet is used up
+    /// then.
+    pub(super) fn recover_headers(&mut self, packet: &Packet) -> bool {
+        let Some(recovery) = &mut self.header_recovery else { return false };
+        if !HeaderRecovery::is_requested(packet.header.seq) {
+            return false;
+        }
+        if let Some(header) = recovery.handle_packet(packet) {
+            let (video, audio) = match header.kind() {
+                TagKind::Audio => (None, Some(header)),
+                _ => (Some(header), None),
+            };
+            self.publisher.set_headers(Headers { metadata: None, video, audio });
+        }
+        if recovery.is_complete() {
+            self.release_held_media();
+        }
+        true
+    }
+
+    /// Stops holding media back if the cloud no longer has the packet that header recovery needs.
+    pub(super) fn headers_gone(&mut self, seqs: &[Seq]) {
+        if self.header_recovery.as_ref().is_some_and(|recovery| recovery.needs_one_of(seqs)) {
+            self.release_held_media();
+        }
+    }
+
+    /// When a try of header recovery has timed out, releases the media and returns the next
+    /// request. Ends the recovery if there are headers by now, or no tries left.
+    pub(super) fn poll_header_recovery(&mut self, now: Instant) -> Option<Nack> {
+        self.header_recovery.as_ref().filter(|recovery| recovery.poll_timeout() <= now)?;
+        self.release_held_media();
+        let headers = self.publisher.stream().headers();
+        let recovered = headers.video.is_some() || headers.audio.is_some();
+        let retries = self.header_recovery.as_mut()?.retry(now);
+        if !recovered && retries {
+            return Some(HeaderRecovery::request(self.ssrc));
+        }
+        if !recovered {
+            tracing::warn!(stream = %self.key, ssrc = %self.ssrc, "codec headers not recovered");
+        }
+        self.header_recovery = None;
+        None
+    }
+
+    /// Reassembles the packets that the receiver has ready, and publishes the tags.
+    pub(super) fn deliver(&mut self, now: Instant, metrics: &ReceiveMetrics) {
+        while let Some(event) = self.receiver.poll_event() {
+            match event {
+                Event::Packet(packet) => {
+                    if let Some(tag) = self.depacketizer.packet(&packet) {
+                        self.push(now, tag);
+                    }
+                }
+                Event::Lost(packets) => {
+                    if let Some(last) = self.depacketizer.lost(packets) {
+                        self.receiver.abandon_through(now, last);
+                    }
+                }
+                Event::Restart(_) => {
+                    self.parity = None;
+                    tracing::warn!(stream = %self.key, ssrc = %self.ssrc, "sender restarted");
+                    self.depacketizer.lost(0);
+                }
+            }
+        }
+        self.take_damage(now, metrics);
+    }
+
+    /// Publishes a tag, or holds it while header recovery waits for the headers.
+    pub(super) fn push(&mut self, now: Instant, tag: Tag) {
+        match &mut self.header_recovery {
+            Some(recovery) if recovery.is_holding() => {
+                if recovery.hold(tag) {
+                    self.release_held_media();
+                }
+            }
+            _ => self.publisher.push_at(now, tag),
+        }
+    }
+
+    fn release_held_media(&mut self) {
+        if let Some(recovery) = &mut self.header_recovery {
+            for tag in recovery.release() {
+                self.publisher.push(tag);
+            }
+        }
+    }
+
+    /// Counts and logs the media that was lost since the last call.
+    #[inline]
+    pub(super) fn take_damage(&mut self, now: Instant, metrics: &ReceiveMetrics) {
+        if let Some(damage) = self.depacketizer.take_damage() {
+            self.record_damage(now, damage, metrics);
+        }
+    }
+
+    fn record_damage(&mut self, now: Instant, damage: Damage, metrics: &ReceiveMetrics) {
+        metrics.discarded.inc_by(damage.discarded);
+        metrics.malformed.inc_by(damage.malformed);
+        let total = &mut self.damage;
+        total.packets += damage.packets;
+        total.discarded += damage.discarded;
+        total.malformed += damage.malformed;
+        if total.packets + total.malformed == 0 {
+            // The stream was joined in mid-tag, and the rest of that tag is discarded.
+            return;
+        }
+        if let Some(missed) = self.damage_log.due(now) {
+            tracing::warn!(
+                stream = %self.key,
+                ssrc = %self.ssrc,
+                lost = total.packets,
+                discarded = total.discarded,
+                malformed = total.malformed,
+                missed,
+                "media lost; packets in total",
+            );
+        }
+    }
+
+    /// Returns when the stream is to be driven next.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let timeouts = [
+            self.receiver.poll_timeout(),
+            self.ending.map(|(_, until)| until),
+            self.header_recovery.as_ref().map(|recovery| recovery.poll_timeout()),
+        ];
+        timeouts.into_iter().flatten().min()
+    }
+
+    /// Adds the difference since the last call to the node's counters.
+    pub(super) fn count(&mut self, metrics: &ReceiveMetrics) {
+        let stats = self.receiver.stats();
+        metrics.add(&mem::replace(&mut self.counted, stats), &stats);
+        if let Some(parity) = &self.parity {
+            let stats = parity.stats();
+            metrics.add_parity(&mem::replace(&mut self.counted_parity, stats), &stats);
+        }
+    }
+
+    pub(super) fn stats(&self) -> StreamStats {
+        StreamStats {
+            key: self.key.clone(),
+            report: self.report(),
+            pending: self.receiver.pending(),
+            missing: self.receiver.missing(),
+        }
+    }
+
+    pub(super) fn report(&self) -> StreamReport {
+        self.receiver.stats().report(self.ssrc)
+    }
+
+    #[cfg(test)]
+    pub(super) fn stop_header_recovery(&mut self) {
+        self.header_recovery = None;
+    }
+}
+
+/// Bytes of [`ReceivedStream`] that each packet touches: up to the receiver's first cache line.
+pub(super) const HOT_BYTES: usize = mem::offset_of!(ReceivedStream, receiver) + 64;
+const DAMAGE_LOG_INTERVAL: Duration = Duration::from_secs(1);

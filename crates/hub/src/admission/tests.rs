@@ -1,0 +1,295 @@
+use std::sync::atomic::AtomicUsize;
+
+use super::*;
+use crate::{LogLimits, OnDemand, ReadOutcome, Sink, Tap};
+
+const LIMITS: LogLimits = LogLimits { max_bytes: 1 << 20, max_age: 60_000 };
+
+fn admission(settings: Settings) -> Admission {
+    Admission::new(Hub::new(LIMITS), settings)
+}
+
+fn key(name: &str) -> StreamKey {
+    name.parse().unwrap()
+}
+
+fn request(action: Action, name: &str) -> Request {
+    Request {
+        action,
+        key: key(name),
+        protocol: "test",
+        peer: "127.0.0.1:1".parse().unwrap(),
+        query: String::new(),
+        encrypted: false,
+        revoked: Some(CancellationToken::new()),
+    }
+}
+
+fn cancelled(request: &Request) -> bool {
+    request.revoked.as_ref().unwrap().is_cancelled()
+}
+
+fn frame(timestamp: u32, first: u8) -> Tag {
+    Tag::new(TagKind::Video, timestamp, &[first, 1, 0, 0, 0, 9]).unwrap()
+}
+
+fn metadata() -> Tag {
+    Tag::new(TagKind::Script, 40, b"\x02\x00\x0aonMetaData\x05").unwrap()
+}
+
+async fn publish(admission: &Admission, name: &str) -> Result<Publication, Refusal> {
+    admission.publish(request(Action::Publish, name)).await
+}
+
+#[tokio::test]
+async fn a_stream_starts_with_its_first_media_and_has_its_metadata() {
+    let admission = admission(Settings::default());
+    let mut publication = publish(&admission, "live/a").await.unwrap();
+    publication.push(metadata());
+    assert!(admission.hub().is_empty());
+    publication.push(frame(1000, 0x17));
+    let stream = admission.hub().streams().pop().unwrap();
+    assert_eq!(stream.headers().metadata.unwrap().body(), metadata().body());
+    let age = unix_ms() - stream.start_unix_ms();
+    assert!((1000..10_000).contains(&age), "media time 0 was a second before: {age}");
+    drop(publication);
+    assert!(admission.hub().is_empty());
+    assert!(stream.ended());
+}
+
+#[tokio::test]
+async fn captions_do_not_replace_the_metadata() {
+    let admission = admission(Settings::default());
+    let mut publication = publish(&admission, "live/a").await.unwrap();
+    publication.push(metadata());
+    publication.push(frame(0, 0x17));
+    publication.push(Tag::new(TagKind::Script, 40, b"\x02\x00\x0aonTextData\x05").unwrap());
+    let stream = admission.hub().streams().pop().unwrap();
+    assert_eq!(stream.headers().metadata.unwrap().body(), metadata().body());
+    assert_eq!(stream.counters().script_tags.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_key_belongs_to_one_source_of_any_kind() {
+    let admission = admission(Settings::default());
+    let other_source = admission.hub().publish(key("live/a")).unwrap();
+    let refused = publish(&admission, "live/a").await.err();
+    assert_eq!(refused, Some(Refusal::AlreadyLive(key("live/a"))));
+    drop(other_source);
+    let publication = publish(&admission, "live/a").await.unwrap();
+    assert!(admission.hub().publish(key("live/a")).is_err(), "claimed before its first media");
+    drop(publication);
+    assert!(admission.hub().publish(key("live/a")).is_ok());
+}
+
+#[tokio::test]
+async fn a_second_publisher_is_refused_until_the_first_is_silent() {
+    let settings = Settings { publisher_silence: Duration::from_millis(50), ..Settings::default() };
+    let admission = admission(settings);
+    let first = request(Action::Publish, "live/a");
+    let mut publication = admission.publish(first.clone()).await.unwrap();
+    let before = Instant::now();
+    publication.push(frame(0, 0x17));
+    let old = admission.hub().streams().pop().unwrap();
+    let mut second = loop {
+        match publish(&admission, "live/a").await {
+            Ok(second) => break second,
+            Err(refused) => assert_eq!(refused, Refusal::AlreadyLive(key("live/a"))),
+        }
+        assert!(before.elapsed() < Duration::from_secs(20));
+        tokio::task::yield_now().await;
+    };
+    assert!(before.elapsed() >= settings.publisher_silence);
+    assert!(cancelled(&first));
+    assert!(old.ended());
+    assert_eq!(admission.counters().takeovers.load(Ordering::Relaxed), 1);
+    second.push(frame(0, 0x17));
+    // The first connection has not noticed yet; its tags and its end change nothing.
+    publication.push(frame(40, 0x27));
+    drop(publication);
+    let live = admission.hub().streams();
+    assert_eq!(live.len(), 1);
+    assert_ne!(live[0].id(), old.id());
+    assert!(publish(&admission, "live/a").await.is_err());
+}
+
+#[tokio::test]
+async fn a_node_holds_so_many_streams_and_players() {
+    let limits = Settings { max_streams: 1, max_players: 1, ..Settings::default() };
+    let admission = admission(limits);
+    let mut publication = publish(&admission, "live/a").await.unwrap();
+    assert!(matches!(publish(&admission, "live/b").await, Err(Refusal::Full(_))));
+    publication.push(frame(0, 0x17));
+    let player = admission.play(request(Action::Play, "live/a")).await.unwrap();
+    let refused = admission.play(request(Action::Play, "live/a")).await.err();
+    assert!(matches!(refused, Some(Refusal::Full(_))), "{refused:?}");
+    drop(player);
+    assert!(admission.play(request(Action::Play, "live/a")).await.is_ok());
+}
+
+struct Secret;
+
+impl Policy for Secret {
+    fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a> {
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            match request.query == "key=1" {
+                true => Ok(()),
+                false => Err(Refusal::Unauthorized(format!("{:?}", request.action))),
+            }
+        })
+    }
+}
+
+#[tokio::test]
+async fn policies_are_awaited_for_both_actions_before_the_key_is_claimed() {
+    let admission = admission(Settings::default());
+    admission.add_policy(Arc::new(Secret));
+    let refused = publish(&admission, "live/a").await.err();
+    assert_eq!(refused, Some(Refusal::Unauthorized("Publish".into())));
+    let query = "key=1".to_owned();
+    let allowed = Request { query: query.clone(), ..request(Action::Publish, "live/a") };
+    let mut publication = admission.publish(allowed).await.unwrap();
+    publication.push(frame(0, 0x17));
+    let refused = admission.play(request(Action::Play, "live/a")).await.err();
+    assert_eq!(refused, Some(Refusal::Unauthorized("Play".into())));
+    let allowed = Request { query, ..request(Action::Play, "live/a") };
+    assert!(admission.play(allowed).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_was_admitted_can_be_revoked() {
+    let admission = admission(Settings::default());
+    let publish = request(Action::Publish, "live/a");
+    let mut publication = admission.publish(publish.clone()).await.unwrap();
+    publication.push(frame(0, 0x17));
+    let play = request(Action::Play, "live/a");
+    let playback = admission.play(play.clone()).await.unwrap();
+    let [info] = &admission.playbacks()[..] else { panic!("one playback") };
+    assert_eq!((info.id, &info.key, info.protocol), (playback.id(), &key("live/a"), "test"));
+    assert!(!playback.is_revoked());
+    assert!(admission.revoke_playback(playback.id()));
+    assert!(playback.is_revoked() && cancelled(&play));
+    assert!(!admission.revoke_playback(playback.id() + 1));
+    assert!(admission.revoke_publication(&key("live/a")));
+    assert!(cancelled(&publish));
+    assert!(playback.stream().ended());
+    assert!(!admission.revoke_publication(&key("live/b")));
+    drop(playback);
+    assert_eq!(admission.playbacks(), []);
+}
+
+#[tokio::test]
+async fn ending_all_leaves_no_stream() {
+    let admission = admission(Settings::default());
+    let mut publications = Vec::new();
+    for name in ["live/a", "live/b"] {
+        let mut publication = publish(&admission, name).await.unwrap();
+        publication.push(frame(0, 0x17));
+        publications.push(publication);
+    }
+    assert_eq!(admission.end_all(), 2);
+    assert!(admission.hub().is_empty());
+}
+
+#[derive(Default)]
+struct Starts {
+    wanted: AtomicUsize,
+    unwanted: AtomicUsize,
+    hub: Mutex<Option<Hub>>,
+    running: Mutex<Vec<Publisher>>,
+}
+
+impl OnDemand for Starts {
+    fn wanted(&self, key: &StreamKey) {
+        self.wanted.fetch_add(1, Ordering::Relaxed);
+        if let Some(hub) = &*self.hub.lock() {
+            self.running.lock().push(hub.publish(key.clone()).unwrap());
+        }
+    }
+
+    fn unwanted(&self, key: &StreamKey) {
+        self.unwanted.fetch_add(1, Ordering::Relaxed);
+        self.running.lock().retain(|publisher| publisher.stream().key() != key);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_on_demand_runs_while_somebody_plays() {
+    let admission = admission(Settings::default());
+    let source = Arc::new(Starts::default());
+    admission.hub().add_on_demand(source.clone());
+    let counts = || {
+        let [wanted, unwanted] = [&source.wanted, &source.unwanted];
+        (wanted.load(Ordering::Relaxed), unwanted.load(Ordering::Relaxed))
+    };
+    // It does not come in time.
+    let refused = admission.play(request(Action::Play, "live/a")).await.err();
+    assert_eq!(refused, Some(Refusal::NotLive(key("live/a"))));
+    assert_eq!(counts(), (1, 1));
+
+    *source.hub.lock() = Some(admission.hub().clone());
+    let first = admission.play(request(Action::Play, "live/a")).await.unwrap();
+    let second = admission.play(request(Action::Play, "live/a")).await.unwrap();
+    assert_eq!(counts(), (2, 1));
+    drop(first);
+    assert_eq!(counts(), (2, 1));
+    let stream = second.stream().clone();
+    drop(second);
+    assert_eq!(counts(), (2, 2));
+    assert!(stream.ended());
+}
+
+/// Writes down what it sees.
+#[derive(Clone)]
+struct Notes(&'static str, Arc<Mutex<Vec<String>>>);
+
+impl Sink for Notes {
+    fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
+        let has_metadata = stream.headers().metadata.is_some();
+        self.1.lock().push(format!("{} up {} {has_metadata}", self.0, stream.key()));
+        (self.0 != "reader").then(|| Box::new(NotesTap(self.clone(), stream.clone())) as _)
+    }
+}
+
+struct NotesTap(Notes, Arc<Stream>);
+
+impl Tap for NotesTap {
+    fn push(&mut self, _: Instant, tag: &Tag) {
+        let logged = self.1.held().0;
+        self.0.1.lock().push(format!("{} {} {logged}", self.0.0, tag.timestamp()));
+    }
+}
+
+impl Drop for NotesTap {
+    fn drop(&mut self) {
+        self.0.1.lock().push(format!("{} end {}", self.0.0, self.1.ended()));
+    }
+}
+
+#[tokio::test]
+async fn taps_see_each_tag_in_the_order_of_their_sinks_and_before_the_log() {
+    let admission = admission(Settings::default());
+    let notes = Arc::default();
+    for name in ["first", "reader", "second"] {
+        admission.hub().add_sink(Arc::new(Notes(name, Arc::clone(&notes))));
+    }
+    let mut publication = publish(&admission, "live/a").await.unwrap();
+    publication.push(metadata());
+    publication.push(frame(7, 0x17));
+    let mut reader = admission.hub().subscribe(&key("live/a")).unwrap();
+    assert!(matches!(reader.try_read(&mut Vec::new(), 1), ReadOutcome::Read(_)));
+    drop(publication);
+    let expected = [
+        "first up live/a true",
+        "reader up live/a true",
+        "second up live/a true",
+        "first 40 0",
+        "second 40 0",
+        "first 7 1",
+        "second 7 1",
+        "first end false",
+        "second end false",
+    ];
+    assert_eq!(*notes.lock(), expected);
+}

@@ -1,0 +1,138 @@
+//! Messages, framing and reports together.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    receiver::{DELAY_BOUNDS_MS, Histogram, MAX_PATHS, Stats},
+    rtp::{Seq, Ssrc},
+};
+use downpour_media::PublicationId;
+use downpour_media::flv::{Headers, Tag, TagKind};
+
+fn info() -> StreamInfo {
+    StreamInfo {
+        key: "live/movie".parse().unwrap(),
+        ssrc: Ssrc(0xdead_beef),
+        publication: Some(PublicationId(0xab)),
+        start_unix_ms: 1_700_000_000_000,
+        headers: Headers {
+            video: Some(Tag::new(TagKind::Video, 0, &[0x17, 0, 1, 2]).unwrap()),
+            audio: Some(Tag::new(TagKind::Audio, 9, &[0xaf, 0]).unwrap()),
+            metadata: None,
+        },
+        gop_start: Some(Seq(65000)),
+        newest: None,
+    }
+}
+
+#[test]
+fn messages_have_the_json_of_the_wire_document() {
+    let json = serde_json::to_value(CloudMessage::StreamUp(info())).unwrap();
+    assert_eq!(
+        json,
+        serde_json::json!({
+            "type": "stream_up", "key": "live/movie", "ssrc": 0xdead_beef_u32,
+            "publication": "00000000000000ab",
+            "start_unix_ms": 1_700_000_000_000_u64,
+            "headers": {
+                "video": "090000040000000000000017000102",
+                "audio": "08000002000009000000 00af00".replace(' ', ""),
+                "metadata": null,
+            },
+            "gop_start": 65000, "newest": null,
+        })
+    );
+    let welcome = Welcome { version: 1, node: "c".into(), nonce: Nonce([0xa1; 16]), rtp_port: 9 };
+    assert_eq!(
+        serde_json::to_value(CloudMessage::Welcome(welcome)).unwrap()["nonce"],
+        "a1".repeat(16)
+    );
+}
+
+#[test]
+fn unknown_types_and_fields_are_ignored() {
+    let parse = |json: &str| serde_json::from_str::<EdgeMessage>(json);
+    assert_eq!(parse(r#"{"type":"dance","to":"music"}"#).unwrap(), EdgeMessage::Unknown);
+    let hello = parse(r#"{"type":"hello","version":2,"node":"e","mood":"good"}"#).unwrap();
+    assert!(matches!(hello, EdgeMessage::Hello(Hello { version: 2, token: None, .. })));
+    assert!(parse(r#"{"type":"hello","version":1}"#).is_err());
+    assert!(parse(r#"{"type":"subscribe","streams":["a/b/*/c"]}"#).is_err());
+}
+
+#[test]
+fn lengths_out_of_range_are_refused_from_the_prefix() {
+    for (head, length) in [([0u8; 4], 0), ([0, 0, 1, 1], 257), ([0xff; 4], u32::MAX as usize)] {
+        let mut reader = ControlReader::new(256);
+        reader.push(&head);
+        assert_eq!(
+            reader.next_message::<EdgeMessage>(),
+            Err(ControlError::Length { length, max: 256 })
+        );
+    }
+}
+
+#[test]
+fn an_oversized_header_is_left_out() {
+    let mut info = info();
+    info.headers.metadata = Some(Tag::new(TagKind::Script, 0, &vec![0; 200_000]).unwrap());
+    let frame = encode_control(&CloudMessage::StreamUp(info.clone())).unwrap();
+    let mut reader = ControlReader::new(MAX_CONTROL_LEN);
+    reader.push(&frame);
+    info.headers.metadata = None;
+    assert_eq!(reader.next_message(), Ok(Some(CloudMessage::StreamUp(info))));
+}
+
+#[test]
+fn every_part_of_a_split_report_fits_in_a_message() {
+    let full = Histogram { counts: [u64::MAX; DELAY_BOUNDS_MS.len() + 1], sum_us: u64::MAX };
+    let mut worst = Stats { delays: full, waits: full, ..Stats::default() }.report(Ssrc(0));
+    worst.paths = [PathReport { received: u64::MAX, lost: u64::MAX, gaps: u64::MAX }; MAX_PATHS];
+    worst.repaired = [u64::MAX; 3];
+    worst.counters_mut().into_iter().for_each(|count| *count = u64::MAX);
+    for count in [0, 1, MAX_REPORTED, MAX_REPORTED + 1, 3000] {
+        let stream = |i| StreamReport { ssrc: u32::MAX - i as u32, ..worst.clone() };
+        let streams = (0..count).map(stream).collect();
+        let report = Report { round_trip_us: u64::MAX, streams };
+        let parts: Vec<_> = report.clone().split().collect();
+        assert_eq!(parts.len(), count.div_ceil(MAX_REPORTED).max(1));
+        for part in &parts {
+            let frame = encode_control(&EdgeMessage::Report(part.clone())).unwrap();
+            assert!(frame.len() < MAX_EDGE_MESSAGE / 2, "{}", frame.len());
+            assert_eq!(part.round_trip_us, u64::MAX);
+        }
+        let parts = parts.into_iter().flat_map(|part| part.streams);
+        assert_eq!(parts.collect::<Vec<_>>(), report.streams);
+    }
+}
+
+proptest! {
+    #[test]
+    fn messages_survive_any_split_of_the_stream(cuts in prop::collection::vec(0usize..600, 0..12)) {
+        let sent = [
+            CloudMessage::StreamUp(info()),
+            CloudMessage::StreamEnd { ssrc: Ssrc(1), last_seq: None },
+            CloudMessage::StreamUpdate { ssrc: Ssrc(1), headers: info().headers },
+        ];
+        let bytes: Vec<u8> =
+            sent.iter().flat_map(|message| encode_control(message).unwrap()).collect();
+        let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut.min(bytes.len())).collect();
+        cuts.extend([0, bytes.len()]);
+        cuts.sort_unstable();
+        let (mut reader, mut received) = (ControlReader::new(MAX_CONTROL_LEN), Vec::new());
+        for range in cuts.windows(2) {
+            reader.push(&bytes[range[0]..range[1]]);
+            while let Some(message) = reader.next_message::<CloudMessage>().unwrap() {
+                received.push(message);
+            }
+        }
+        prop_assert_eq!(&received[..], &sent[..]);
+    }
+
+    #[test]
+    fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let mut reader = ControlReader::new(MAX_CONTROL_LEN);
+        reader.push(&bytes);
+        while let Ok(Some(_)) = reader.next_message::<EdgeMessage>() {}
+    }
+}

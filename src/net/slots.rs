@@ -1,0 +1,496 @@
+//! Connection slots of one listener: how many connections it serves, in all and per client address.
+//!
+//! A connection is in one of three states:
+//!
+//! ```text
+//! admitted ─► idle ◄──► busy        idle: no request yet, or kept alive between two requests
+//!              │ ▲        │         busy: a request is being served
+//!              ▼ └────────┼─┐       pinned: a viewer or a publisher; limits of its own apply
+//!          displaced    pinned
+//! ```
+//!
+//! - The total counts all three states. An address's share counts idle and busy connections only:
+//!   many viewers or publishers may stand behind one address.
+//! - A connection that finds the total or its address's share used up takes the slot of an idle
+//!   connection: of one that is kept alive if there is one, otherwise of one that has sent no complete
+//!   request; in each case the one that has been idle longest. It is refused only if none is idle.
+//!   So idle connections, however many, never keep a client that has a request from being served.
+//! - Loopback addresses have no share: proxies and monitoring run there.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+    time::Instant,
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// How many connections a listener serves at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotLimits {
+    /// In all, at least 1.
+    pub total: usize,
+    /// Per client address (an IPv6 /64 is one address), not counting viewers and publishers.
+    pub per_address: usize,
+}
+
+impl SlotLimits {
+    /// `total` connections, of which one address may take `per_address`, or half if it is `None`.
+    pub fn new(total: usize, per_address: Option<usize>) -> Self {
+        let total = total.max(1);
+        Self { total, per_address: per_address.unwrap_or(total.div_ceil(2)).max(1) }
+    }
+}
+
+/// The setting of an address's share as [`SlotLimits::new`] takes it: 0 is the default.
+pub fn share(setting: usize) -> Option<usize> {
+    (setting > 0).then_some(setting)
+}
+
+/// Why a connection is idle. Those of the first kind are displaced first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Idle {
+    /// A request was answered, and none has followed yet.
+    KeptAlive,
+    /// No complete request has arrived.
+    NoRequest,
+}
+
+/// Why a connection is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum SlotRefusal {
+    /// All slots are in use, and no connection is idle.
+    #[error("all connection slots are in use")]
+    Total,
+    /// All slots of the client's address are in use, and none of its connections is idle.
+    #[error("all connection slots of this address are in use")]
+    Address,
+}
+
+/// The slots of one listener; clones share them.
+#[derive(Debug, Clone)]
+pub(super) struct Slots(Arc<Mutex<Table<Arc<Notify>>>>);
+
+impl Slots {
+    pub(super) fn new(limits: SlotLimits) -> Self {
+        Self(Arc::new(Mutex::new(Table::new(limits))))
+    }
+
+    /// Takes a slot. Returns it and whether another connection lost its slot for it.
+    pub(super) fn admit(&self, now: Instant, address: IpAddr) -> Result<(Slot, bool), SlotRefusal> {
+        let signal = Arc::new(Notify::new());
+        let (id, displaced) = self.0.lock().admit(now, address, signal.clone())?;
+        if let Some(displaced) = &displaced {
+            displaced.notify_one();
+        }
+        let slot = Slot { slots: self.clone(), id: Some(id), signal: Some(signal) };
+        Ok((slot, displaced.is_some()))
+    }
+}
+
+/// A connection's slot, free again when this is dropped.
+#[derive(Debug)]
+pub struct Slot {
+    slots: Slots,
+    /// `None` while it is pinned.
+    id: Option<u64>,
+    signal: Option<Arc<Notify>>,
+}
+
+impl Slot {
+    /// The only slot of a listener.
+    #[cfg(test)]
+    pub(crate) fn alone() -> Self {
+        let slots = Slots::new(SlotLimits::new(1, None));
+        slots.admit(Instant::now(), Ipv6Addr::LOCALHOST.into()).expect("it is free").0
+    }
+
+    /// The connection serves a request from now on. Returns `false` if it has been displaced.
+    #[must_use]
+    pub fn set_busy(&self) -> bool {
+        self.id.is_none_or(|id| self.slots.0.lock().set_idle(id, None))
+    }
+
+    /// The connection waits for its client from now on. Returns `false` if it has been displaced.
+    pub fn set_idle(&self, now: Instant, idle: Idle) -> bool {
+        self.id.is_none_or(|id| self.slots.0.lock().set_idle(id, Some((idle, now))))
+    }
+
+    /// The connection is a publisher's from now on, until [`Slot::unpin`]. Returns `false` if it
+    /// has been displaced.
+    #[must_use]
+    pub fn pin(&mut self) -> bool {
+        let Some(id) = self.id else { return true };
+        let pinned = self.slots.0.lock().pin(id);
+        if pinned {
+            self.id = None;
+        }
+        pinned
+    }
+
+    /// As [`Slot::pin`], for good: frees the memory that displacing it would need.
+    #[must_use]
+    pub fn pin_for_good(&mut self) -> bool {
+        let pinned = self.pin();
+        if pinned {
+            self.signal = None;
+        }
+        pinned
+    }
+
+    /// The connection is an idle one of `address` again, even if that exceeds the address's share.
+    pub fn unpin(&mut self, now: Instant, address: IpAddr) {
+        if let (None, Some(signal)) = (self.id, &self.signal) {
+            self.id = Some(self.slots.0.lock().unpin(now, address, signal.clone()));
+        }
+    }
+
+    /// `true` if another connection has taken the slot: this one is to close.
+    pub fn is_displaced(&self) -> bool {
+        self.id.is_some_and(|id| !self.slots.0.lock().entries.contains_key(&id))
+    }
+
+    /// Waits until the connection is displaced. Of several futures, one is woken.
+    pub fn displaced(&self) -> impl Future<Output = ()> + Send + use<> {
+        let signal = self.signal.clone();
+        async move {
+            match signal {
+                Some(signal) => signal.notified().await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut table = self.slots.0.lock();
+        match self.id {
+            Some(id) => drop(table.remove(id)),
+            None => table.pinned -= 1,
+        }
+    }
+}
+
+/// The state behind [`Slots`], without I/O and clock. `S` is how a connection is notified that it
+/// has been displaced.
+#[derive(Debug)]
+struct Table<S> {
+    limits: SlotLimits,
+    next_id: u64,
+    /// Connections that are pinned; they have no entry.
+    pinned: usize,
+    entries: HashMap<u64, Entry<S>>,
+    idle: IdleQueue,
+    addresses: HashMap<IpAddr, AddressSlots>,
+}
+
+#[derive(Debug)]
+struct Entry<S> {
+    /// Whose share it counts in; `None` for loopback.
+    address: Option<IpAddr>,
+    /// `None` while it is busy.
+    idle: Option<(Idle, Instant)>,
+    signal: S,
+}
+
+#[derive(Debug, Default)]
+struct AddressSlots {
+    count: usize,
+    idle: IdleQueue,
+}
+
+/// Idle connections, the first to be displaced in front.
+type IdleQueue = BTreeSet<(Idle, Instant, u64)>;
+
+impl<S> Table<S> {
+    fn new(limits: SlotLimits) -> Self {
+        Self {
+            limits,
+            next_id: 0,
+            pinned: 0,
+            entries: HashMap::new(),
+            idle: IdleQueue::new(),
+            addresses: HashMap::new(),
+        }
+    }
+
+    /// Returns the new slot's number, and the signal of the connection that it was taken from.
+    fn admit(
+        &mut self,
+        now: Instant,
+        address: IpAddr,
+        signal: S,
+    ) -> Result<(u64, Option<S>), SlotRefusal> {
+        let address = accountable(address);
+        let share = address.and_then(|address| self.addresses.get(&address));
+        let displaced = match share.filter(|share| share.count >= self.limits.per_address) {
+            Some(share) => Some(share.idle.first().ok_or(SlotRefusal::Address)?.2),
+            None if self.entries.len() + self.pinned >= self.limits.total => {
+                Some(self.idle.first().ok_or(SlotRefusal::Total)?.2)
+            }
+            None => None,
+        };
+        let displaced = displaced.and_then(|id| self.remove(id));
+        Ok((self.insert(now, address, signal), displaced))
+    }
+
+    fn insert(&mut self, now: Instant, address: Option<IpAddr>, signal: S) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        if let Some(address) = address {
+            self.addresses.entry(address).or_default().count += 1;
+        }
+        self.entries.insert(id, Entry { address, idle: None, signal });
+        self.set_idle(id, Some((Idle::NoRequest, now)));
+        id
+    }
+
+    /// Returns `false` if there is no such slot: the connection was displaced.
+    fn set_idle(&mut self, id: u64, idle: Option<(Idle, Instant)>) -> bool {
+        let Some(entry) = self.entries.get_mut(&id) else { return false };
+        let mut share = entry.address.and_then(|address| self.addresses.get_mut(&address));
+        if let Some((kind, since)) = std::mem::replace(&mut entry.idle, idle) {
+            self.idle.remove(&(kind, since, id));
+            if let Some(share) = &mut share {
+                share.idle.remove(&(kind, since, id));
+            }
+        }
+        if let Some((kind, since)) = idle {
+            self.idle.insert((kind, since, id));
+            if let Some(share) = &mut share {
+                share.idle.insert((kind, since, id));
+            }
+        }
+        true
+    }
+
+    fn pin(&mut self, id: u64) -> bool {
+        let pinned = self.remove(id).is_some();
+        self.pinned += usize::from(pinned);
+        pinned
+    }
+
+    fn unpin(&mut self, now: Instant, address: IpAddr, signal: S) -> u64 {
+        self.pinned -= 1;
+        self.insert(now, accountable(address), signal)
+    }
+
+    fn remove(&mut self, id: u64) -> Option<S> {
+        self.set_idle(id, None);
+        let entry = self.entries.remove(&id)?;
+        if let Some(address) = entry.address
+            && let Some(share) = self.addresses.get_mut(&address)
+        {
+            share.count -= 1;
+            if share.count == 0 {
+                self.addresses.remove(&address);
+            }
+        }
+        Some(entry.signal)
+    }
+}
+
+/// The address whose share a client counts in: one site usually has a whole IPv6 /64 (RFC 4291
+/// §2.5.1). `None` for loopback.
+fn accountable(address: IpAddr) -> Option<IpAddr> {
+    match address.to_canonical() {
+        address if address.is_loopback() => None,
+        IpAddr::V6(address) => {
+            Some(Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into())
+        }
+        address => Some(address),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LOOPBACK: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
+    struct Sim {
+        table: Table<usize>,
+        start: Instant,
+    }
+
+    impl Sim {
+        fn new(total: usize, per_address: usize) -> Self {
+            let limits = SlotLimits::new(total, Some(per_address));
+            Self { table: Table::new(limits), start: Instant::now() }
+        }
+
+        fn at(&self, ms: u64) -> Instant {
+            self.start + Duration::from_millis(ms)
+        }
+
+        fn admit(
+            &mut self,
+            ms: u64,
+            address: IpAddr,
+            signal: usize,
+        ) -> Result<(u64, Option<usize>), SlotRefusal> {
+            self.table.admit(self.at(ms), address, signal)
+        }
+    }
+
+    fn client(last: u8) -> IpAddr {
+        [192, 0, 2, last].into()
+    }
+
+    #[test]
+    fn a_new_connection_takes_the_slot_of_the_longest_idle_one() {
+        let mut sim = Sim::new(3, 3);
+        for i in 0..3 {
+            assert_eq!(sim.admit(i, LOOPBACK, i as usize), Ok((i, None)));
+        }
+        assert_eq!(sim.admit(3, client(1), 3), Ok((3, Some(0))));
+        assert_eq!(sim.admit(4, client(2), 4), Ok((4, Some(1))));
+        assert!(!sim.table.set_idle(0, None), "the displaced connection has no slot any longer");
+    }
+
+    #[test]
+    fn kept_alive_connections_are_displaced_first() {
+        let mut sim = Sim::new(3, 3);
+        for i in 0..3 {
+            sim.admit(i, LOOPBACK, i as usize).unwrap();
+        }
+        let later = sim.at(100);
+        assert!(sim.table.set_idle(2, Some((Idle::KeptAlive, later))));
+        assert_eq!(sim.admit(101, LOOPBACK, 3).unwrap().1, Some(2));
+        assert_eq!(sim.admit(102, LOOPBACK, 4).unwrap().1, Some(0));
+    }
+
+    #[test]
+    fn busy_and_pinned_connections_keep_their_slots() {
+        let mut sim = Sim::new(2, 2);
+        let (busy, _) = sim.admit(0, client(1), 0).unwrap();
+        assert!(sim.table.set_idle(busy, None));
+        let (pinned, _) = sim.admit(1, client(1), 1).unwrap();
+        assert!(sim.table.pin(pinned));
+        assert_eq!(sim.admit(2, client(2), 2), Err(SlotRefusal::Total));
+        let now = sim.at(3);
+        assert!(sim.table.set_idle(busy, Some((Idle::KeptAlive, now))));
+        assert_eq!(sim.admit(4, client(2), 3).unwrap().1, Some(0));
+    }
+
+    #[test]
+    fn an_address_displaces_its_own_connections_only() {
+        let mut sim = Sim::new(100, 2);
+        sim.admit(0, client(9), 9).unwrap();
+        sim.admit(1, client(1), 0).unwrap();
+        let (second, _) = sim.admit(2, client(1), 1).unwrap();
+        let (third, displaced) = sim.admit(3, client(1), 2).unwrap();
+        assert_eq!(displaced, Some(0));
+        assert!(sim.table.set_idle(second, None) && sim.table.set_idle(third, None));
+        assert_eq!(sim.admit(4, client(1), 3), Err(SlotRefusal::Address));
+        assert!(sim.admit(5, client(2), 4).is_ok());
+    }
+
+    #[test]
+    fn pinned_connections_do_not_count_in_the_share_of_their_address() {
+        let mut sim = Sim::new(100, 2);
+        for i in 0..50 {
+            let (id, displaced) = sim.admit(i, client(1), i as usize).unwrap();
+            assert_eq!(displaced, None);
+            assert!(sim.table.pin(id));
+        }
+        let now = sim.at(60);
+        let id = sim.table.unpin(now, client(1), 7);
+        assert!(sim.table.set_idle(id, None));
+        sim.admit(61, client(1), 8).unwrap();
+        assert_eq!(sim.admit(62, client(1), 9).unwrap().1, Some(8));
+        assert_eq!(sim.table.pinned, 49);
+    }
+
+    #[test]
+    fn loopback_has_no_share() {
+        let mut sim = Sim::new(100, 1);
+        for i in 0..50 {
+            assert_eq!(sim.admit(i, LOOPBACK, 0).unwrap().1, None);
+            assert_eq!(sim.admit(i, [127, 0, 0, 9].into(), 0).unwrap().1, None);
+        }
+    }
+
+    #[test]
+    fn an_ipv6_site_is_one_address_and_so_is_an_ipv4_mapped_one() {
+        let cases = [
+            ("2001:db8:1:2::1", Some("2001:db8:1:2::")),
+            ("2001:db8:1:2:ffff::9", Some("2001:db8:1:2::")),
+            ("::ffff:192.0.2.1", Some("192.0.2.1")),
+            ("192.0.2.1", Some("192.0.2.1")),
+            ("::ffff:127.0.0.1", None),
+            ("::1", None),
+        ];
+        for (address, expected) in cases {
+            let expected = expected.map(|expected| expected.parse().unwrap());
+            assert_eq!(accountable(address.parse().unwrap()), expected, "{address}");
+        }
+    }
+
+    #[test]
+    fn half_of_the_slots_are_an_addresss_share_by_default() {
+        let limits = |total, per_address| {
+            let limits = SlotLimits::new(total, per_address);
+            (limits.total, limits.per_address)
+        };
+        assert_eq!(limits(1024, None), (1024, 512));
+        assert_eq!(limits(1024, Some(20)), (1024, 20));
+        assert_eq!(limits(0, None), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_displaced_connection_is_notified_and_frees_nothing_twice() {
+        let slots = Slots::new(SlotLimits::new(1, None));
+        let now = Instant::now();
+        let (first, _) = slots.admit(now, LOOPBACK).unwrap();
+        assert!(!first.is_displaced());
+        let (mut second, displaced) = slots.admit(now, LOOPBACK).unwrap();
+        assert!(displaced);
+        first.displaced().await;
+        assert!(first.is_displaced() && !first.set_busy());
+        drop(first);
+        assert!(second.pin_for_good());
+        assert!(matches!(slots.admit(now, LOOPBACK), Err(SlotRefusal::Total)));
+        drop(second);
+        assert!(slots.admit(now, LOOPBACK).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn counts_agree_after_any_events(events: Vec<(u8, u8, u8)>) {
+            let mut sim = Sim::new(12, 4);
+            let mut pinned = Vec::new();
+            for (step, (event, address, pick)) in events.into_iter().enumerate() {
+                let (now, address) = (sim.at(step as u64), client(address % 5));
+                let picked = sim.table.entries.keys().copied().min_by_key(|id| (id % 7) ^ u64::from(pick));
+                match (event % 6, picked) {
+                    (0..=1, _) => drop(sim.table.admit(now, address, step)),
+                    (2, Some(id)) => drop(sim.table.set_idle(id, Some((Idle::KeptAlive, now)))),
+                    (3, Some(id)) => drop(sim.table.set_idle(id, None)),
+                    (4, Some(id)) if sim.table.pin(id) => pinned.push(address),
+                    (5, _) if !pinned.is_empty() => {
+                        pinned.pop();
+                        sim.table.unpin(now, address, step);
+                    }
+                    _ => {}
+                }
+                let table = &sim.table;
+                prop_assert_eq!(table.pinned, pinned.len());
+                prop_assert!(table.entries.len() + table.pinned <= 12);
+                let shares: usize = table.addresses.values().map(|share| share.count).sum();
+                prop_assert_eq!(shares, table.entries.len());
+                let idle = table.entries.values().filter(|entry| entry.idle.is_some()).count();
+                prop_assert_eq!(table.idle.len(), idle);
+                let idle: usize = table.addresses.values().map(|share| share.idle.len()).sum();
+                prop_assert_eq!(table.idle.len(), idle);
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! `cloud` and `edge`: two sets of defaults of one node.
+
+use std::time::Duration;
+
+use super::{
+    assemble::{DownstreamSettings, HttpSettings, NodeSettings, Setting},
+    upstream::UpstreamSettings,
+};
+use crate::{
+    config::{ClientAddr, CloudConfig, DownstreamConfig, EdgeConfig},
+    http::ViewerSettings,
+    net,
+    rtmp::listener::ServerSettings as RtmpSettings,
+};
+use downpour_distribution::downstream::{
+    self, fanout, repair_server::RepairServerSettings, tap::SenderSettings,
+};
+use downpour_hub::{LogLimits, admission};
+use downpour_sys::udp::MulticastOut;
+
+impl From<&CloudConfig> for NodeSettings {
+    fn from(config: &CloudConfig) -> Self {
+        Self {
+            log: LogLimits {
+                max_bytes: config.gop_cache_max_bytes,
+                max_age: config.gop_cache_max_ms,
+            },
+            admission: admission::Settings {
+                publisher_silence: Duration::from_millis(config.publisher_silence_ms),
+                max_streams: config.max_streams,
+                max_players: config.max_viewers,
+                ..admission::Settings::default()
+            },
+            rtmp: Some((
+                Setting::new("rtmp_addr", config.rtmp_addr.clone()),
+                RtmpSettings {
+                    max_connections: config.rtmp_max_connections,
+                    max_connections_per_address: net::share(
+                        config.rtmp_max_connections_per_address,
+                    ),
+                    ..RtmpSettings::default()
+                },
+            )),
+            upstream: None,
+            downstream: Some(downstream(&config.downstream, "quic_addr", "cloud")),
+            http: HttpSettings {
+                addr: Setting::new("api_addr", config.api_addr.clone()),
+                flv: config.http_flv,
+                viewers: viewers(
+                    config.max_viewers,
+                    config.merge_write_ms,
+                    config.http_max_connections_per_address,
+                ),
+                grace: CLOUD_HTTP_GRACE,
+            },
+            record: config.enable_record.then(|| config.record_dir.clone()),
+            grace: Duration::from_millis(config.shutdown_grace_ms),
+        }
+    }
+}
+
+impl From<&EdgeConfig> for NodeSettings {
+    fn from(config: &EdgeConfig) -> Self {
+        let grace = Duration::from_millis(config.shutdown_grace_ms);
+        Self {
+            log: LogLimits {
+                max_bytes: config.gop_cache_max_bytes,
+                max_age: config.gop_cache_max_ms,
+            },
+            admission: admission::Settings {
+                max_streams: config.max_streams,
+                max_players: config.max_viewers,
+                ..admission::Settings::default()
+            },
+            rtmp: None,
+            upstream: Some(UpstreamSettings(config.clone())),
+            downstream: config
+                .downstream_enabled
+                .then(|| downstream(&config.downstream, "downstream.quic_addr", "edge")),
+            http: HttpSettings {
+                addr: Setting::new("flv_addr", config.flv_addr.clone()),
+                flv: true,
+                viewers: viewers(
+                    config.max_viewers,
+                    config.merge_write_ms,
+                    config.http_max_connections_per_address,
+                ),
+                grace: grace / 2,
+            },
+            record: config.enable_record.then(|| config.record_dir.clone()),
+            grace,
+        }
+    }
+}
+
+fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> ViewerSettings {
+    ViewerSettings {
+        max_viewers,
+        max_connections_per_address: net::share(per_address),
+        merge_write: Duration::from_millis(merge_write_ms),
+        ..ViewerSettings::default()
+    }
+}
+
+/// `default_name` is what this node calls itself where the machine has no name.
+fn downstream(
+    config: &DownstreamConfig,
+    quic_key: &'static str,
+    default_name: &str,
+) -> DownstreamSettings {
+    let fanout = fanout::Settings {
+        port: config.rtp_port,
+        multicast: MulticastOut {
+            ttl: config.multicast_ttl,
+            looped: config.multicast_loop,
+            interface: config.multicast_interface.0,
+        },
+        workers: config.fanout_workers,
+        pacing: config.pacing,
+        ..fanout::Settings::default()
+    };
+    let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
+    DownstreamSettings {
+        quic_addr: Setting::new(quic_key, config.quic_addr.clone()),
+        cert_file: config.cert_file.clone(),
+        key_file: config.key_file.clone(),
+        part: downstream::Settings {
+            streams: SenderSettings {
+                history_packets: config.rtp_cache_size,
+                history_age: Duration::from_millis(config.rtp_cache_ms),
+                payload_max: config.rtp_payload_max,
+            },
+            fanout: (!config.debug).then_some(fanout),
+            targets: config.targets.iter().map(with_fec).collect(),
+            edge_fec: config.fec,
+            quic_addr: ([0, 0, 0, 0], 0).into(),
+            repair: RepairServerSettings {
+                node: super::host_name().unwrap_or_else(|| default_name.into()),
+                rtp_port: config.rtp_port,
+                v0: config.v0_repair,
+                max_connections: config.max_edges,
+                v0_allow: config.v0_allow.clone(),
+                repair_budget: config.repair_budget,
+                token: Some(config.edge_token.clone()).filter(|token| !token.is_empty()),
+                ..RepairServerSettings::default()
+            },
+        },
+    }
+}
+
+/// A cloud's publications end before its HTTP server: viewers have nothing more to wait for.
+const CLOUD_HTTP_GRACE: Duration = Duration::from_secs(1);
