@@ -135,18 +135,23 @@ async fn slow_decision_about_one_encoder_delays_no_other() {
     assert_eq!(server.recorder.ended("live/slow", 1).await, [audio(7)]);
 }
 
-/// The peer may leave while the decision is open: the key is not claimed.
+/// An encoder that leaves while the decision is open gets no key, and its connection ends with
+/// `publish_timeout` at the latest.
 #[tokio::test(flavor = "multi_thread")]
 async fn encoder_that_leaves_during_the_decision_holds_no_key() {
-    let server = RtmpServer::start(ServerSettings { threads: 1, ..ServerSettings::default() });
+    let publish_timeout = Duration::from_secs(3);
+    let settings = ServerSettings { publish_timeout, threads: 1, ..ServerSettings::default() };
+    let server = RtmpServer::start(settings);
     let gate = Arc::new(Gate::default());
     server.admission.add_policy(gate.clone());
     let url = server.url("live/slow");
-    let gone = Publisher::connect(&url, Duration::from_millis(500)).await.unwrap_err();
-    assert!(gate.asked.load(Ordering::Relaxed), "{gone}");
+    let gone = tokio::spawn(async move { Publisher::connect(&url, SOON).await });
+    eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
+    gone.abort();
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
     gate.open.add_permits(1);
-    Publisher::connect(&url, SOON).await.unwrap().close().await.unwrap();
+    let next = Publisher::connect(&server.url("live/slow"), SOON).await.unwrap();
+    next.close().await.unwrap();
 }
 
 /// Decides about encoders of `slow` when a permit is there.
