@@ -27,6 +27,7 @@ use downpour_distribution::downstream::{
     outgoing::OutgoingStreams,
 };
 use downpour_hub::Hub;
+use downpour_media::PublicationId;
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
 /// What a node's API answers from.
@@ -186,6 +187,8 @@ struct TimeQuery {
 struct StreamTime {
     stream_url: String,
     start_time: u64,
+    /// The same at each node that the stream passes; existing players ignore it.
+    publication: PublicationId,
 }
 
 /// A page's browser asks before a request that is not plain (Fetch standard, "CORS-preflight fetch").
@@ -205,7 +208,11 @@ async fn stream_time(State(hub): State<Hub>, Query(query): Query<TimeQuery>) -> 
     match hub.stream(key) {
         Some(stream) => answer(
             StatusCode::OK,
-            StreamTime { stream_url: stream.key().to_string(), start_time: stream.start_unix_ms() },
+            StreamTime {
+                stream_url: stream.key().to_string(),
+                start_time: stream.start_unix_ms(),
+                publication: stream.id(),
+            },
         ),
         None => answer(StatusCode::NOT_FOUND, format!("stream {key} is not live")),
     }
@@ -387,7 +394,8 @@ mod tests {
     async fn an_edge_tells_when_a_stream_began() {
         let hub = hub();
         let router = alone(&hub);
-        let info = PublicationInfo::starting_at(1_700_000_000_000);
+        let mut info = PublicationInfo::starting_at(1_700_000_000_000);
+        info.id = PublicationId(0x0123_4567_89ab_cdef);
         let _publisher = hub.publish_with("live/movie".parse().unwrap(), info).unwrap();
         assert_eq!(
             get_json(&router, "/stats/time?stream=live/movie").await,
@@ -395,7 +403,11 @@ mod tests {
                 200,
                 json!({
                     "status": 200,
-                    "data": {"streamUrl": "live/movie", "startTime": 1_700_000_000_000_u64}
+                    "data": {
+                        "streamUrl": "live/movie",
+                        "startTime": 1_700_000_000_000_u64,
+                        "publication": "0123456789abcdef",
+                    }
                 })
             )
         );
