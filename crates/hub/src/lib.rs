@@ -111,14 +111,14 @@ impl Hub {
         self.shared.sinks.write().push(sink);
     }
 
-    /// Registers a source that starts when a stream is asked for.
+    /// Registers a source that starts when a stream is asked for. It is called for the streams that are
+    /// wanted already.
     pub fn add_on_demand(&self, source: Arc<dyn OnDemand>) {
         self.shared.demand.add(source);
     }
 
-    /// Says that somebody wants the stream, until the guard is dropped; `None` where no source starts
-    /// on demand.
-    pub fn want(&self, key: &StreamKey) -> Option<Wanted> {
+    /// Asks sources that start on demand for the stream, until the guard is dropped.
+    pub fn want(&self, key: &StreamKey) -> Wanted {
         self.shared.demand.want(key)
     }
 

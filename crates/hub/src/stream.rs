@@ -79,8 +79,11 @@ impl Publisher {
         for tap in &mut self.taps {
             tap.push(now, &tag);
         }
-        let watched = self.stream.readers.load(Ordering::Relaxed) > 0;
+        let readers = &self.stream.readers;
         self.stream.append(|log| {
+            // Behind the lock: a reader that has read from the log was counted before, and one that
+            // has not starts at the newest start point, which stays.
+            let watched = readers.load(Ordering::Relaxed) > 0;
             log.push(tag, watched);
             self.next_place = log.next_place().addr();
         });

@@ -1,4 +1,9 @@
-use std::{collections::VecDeque, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use proptest::{collection::vec, prelude::*};
 
@@ -203,7 +208,7 @@ fn one_publisher_at_a_time_and_readers_drain_before_the_end() {
 }
 
 #[test]
-fn headers_told_after_the_first_tag_go_to_running_readers() {
+fn headers_set_after_the_first_tag_go_to_running_readers() {
     let hub = hub();
     let mut publisher = hub.publish(key()).unwrap();
     publisher.push(video_header(0, 1));
@@ -314,6 +319,39 @@ async fn no_wake_is_lost_to_readers_that_come_and_go() {
             publisher.push(key_frame(i, 0));
         }
     }
+}
+
+#[test]
+fn a_new_reader_skips_nothing_while_key_frames_arrive() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(key_frame(0, 0));
+    let stream = publisher.stream().clone();
+    let stop = AtomicBool::new(false);
+    let skipped = thread::scope(|scope| {
+        scope.spawn(|| {
+            for i in 1.. {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                publisher.push(if i % 3 == 0 { key_frame(i, 0) } else { inter(i, 0) });
+            }
+        });
+        let skips = |_| {
+            let (mut reader, mut out) = (stream.subscribe(), Vec::new());
+            let mut skipped = 0;
+            for _ in 0..4 {
+                if let ReadOutcome::Read(count) = reader.try_read(&mut out, 1) {
+                    skipped += count.skipped;
+                }
+            }
+            skipped
+        };
+        let skipped: u64 = (0..50_000).map(skips).sum();
+        stop.store(true, Ordering::Relaxed);
+        skipped
+    });
+    assert_eq!(skipped, 0);
 }
 
 proptest! {
