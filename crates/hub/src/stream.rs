@@ -310,3 +310,36 @@ impl Drop for ViewerGuard {
 /// Of a stream, what a tag needs: up to there in the log, behind the lock's two words.
 const HOT_BYTES: usize =
     std::mem::offset_of!(Stream, log) + 2 * size_of::<usize>() + TagLog::HOT_BYTES;
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use downpour_media::flv::TagKind;
+
+    use super::*;
+
+    #[test]
+    fn a_reader_that_comes_while_a_key_frame_waits_for_the_lock_keeps_its_gop() {
+        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        let key_frame = Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0, 1]).unwrap();
+        publisher.push(key_frame.clone());
+        let stream = publisher.stream().clone();
+        let log = stream.read_log();
+        let pushing = thread::spawn(move || {
+            publisher.push(key_frame);
+            publisher
+        });
+        // A writer that waits keeps new readers out.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while stream.log.try_read().is_some() {
+            assert!(Instant::now() < deadline);
+            thread::yield_now();
+        }
+        let _reader = stream.subscribe();
+        drop(log);
+        let _publisher = pushing.join().unwrap();
+        assert_eq!(stream.held().0, 2);
+    }
+}

@@ -1,9 +1,4 @@
-use std::{
-    collections::VecDeque,
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
-    time::Duration,
-};
+use std::{collections::VecDeque, sync::atomic::Ordering, time::Duration};
 
 use proptest::{collection::vec, prelude::*};
 
@@ -319,39 +314,6 @@ async fn no_wake_is_lost_to_readers_that_come_and_go() {
             publisher.push(key_frame(i, 0));
         }
     }
-}
-
-#[test]
-fn a_new_reader_skips_nothing_while_key_frames_arrive() {
-    let hub = hub();
-    let mut publisher = hub.publish(key()).unwrap();
-    publisher.push(key_frame(0, 0));
-    let stream = publisher.stream().clone();
-    let stop = AtomicBool::new(false);
-    let skipped = thread::scope(|scope| {
-        scope.spawn(|| {
-            for i in 1.. {
-                if stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                publisher.push(if i % 3 == 0 { key_frame(i, 0) } else { inter(i, 0) });
-            }
-        });
-        let skips = |_| {
-            let (mut reader, mut out) = (stream.subscribe(), Vec::new());
-            let mut skipped = 0;
-            for _ in 0..4 {
-                if let ReadOutcome::Read(count) = reader.try_read(&mut out, 1) {
-                    skipped += count.skipped;
-                }
-            }
-            skipped
-        };
-        let skipped: u64 = (0..50_000).map(skips).sum();
-        stop.store(true, Ordering::Relaxed);
-        skipped
-    });
-    assert_eq!(skipped, 0);
 }
 
 proptest! {
