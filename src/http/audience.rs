@@ -135,7 +135,7 @@ impl Viewers {
     /// Brings a viewer that has caught up to a group of its stream, a new one if need be.
     fn assign_group(self: &Arc<Self>, arrival: CaughtUp) {
         let stream = arrival.reader.stream();
-        let kind = kind(arrival.reader.place());
+        let kind = kind(arrival.reader.position());
         let mut groups = self.groups();
         let of_key = groups.entry(stream.key().clone()).or_default();
         let fits = |desk: &&Arc<GroupHandle>| {
@@ -149,7 +149,7 @@ impl Viewers {
             desk.came.notify_one();
             return;
         }
-        let desk = Arc::new(GroupHandle::new(stream.clone(), arrival.reader.place()));
+        let desk = Arc::new(GroupHandle::new(stream.clone(), arrival.reader.position()));
         of_key.push(desk.clone());
         drop(groups);
         let number = self.serial.fetch_add(1, Ordering::Relaxed);

@@ -110,13 +110,13 @@ impl Group {
     /// Takes in a viewer, unless the group has gone on since the viewer had caught up.
     fn admit(&mut self, arrival: CaughtUp) {
         let CaughtUp { viewer, reader } = arrival;
-        let Some(place) = reader.place() else { return self.dismiss(viewer, reader, Batch::EMPTY) };
+        let Some(place) = reader.position() else { return self.dismiss(viewer, reader, Batch::EMPTY) };
         if self.members.is_empty() {
             self.reader = reader;
             self.desk.stand_at(Some(place));
         } else if self
             .reader
-            .place()
+            .position()
             .is_none_or(|own| own.key_frame_seen != place.key_frame_seen || own.index > place.index)
         {
             return self.dismiss(viewer, reader, Batch::EMPTY);
@@ -126,7 +126,7 @@ impl Group {
 
     /// Reads what is there, and writes it.
     async fn round(&mut self) -> Round {
-        let start = self.reader.place().map_or(0, |place| place.index);
+        let start = self.reader.position().map_or(0, |place| place.index);
         let (tags, bytes) = (&mut self.tags, &mut self.bytes);
         let outcome = self.reader.try_read_each(ROUND_BYTES, |index, tag| {
             tags.push((index, tag.framed().clone()));
@@ -134,7 +134,7 @@ impl Group {
         match outcome {
             ReadOutcome::Read(count) => {
                 tags.iter().for_each(|(_, tag)| bytes.extend_from_slice(tag));
-                self.desk.stand_at(self.reader.place());
+                self.desk.stand_at(self.reader.position());
                 self.note_skip(count.skipped);
                 self.write(start).await;
                 self.tags.clear();
@@ -147,7 +147,7 @@ impl Group {
                 }
             }
             ReadOutcome::Pending => {
-                self.desk.stand_at(self.reader.place());
+                self.desk.stand_at(self.reader.position());
                 Round::Idle
             }
             ReadOutcome::Ended => Round::Over,
@@ -370,7 +370,7 @@ mod tests {
         async fn group(&mut self) -> Group {
             let first = self.arrival().await;
             let desk =
-                Arc::new(GroupHandle::new(self.publisher.stream().clone(), first.reader.place()));
+                Arc::new(GroupHandle::new(self.publisher.stream().clone(), first.reader.position()));
             Group::new(self.audience.clone(), desk, first, 0)
         }
     }

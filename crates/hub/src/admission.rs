@@ -52,7 +52,7 @@ struct Shared {
     policies: RwLock<Vec<Arc<dyn Policy>>>,
     counters: Counters,
     /// One permit per player.
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     playbacks: Mutex<HashMap<u64, Arc<Playing>>>,
     next_playback: AtomicU64,
 }
@@ -151,13 +151,13 @@ pub struct Counters {
 impl Admission {
     /// Admits every peer to `hub`, within the limits of `settings`.
     pub fn new(hub: Hub, settings: Settings) -> Self {
-        let places = Arc::new(Semaphore::new(settings.max_players.min(Semaphore::MAX_PERMITS)));
+        let permits = Arc::new(Semaphore::new(settings.max_players.min(Semaphore::MAX_PERMITS)));
         let shared = Shared {
             hub,
             settings,
             policies: RwLock::default(),
             counters: Counters::default(),
-            places,
+            permits,
             playbacks: Mutex::default(),
             next_playback: AtomicU64::new(0),
         };
@@ -222,7 +222,7 @@ impl Admission {
     /// in time, and the refusals of policies.
     pub async fn play(&self, request: Request) -> Result<Playback, Refusal> {
         self.decide(&request).await?;
-        let Ok(place) = self.shared.places.clone().try_acquire_owned() else {
+        let Ok(permit) = self.shared.permits.clone().try_acquire_owned() else {
             let limit = self.shared.settings.max_players;
             return Err(Refusal::Full(format!("max_viewers is {limit}")));
         };
@@ -238,7 +238,7 @@ impl Admission {
         let playing = Arc::new(Playing { stream, peer, protocol, revoked, is_revoked });
         self.shared.playbacks.lock().insert(id, playing.clone());
         let admission = self.clone();
-        Ok(Playback { playing, id, admission, _place: place, _wanted: wanted })
+        Ok(Playback { playing, id, admission, _permit: permit, _wanted: wanted })
     }
 
     async fn decide(&self, request: &Request) -> Result<(), Refusal> {
@@ -397,7 +397,7 @@ pub struct Playback {
     playing: Arc<Playing>,
     id: u64,
     admission: Admission,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
     _wanted: Wanted,
 }
 
