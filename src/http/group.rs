@@ -110,7 +110,9 @@ impl Group {
     /// Takes in a viewer, unless the group has gone on since the viewer had caught up.
     fn admit(&mut self, arrival: CaughtUp) {
         let CaughtUp { viewer, reader } = arrival;
-        let Some(place) = reader.position() else { return self.dismiss(viewer, reader, Batch::EMPTY) };
+        let Some(place) = reader.position() else {
+            return self.dismiss(viewer, reader, Batch::EMPTY);
+        };
         if self.members.is_empty() {
             self.reader = reader;
             self.desk.stand_at(Some(place));
@@ -369,8 +371,10 @@ mod tests {
 
         async fn group(&mut self) -> Group {
             let first = self.arrival().await;
-            let desk =
-                Arc::new(GroupHandle::new(self.publisher.stream().clone(), first.reader.position()));
+            let desk = Arc::new(GroupHandle::new(
+                self.publisher.stream().clone(),
+                first.reader.position(),
+            ));
             Group::new(self.audience.clone(), desk, first, 0)
         }
     }
