@@ -1,13 +1,15 @@
 //! A YAML text as a tree in which every key and every value knows its line and column.
 //!
 //! Errors must point into the file, inside nested sections and list items too, and serde's data
-//! model carries no positions. The tree is built from the events of a YAML 1.2 parser. It reads
+//! model carries no positions. The tree is built from the events of a YAML 1.2 parser, and serde_yaml
+//! says what its scalars are. It reads
 //! what a configuration needs: one document, keys that are words, the core schema's scalars,
 //! anchors and aliases.
 
 use std::{collections::HashMap, fmt};
 
 use granit_parser::{Event, Parser, ScalarStyle, ScanError, Tag};
+use serde_yaml::Value as Scalar;
 
 use super::invalid::{Invalid, shown_key};
 
@@ -65,32 +67,22 @@ pub struct Entry {
 impl Node {
     /// `true` for `null`, `~` and a value that is left out.
     pub fn is_null(&self) -> bool {
-        matches!(self.plain(), Some("" | "~" | "null" | "Null" | "NULL"))
+        matches!(self.resolve(), Some(Scalar::Null))
     }
 
     /// A boolean.
     pub fn as_bool(&self) -> Option<bool> {
-        match self.plain()? {
-            "true" | "True" | "TRUE" => Some(true),
-            "false" | "False" | "FALSE" => Some(false),
-            _ => None,
-        }
+        self.resolve()?.as_bool()
     }
 
     /// A whole number that is not negative.
     pub fn as_u64(&self) -> Option<u64> {
-        let text = self.plain()?;
-        let digits = text.strip_prefix('+').unwrap_or(text);
-        whole(digits).and_then(|(digits, radix)| u64::from_str_radix(digits, radix).ok())
+        self.resolve()?.as_u64()
     }
 
     /// A number.
     pub fn as_f64(&self) -> Option<f64> {
-        let text = self.plain()?;
-        if let Some(whole) = self.as_u64() {
-            return Some(whole as f64);
-        }
-        decimal(text).then(|| text.parse().ok()).flatten()
+        self.resolve()?.as_f64()
     }
 
     /// A text: in quotes, or without them if it is no number, no boolean and not nothing.
@@ -109,9 +101,10 @@ impl Node {
         }
     }
 
-    fn plain(&self) -> Option<&str> {
+    /// What a scalar without quotes stands for.
+    fn resolve(&self) -> Option<Scalar> {
         match &self.value {
-            Value::Scalar { text, plain: true } => Some(text),
+            Value::Scalar { text, plain: true } => Some(resolve(text)),
             _ => None,
         }
     }
@@ -140,48 +133,20 @@ impl Node {
     }
 }
 
-/// Whether YAML reads `text` without quotes as a text.
+/// `true` if `text` without quotes is a text.
 pub(super) fn is_text(text: &str) -> bool {
-    let word = matches!(
-        text,
-        "" | "~"
-            | "null"
-            | "Null"
-            | "NULL"
-            | "true"
-            | "True"
-            | "TRUE"
-            | "false"
-            | "False"
-            | "FALSE"
-    );
-    let unsigned = text.strip_prefix(['+', '-']).unwrap_or(text);
-    !word && whole(unsigned).is_none() && !decimal(text)
+    resolve(text).is_string()
 }
 
-/// The digits of a whole number without a sign, and their radix.
-fn whole(text: &str) -> Option<(&str, u32)> {
-    let (digits, radix) = match text.as_bytes() {
-        [b'0', b'x', ..] => (&text[2..], 16),
-        [b'0', b'o', ..] => (&text[2..], 8),
-        [b'0', b'b', ..] => (&text[2..], 2),
-        // `007` is a text: some would read it as octal.
-        [b'0', _, ..] => return None,
-        _ => (text, 10),
-    };
-    let digit = |c: char| c.is_digit(radix);
-    (!digits.is_empty() && digits.chars().all(digit)).then_some((digits, radix))
-}
-
-/// Whether a text is a decimal number of any kind, `.inf` and `.nan` included.
-fn decimal(text: &str) -> bool {
-    let unsigned = text.strip_prefix(['+', '-']).unwrap_or(text);
-    let named =
-        matches!(unsigned, ".inf" | ".Inf" | ".INF") || matches!(text, ".nan" | ".NaN" | ".NAN");
-    let bytes = unsigned.as_bytes();
-    let zeros = bytes.len() > 1 && bytes[0] == b'0' && bytes[1].is_ascii_digit();
-    let begins = unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.');
-    named || (begins && !zeros && unsigned.parse::<f64>().is_ok())
+/// What `text` without quotes stands for, as serde_yaml reads it.
+fn resolve(text: &str) -> Scalar {
+    // The parser has found that it is one scalar; what serde_yaml takes for more is a text.
+    match serde_yaml::from_str(text) {
+        Ok(Scalar::Sequence(_) | Scalar::Mapping(_) | Scalar::Tagged(_)) | Err(_) => {
+            Scalar::String(text.to_owned())
+        }
+        Ok(scalar) => scalar,
+    }
 }
 
 /// Reads a text. An empty one is a node that is null.

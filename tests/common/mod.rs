@@ -16,7 +16,6 @@ pub mod node;
 pub mod ports;
 pub mod process;
 pub mod repair_node;
-pub mod repair_sim;
 pub mod rtmp;
 pub mod rtmp_node;
 pub mod viewer;

@@ -203,7 +203,7 @@ fn an_edge_that_comes_back_gets_its_stream_again() {
     assert_same_to_the_end(&media::full_at(2).tags, &pulled, Timestamps::Exact);
     // From the same port as before, while its old connection was still thought alive: once each,
     // but for what came while it was asked for.
-    assert!(site.packets("duplicate") < 50.0, "{}", site.packets("duplicate"));
+    assert!(site.packets("duplicate") < 100.0, "{}", site.packets("duplicate"));
     assert!(site.packets("received") > 2.0 * site.packets("repaired_1"), "not repair alone");
 }
 
