@@ -110,6 +110,13 @@ impl Recorder {
         f(self.lock().get(key).map_or(&[][..], Vec::as_slice))
     }
 
+    /// Ends the first publication of `key` once its stream has started.
+    pub async fn kick(&self, key: &str) {
+        let started = |all: &[Recorded]| all.first().map(|first| first.kick.clone());
+        eventually("the publication", || self.recorded(key, started).is_some()).await;
+        self.recorded(key, started).expect("it has started").cancel();
+    }
+
     /// Waits until `count` publications of `key` have ended, and returns the tags of the last.
     pub async fn ended(&self, key: &str, count: usize) -> Vec<Tag> {
         let done = |recorded: &[Recorded]| recorded.iter().filter(|r| r.ended).count() >= count;

@@ -99,7 +99,7 @@ type Outcome = Result<(pull::Totals, String), Failure>;
 
 impl PushPull {
     async fn start() -> Self {
-        let http = HttpNode::start(ViewerSettings::default()).await;
+        let http = HttpNode::start_with(ViewerSettings::default(), Duration::from_secs(20)).await;
         let hub = http.hub.clone();
         let rtmp_server =
             Server::bind("127.0.0.1:0".parse().unwrap(), ServerSettings::default()).unwrap();

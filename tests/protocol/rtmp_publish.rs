@@ -177,7 +177,8 @@ async fn an_address_that_is_taken_is_an_error() {
 async fn the_node_can_end_a_publication() {
     let server = RtmpServer::start(ServerSettings::default());
     let mut publisher = Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
-    server.recorder.recorded("live/x", |all| all[0].kick.cancel());
+    publisher.send(&Tag::new(TagKind::Audio, 0, &[0xaf, 1]).unwrap()).await.unwrap();
+    server.recorder.kick("live/x").await;
     let error = closed_error(&mut publisher).await;
     assert!(error.to_string().contains("the node ended the publication"), "{error}");
     server.recorder.ended("live/x", 1).await;
@@ -187,8 +188,10 @@ async fn the_node_can_end_a_publication() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_publication_ends_before_its_encoder_hangs_up() {
     let server = RtmpServer::start(ServerSettings::default());
-    let encoder = RawEncoder::publish(server.addr, "live", "x");
-    server.recorder.recorded("live/x", |all| all[0].kick.cancel());
+    let mut encoder = RawEncoder::publish(server.addr, "live", "x");
+    encoder.message(AUDIO, 3, &[0xaf, 1]);
+    encoder.send().unwrap();
+    server.recorder.kick("live/x").await;
     server.recorder.ended("live/x", 1).await;
     // It is given a second to read why.
     assert_eq!(server.metric("downpour_rtmp_connections"), 1.0);

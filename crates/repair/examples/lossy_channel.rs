@@ -321,7 +321,7 @@ impl Summary {
 
 /// A video frame every 40 ms: a large one once per second, smaller ones between.
 fn tag(index: u32) -> Tag {
-    let len = if index % 25 == 0 { 60_000 } else { 8_000 };
+    let len = if index.is_multiple_of(25) { 60_000 } else { 8_000 };
     let timestamp = index * TAG_INTERVAL.as_millis() as u32;
     Tag::new(TagKind::Video, timestamp, &vec![0; len]).expect("shorter than 16 MiB")
 }
