@@ -245,6 +245,7 @@ async fn a_key_can_be_published_again_on_the_same_connection() {
     });
     let mut encoder = RawEncoder::publish(server.addr, "live", "x");
     let name = || [downpour_media::amf0::Value::Null, "x".into()];
+    encoder.message(AUDIO, 3, &[0xaf, 1]);
     encoder.command(0, "FCUnpublish", 4.0, &name());
     encoder.command(1, "publish", 5.0, &name());
     encoder.message(AUDIO, 7, &[0xaf, 1]);

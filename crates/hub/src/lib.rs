@@ -193,10 +193,12 @@ impl Hub {
     ) -> Publisher {
         let stream = Arc::new(Stream::new(key.clone(), info, self.shared.limits));
         self.shared.streams.write().insert(key, stream.clone());
+        // The publisher comes first: should a sink panic, dropping it takes the stream out again.
+        let mut publisher = Publisher::new(stream, self.clone(), claim);
         let sinks = self.shared.sinks.read().clone();
-        let taps = sinks.iter().filter_map(|sink| sink.stream_up(&stream)).collect();
+        sinks.iter().for_each(|sink| publisher.add_tap_of(&**sink));
         self.shared.ups.send_replace(());
-        Publisher::new(stream, taps, self.clone(), claim)
+        publisher
     }
 
     /// The live stream of this name; takes a [`StreamKey`] or a `str`.

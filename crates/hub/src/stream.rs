@@ -13,7 +13,7 @@ use parking_lot::{RwLock, RwLockReadGuard};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    Hub, LogLimits, PublicationInfo, Reader, Tap,
+    Hub, LogLimits, PublicationInfo, Reader, Sink, Tap,
     claims::Claim,
     counters::{Counters, Rates},
     log::{Entry, TagLog},
@@ -53,13 +53,12 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    pub(crate) fn new(
-        stream: Arc<Stream>,
-        taps: Vec<Box<dyn Tap>>,
-        hub: Hub,
-        claim: Option<Claim>,
-    ) -> Self {
-        Self { stream, taps, next_entry: 0, hub, _claim: claim }
+    pub(crate) fn new(stream: Arc<Stream>, hub: Hub, claim: Option<Claim>) -> Self {
+        Self { stream, taps: Vec::new(), next_entry: 0, hub, _claim: claim }
+    }
+
+    pub(crate) fn add_tap_of(&mut self, sink: &dyn Sink) {
+        self.taps.extend(sink.stream_up(&self.stream));
     }
 
     /// Passes the next tag to the taps, appends it to the log and wakes readers. Does not wait for
