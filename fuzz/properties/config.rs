@@ -4,8 +4,8 @@ use std::{fmt::Debug, path::Path};
 
 use downpour::config::{CloudConfig, ConfigError, EdgeConfig, Loaded, Role, Settings};
 
-/// A text is a configuration, which written down again is the same, or what is wrong with it is
-/// told on one line and with a place in the text.
+/// A text is a configuration, which is the same when written and read again, or an error of one line
+/// with a place in the text.
 pub fn check(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     Role::detect(text);
@@ -20,8 +20,13 @@ fn check_as<T: Settings + PartialEq + Debug>(
     let file = Path::new("fuzz.yaml");
     match parse(file, text) {
         Ok(loaded) => {
-            let keys = loaded.config.sections().into_iter().flat_map(|section| section.keys);
-            let again: String = keys.map(|key| format!("{}: {}\n", key.name, key.value)).collect();
+            let mut again = String::new();
+            for section in loaded.config.sections() {
+                again += &format!("{}:\n", section.name);
+                for key in section.keys {
+                    again += &format!("  {}: {}\n", key.spec.name, key.value);
+                }
+            }
             match parse(file, &again) {
                 Ok(same) => assert_eq!(same.config, loaded.config, "from {again}"),
                 Err(error) => panic!("{error} in\n{again}"),

@@ -1,12 +1,12 @@
 //! `downpour check`: is a configuration good?
 
-use std::{io::Write, path::PathBuf};
+use std::{collections::BTreeSet, io::Write, path::PathBuf};
 
 use clap::Args;
 
 use super::{Failure, needs};
 use crate::{
-    config::{self, CloudConfig, EdgeConfig, Role},
+    config::{self, CloudConfig, EdgeConfig, Key, Reload, Role, Settings},
     node::limits::{self, Requirements, SystemLimits},
 };
 
@@ -14,8 +14,9 @@ use crate::{
 ///
 /// It knows a cloud's file from an edge's by the keys; --role decides where the keys leave it
 /// open. Nothing is started or looked up. Where this machine gives less than the settings may come
-/// to need (file descriptors, buffers, queues), a warning has the line to type. The exit code is 0
-/// for a good file and 2 for a bad one.
+/// to need (file descriptors, buffers, queues), a warning has the line to type. The last line says
+/// which keys a node reads again on reload and which only at start. The exit code is 0 for a good
+/// file and 2 for a bad one.
 ///
 /// Example: downpour check config.yaml
 #[derive(Debug, Clone, Args)]
@@ -52,7 +53,8 @@ pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Res
             loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
         })
     };
-    let (whose, warnings) = match args.role.or_else(|| Role::detect(&text)) {
+    let role = args.role.or_else(|| Role::detect(&text));
+    let (whose, warnings) = match role {
         Some(Role::Cloud) => ("a cloud", cloud()?),
         Some(Role::Edge) => ("an edge", edge()?),
         // Only keys that both have, or none.
@@ -61,7 +63,25 @@ pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Res
     let mut lines =
         warnings.iter().map(|warning| format!("warning: {warning}\n")).collect::<String>();
     lines += &format!("{}: good, for {whose}\n", file.display());
+    let sections = match role {
+        Some(Role::Cloud) => CloudConfig::default().sections(),
+        Some(Role::Edge) => EdgeConfig::default().sections(),
+        None => [CloudConfig::default().sections(), EdgeConfig::default().sections()].concat(),
+    };
+    lines += &reload_note(sections.iter().flat_map(|section| &section.keys));
     out.write_all(lines.as_bytes()).map_err(|error| Failure::Run(error.to_string()))
+}
+
+/// Says when a change of the file takes effect.
+fn reload_note<'a>(keys: impl Iterator<Item = &'a Key>) -> String {
+    let live = keys.filter(|key| key.spec.reload == Reload::Live).map(|key| key.spec.path());
+    match live.collect::<BTreeSet<_>>() {
+        live if live.is_empty() => "a change takes effect after a restart\n".into(),
+        live => {
+            let live = live.into_iter().collect::<Vec<_>>().join(", ");
+            format!("a change takes effect on reload for {live}; after a restart for the rest\n")
+        }
+    }
 }
 
 #[cfg(test)]
@@ -83,19 +103,37 @@ mod tests {
     }
 
     #[test]
-    fn good_files_are_told_apart() {
+    fn a_good_file_gets_a_verdict_with_its_role() {
         let good = |text: &str| check(text, None).unwrap();
-        assert_eq!(good(&CloudConfig::sample()), "my.yaml: good, for a cloud\n");
-        assert_eq!(good(&EdgeConfig::sample()), "my.yaml: good, for an edge\n");
-        assert_eq!(good("log_level: warn"), "my.yaml: good, for a cloud or an edge\n");
+        let verdict = |whose: &str| {
+            format!("my.yaml: good, for {whose}\na change takes effect after a restart\n")
+        };
+        assert_eq!(good(&CloudConfig::sample()), verdict("a cloud"));
+        assert_eq!(good(&EdgeConfig::sample()), verdict("an edge"));
+        assert_eq!(good("log_level: warn"), verdict("a cloud or an edge"));
+        assert_eq!(good("log: {level: warn}"), verdict("a cloud or an edge"));
         assert_eq!(
             good("udp_addr: :5222\nprotect: true"),
-            "warning: my.yaml: protect has no effect any more\nmy.yaml: good, for an edge\n"
+            format!(
+                "warning: my.yaml:2:1: protect has no effect and can be removed\n{}",
+                verdict("an edge")
+            )
         );
     }
 
     #[test]
-    fn a_machine_that_gives_too_little_is_told_with_the_line_to_type() {
+    fn live_keys_are_listed() {
+        let mut keys: Vec<_> = CloudConfig::default().sections().remove(0).keys;
+        keys[1].spec.reload = Reload::Live;
+        assert_eq!(
+            reload_note(keys.iter()),
+            "a change takes effect on reload for rtmp.max_connections; after a restart for the \
+             rest\n"
+        );
+    }
+
+    #[test]
+    fn a_machine_with_too_little_gets_a_warning_with_the_line_to_type() {
         let machine = SystemLimits {
             rmem_max: Some(212_992),
             wmem_max: Some(4 << 20),
@@ -103,30 +141,34 @@ mod tests {
             ..SystemLimits::default()
         };
         let edge = "udp_addr: :5222\nudp_recv_buffer: 4194304\nmax_viewers: 40\n";
-        let told = check_on(&machine, edge, None).unwrap();
-        let lines: Vec<_> = told.lines().collect();
+        let output = check_on(&machine, edge, None).unwrap();
+        let lines: Vec<_> = output.lines().collect();
         assert!(
             lines[0].starts_with("warning: this machine: the kernel gives UDP buffers of 2129")
         );
-        assert!(lines[0].ends_with("run: sysctl -w net.core.rmem_max=4194304"), "{told}");
-        assert!(lines[1].starts_with("warning: this machine: 128 connections may wait"), "{told}");
-        assert!(lines[1].ends_with("run: sysctl -w net.core.somaxconn=1024"), "{told}");
-        assert_eq!(lines[2..], ["my.yaml: good, for an edge"]);
+        assert!(lines[0].ends_with("run: sysctl -w net.core.rmem_max=4194304"), "{output}");
+        assert!(
+            lines[1].starts_with("warning: this machine: 128 connections may wait"),
+            "{output}"
+        );
+        assert!(lines[1].ends_with("run: sysctl -w net.core.somaxconn=1024"), "{output}");
+        assert_eq!(lines[2], "my.yaml: good, for an edge");
+        assert_eq!(lines.len(), 4);
         // The cloud receives no RTP.
-        let told = check_on(&machine, "rtmp_addr: :1935", None).unwrap();
-        assert_eq!(told.lines().count(), 2, "{told}");
+        let output = check_on(&machine, "rtmp_addr: :1935", None).unwrap();
+        assert_eq!(output.lines().count(), 3, "{output}");
     }
 
     #[test]
-    fn bad_files_say_what_and_where() {
+    fn a_bad_file_gets_an_error_with_its_place() {
         for (text, role, expected) in [
-            ("udp_addr: :5222\nlatency_ms: 5\n", None, "my.yaml:2:13: latency_ms: 5 will not do"),
-            ("log_level: 1", None, "my.yaml:1:12: log_level: 1 will not do"),
+            ("udp_addr: :5222\nlatency_ms: 5\n", None, "my.yaml:2:13: latency_ms: 5 is not valid"),
+            ("log_level: 1", None, "my.yaml:1:12: log_level: 1 is not valid"),
             ("a: b: c", None, "my.yaml:1:"),
             (
                 "udp_addr: :5222",
                 Some(Role::Cloud),
-                "my.yaml:1:1: unknown key udp_addr: it is one of the edge's",
+                "my.yaml:1:1: unknown key udp_addr; it belongs in the file of an edge",
             ),
         ] {
             let Failure::Usage(message) = check(text, role).unwrap_err() else { panic!() };

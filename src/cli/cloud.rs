@@ -34,7 +34,7 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
         if let Some(DownstreamAddrs { fingerprint, .. }) = addrs.downstream {
             tracing::info!(%fingerprint, "edges can pin this certificate");
         }
-        if config.debug {
+        if config.downstream.debug {
             tracing::warn!("debug is true: no RTP is sent");
         }
         cloud.run(shutdown).await?;

@@ -16,7 +16,7 @@ use super::{
     push::{self, Clip},
 };
 use crate::{
-    config::{CloudConfig, EdgeConfig, ListenAddr, LogLevel},
+    config::{CloudConfig, DownstreamConfig, EdgeConfig, ListenAddr, LogLevel},
     node::{DownstreamAddrs, Node, NodeAddrs, NodeSettings, StartError, logging},
 };
 use downpour_distribution::upstream::stats::{ReceiveMetrics, StreamStats};
@@ -174,11 +174,14 @@ fn cloud_config(scratch: &Scratch) -> CloudConfig {
     CloudConfig {
         rtmp_addr: usual_tcp(usual.rtmp_addr.port()),
         api_addr: usual_tcp(usual.api_addr.port()),
-        quic_addr: usual_udp(usual.quic_addr.port()),
-        rtp_port: usual_udp(usual.rtp_port).port(),
-        client_addr_list: Vec::new(),
-        cert_file: scratch.0.join("cloud.crt"),
-        key_file: scratch.0.join("cloud.key"),
+        downstream: DownstreamConfig {
+            quic_addr: usual_udp(usual.downstream.quic_addr.port()),
+            rtp_port: usual_udp(usual.downstream.rtp_port).port(),
+            targets: Vec::new(),
+            cert_file: scratch.0.join("cloud.crt"),
+            key_file: scratch.0.join("cloud.key"),
+            ..usual.downstream
+        },
         ..usual
     }
 }

@@ -1,213 +1,110 @@
-//! What a cloud node can be told.
+//! A cloud node's settings.
 
-use std::{collections::HashSet, path::PathBuf};
+use std::path::PathBuf;
 
-use super::{ClientAddr, InterfaceAddr, ListenAddr, LogLevel, Role, schema::settings};
+use super::{
+    Conflict, DownstreamConfig, ListenAddr, LogLevel, Role, parse::Given, schema::settings,
+};
 use downpour_distribution::address::Destination;
-use downpour_distribution::{AddrRange, downstream::fanout::Pacing, tls};
-use downpour_repair::fec::{Fec, PARITY_PORT_OFFSET};
 
 settings! {
     /// A cloud node's settings: `config.yaml`.
-    pub struct CloudConfig(Role::Cloud, "config.yaml", retired: []) {
-        "Addresses" {
-            /// Where encoders push RTMP to.
-            rtmp_addr: ListenAddr = ListenAddr::any(1935);
-            /// Where edges ask for lost packets over QUIC.
-            quic_addr: ListenAddr = ListenAddr::any(4242);
-            /// Where the HTTP API listens: /stat/livestat, /api/v1/edges, /healthz, /metrics.
-            api_addr: ListenAddr = ListenAddr::any(8090);
-            /// The UDP port that RTP is sent from and edges prove their addresses to; 0 takes a free
-            /// one.
-            rtp_port: u16 = 5220;
-            /// Multicast groups, and edges that cannot say hello, which get every stream: a list of
-            /// ip:port or host:port, or of {addr: ip:port, fec: auto} where one has a fec of its
-            /// own.
-            client_addr_list: Vec<ClientAddr> = vec![
-                Destination::ip([239, 0, 0, 1], 5222).into(),
-                Destination::ip([127, 0, 0, 1], 5224).into(),
-            ];
+    pub struct CloudConfig(Role::Cloud, "config.yaml", retired: ["enable_sr", "sr_api"]) {
+        /// RTMP, from encoders.
+        rtmp {
+            /// Address that encoders push to.
+            restart addr -> rtmp_addr: ListenAddr = ListenAddr::any(1935), also [rtmp_addr];
+            /// RTMP connections at one time.
+            restart max_connections -> rtmp_max_connections: usize = 8192,
+                in 1..=1_000_000, also [rtmp_max_connections];
+            /// Connections without a publication that one client address may have; 0 is half of all.
+            /// Loopback addresses have no such limit.
+            restart max_connections_per_address -> rtmp_max_connections_per_address: usize = 0,
+                in 0..=1_000_000;
+            /// Silence of a publisher after which another encoder may take over its stream, in
+            /// milliseconds.
+            restart publisher_silence_ms -> publisher_silence_ms: u64 = 5000,
+                in 100..=600_000, also [publisher_silence_ms];
         }
-        "HTTP" {
-            /// Whether viewers are served on api_addr: /{app}/{name}.flv.
-            http_flv: bool = true;
+        /// HTTP: /{app}/{name}.flv for viewers, /stat/livestat, /api/v1/edges, /healthz, /metrics.
+        http {
+            /// Address that HTTP is served on.
+            restart addr -> api_addr: ListenAddr = ListenAddr::any(8090), also [api_addr];
+            /// Whether viewers are served: /{app}/{name}.flv.
+            restart flv -> http_flv: bool = true;
+            /// Connections of one client address that are not viewers; 0 is half of all 1024.
+            /// Loopback addresses have no such limit.
+            restart max_connections_per_address -> http_max_connections_per_address: usize = 0,
+                in 0..=1_000_000;
             /// Viewers at one time.
-            max_viewers: usize = 10_000, in 1..=1_000_000;
+            restart max_viewers -> max_viewers: usize = 10_000, in 1..=1_000_000;
             /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
-            /// once.
-            merge_write_ms: u64 = 0, in 0..=2000;
+            /// once. 350 takes a fraction of the processor time and adds up to 350 ms of delay.
+            restart merge_write_ms -> merge_write_ms: u64 = 0, in 0..=2000;
         }
-        "RTP" {
-            /// RTP packets of a stream that are held for repair, 1 to 32768.
-            rtp_cache_size: usize = 5000, in 1..=32768;
-            /// How long they are held at most, in milliseconds, 100 to 600000.
-            rtp_cache_ms: u64 = 10_000, in 100..=600_000;
-            /// Bytes of media in an RTP packet, 512 to 1180; over 1120, repairs may not fit a QUIC
-            /// datagram.
-            rtp_payload_max: usize = 1120, in 512..=1180;
-            /// Parity packets with which edges make lost ones anew: off, auto (as much as their reports
-            /// call for), or {columns: 10, rows: 5}; rows: 1 is row parity alone.
-            fec: Fec = Fec::Off;
-            /// Whether bursts, such as those of key frames, leave at once (off) or spread, for networks
-            /// with short queues: {factor: 1.5 to 100} times the stream's rate, but within a frame's
-            /// time.
-            pacing: Pacing = Pacing::Off;
-            /// Threads that send RTP, 0 to 64; 0 is one for each core, at most 32, half of which
-            /// share what goes to few edges.
-            fanout_workers: usize = 0, in 0..=64;
-            /// Routers that multicast may pass, 0 to 255; 1 stays in the local network.
-            multicast_ttl: u8 = 1;
-            /// Whether edges on this machine get what is sent to a group.
-            multicast_loop: bool = true;
-            /// An IPv4 address of the interface that multicast leaves by; "" is the system's
-            /// choice.
-            multicast_interface: InterfaceAddr = InterfaceAddr(None);
-            /// true sends no RTP at all, to look for faults without edges.
-            debug: bool = false;
+        /// Edges below this node: RTP to them, and repair.
+        downstream {
+            ..downstream: DownstreamConfig = DownstreamConfig {
+                targets: vec![
+                    Destination::ip([239, 0, 0, 1], 5222).into(),
+                    Destination::ip([127, 0, 0, 1], 5224).into(),
+                ],
+                ..DownstreamConfig::default()
+            }, flat;
         }
-        "Streams" {
-            /// Streams at one time, 1 to 100000.
-            max_streams: usize = 1000, in 1..=100_000;
-            /// RTMP connections at one time, 1 to 1000000.
-            rtmp_max_connections: usize = 8192, in 1..=1_000_000;
-            /// And without a publication, of one client address, 0 to 1000000; 0 is half of all.
-            /// Loopback addresses have no such limit.
-            rtmp_max_connections_per_address: usize = 0, in 0..=1_000_000;
-            /// HTTP connections of one client address, 0 to 1000000; 0 is half of all 1024.
-            /// Loopback addresses have no such limit.
-            http_max_connections_per_address: usize = 0, in 0..=1_000_000;
-            /// A second encoder may take a stream over once the first was silent this long, in
-            /// milliseconds, 100 to 600000.
-            publisher_silence_ms: u64 = 5000, in 100..=600_000;
-            /// Media of a stream that waits in memory for a slow disk when it is recorded, in
-            /// milliseconds, 1000 to 600000.
-            gop_cache_max_ms: u32 = 20_000, in 1000..=600_000;
-            /// And in bytes, 1048576 to 4294967296.
-            gop_cache_max_bytes: usize = 32 << 20, in 1 << 20..=4 << 30;
+        /// Streams and the media that is kept of them.
+        streams {
+            /// Streams at one time.
+            restart max -> max_streams: usize = 1000, in 1..=100_000, also [max_streams];
+            /// Media per stream that is kept in memory for viewers and for recording, in
+            /// milliseconds.
+            restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,
+                in 1000..=600_000, also [gop_cache_max_ms];
+            /// The same limit in bytes.
+            restart gop_cache_max_bytes -> gop_cache_max_bytes: usize = 32 << 20,
+                in 1 << 20..=4 << 30, also [gop_cache_max_bytes];
         }
-        "Edges" {
-            /// The cloud's certificate, PEM; made at first start when neither it nor the key is
-            /// there.
-            cert_file: PathBuf = tls::DEFAULT_CERT_FILE.into();
-            /// Its private key, PEM.
-            key_file: PathBuf = tls::DEFAULT_KEY_FILE.into();
-            /// What an edge must say to subscribe; "" asks for nothing.
-            edge_token: String = String::new();
-            /// Edges connected over QUIC at one time, 1 to 1000000.
-            max_edges: usize = 10_000, in 1..=1_000_000;
-            /// What an edge may be sent again, in per cent of the rate of its streams, 0 to 1000;
-            /// 0 is no limit. Ten seconds' worth, and no less than 2 MiB, may go at once.
-            repair_budget: u32 = 100, in 0..=1000;
-            /// Whether existing Go edges may ask for lost packets; they cannot say a token.
-            v0_repair: bool = true;
-            /// Addresses and prefixes that they may ask from, such as [10.0.0.0/8, 192.0.2.7]; []
-            /// is any.
-            v0_allow: Vec<AddrRange> = Vec::new();
+        /// Recording to FLV files.
+        record {
+            /// Whether each publication is recorded.
+            restart enabled -> enable_record: bool = false, also [enable_record];
+            /// Directory of the files.
+            restart dir -> record_dir: PathBuf = "records".into(), also [record_dir];
         }
-        "Recording" {
-            /// Whether each publication is written to an FLV file.
-            enable_record: bool = false;
-            /// The directory of those files.
-            record_dir: PathBuf = "records".into();
+        /// The log.
+        log {
+            /// trace, debug, info, warn or error. The environment variable RUST_LOG overrides it.
+            restart level -> log_level: LogLevel = LogLevel::Info, also [log_level];
+            /// Whether the log is also written to a file.
+            restart to_file -> enable_log_file: bool = false, also [enable_log_file];
+            /// Directory of the log files.
+            restart dir -> log_dir: PathBuf = "logs".into(), also [log_dir];
+            /// Name of the log file.
+            restart file -> log_file: String = "cloud.log".into(), also [log_file];
+            /// Bytes after which a new log file is started.
+            restart file_max_bytes -> log_file_max_bytes: u64 = 100 << 20,
+                in 1 << 16..=16 << 30, also [log_file_max_bytes];
+            /// Log files that are kept.
+            restart file_count -> log_file_count: u64 = 10, in 1..=1000, also [log_file_count];
         }
-        "Log and shutdown" {
-            /// trace, debug, info, warn or error; the environment's RUST_LOG goes first.
-            log_level: LogLevel = LogLevel::Info;
-            /// Whether the log also goes to a file.
-            enable_log_file: bool = false;
-            /// The directory of the log files.
-            log_dir: PathBuf = "logs".into();
-            /// The name of the log file.
-            log_file: String = "cloud.log".into();
-            /// Bytes after which a new log file is begun, 65536 to 17179869184.
-            log_file_max_bytes: u64 = 100 << 20, in 1 << 16..=16 << 30;
-            /// Log files kept, 1 to 1000.
-            log_file_count: u64 = 10, in 1..=1000;
-            /// Time to finish after SIGTERM, in milliseconds, 0 to 60000.
-            shutdown_grace_ms: u64 = 5000, in 0..=60_000;
+        /// Shutdown after SIGTERM or SIGINT.
+        shutdown {
+            /// Time that connections have to finish, in milliseconds.
+            restart grace_ms -> shutdown_grace_ms: u64 = 5000,
+                in 0..=60_000, also [shutdown_grace_ms];
         }
     }
 }
 
 impl CloudConfig {
-    fn check(&self) -> Result<(), (&'static str, String)> {
-        let mut seen = HashSet::new();
-        for client in &self.client_addr_list {
-            let destination = &client.addr;
-            if !seen.insert(destination.to_string()) {
-                return Err((
-                    "client_addr_list",
-                    format!("{destination} stands there twice; leave one"),
-                ));
-            }
-        }
-        if seen.len() > DESTINATIONS_MAX {
-            let message =
-                format!("{} addresses are too many; {DESTINATIONS_MAX} at most", seen.len());
-            return Err(("client_addr_list", message));
-        }
-        self.check_parity()?;
-        if self.v0_allow.len() > V0_RANGES_MAX {
-            let message = format!(
-                "{} ranges are too many; give {V0_RANGES_MAX} at most",
-                self.v0_allow.len()
-            );
-            return Err(("v0_allow", message));
-        }
-        if self.edge_token.len() > 1024 {
-            return Err(("edge_token", "give at most 1024 bytes".into()));
-        }
-        super::check_log_file(&self.log_file)?;
-        super::check_pair(&self.cert_file, &self.key_file)
-    }
+    fn settle(&mut self, _: &Given) {}
 
-    /// Parity for an address of the list needs a port of its own there.
-    fn check_parity(&self) -> Result<(), (&'static str, String)> {
-        let fail = |message: String| Err(("client_addr_list", message));
-        // Whatever their hosts: a socket on all addresses of a host gets what comes to a group that
-        // anybody there has joined (Linux, IP_MULTICAST_ALL).
-        let ports: HashSet<_> = self.client_addr_list.iter().map(|c| c.addr.port()).collect();
-        let mut matrices = Vec::new();
-        for ClientAddr { addr, fec } in &self.client_addr_list {
-            let fec = fec.unwrap_or(self.fec);
-            if fec == Fec::Off {
-                continue;
-            }
-            let Some(port) = addr.port().checked_add(PARITY_PORT_OFFSET) else {
-                return fail(format!(
-                    "parity for {addr} would go to port + {PARITY_PORT_OFFSET}, and there is none; \
-                     take a lower port, or switch its fec off"
-                ));
-            };
-            if ports.contains(&port) {
-                return fail(format!(
-                    "parity for {addr} goes to port + {PARITY_PORT_OFFSET}, {port}, at which this list \
-                     has an edge that might take it for media; change one, or switch its fec off"
-                ));
-            }
-            if let Fec::Fixed(matrix) = fec
-                && !matrices.contains(&matrix)
-            {
-                matrices.push(matrix);
-            }
-        }
-        if matrices.len() > MATRICES_MAX {
-            let count = matrices.len();
-            return fail(format!(
-                "{count} different matrices for fec are too many; {MATRICES_MAX} at most"
-            ));
-        }
-        Ok(())
+    fn check(&self) -> Result<(), Conflict> {
+        self.downstream.check()?;
+        super::check_log_file(&self.log_file)
     }
 
     fn warnings(&self) -> Vec<String> {
         Vec::new()
     }
 }
-
-/// Each is looked at for each connection.
-const V0_RANGES_MAX: usize = 1000;
-/// Addresses that are sent to without a hello.
-const DESTINATIONS_MAX: usize = 10_000;
-/// Each costs every stream an encoder.
-const MATRICES_MAX: usize = 8;

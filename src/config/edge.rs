@@ -1,8 +1,11 @@
-//! What an edge node can be told.
+//! An edge node's settings.
 
 use std::path::PathBuf;
 
-use super::{InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role, schema::settings};
+use super::{
+    Conflict, DownstreamConfig, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role,
+    parse::Given, schema::settings,
+};
 use downpour_distribution::address::Destination;
 use downpour_distribution::tls::Fingerprint;
 use downpour_media::StreamPattern;
@@ -12,172 +15,218 @@ settings! {
     pub struct EdgeConfig(
         Role::Edge, "edge.yaml", retired: ["padding_size", "chan_size", "init", "protect"]
     ) {
-        "Addresses" {
-            /// Where RTP arrives: :5222, or a group to join such as 239.0.0.1:5222.
-            udp_addr: ListenAddr = ListenAddr::any(5222);
-            /// A second address or group for the same packets: another uplink, or a group beside
-            /// the unicast address; "" is none.
-            udp_addr_2: Option<ListenAddr> = None;
-            /// An IPv4 address of the interface that the group is joined on; "" is the system's
-            /// choice.
-            multicast_interface: InterfaceAddr = InterfaceAddr(None);
-            /// Where viewers come: /{app}/{name}.flv, and /stats/time, /healthz, /metrics.
-            flv_addr: ListenAddr = ListenAddr::any(8092);
+        /// RTP from the cloud.
+        rtp {
+            /// Address that RTP is received on: :5222, or a group to join such as 239.0.0.1:5222.
+            restart addr -> udp_addr: ListenAddr = ListenAddr::any(5222), also [udp_addr];
+            /// Second address or group for the same packets: another uplink, or a group beside the
+            /// unicast address; "" is none.
+            restart addr_2 -> udp_addr_2: Option<ListenAddr> = None, also [udp_addr_2];
+            /// IPv4 address of the interface that the group is joined on; "" is the system's choice.
+            restart multicast_interface -> multicast_interface: InterfaceAddr = InterfaceAddr(None),
+                also [multicast_interface];
+            /// Bytes of kernel buffer per address.
+            restart recv_buffer -> udp_recv_buffer: usize = 8 << 20,
+                in 1 << 16..=1 << 30, also [udp_recv_buffer];
+            /// Share of the received packets that is dropped, for tests.
+            restart pack_loss -> pack_loss: f64 = 0.0, in 0.0..=1.0, also [pack_loss];
         }
-        "Cloud" {
-            /// The cloud's host name or address; "" learns it, and its ports, from its datagrams.
-            cloud_host: String = String::new();
-            /// The cloud's QUIC port, or host:port where its host is another one.
-            quic_addr: ListenAddr = ListenAddr::any(4242);
-            /// The cloud's HTTP port, or host:port; asked for stream names where no downpour/1
-            /// connection tells them.
-            api_addr: ListenAddr = ListenAddr::any(8090);
-            /// Asks the cloud to send RTP here; false when this edge's address stands in the cloud's
-            /// client_addr_list and a relay or NAT lies between.
-            rtp_subscribe: bool = true;
-            /// Where the cloud's RTP port is reached, host:port; "" is the cloud's host and the
-            /// port that it tells.
-            cloud_rtp_addr: Option<Destination> = None;
-            /// The same for udp_addr_2; "" is what holds for udp_addr.
-            cloud_rtp_addr_2: Option<Destination> = None;
-            /// How to ask for lost packets: auto, downpour, or v0 for an existing Go cloud.
-            repair_protocol: RepairProtocol = RepairProtocol::Auto;
-            /// true asks for no lost packets at all; video that is joined late then lacks its codec
-            /// headers.
-            disable_quic: bool = false;
-            /// How this edge is called in the cloud's log; "" is the machine's host name.
-            node_name: String = String::new();
-            /// What the cloud wants to hear before it lets an edge subscribe.
-            token: String = String::new();
-            /// The streams to subscribe to, a list of app/name, app/* or * for all.
-            streams: Vec<StreamPattern> = vec![StreamPattern::All];
+        /// The cloud, or the parent edge, that streams come from.
+        upstream {
+            /// Host name or address; "" learns it and its ports from its datagrams.
+            restart host -> cloud_host: String = String::new(), also [cloud_host];
+            /// QUIC port, or host:port if that is another host.
+            restart quic_addr -> quic_addr: ListenAddr = ListenAddr::any(4242), also [quic_addr];
+            /// HTTP port, or host:port. Used to look up stream names where no downpour/1 connection
+            /// announces them.
+            restart api_addr -> api_addr: ListenAddr = ListenAddr::any(8090), also [api_addr];
+            /// Whether to request RTP. Use false if the cloud's downstream.targets lists this edge's
+            /// address and a relay or NAT lies between.
+            restart subscribe -> rtp_subscribe: bool = true, also [rtp_subscribe];
+            /// Address of the cloud's RTP port, host:port; "" is host and the port that the cloud
+            /// announces.
+            restart rtp_addr -> cloud_rtp_addr: Option<Destination> = None, also [cloud_rtp_addr];
+            /// The same for rtp.addr_2; "" is rtp_addr.
+            restart rtp_addr_2 -> cloud_rtp_addr_2: Option<Destination> = None,
+                also [cloud_rtp_addr_2];
+            /// Name of this edge in the cloud's log; "" is the machine's host name.
+            restart node_name -> node_name: String = String::new(), also [node_name];
+            /// Token that the cloud requires (its downstream.edge_token).
+            restart token -> token: String = String::new(), also [token];
+            /// Streams to subscribe to: a list of app/name, app/* or * for all.
+            restart streams -> streams: Vec<StreamPattern> = vec![StreamPattern::All],
+                also [streams];
         }
-        "Trust" {
-            /// SHA-256 of the cloud's certificate, 64 hexadecimal digits; the cloud prints it at
-            /// start.
-            fingerprint: Option<Fingerprint> = None;
-            /// The CA that signed the cloud's certificate, PEM.
-            ca_file: PathBuf = PathBuf::new();
-            /// Where certificates are remembered that were trusted at first use.
-            known_clouds: PathBuf = "known_clouds".into();
-            /// true checks no certificate: anyone on the path can then be the cloud.
-            insecure: bool = false;
+        /// How the cloud's certificate is verified.
+        trust {
+            /// SHA-256 of the certificate, 64 hexadecimal digits; the cloud logs it at start.
+            restart fingerprint -> fingerprint: Option<Fingerprint> = None, also [fingerprint];
+            /// CA that signed the certificate, PEM.
+            restart ca_file -> ca_file: PathBuf = PathBuf::new(), also [ca_file];
+            /// File that keeps the fingerprints of certificates trusted at first use.
+            restart known_clouds -> known_clouds: PathBuf = "known_clouds".into(),
+                also [known_clouds];
+            /// true verifies nothing: anyone on the path can then pose as the cloud.
+            restart insecure -> insecure: bool = false, also [insecure];
         }
-        "Repair" {
-            /// How late a packet may come before it counts as lost, in milliseconds, 20 to 30000;
-            /// 15 ms are added, for the last try.
-            latency_ms: u64 = 500, in 20..=30_000;
-            /// Whether to take parity packets, should the cloud send any; where RTP comes to a group or
-            /// by the cloud's list, they come to the port after next.
-            fec: bool = true;
-            /// Bytes of kernel buffer for RTP, 65536 to 1073741824.
-            udp_recv_buffer: usize = 8 << 20, in 1 << 16..=1 << 30;
-            /// Share of received packets to throw away, for tests, 0 to 1.
-            pack_loss: f64 = 0.0, in 0.0..=1.0;
+        /// Repair of lost packets.
+        repair {
+            /// Lateness after which a packet counts as lost, in milliseconds; 15 ms more are left for
+            /// the last attempt.
+            restart latency_ms -> latency_ms: u64 = 500, in 20..=30_000, also [latency_ms];
+            /// How lost packets are requested: auto, downpour, or v0 for an existing Go cloud.
+            restart protocol -> repair_protocol: RepairProtocol = RepairProtocol::Auto,
+                also [repair_protocol];
+            /// true requests no lost packets; video that is joined late then lacks its codec headers.
+            restart disabled -> disable_quic: bool = false, also [disable_quic];
+            /// Whether to use parity packets if the cloud sends any. With RTP to a group, or without
+            /// subscribing, they arrive on the port after the next.
+            restart fec -> fec: bool = true, also [fec];
         }
-        "Viewers" {
-            /// Viewers at one time, 1 to 1000000.
-            max_viewers: usize = 10_000, in 1..=1_000_000;
-            /// HTTP connections of one client address that are no viewer's, 0 to 1000000; 0 is half
-            /// of max_viewers + 1024. Loopback addresses have no such limit.
-            http_max_connections_per_address: usize = 0, in 0..=1_000_000;
-            /// A viewer is written to at most once in so many milliseconds, 0 to 2000; 0 writes each
-            /// frame at once. 350 takes a fraction of the processor time, and adds up to 350 ms of
-            /// delay.
-            merge_write_ms: u64 = 0, in 0..=2000;
-            /// Streams at one time, 1 to 100000.
-            max_streams: usize = 1000, in 1..=100_000;
-            /// Media of a stream that is kept in memory for viewers, in milliseconds, 1000 to
-            /// 600000.
-            gop_cache_max_ms: u32 = 20_000, in 1000..=600_000;
-            /// And in bytes, 1048576 to 4294967296.
-            gop_cache_max_bytes: usize = 32 << 20, in 1 << 20..=4 << 30;
-            /// Accepted, but HLS is not served yet.
-            enable_hls: bool = false;
-            /// Where HLS would be served; not used yet.
-            hls_addr: ListenAddr = ListenAddr::any(7002);
-            /// A certificate for HTTPS; accepted, but HTTPS is not served yet.
-            cert_file: PathBuf = PathBuf::new();
-            /// Its private key; not used yet.
-            key_file: PathBuf = PathBuf::new();
+        /// HTTP: /{app}/{name}.flv for viewers, /stats/time, /healthz, /metrics.
+        http {
+            /// Address that HTTP is served on.
+            restart addr -> flv_addr: ListenAddr = ListenAddr::any(8092), also [flv_addr];
+            /// Connections of one client address that are not viewers; 0 is half of all 1024.
+            /// Loopback addresses have no such limit.
+            restart max_connections_per_address -> http_max_connections_per_address: usize = 0,
+                in 0..=1_000_000;
+            /// Viewers at one time.
+            restart max_viewers -> max_viewers: usize = 10_000,
+                in 1..=1_000_000, also [max_viewers];
+            /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
+            /// once. 350 takes a fraction of the processor time and adds up to 350 ms of delay.
+            restart merge_write_ms -> merge_write_ms: u64 = 0, in 0..=2000, also [merge_write_ms];
+            /// Certificate for HTTPS, PEM. Accepted, but HTTPS is not served yet.
+            restart cert_file -> cert_file: PathBuf = PathBuf::new(), also [cert_file];
+            /// Private key of the certificate, PEM. Not used yet.
+            restart key_file -> key_file: PathBuf = PathBuf::new(), also [key_file];
         }
-        "Recording" {
-            /// Whether each stream is written to an FLV file.
-            enable_record: bool = false;
-            /// The directory of those files.
-            record_dir: PathBuf = "records".into();
+        /// HLS. Accepted, but not served yet.
+        hls {
+            /// Whether to serve HLS.
+            restart enabled -> enable_hls: bool = false, also [enable_hls];
+            /// Address that HLS is served on.
+            restart addr -> hls_addr: ListenAddr = ListenAddr::any(7002), also [hls_addr];
         }
-        "Log and shutdown" {
-            /// trace, debug, info, warn or error; the environment's RUST_LOG goes first.
-            log_level: LogLevel = LogLevel::Info;
-            /// Whether the log also goes to a file.
-            enable_log_file: bool = false;
-            /// The directory of the log files.
-            log_dir: PathBuf = "logs".into();
-            /// The name of the log file.
-            log_file: String = "edge.log".into();
-            /// Bytes after which a new log file is begun, 65536 to 17179869184.
-            log_file_max_bytes: u64 = 100 << 20, in 1 << 16..=16 << 30;
-            /// Log files kept, 1 to 1000.
-            log_file_count: u64 = 10, in 1..=1000;
-            /// Time to finish after SIGTERM, in milliseconds, 0 to 60000.
-            shutdown_grace_ms: u64 = 5000, in 0..=60_000;
+        /// Edges below this node: RTP to them, and repair. A file with this section makes the edge a
+        /// parent.
+        downstream {
+            /// Whether this edge is a parent; true if left out of a section that is there.
+            restart enabled -> downstream_enabled: bool = false;
+            ..downstream: DownstreamConfig = DownstreamConfig::default(), nested;
+        }
+        /// Streams and the media that is kept of them.
+        streams {
+            /// Streams at one time.
+            restart max -> max_streams: usize = 1000, in 1..=100_000, also [max_streams];
+            /// Media per stream that is kept in memory for viewers and for recording, in
+            /// milliseconds.
+            restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,
+                in 1000..=600_000, also [gop_cache_max_ms];
+            /// The same limit in bytes.
+            restart gop_cache_max_bytes -> gop_cache_max_bytes: usize = 32 << 20,
+                in 1 << 20..=4 << 30, also [gop_cache_max_bytes];
+        }
+        /// Recording to FLV files.
+        record {
+            /// Whether each stream is recorded.
+            restart enabled -> enable_record: bool = false, also [enable_record];
+            /// Directory of the files.
+            restart dir -> record_dir: PathBuf = "records".into(), also [record_dir];
+        }
+        /// The log.
+        log {
+            /// trace, debug, info, warn or error. The environment variable RUST_LOG overrides it.
+            restart level -> log_level: LogLevel = LogLevel::Info, also [log_level];
+            /// Whether the log is also written to a file.
+            restart to_file -> enable_log_file: bool = false, also [enable_log_file];
+            /// Directory of the log files.
+            restart dir -> log_dir: PathBuf = "logs".into(), also [log_dir];
+            /// Name of the log file.
+            restart file -> log_file: String = "edge.log".into(), also [log_file];
+            /// Bytes after which a new log file is started.
+            restart file_max_bytes -> log_file_max_bytes: u64 = 100 << 20,
+                in 1 << 16..=16 << 30, also [log_file_max_bytes];
+            /// Log files that are kept.
+            restart file_count -> log_file_count: u64 = 10, in 1..=1000, also [log_file_count];
+        }
+        /// Shutdown after SIGTERM or SIGINT.
+        shutdown {
+            /// Time that connections have to finish, in milliseconds.
+            restart grace_ms -> shutdown_grace_ms: u64 = 5000,
+                in 0..=60_000, also [shutdown_grace_ms];
         }
     }
 }
 
 impl EdgeConfig {
-    fn check(&self) -> Result<(), (&'static str, String)> {
-        let fail = |key, message: &str| Err((key, message.to_owned()));
+    fn settle(&mut self, given: &Given) {
+        if given.has_section("downstream") && !given.has_key("downstream.enabled") {
+            self.downstream_enabled = true;
+        }
+    }
+
+    fn check(&self) -> Result<(), Conflict> {
+        let fail = |keys, message: &str| Err(Conflict::new(keys, message));
         if self.insecure && self.fingerprint.is_some() {
             return fail(
-                "insecure",
-                "it switches off the check that fingerprint asks for; leave one",
+                &["trust.insecure"],
+                "it switches off the check of the fingerprint; remove one of the two",
             );
         }
         if self.insecure && !self.ca_file.as_os_str().is_empty() {
-            return fail("insecure", "it switches off the check that ca_file asks for; leave one");
+            return fail(
+                &["trust.insecure"],
+                "it switches off the check against ca_file; remove one of the two",
+            );
         }
         if !self.cloud_host.is_empty() && !downpour_distribution::address::is_host(&self.cloud_host)
         {
             return fail(
-                "cloud_host",
-                "give a host name or an address, without a port or brackets",
+                &["upstream.host"],
+                "use a host name or an address, without a port or brackets",
             );
         }
         if self.udp_addr_2.is_none() && self.cloud_rtp_addr_2.is_some() {
-            return fail("cloud_rtp_addr_2", "it is for udp_addr_2, which is \"\"");
+            return fail(&["upstream.rtp_addr_2"], "it needs rtp.addr_2, which is not set");
         }
         if self.udp_addr.port() != 0 && self.udp_addr_2.as_ref() == Some(&self.udp_addr) {
-            return fail("udp_addr_2", "give another address than udp_addr, or \"\"");
+            return fail(&["rtp.addr_2"], "use an address that differs from rtp.addr, or \"\"");
         }
         if self.streams.is_empty() || self.streams.len() > PATTERNS_MAX {
-            return fail("streams", "give 1 to 1000 patterns; [\"*\"] is every stream");
+            return fail(&["upstream.streams"], "use 1 to 1000 patterns; [\"*\"] is every stream");
         }
         if self.node_name.len() > 128 || self.node_name.contains(char::is_control) {
-            return fail("node_name", "give at most 128 bytes, without control characters");
+            return fail(
+                &["upstream.node_name"],
+                "use at most 128 bytes, without control characters",
+            );
         }
         if self.token.len() > 1024 {
-            return fail("token", "give at most 1024 bytes");
+            return fail(&["upstream.token"], "use at most 1024 bytes");
         }
+        self.downstream.check()?;
         super::check_log_file(&self.log_file)
     }
 
     fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.enable_hls {
-            warnings.push("enable_hls: HLS is not served yet; viewers have HTTP-FLV".into());
+            warnings.push("hls.enabled: HLS is not served yet; viewers have HTTP-FLV".into());
         }
         if !self.cert_file.as_os_str().is_empty() || !self.key_file.as_os_str().is_empty() {
-            warnings.push("cert_file, key_file: HTTPS is not served yet; they are not read".into());
+            warnings.push(
+                "http.cert_file, http.key_file: HTTPS is not served yet; they are not read".into(),
+            );
         }
         if self.pack_loss > 0.0 {
             let share = self.pack_loss * 100.0;
             warnings
-                .push(format!("pack_loss: {share} % of all packets are thrown away on purpose"));
+                .push(format!("rtp.pack_loss: {share} % of all packets are dropped on purpose"));
         }
         if self.insecure {
-            warnings.push("insecure: the cloud's certificate is not checked".into());
+            warnings.push("trust.insecure: the cloud's certificate is not verified".into());
         }
         warnings
     }

@@ -1,26 +1,30 @@
-//! Pacing in a cloud's file: `off`, or a factor.
+//! Pacing in a file: `off`, or a factor.
 
-use serde_yaml::Value;
-
-use super::Setting;
+use super::{
+    Setting,
+    invalid::Invalid,
+    record::Fields,
+    tree::{Node, Value},
+    value::read_within,
+};
 use downpour_distribution::downstream::fanout::{PaceFactor, Pacing};
 
 impl Setting for Pacing {
-    fn read(value: &Value) -> Result<Self, String> {
-        let read = match value {
-            Value::String(word) if word == "off" => Some(Self::Off),
-            // In YAML 1.1 `off` is this.
-            Value::Bool(false) => Some(Self::Off),
-            Value::Mapping(entries) if entries.len() == 1 => entries
-                .get("factor")
-                .and_then(Value::as_f64)
-                .and_then(PaceFactor::new)
-                .map(Self::Factor),
-            _ => None,
-        };
-        read.ok_or_else(|| {
-            format!("off, or {{factor: {} to {}}}", PaceFactor::MIN, PaceFactor::MAX)
-        })
+    fn read(node: &Node) -> Result<Self, Invalid> {
+        let usable = || format!("off, or {{factor: {} to {}}}", PaceFactor::MIN, PaceFactor::MAX);
+        // `off` is a boolean in YAML 1.1, and some tools write it as one.
+        match (node.as_str(), node.as_bool(), &node.value) {
+            (Some("off"), ..) | (_, Some(false), _) => Ok(Self::Off),
+            (.., Value::Map(_)) => {
+                let bounds = PaceFactor::MIN..=PaceFactor::MAX;
+                let factor = Fields::of(node, &["factor"], &usable())?
+                    .require_with("factor", |node| read_within(node, &bounds))?;
+                PaceFactor::new(factor)
+                    .map(Self::Factor)
+                    .ok_or_else(|| Invalid::value(node, usable()))
+            }
+            _ => Err(Invalid::value(node, usable())),
+        }
     }
 
     fn write(&self) -> String {
@@ -34,10 +38,14 @@ impl Setting for Pacing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::tree;
 
     #[test]
-    fn it_is_off_or_a_factor_within_its_limits() {
-        let read = |yaml: &str| Pacing::read(&serde_yaml::from_str(yaml).unwrap());
+    fn pacing_is_off_or_a_factor_within_its_limits() {
+        let read = |yaml: &str| {
+            Pacing::read(&tree::parse(yaml).unwrap())
+                .map_err(|fault| format!("{}: {}", fault.path, fault.message))
+        };
         let factor = |factor| Ok(Pacing::Factor(PaceFactor::new(factor).unwrap()));
         for (yaml, pacing) in [
             ("off", Ok(Pacing::Off)),
@@ -50,19 +58,19 @@ mod tests {
             assert_eq!(got, pacing, "{yaml}");
             assert_eq!(read(&got.unwrap().write()), pacing, "{yaml}");
         }
-        for yaml in [
-            "on",
-            "2",
-            "{}",
-            "{factor: 1.4}",
-            "{factor: 101}",
-            "{factor: .nan}",
-            "{factor: x}",
-            "{factor: 2, rate: 3}",
-            "[2]",
-            "~",
+        for (yaml, expected) in [
+            ("on", ": \"on\" is not valid; use off, or {factor: 1.5 to 100}"),
+            ("2", ": 2 is not valid; use off, or {factor: 1.5 to 100}"),
+            ("{}", ": the key factor is missing"),
+            ("{factor: 1.4}", ".factor: 1.4 is not valid; use a number from 1.5 to 100"),
+            ("{factor: 101}", ".factor: 101 is not valid; use a number from 1.5 to 100"),
+            ("{factor: .nan}", ".factor: .nan is not valid; use a number from 1.5 to 100"),
+            ("{factor: x}", ".factor: \"x\" is not valid; use a number from 1.5 to 100"),
+            ("{factor: 2, rate: 3}", ": unknown key rate; the keys here are factor"),
+            ("[2]", ": [2] is not valid; use off, or {factor: 1.5 to 100}"),
+            ("~", ": has no value; use off, or {factor: 1.5 to 100}"),
         ] {
-            assert_eq!(read(yaml).unwrap_err(), "off, or {factor: 1.5 to 100}", "{yaml}");
+            assert_eq!(read(yaml).unwrap_err(), expected, "{yaml}");
         }
     }
 }

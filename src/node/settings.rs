@@ -7,7 +7,7 @@ use super::{
     upstream::UpstreamSettings,
 };
 use crate::{
-    config::{ClientAddr, CloudConfig, EdgeConfig},
+    config::{ClientAddr, CloudConfig, DownstreamConfig, EdgeConfig},
     http::ViewerSettings,
     net,
     rtmp::listener::ServerSettings as RtmpSettings,
@@ -42,7 +42,7 @@ impl From<&CloudConfig> for NodeSettings {
                 },
             )),
             upstream: None,
-            downstream: Some(downstream(config)),
+            downstream: Some(downstream(&config.downstream, "quic_addr", "cloud")),
             http: HttpSettings {
                 addr: Setting::new("api_addr", config.api_addr.clone()),
                 flv: config.http_flv,
@@ -74,7 +74,9 @@ impl From<&EdgeConfig> for NodeSettings {
             },
             rtmp: None,
             upstream: Some(UpstreamSettings(config.clone())),
-            downstream: None,
+            downstream: config
+                .downstream_enabled
+                .then(|| downstream(&config.downstream, "downstream.quic_addr", "edge")),
             http: HttpSettings {
                 addr: Setting::new("flv_addr", config.flv_addr.clone()),
                 flv: true,
@@ -100,7 +102,12 @@ fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> Viewe
     }
 }
 
-fn downstream(config: &CloudConfig) -> DownstreamSettings {
+/// `default_name` is what this node calls itself where the machine has no name.
+fn downstream(
+    config: &DownstreamConfig,
+    quic_key: &'static str,
+    default_name: &str,
+) -> DownstreamSettings {
     let fanout = fanout::Settings {
         port: config.rtp_port,
         multicast: MulticastOut {
@@ -114,7 +121,7 @@ fn downstream(config: &CloudConfig) -> DownstreamSettings {
     };
     let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
     DownstreamSettings {
-        quic_addr: Setting::new("quic_addr", config.quic_addr.clone()),
+        quic_addr: Setting::new(quic_key, config.quic_addr.clone()),
         cert_file: config.cert_file.clone(),
         key_file: config.key_file.clone(),
         part: downstream::Settings {
@@ -124,11 +131,11 @@ fn downstream(config: &CloudConfig) -> DownstreamSettings {
                 payload_max: config.rtp_payload_max,
             },
             fanout: (!config.debug).then_some(fanout),
-            targets: config.client_addr_list.iter().map(with_fec).collect(),
+            targets: config.targets.iter().map(with_fec).collect(),
             edge_fec: config.fec,
             quic_addr: ([0, 0, 0, 0], 0).into(),
             repair: RepairServerSettings {
-                node: super::host_name().unwrap_or_else(|| "cloud".into()),
+                node: super::host_name().unwrap_or_else(|| default_name.into()),
                 rtp_port: config.rtp_port,
                 v0: config.v0_repair,
                 max_connections: config.max_edges,

@@ -2,14 +2,17 @@
 
 use std::{
     fs::File,
+    iter,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::OnceLock,
     time::Duration,
 };
 
-use super::{compare::read_flv, node::tail, process, wait_for};
-use downpour_media::flv::Tag;
+use downpour_media::flv::{Tag, TagKind};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+use super::{compare::read_flv, node::tail, process, viewer::save, wait_for};
 
 /// An FLV file and its tags.
 pub struct Media {
@@ -17,42 +20,72 @@ pub struct Media {
     pub tags: Vec<Tag>,
 }
 
-/// 10 s of H.264 and AAC: about 1200 RTP packets, so that the sequence numbers, which start at
-/// 65000, wrap half way.
+/// 10 s of H.264 and AAC that take 2.5 s to send: about 1200 RTP packets, so that the sequence
+/// numbers, which start at 65000, wrap half way.
 pub fn full() -> &'static Media {
-    static MEDIA: OnceLock<Media> = OnceLock::new();
-    MEDIA.get_or_init(|| Media::new(ASSET.into()))
+    full_at(4)
 }
 
-/// Its first 5 s.
+/// The same stream at another speed. At 1 it is the file in `assets`, with a group of pictures a
+/// second; at 2 and 4 all timestamps are divided, for tests that need not see much while it runs.
+pub fn full_at(speed: u32) -> &'static Media {
+    static MEDIA: [OnceLock<Media>; 3] = [const { OnceLock::new() }; 3];
+    let name = match speed {
+        1 => return MEDIA[0].get_or_init(|| Media::new(ASSET.into())),
+        2 | 4 => format!("full-{speed}.flv"),
+        _ => panic!("no media at speed {speed}"),
+    };
+    MEDIA[speed as usize / 2].get_or_init(|| made(&name, faster(&full_at(1).tags, speed)))
+}
+
+/// The first 5 s of the stream, in 2.5 s: a group of pictures is half a second.
 pub fn short() -> &'static Media {
     static MEDIA: OnceLock<Media> = OnceLock::new();
-    MEDIA.get_or_init(|| made("short.flv", &["-i", ASSET, "-t", "5", "-c", "copy"]))
+    MEDIA.get_or_init(|| made("short.flv", first_half()))
 }
 
 /// The video of [`short`].
 pub fn video_only() -> &'static Media {
     static MEDIA: OnceLock<Media> = OnceLock::new();
-    MEDIA.get_or_init(|| made("video.flv", &["-i", ASSET, "-t", "5", "-c", "copy", "-an"]))
+    MEDIA.get_or_init(|| made("video.flv", without(first_half(), TagKind::Audio)))
 }
 
 /// The audio of [`short`].
 pub fn audio_only() -> &'static Media {
     static MEDIA: OnceLock<Media> = OnceLock::new();
-    MEDIA.get_or_init(|| made("audio.flv", &["-i", ASSET, "-t", "5", "-c", "copy", "-vn"]))
+    MEDIA.get_or_init(|| made("audio.flv", without(first_half(), TagKind::Video)))
 }
 
-/// 14 s of video at 8 Mbit/s, more than the kernel buffers for a viewer that does not read.
+/// 14 s of video at 8 Mbit/s, more than the kernel buffers for a viewer that does not read. The
+/// pictures are noise, which no decoder would take.
 pub fn heavy() -> &'static Media {
     static MEDIA: OnceLock<Media> = OnceLock::new();
     MEDIA.get_or_init(|| {
-        let noise = "nullsrc=size=320x240:rate=25:duration=14,noise=alls=100:allf=t:all_seed=7";
-        let rate = "-b:v 8M -minrate 8M -maxrate 8M -bufsize 4M -g 25 -keyint_min 25 -bf 0";
-        let mut args = vec!["-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast"];
-        args.extend(rate.split(' '));
-        args.extend(["-pix_fmt", "yuv420p", "-sc_threshold", "0"]);
-        made("heavy.flv", &args)
+        let mut rng = SmallRng::seed_from_u64(7);
+        let header = Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1, 0x64, 0, 0x1f]);
+        let frame = |number: u32| {
+            let mut body = vec![0; 40_000];
+            rng.fill(&mut body[5..]);
+            body[..2].copy_from_slice(&[if number.is_multiple_of(25) { 0x17 } else { 0x27 }, 1]);
+            Tag::new(TagKind::Video, number * 40, &body)
+        };
+        let tags: Result<_, _> = iter::once(header).chain((0..14 * 25).map(frame)).collect();
+        made("heavy.flv", tags.expect("a frame is too long"))
     })
+}
+
+/// The first 5 s, twice as fast.
+fn first_half() -> Vec<Tag> {
+    let tags = full_at(1).tags.iter().filter(|tag| tag.timestamp() < 5000);
+    faster(&tags.cloned().collect::<Vec<_>>(), 2)
+}
+
+fn faster(tags: &[Tag], speed: u32) -> Vec<Tag> {
+    tags.iter().map(|tag| tag.with_timestamp(tag.timestamp() / speed)).collect()
+}
+
+fn without(tags: Vec<Tag>, kind: TagKind) -> Vec<Tag> {
+    tags.into_iter().filter(|tag| tag.kind() != kind).collect()
 }
 
 /// An encoder's process; killed when dropped.
@@ -145,7 +178,9 @@ pub fn assert_decodes(path: &Path, codecs: &[&str]) {
     assert_eq!(found, codecs, "codecs of {}", path.display());
     let mut decode = Command::new("ffmpeg");
     decode.args(["-nostdin", "-v", "error", "-xerror", "-i"]).arg(path);
-    decode.args(["-f", "null", "-"]);
+    // By default times are rounded to frames of the rate that the pictures' header states, which is
+    // the rate at speed 1.
+    decode.args(["-fps_mode", "passthrough", "-enc_time_base:v", "1/1000", "-f", "null", "-"]);
     run(decode);
 }
 
@@ -167,17 +202,14 @@ impl Media {
     }
 }
 
-/// Makes a file with ffmpeg, under another name first: test processes may run at the same time.
-fn made(name: &str, args: &[&str]) -> Media {
+/// Writes a file, under another name first: test processes may run at the same time.
+fn made(name: &str, tags: Vec<Tag>) -> Media {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     std::fs::create_dir_all(dir).expect("cannot make the directory for test media");
     let (path, unfinished) = (dir.join(name), dir.join(format!("{}-{name}", std::process::id())));
-    let mut ffmpeg = Command::new("ffmpeg");
-    ffmpeg.args(["-hide_banner", "-loglevel", "error", "-nostdin", "-y"]).args(args);
-    ffmpeg.args(["-f", "flv", "-flvflags", "no_duration_filesize"]).arg(&unfinished);
-    run(ffmpeg);
+    save(&tags, &unfinished);
     std::fs::rename(&unfinished, &path).expect("cannot put test media in place");
-    Media::new(path)
+    Media { path, tags }
 }
 
 const ASSET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/test.flv");

@@ -9,13 +9,13 @@
 
 pub mod compare;
 pub mod http;
+pub mod http_node;
 pub mod media;
 pub mod network;
 pub mod node;
 pub mod ports;
 pub mod process;
 pub mod repair_node;
-pub mod repair_sim;
 pub mod rtmp;
 pub mod rtmp_node;
 pub mod viewer;
@@ -35,5 +35,14 @@ pub fn wait_for<T>(what: &str, deadline: Duration, mut condition: impl FnMut() -
         }
         assert!(Instant::now() < until, "{what}: not within {deadline:?}");
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The same for a test on a tokio runtime.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + SOON;
+    while !condition() {
+        assert!(Instant::now() < until, "{what}: not within {SOON:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

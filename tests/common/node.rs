@@ -52,6 +52,28 @@ impl Site {
         Encoder::ffmpeg(media, &self.cloud.url(key), self.file("ffmpeg", "log"))
     }
 
+    /// Waits until the cloud sends to this many addresses of edges that are in no list.
+    #[track_caller]
+    pub fn until_targets(&self, count: usize) {
+        wait_for("the cloud sends to the edges", SOON, || {
+            (self.dynamic_targets() == count as f64).then_some(())
+        });
+    }
+
+    /// Addresses of edges in no list to which the cloud sends.
+    #[track_caller]
+    pub fn dynamic_targets(&self) -> f64 {
+        let metrics = self.cloud.node.metrics();
+        assert!(metrics.has("downpour_fanout_dynamic_targets"), "{}", metrics.text());
+        metrics.sum("downpour_fanout_dynamic_targets", &[])
+    }
+
+    /// The first edge's packets of one fate.
+    #[track_caller]
+    pub fn packets(&self, fate: &str) -> f64 {
+        self.edges[0].packets(fate)
+    }
+
     /// Watches a stream at the first edge.
     pub fn watch(&self, key: &str) -> Viewer {
         self.edges[0].watch(key)
@@ -274,6 +296,14 @@ impl Edge {
 
     pub fn watch(&self, key: &str) -> Viewer {
         Viewer::watch(self.node.http, key)
+    }
+
+    /// The edge's packets of one fate.
+    #[track_caller]
+    pub fn packets(&self, fate: &str) -> f64 {
+        let metrics = self.node.metrics();
+        assert!(metrics.has("downpour_edge_packets_total"), "{}", metrics.text());
+        metrics.sum("downpour_edge_packets_total", &[("fate", fate)])
     }
 
     /// Waits until the edge has its connection to the cloud: before, nobody repairs anything.

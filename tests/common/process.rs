@@ -1,6 +1,6 @@
 //! Tests that change or measure their whole process, and what a process of ours holds.
 
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 /// Runs the calling test in a process of its own. Returns `true` in that process, where the test
 /// continues, and `false` in the other, where it is done.
@@ -39,6 +39,33 @@ pub fn alone(module: &str, test: &str, descriptors: Option<u32>) -> bool {
     print!("{out}");
     eprint!("{errors}");
     false
+}
+
+/// A process that is killed when its test fails.
+pub struct Guard(Option<Child>);
+
+impl Guard {
+    pub fn new(child: Child) -> Self {
+        Self(Some(child))
+    }
+
+    /// Sends SIGINT, as Ctrl-C does, and waits for the end.
+    #[track_caller]
+    pub fn interrupt(mut self) -> Output {
+        let child = self.0.take().expect("only this method takes it");
+        signal(child.id(), "INT");
+        child.wait_with_output().expect("cannot wait for a process")
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            // Both fail if it has ended, which is as well.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 /// Sends a signal, by the name that kill(1) gives it, to a process that has not been waited for.

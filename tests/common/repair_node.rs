@@ -1,5 +1,4 @@
 //! A cloud's repair service on loopback, fed by hand.
-#![allow(dead_code)]
 
 use std::{
     future::Future,
@@ -27,6 +26,8 @@ use downpour_repair::{
 use prometheus::Registry;
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
+
+use super::eventually;
 
 pub struct Cloud {
     pub addr: SocketAddr,
@@ -230,12 +231,7 @@ pub async fn within<F: Future>(future: F) -> F::Output {
     timeout(Duration::from_secs(15), future).await.expect("in time")
 }
 
-/// Waits until something is so.
-pub async fn until(mut so: impl FnMut() -> bool) {
-    within(async {
-        while !so() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    })
-    .await
+/// Waits until a condition holds.
+pub async fn until(condition: impl FnMut() -> bool) {
+    eventually("a condition of the repair service", condition).await;
 }

@@ -1,5 +1,4 @@
-//! A node that keeps what it is sent, and an encoder that says whatever a test wants.
-#![allow(dead_code, reason = "each test binary uses its part")]
+//! An RTMP server that keeps what it is sent, and an encoder that sends whatever a test wants.
 
 use std::{
     collections::HashMap,
@@ -8,7 +7,7 @@ use std::{
     path::Path,
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bytes::BytesMut;
@@ -23,44 +22,42 @@ use downpour_hub::{
 use downpour_media::{
     StreamKey,
     amf0::{Decoder, Value},
-    flv::{Tag, TagKind},
+    flv::Tag,
 };
 use downpour_rtmp::{
     chunk::{COMMAND_AMF0, ChunkReader, ChunkWriter, MessageHead},
     url::RtmpUrl,
 };
-use downpour_sys::buffer::BufferMut;
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio_util::sync::CancellationToken;
 
-/// How long anything may take that a test waits for.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+use super::{SOON, eventually};
 
-/// A server with a [`Node`] behind it, stopped when dropped.
-pub struct Running {
+/// A server with a [`Recorder`] behind it, stopped when dropped.
+pub struct RtmpServer {
     pub addr: SocketAddr,
-    pub node: Arc<Node>,
+    pub recorder: Arc<Recorder>,
     pub shutdown: CancellationToken,
     pub task: Option<tokio::task::JoinHandle<()>>,
     registry: Registry,
 }
 
-impl Running {
+impl RtmpServer {
     pub fn start(settings: ServerSettings) -> Self {
         let registry = Registry::new();
         let server = Server::bind("127.0.0.1:0".parse().unwrap(), settings)
             .unwrap()
             .with_metrics(ServerMetrics::register(&registry).unwrap());
         let addr = server.local_addr().unwrap();
-        let (node, shutdown) = (Arc::new(Node::default()), CancellationToken::new());
+        let (recorder, shutdown) = (Arc::new(Recorder::default()), CancellationToken::new());
         let hub = Hub::new(LogLimits { max_bytes: 0, max_age: 0 });
-        let handler = Arc::new(Handler(node.clone()));
+        let handler = Arc::new(Handler(recorder.clone()));
         hub.add_sink(handler.clone());
         let limits = admission::Settings { max_streams: usize::MAX, ..Default::default() };
         let admission = Admission::new(hub, limits);
         admission.add_policy(handler);
         let task = tokio::spawn(server.run(admission, shutdown.clone()));
-        Self { addr, node, shutdown, task: Some(task), registry }
+        Self { addr, recorder, shutdown, task: Some(task), registry }
     }
 
     pub fn url(&self, path: &str) -> RtmpUrl {
@@ -79,11 +76,11 @@ impl Running {
 
     /// Waits until a metric has a value.
     pub async fn metric_reaches(&self, name: &str, value: f64) {
-        wait_for(name, || self.metric(name) == value).await;
+        eventually(name, || self.metric(name) == value).await;
     }
 }
 
-impl Drop for Running {
+impl Drop for RtmpServer {
     fn drop(&mut self) {
         self.shutdown.cancel();
     }
@@ -91,7 +88,7 @@ impl Drop for Running {
 
 /// Takes one publisher per key and keeps what it sends.
 #[derive(Default)]
-pub struct Node {
+pub struct Recorder {
     streams: Mutex<HashMap<String, Vec<Recorded>>>,
     /// Query and revocation of the newest request per key.
     requests: Mutex<HashMap<String, (String, CancellationToken)>>,
@@ -105,7 +102,7 @@ pub struct Recorded {
     pub ended: bool,
 }
 
-impl Node {
+impl Recorder {
     /// All publications of a key so far.
     pub fn recorded<T>(&self, key: &str, f: impl FnOnce(&[Recorded]) -> T) -> T {
         f(self.lock().get(key).map_or(&[][..], Vec::as_slice))
@@ -114,7 +111,7 @@ impl Node {
     /// Waits until `count` publications of `key` have ended, and returns the tags of the last.
     pub async fn ended(&self, key: &str, count: usize) -> Vec<Tag> {
         let done = |recorded: &[Recorded]| recorded.iter().filter(|r| r.ended).count() >= count;
-        wait_for("the publication's end", || self.recorded(key, done)).await;
+        eventually("the publication's end", || self.recorded(key, done)).await;
         self.recorded(key, |recorded| recorded[count - 1].tags.clone())
     }
 
@@ -124,10 +121,10 @@ impl Node {
 }
 
 /// What the server asks and where tags go.
-struct Handler(Arc<Node>);
+struct Handler(Arc<Recorder>);
 
 /// A publication's place in the node.
-struct Recording(Arc<Node>, StreamKey, usize);
+struct Recording(Arc<Recorder>, StreamKey, usize);
 
 impl Policy for Handler {
     fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a> {
@@ -179,15 +176,6 @@ impl Drop for Recording {
     }
 }
 
-/// Polls until `done`, and fails the test if that takes too long.
-pub async fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
 /// Runs ffmpeg off the runtime's threads.
 pub async fn ffmpeg(arguments: &[&str]) -> Output {
     let mut command = ffmpeg_command(arguments);
@@ -229,24 +217,6 @@ pub async fn make_flv(path: &Path) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The tags of an FLV file.
-pub fn read_flv(path: &Path) -> Vec<Tag> {
-    let file = std::fs::read(path).unwrap();
-    let mut rest = &file[13..];
-    let mut tags = Vec::new();
-    while !rest.is_empty() {
-        let len = 11 + u32::from_be_bytes([0, rest[1], rest[2], rest[3]]) as usize;
-        tags.push(Tag::from_unit(BufferMut::from(&rest[..len])).unwrap());
-        rest = &rest[len + 4..];
-    }
-    tags
-}
-
-/// Without script tags.
-pub fn media(tags: &[Tag]) -> Vec<&Tag> {
-    tags.iter().filter(|tag| tag.kind() != TagKind::Script).collect()
-}
-
 /// A client that writes its own chunks.
 pub struct RawEncoder {
     pub stream: TcpStream,
@@ -258,7 +228,7 @@ impl RawEncoder {
     /// Connected, and through with the handshake.
     pub fn connect(addr: SocketAddr) -> Self {
         let mut stream = TcpStream::connect(addr).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.write_all(&SIMPLE_HANDSHAKE).unwrap();
         stream.read_exact(&mut [0; 1 + 2 * 1536]).unwrap();
@@ -325,7 +295,7 @@ impl RawEncoder {
         })
     }
 
-    /// Whether the server closes, within [`PATIENCE`].
+    /// Whether the server closes, within [`SOON`].
     pub fn is_closed(&mut self) -> bool {
         let mut bytes = [0; 4096];
         loop {

@@ -7,7 +7,8 @@ use std::{
 };
 
 use crate::common::{
-    media, process,
+    media,
+    process::Guard,
     viewer::{Viewer, save},
 };
 
@@ -19,7 +20,9 @@ fn it_says_where_to_watch_and_the_stream_is_whole() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("cannot start the demo");
-    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let stdout = demo.stdout.take().unwrap();
+    let demo = Guard::new(demo);
+    let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
     let urls: Vec<String> = lines
         .by_ref()
         .take_while(|line| !line.starts_with("Push"))
@@ -30,19 +33,22 @@ fn it_says_where_to_watch_and_the_stream_is_whole() {
     let reports = std::thread::spawn(move || lines.collect::<Vec<_>>());
 
     let dir = tempfile::tempdir().unwrap();
-    for url in &urls {
+    let viewers = urls.iter().map(|url| {
         let (addr, path) = url.split_once('/').expect("no path in the URL");
         let key = path.strip_suffix(".flv").expect("not FLV");
         let addr = addr.parse().expect("no address in the URL");
-        let viewer = Viewer::watch(addr, key);
+        Viewer::watch(addr, key)
+    });
+    // All of them begin before the first is waited for.
+    let viewers: Vec<_> = viewers.collect();
+    for (number, viewer) in viewers.into_iter().enumerate() {
         viewer.wait_tags(200, Duration::from_secs(30));
-        let file = dir.path().join(format!("{}.flv", urls.len()));
+        let file = dir.path().join(format!("{number}.flv"));
         save(&viewer.leave(), &file);
         media::assert_decodes(&file, &["h264", "aac"]);
     }
 
-    process::signal(demo.id(), "INT");
-    let output = demo.wait_with_output().expect("cannot wait for the demo");
+    let output = demo.interrupt();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let reports = reports.join().unwrap();
     let repaired = |line: &String| {

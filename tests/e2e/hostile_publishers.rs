@@ -207,7 +207,7 @@ impl Honest {
         let site = Site::start();
         site.edges[0].until_connected();
         let viewer = site.watch(KEY);
-        let push = site.push(media::full(), KEY);
+        let push = site.push(media::full_at(2), KEY);
         viewer.wait_tags(10, SOON);
         Self { site, push, viewer }
     }
@@ -218,7 +218,7 @@ impl Honest {
         let Self { mut site, push, viewer } = self;
         let pulled = viewer.until_end(PUSH);
         push.until_done(PUSH);
-        assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+        assert_same_to_the_end(&media::full_at(2).tags, &pulled, Timestamps::Exact);
         site.cloud.node.assert_running();
         site.edges[0].node.assert_running();
         assert!(site.cloud.node.health().is_some(), "the cloud does not answer");

@@ -28,10 +28,7 @@ fn bursts_come_spread_and_in_order_and_edges_ask_for_next_to_nothing() {
         .with_cloud(&format!("client_addr_list: [\"127.0.0.1:{port}\"]"))
         .start();
     site.edges[0].until_connected();
-    crate::common::wait_for("the cloud sends to the edge", crate::common::SOON, || {
-        let metrics = site.cloud.node.metrics();
-        (metrics.sum("downpour_fanout_dynamic_targets", &[]) == 1.0).then_some(())
-    });
+    site.until_targets(1);
     let listener = thread::spawn(move || listen(&socket));
     let viewer = site.watch(KEY);
     // 8 Mbit/s at 25 frames a second: 36 packets each.

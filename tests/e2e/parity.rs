@@ -3,6 +3,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
+    thread,
     time::Duration,
 };
 
@@ -23,8 +24,7 @@ const PUSH: Duration = Duration::from_secs(60);
 /// An edge in the list that cannot ask for anything.
 #[test]
 fn an_edge_without_a_way_back_loses_little_with_parity() {
-    let without = watch_one_way("off");
-    let with = watch_one_way("{columns: 5, rows: 5}");
+    let [without, with] = at_once(["off", "{columns: 5, rows: 5}"], watch_one_way);
     println!("without parity {without:?}, with {with:?}");
     // 1190 packets: 36 are lost. Of 5×5, none of ten thousand is, by simulation.
     assert!(without.dropped >= 15 && with.dropped >= 15);
@@ -35,8 +35,7 @@ fn an_edge_without_a_way_back_loses_little_with_parity() {
 /// An edge at an address of its own, whose requests take twice as long as it waits.
 #[test]
 fn an_edge_with_no_time_to_ask_loses_little_with_parity() {
-    let without = watch_in_a_hurry("off");
-    let with = watch_in_a_hurry("{columns: 5, rows: 1}");
+    let [without, with] = at_once(["off", "{columns: 5, rows: 1}"], watch_in_a_hurry);
     println!("without parity {without:?}, with {with:?}");
     assert!(without.dropped >= 15 && with.dropped >= 15);
     assert!(without.parity == 0.0 && without.lost >= without.dropped as f64 * 0.5);
@@ -52,10 +51,7 @@ fn auto_begins_when_an_edge_reports_loss() {
     let mut site = SiteSettings { dynamic: true, rtp: path, ..SiteSettings::default() }
         .with_cloud("fec: auto")
         .start();
-    wait_for("the cloud sends to the edge", SOON, || {
-        let metrics = site.cloud.node.metrics();
-        (metrics.sum("downpour_fanout_dynamic_targets", &[]) == 1.0).then_some(())
-    });
+    site.until_targets(1);
     let viewer = site.watch(KEY);
     let _push = site.push_with(media::full(), KEY, &["--loop"]);
     viewer.wait_tags(10, SOON);
@@ -71,9 +67,7 @@ fn auto_begins_when_an_edge_reports_loss() {
     site.network.set_rtp(&LinkSettings::lossy(0.03));
     wait_for("parity is made", SOON, || (made(&site) > 20.0).then_some(()));
     wait_for("the edge's parity is told", SOON, || reported().filter(|(_, fec)| *fec));
-    wait_for("the edge makes packets anew", SOON, || {
-        (packets(&site, "parity") > 0.0).then_some(())
-    });
+    wait_for("the edge makes packets anew", SOON, || (site.packets("parity") > 0.0).then_some(()));
     let metrics = site.cloud.node.metrics();
     assert!(metrics.sum("downpour_fec_bytes_total", &[]) > 20.0 * 100.0);
     wait_for("its overhead is told", SOON, || {
@@ -99,7 +93,8 @@ fn auto_begins_when_an_edge_reports_loss() {
 /// On the group's port there is what there was before: RTP and the announcement.
 #[test]
 fn who_does_not_know_of_parity_sees_none() {
-    for (fec, expected) in [("off", false), ("{columns: 5, rows: 5}", true), ("auto", true)] {
+    let cases = [("off", false), ("{columns: 5, rows: 5}", true), ("auto", true)];
+    at_once(cases, |(fec, expected)| {
         let site = SiteSettings { multicast: true, ..SiteSettings::default() }
             .with_cloud(&format!("fec: {fec}"))
             .with_edge("disable_quic: true")
@@ -109,7 +104,7 @@ fn who_does_not_know_of_parity_sees_none() {
         let group = site.destinations[0];
         let [v0, beside] = [group, SocketAddr::new(group.ip(), group.port() + 2)].map(listen);
         let viewer = site.watch(KEY);
-        let push = site.push(media::full(), KEY);
+        let push = site.push(media::full_at(2), KEY);
         viewer.wait_tags(10, SOON);
         push.until_done(PUSH);
         let mut media = 0;
@@ -126,11 +121,11 @@ fn who_does_not_know_of_parity_sees_none() {
         assert!(media > 1000, "fec: {fec}: {media}");
         assert_eq!(parity.len() > 100, expected, "fec: {fec}: {} of parity", parity.len());
         if expected {
-            assert!(packets(&site, "parity") > 5.0, "fec: {fec}");
+            assert!(site.packets("parity") > 5.0, "fec: {fec}");
         } else {
             assert_eq!(parity.len(), 0);
         }
-    }
+    });
 }
 
 /// The port of parity is somebody else's: all but parity works.
@@ -163,6 +158,15 @@ struct Outcome {
     parity: f64,
 }
 
+/// Does the same with each item, on a thread each.
+fn at_once<T: Send, R: Send, const N: usize>(items: [T; N], act: impl Fn(T) -> R + Sync) -> [R; N] {
+    thread::scope(|scope| {
+        let act = &act;
+        let threads = items.map(|item| scope.spawn(move || act(item)));
+        threads.map(|thread| thread.join().expect("one of them failed"))
+    })
+}
+
 fn watch_one_way(fec: &str) -> Outcome {
     let path = Some(LinkSettings::default());
     let site = SiteSettings { rtp: path, parity: true, seed: 3, ..SiteSettings::default() }
@@ -180,10 +184,7 @@ fn watch_in_a_hurry(fec: &str) -> Outcome {
         .with_cloud(&format!("fec: {fec}"))
         .with_edge("latency_ms: 100")
         .start();
-    wait_for("the cloud sends to the edge", SOON, || {
-        let metrics = site.cloud.node.metrics();
-        (metrics.sum("downpour_fanout_dynamic_targets", &[]) == 1.0).then_some(())
-    });
+    site.until_targets(1);
     watch_under_loss(&site, &LinkSettings { loss: 0.03, ..path })
 }
 
@@ -191,16 +192,16 @@ fn watch_in_a_hurry(fec: &str) -> Outcome {
 #[track_caller]
 fn watch_under_loss(site: &Site, path: &LinkSettings) -> Outcome {
     let viewer = site.watch(KEY);
-    let push = site.push(media::full(), KEY);
+    let push = site.push(media::full_at(1), KEY);
     viewer.wait_tags(10, SOON);
     site.network.set_rtp(path);
     push.until_done(PUSH);
     let pulled = viewer.until_end(PUSH);
-    let holes = assert_same_with_holes(&media::full().tags, &pulled);
-    let lost = packets(site, "lost");
+    let holes = assert_same_with_holes(&media::full_at(1).tags, &pulled);
+    let lost = site.packets("lost");
     assert!(lost == 0.0 || !holes.is_empty() || lost < 3.0, "{lost} lost, {holes:?}");
     let dropped = site.network.rtp_stats().dropped();
-    Outcome { dropped, lost, parity: packets(site, "parity") }
+    Outcome { dropped, lost, parity: site.packets("parity") }
 }
 
 /// Hears what is sent to a group.
@@ -219,10 +220,4 @@ fn received(socket: &UdpSocket) -> Vec<Vec<u8>> {
 /// Parity packets that the cloud has made.
 fn made(site: &Site) -> f64 {
     site.cloud.node.metrics().sum("downpour_fec_packets_total", &[])
-}
-
-/// The first edge's packets of one fate.
-#[track_caller]
-fn packets(site: &Site, fate: &str) -> f64 {
-    site.edges[0].node.metrics().sum("downpour_edge_packets_total", &[("fate", fate)])
 }

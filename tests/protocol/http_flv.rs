@@ -1,34 +1,20 @@
 //! HTTP-FLV viewers and the API over real sockets.
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
-use downpour::{
-    http::{
-        HttpMetrics, HttpServer, ViewerSettings,
-        api::{self, ApiState},
+use crate::common::{
+    SOON, eventually,
+    http_node::{
+        FlvViewer, HttpNode, audio, audio_header, inter, key_frame, metadata, video_header,
     },
-    node::metrics,
 };
-use downpour_hub::{Admission, Hub, LogLimits, MaxLag, Publisher, admission};
-use downpour_media::{
-    StreamKey,
-    flv::{FlvReader, Tag, TagKind},
-};
-use prometheus::Registry;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpSocket, TcpStream},
-    task::JoinHandle,
-    time::timeout,
-};
-use tokio_util::sync::CancellationToken;
+use downpour::http::ViewerSettings;
+use downpour_hub::MaxLag;
+use tokio::{task::JoinHandle, time::timeout};
 
 #[tokio::test]
 async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
-    let node = Node::start(settings()).await;
+    let node = HttpNode::start(settings()).await;
     let mut publisher = node.publish();
     let mut pushed = Vec::new();
     for tag in [metadata(0), video_header(0), audio_header(0), key_frame(0, 10), inter(40, 10)] {
@@ -38,7 +24,7 @@ async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
         publisher.push(tag.clone());
         pushed.push(tag);
     }
-    let mut viewer = Viewer::get(&node, "/live/movie.flv").await;
+    let mut viewer = node.watch().await;
     assert!(viewer.head.starts_with("HTTP/1.1 200 OK\r\n"), "{}", viewer.head);
     for line in ["Content-Type: video/x-flv", "Access-Control-Allow-Origin: *", "Connection: close"]
     {
@@ -60,12 +46,12 @@ async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
 
 #[tokio::test]
 async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again() {
-    let node = Node::start_with(settings(), Duration::from_secs(20)).await;
+    let node = HttpNode::start_with(settings(), Duration::from_secs(20)).await;
     let mut early = node.connect("GET /live/movie.flv HTTP/1.0\r\n\r\n").await;
     for round in 0..2 {
         let mut publisher = node.publish();
         publisher.push(key_frame(round, 10));
-        let mut viewer = Viewer::of(early).await;
+        let mut viewer = FlvViewer::of(early).await;
         viewer.expect(&[key_frame(round, 10)]).await;
         drop(publisher);
         assert_eq!(viewer.next().await, None);
@@ -80,14 +66,14 @@ async fn a_slow_viewer_skips_to_key_frames_and_holds_nobody_up() {
         send_buffer: Some(16 * 1024),
         ..settings()
     };
-    let node = Node::start(settings).await;
+    let node = HttpNode::start(settings).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
     publisher.push(key_frame(0, 4_000));
-    let mut slow = node.connect_small("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
-    let head = read_until(&mut slow, b"\r\n\r\n").await;
-    assert!(head.starts_with(b"HTTP/1.1 200"));
-    let mut fast = Viewer::get(&node, "/live/movie.flv").await;
+    let slow = node.connect_with("GET /live/movie.flv HTTP/1.1\r\n\r\n", 4 * 1024).await;
+    let mut slow = FlvViewer::of(slow).await;
+    assert!(slow.head.starts_with("HTTP/1.1 200"));
+    let mut fast = node.watch().await;
     fast.expect(&[video_header(0), key_frame(0, 4_000)]).await;
     let mut pushed = vec![video_header(0), key_frame(0, 4_000)];
     for i in 1..2_000u32 {
@@ -98,7 +84,6 @@ async fn a_slow_viewer_skips_to_key_frames_and_holds_nobody_up() {
         pushed.push(tag);
     }
     drop(publisher);
-    let mut slow = Viewer { head: String::new(), socket: slow, reader: FlvReader::new() };
     let mut read = Vec::new();
     while let Some(tag) = slow.next().await {
         read.push(tag);
@@ -126,14 +111,14 @@ async fn a_hundred_viewers_see_all_while_one_never_reads() {
         send_buffer: Some(16 * 1024),
         ..settings()
     };
-    let node = Node::start(settings).await;
+    let node = HttpNode::start(settings).await;
     let mut publisher = node.publish();
     let mut all = vec![key_frame(0, 2_000)];
     publisher.push(all[0].clone());
-    let dead = node.connect_small("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
+    let dead = node.connect_with("GET /live/movie.flv HTTP/1.1\r\n\r\n", 4 * 1024).await;
     let mut viewers = Vec::new();
     for _ in 0..99 {
-        let mut viewer = Viewer::get(&node, "/live/movie.flv").await;
+        let mut viewer = node.watch().await;
         viewer.expect(&all[..1]).await;
         viewers.push(viewer);
     }
@@ -169,9 +154,9 @@ async fn a_hundred_viewers_see_all_while_one_never_reads() {
 
 #[tokio::test]
 async fn a_viewer_that_leaves_is_noticed_without_any_tag() {
-    let node = Node::start(settings()).await;
+    let node = HttpNode::start(settings()).await;
     let publisher = node.publish();
-    let viewer = Viewer::get(&node, "/live/movie.flv").await;
+    let viewer = node.watch().await;
     node.eventually("it is counted", |_| {
         publisher.stream().counters().viewers.load(std::sync::atomic::Ordering::Relaxed) == 1
     })
@@ -183,21 +168,21 @@ async fn a_viewer_that_leaves_is_noticed_without_any_tag() {
 
 #[tokio::test]
 async fn one_viewer_too_many_is_told_so() {
-    let node = Node::start(ViewerSettings { max_viewers: 1, ..settings() }).await;
+    let node = HttpNode::start(ViewerSettings { max_viewers: 1, ..settings() }).await;
     let _publisher = node.publish();
-    let first = Viewer::get(&node, "/live/movie.flv").await;
+    let first = node.watch().await;
     let refused = node.ask("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     drop(first);
     node.eventually("there is room again", |node| node.metrics.viewers.get() == 0).await;
-    let again = Viewer::get(&node, "/live/movie.flv").await;
+    let again = node.watch().await;
     assert!(again.head.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]
 async fn what_is_no_viewer_gets_a_clear_answer() {
     let settings = ViewerSettings { head_timeout: Duration::from_millis(300), ..settings() };
-    let node = Node::start(settings).await;
+    let node = HttpNode::start(settings).await;
     let _publisher = node.publish();
 
     let head = node.ask("HEAD /live/movie.flv HTTP/1.1\r\nHost: x\r\n\r\n").await;
@@ -234,193 +219,21 @@ async fn what_is_no_viewer_gets_a_clear_answer() {
 
 #[tokio::test]
 async fn shutting_down_lets_viewers_finish_and_cuts_the_rest() {
-    let node = Node::start(settings()).await;
+    let mut node = HttpNode::start(settings()).await;
     let mut publisher = node.publish();
     publisher.push(key_frame(0, 10));
-    let mut viewer = Viewer::get(&node, "/live/movie.flv").await;
+    let mut viewer = node.watch().await;
     let idle = node.connect("").await;
     node.shutdown.cancel();
-    node.eventually_async("it accepts no more", async || {
-        TcpStream::connect(node.address).await.is_err()
-    })
-    .await;
+    eventually("it accepts no connection", || std::net::TcpStream::connect(node.address).is_err())
+        .await;
     drop(publisher);
     viewer.expect(&[key_frame(0, 10)]).await;
     assert_eq!(viewer.next().await, None);
-    timeout(DEADLINE, node.server).await.expect("the server stops").unwrap();
+    timeout(SOON, &mut node.server).await.expect("the server stops").unwrap();
     drop(idle);
-}
-
-/// Admits everybody who plays, at once or never.
-fn admission(hub: &Hub, max_players: usize, stream_wait: Duration) -> Admission {
-    let settings = admission::Settings { max_players, stream_wait, ..Default::default() };
-    Admission::new(hub.clone(), settings)
-}
-
-struct Node {
-    address: SocketAddr,
-    hub: Hub,
-    metrics: HttpMetrics,
-    registry: Registry,
-    shutdown: CancellationToken,
-    server: JoinHandle<()>,
-}
-
-impl Node {
-    async fn start(settings: ViewerSettings) -> Self {
-        Self::start_with(settings, Duration::ZERO).await
-    }
-
-    /// Players wait for `stream_wait` for their stream.
-    async fn start_with(settings: ViewerSettings, stream_wait: Duration) -> Self {
-        let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let admission = admission(&hub, settings.max_viewers, stream_wait);
-        let registry = metrics::registry(&admission, None).unwrap();
-        let metrics = HttpMetrics::register(&registry).unwrap();
-        let router = api::router(ApiState {
-            hub: hub.clone(),
-            registry: registry.clone(),
-            started: Instant::now(),
-            downstream: None,
-        });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server = HttpServer::new(listener, Some(admission), router, settings, metrics.clone());
-        let address = server.local_addr().unwrap();
-        let shutdown = CancellationToken::new();
-        let server = tokio::spawn(server.run(shutdown.clone(), Duration::from_millis(300)));
-        Self { address, hub, metrics, registry, shutdown, server }
-    }
-
-    fn publish(&self) -> Publisher {
-        let key: StreamKey = "live/movie".parse().unwrap();
-        self.hub.publish(key).unwrap()
-    }
-
-    async fn connect(&self, request: &str) -> TcpStream {
-        let mut socket = TcpStream::connect(self.address).await.unwrap();
-        socket.write_all(request.as_bytes()).await.unwrap();
-        socket
-    }
-
-    /// Connects with a receive buffer so small that the server notices who does not read.
-    async fn connect_small(&self, request: &str) -> TcpStream {
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(4 * 1024).unwrap();
-        let mut socket = socket.connect(self.address).await.unwrap();
-        socket.write_all(request.as_bytes()).await.unwrap();
-        socket
-    }
-
-    /// The whole answer to a request, until the server closes.
-    async fn ask(&self, request: &str) -> String {
-        let request = request.replacen(" HTTP/1.1\r\n", " HTTP/1.1\r\nConnection: close\r\n", 1);
-        let mut socket = self.connect(&request).await;
-        let mut answer = Vec::new();
-        timeout(DEADLINE, socket.read_to_end(&mut answer)).await.expect("an answer").unwrap();
-        String::from_utf8(answer).unwrap()
-    }
-
-    fn counter(&self, series: &str) -> u64 {
-        let text = metrics::encode(&self.registry).unwrap();
-        let value = text.lines().find_map(|line| line.strip_prefix(series)).unwrap();
-        value.trim().parse().unwrap()
-    }
-
-    async fn eventually(&self, what: &str, condition: impl Fn(&Self) -> bool) {
-        self.eventually_async(what, async || condition(self)).await;
-    }
-
-    async fn eventually_async(&self, what: &str, condition: impl AsyncFn() -> bool) {
-        let deadline = Instant::now() + DEADLINE;
-        while !condition().await {
-            assert!(Instant::now() < deadline, "not in time: {what}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
-
-struct Viewer {
-    head: String,
-    socket: TcpStream,
-    reader: FlvReader,
-}
-
-impl Viewer {
-    async fn get(node: &Node, path: &str) -> Self {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: edge\r\n\r\n");
-        Self::of(node.connect(&request).await).await
-    }
-
-    async fn of(mut socket: TcpStream) -> Self {
-        let head = read_until(&mut socket, b"\r\n\r\n").await;
-        let head = String::from_utf8(head).unwrap();
-        Self { head, socket, reader: FlvReader::new() }
-    }
-
-    async fn next(&mut self) -> Option<Tag> {
-        loop {
-            if let Some(tag) = self.reader.next_tag().unwrap() {
-                return Some(tag);
-            }
-            let mut bytes = [0; 64 * 1024];
-            match timeout(DEADLINE, self.socket.read(&mut bytes)).await.expect("more").unwrap() {
-                0 => {
-                    assert!(!self.reader.is_inside_tag(), "the stream ends with a whole tag");
-                    return None;
-                }
-                count => self.reader.push(&bytes[..count]),
-            }
-        }
-    }
-
-    async fn expect(&mut self, tags: &[Tag]) {
-        for tag in tags {
-            assert_eq!(self.next().await.as_ref(), Some(tag));
-        }
-    }
-}
-
-async fn read_until(socket: &mut TcpStream, end: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while !bytes.ends_with(end) {
-        let byte = timeout(DEADLINE, socket.read_u8()).await.expect("more").unwrap();
-        bytes.push(byte);
-    }
-    bytes
 }
 
 fn settings() -> ViewerSettings {
     ViewerSettings::default()
 }
-
-fn metadata(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Script, timestamp, b"\x02\0\x0aonMetaData\x05").unwrap()
-}
-
-fn video_header(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Video, timestamp, &[0x17, 0, 0, 0, 0, 1]).unwrap()
-}
-
-fn audio_header(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Audio, timestamp, &[0xaf, 0, 0x12, 0x10]).unwrap()
-}
-
-fn key_frame(timestamp: u32, len: usize) -> Tag {
-    frame(0x17, timestamp, len)
-}
-
-fn inter(timestamp: u32, len: usize) -> Tag {
-    frame(0x27, timestamp, len)
-}
-
-fn frame(first: u8, timestamp: u32, len: usize) -> Tag {
-    let mut body = vec![timestamp as u8; len];
-    body[..5].copy_from_slice(&[first, 1, 0, 0, 0]);
-    Tag::new(TagKind::Video, timestamp, &body).unwrap()
-}
-
-fn audio(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Audio, timestamp, &[0xaf, 1, 7]).unwrap()
-}
-
-const DEADLINE: Duration = Duration::from_secs(20);

@@ -7,22 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::Router;
-use downpour::{
-    http::{HttpMetrics, HttpServer, ViewerSettings},
-    node::metrics,
+use crate::common::http_node::{
+    HttpNode, WATCH, audio, audio_header, connect, inter, key_frame, video_header,
 };
-use downpour_hub::{Admission, Hub, LogLimits, MaxLag, Publisher, admission};
-use downpour_media::flv::{FlvReader, Tag, TagKind};
-use prometheus::Registry;
+use downpour::http::ViewerSettings;
+use downpour_hub::MaxLag;
+use downpour_media::flv::{FlvReader, Tag};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpSocket, TcpStream},
-    task::{JoinHandle, JoinSet},
+    io::AsyncReadExt,
+    task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn viewers_of_every_speed_get_what_the_log_holds() {
@@ -43,7 +39,7 @@ async fn every_speed(settings: ViewerSettings, seed: u64) {
         send_buffer: Some(8 * 1024),
         ..settings
     };
-    let node = Node::start(settings).await;
+    let node = HttpNode::start(settings).await;
     let mut publisher = node.publish();
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut pushed = vec![video_header(0), audio_header(0)];
@@ -78,7 +74,7 @@ async fn every_speed(settings: ViewerSettings, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
-    let node = Node::start(ViewerSettings::default()).await;
+    let node = HttpNode::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
     let pushing = tokio::spawn(async move {
@@ -94,7 +90,7 @@ async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
         for _ in 0..300 {
             let (address, bytes) = (node.address, rng.random_range(0..30_000usize));
             crowd.spawn(async move {
-                let mut socket = ask(address, 0).await;
+                let mut socket = connect(address, WATCH, 0).await;
                 let mut read = 0;
                 let mut buffer = [0; 4096];
                 while read < bytes {
@@ -113,7 +109,7 @@ async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
     let stream = node.hub.stream("live/movie").unwrap();
     assert_eq!(stream.counters().viewers.load(Ordering::Relaxed), 0);
     // One more finds the stream as the first did.
-    let mut last = ask(node.address, 0).await;
+    let mut last = node.connect(WATCH).await;
     let mut buffer = [0; 64];
     assert!(timeout(DEADLINE, last.read(&mut buffer)).await.unwrap().unwrap() > 0);
     pushing.abort();
@@ -121,20 +117,20 @@ async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_audio_before_a_stall_is_not_kept() {
-    let mut node = Node::start(ViewerSettings::default()).await;
+    let mut node = HttpNode::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
-    publisher.push(frame(0x17, 0, 100));
-    let mut viewer = FlvViewer::of(ask(node.address, 0).await).await;
-    for tag in [video_header(0), frame(0x17, 0, 100)] {
+    publisher.push(key_frame(0, 100));
+    let mut viewer = node.watch().await;
+    for tag in [video_header(0), key_frame(0, 100)] {
         assert_eq!(viewer.next().await, Some(tag));
     }
     // Who is up with the stream belongs to a group, which is woken by the frame and not by the audio.
     let in_a_group =
-        |node: &Node| node.metrics.viewers.get() == 1 && node.metrics.viewers_behind.get() == 0;
+        |node: &HttpNode| node.metrics.viewers.get() == 1 && node.metrics.viewers_behind.get() == 0;
     node.eventually("it is in a group", in_a_group).await;
-    publisher.push(frame(0x27, 40, 100));
-    assert_eq!(viewer.next().await, Some(frame(0x27, 40, 100)));
+    publisher.push(inter(40, 100));
+    assert_eq!(viewer.next().await, Some(inter(40, 100)));
     publisher.push(audio(45));
     let began = Instant::now();
     assert_eq!(viewer.next().await, Some(audio(45)));
@@ -149,12 +145,12 @@ async fn the_last_audio_before_a_stall_is_not_kept() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn viewers_end_with_a_server_that_is_dropped() {
-    let node = Node::start(ViewerSettings::default()).await;
+    let node = HttpNode::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
-    publisher.push(frame(0x17, 0, 100));
-    let mut viewer = FlvViewer::of(ask(node.address, 0).await).await;
-    for tag in [video_header(0), frame(0x17, 0, 100)] {
+    publisher.push(key_frame(0, 100));
+    let mut viewer = node.watch().await;
+    for tag in [video_header(0), key_frame(0, 100)] {
         assert_eq!(viewer.next().await, Some(tag));
     }
     node.server.abort();
@@ -166,14 +162,14 @@ async fn viewers_end_with_a_server_that_is_dropped() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn merged_writes_are_few_and_the_end_does_not_wait_for_them() {
     let merge_write = Duration::from_secs(2);
-    let node = Node::start(ViewerSettings { merge_write, ..ViewerSettings::default() }).await;
+    let node = HttpNode::start(ViewerSettings { merge_write, ..ViewerSettings::default() }).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
-    publisher.push(frame(0x17, 0, 100));
+    publisher.push(key_frame(0, 100));
     let mut viewers = Vec::new();
     for _ in 0..20 {
-        let mut viewer = FlvViewer::of(ask(node.address, 0).await).await;
-        for tag in [video_header(0), frame(0x17, 0, 100)] {
+        let mut viewer = node.watch().await;
+        for tag in [video_header(0), key_frame(0, 100)] {
             assert_eq!(viewer.next().await, Some(tag));
         }
         viewers.push(viewer);
@@ -181,14 +177,14 @@ async fn merged_writes_are_few_and_the_end_does_not_wait_for_them() {
     // For less than a period, so that there is at most one write for all of it, and that of the end.
     let began = Instant::now();
     for i in 1..=100 {
-        publisher.push(frame(0x27, i * 40, 100));
+        publisher.push(inter(i * 40, 100));
         sleep(Duration::from_millis(5)).await;
     }
     let pushed = began.elapsed();
     drop(publisher);
     for mut viewer in viewers {
         for i in 1..=100 {
-            assert_eq!(viewer.next().await, Some(frame(0x27, i * 40, 100)));
+            assert_eq!(viewer.next().await, Some(inter(i * 40, 100)));
         }
         assert_eq!(viewer.next().await, None);
         if pushed < Duration::from_millis(1900) {
@@ -202,7 +198,7 @@ async fn watch(address: SocketAddr, seed: u64) -> Vec<Tag> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let slow = rng.random_bool(0.4);
     let buffer = if slow { rng.random_range(2..16) * 1024 } else { 0 };
-    let mut socket = ask(address, buffer).await;
+    let mut socket = connect(address, WATCH, buffer).await;
     let mut bytes = Vec::new();
     let mut piece = vec![0; rng.random_range(100..40_000)];
     loop {
@@ -246,112 +242,10 @@ fn tags_of(number: u32, rng: &mut SmallRng) -> Vec<Tag> {
     let at = number * 40 + 1;
     let mut tags: Vec<_> = (0..rng.random_range(0..4)).map(|i| audio(at + i)).collect();
     tags.push(match number % 25 {
-        0 => frame(0x17, at, rng.random_range(6_000..30_000)),
-        _ => frame(0x27, at, rng.random_range(10..3_000)),
+        0 => key_frame(at, rng.random_range(6_000..30_000)),
+        _ => inter(at, rng.random_range(10..3_000)),
     });
     tags
-}
-
-async fn ask(address: SocketAddr, buffer: u32) -> TcpStream {
-    let socket = TcpSocket::new_v4().unwrap();
-    if buffer > 0 {
-        socket.set_recv_buffer_size(buffer).unwrap();
-    }
-    let mut socket = timeout(DEADLINE, socket.connect(address)).await.unwrap().unwrap();
-    socket.write_all(b"GET /live/movie.flv HTTP/1.1\r\nHost: edge\r\n\r\n").await.unwrap();
-    socket
-}
-
-struct FlvViewer {
-    socket: TcpStream,
-    reader: FlvReader,
-    /// Reads that got something of the body.
-    reads: usize,
-}
-
-impl FlvViewer {
-    async fn of(mut socket: TcpStream) -> Self {
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(timeout(DEADLINE, socket.read_u8()).await.expect("more").unwrap());
-        }
-        Self { socket, reader: FlvReader::new(), reads: 0 }
-    }
-
-    async fn next(&mut self) -> Option<Tag> {
-        loop {
-            if let Some(tag) = self.reader.next_tag().unwrap() {
-                return Some(tag);
-            }
-            let mut bytes = [0; 64 * 1024];
-            match timeout(DEADLINE, self.socket.read(&mut bytes)).await.expect("more").unwrap() {
-                0 => return None,
-                count => self.reader.push(&bytes[..count]),
-            }
-            self.reads += 1;
-        }
-    }
-}
-
-struct Node {
-    address: SocketAddr,
-    hub: Hub,
-    metrics: HttpMetrics,
-    registry: Registry,
-    shutdown: CancellationToken,
-    server: JoinHandle<()>,
-}
-
-impl Node {
-    async fn start(settings: ViewerSettings) -> Self {
-        let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let admission = Admission::new(hub.clone(), admission::Settings::default());
-        let registry = metrics::registry(&admission, None).unwrap();
-        let metrics = HttpMetrics::register(&registry).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let server =
-            HttpServer::new(listener, Some(admission), Router::new(), settings, metrics.clone());
-        let shutdown = CancellationToken::new();
-        let server = tokio::spawn(server.run(shutdown.clone(), Duration::from_millis(300)));
-        Self { address, hub, metrics, registry, shutdown, server }
-    }
-
-    fn publish(&self) -> Publisher {
-        self.hub.publish("live/movie".parse().unwrap()).unwrap()
-    }
-
-    fn counter(&self, series: &str) -> u64 {
-        let text = metrics::encode(&self.registry).unwrap();
-        let value = text.lines().find_map(|line| line.strip_prefix(series)).unwrap();
-        value.trim().parse().unwrap()
-    }
-
-    async fn eventually(&self, what: &str, condition: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + DEADLINE;
-        while !condition(self) {
-            assert!(Instant::now() < deadline, "not in time: {what}");
-            sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
-
-fn video_header(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Video, timestamp, &[0x17, 0, 0, 0, 0, 1]).unwrap()
-}
-
-fn audio_header(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Audio, timestamp, &[0xaf, 0, 0x12, 0x10]).unwrap()
-}
-
-fn frame(first: u8, timestamp: u32, len: usize) -> Tag {
-    let mut body = vec![timestamp as u8; len];
-    body[..5].copy_from_slice(&[first, 1, 0, 0, 0]);
-    Tag::new(TagKind::Video, timestamp, &body).unwrap()
-}
-
-fn audio(timestamp: u32) -> Tag {
-    Tag::new(TagKind::Audio, timestamp, &[0xaf, 1, 7]).unwrap()
 }
 
 const DEADLINE: Duration = Duration::from_secs(30);

@@ -3,26 +3,23 @@
 use std::{
     fs::File,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use crate::common::http_node::HttpNode;
 use downpour::{
     cli::{Failure, PullArgs, PushArgs, pull, push},
-    http::{
-        HttpMetrics, HttpServer, ViewerSettings,
-        api::{self, ApiState},
-    },
-    node::metrics,
+    http::ViewerSettings,
     rtmp::listener::{Server, ServerSettings},
 };
-use downpour_hub::{Admission, Hub, LogLimits, admission};
+use downpour_hub::Hub;
 use downpour_media::flv::{FlvTags, FlvWriter, Tag, TagKind};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_pushed_is_pulled_tag_by_tag() {
-    let node = Node::start().await;
+    let node = PushPull::start().await;
     let tags = clip(25);
     let file = node.write("in.flv", &tags);
     let output = node.dir.path().join("out.flv");
@@ -40,7 +37,7 @@ async fn what_is_pushed_is_pulled_tag_by_tag() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_loop_goes_on_in_time_over_several_connections() {
-    let node = Node::start().await;
+    let node = PushPull::start().await;
     let tags = clip(5);
     let file = node.write("in.flv", &tags);
     let stop = CancellationToken::new();
@@ -65,7 +62,7 @@ async fn a_loop_goes_on_in_time_over_several_connections() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failures_are_told() {
-    let node = Node::start().await;
+    let node = PushPull::start().await;
     let file = node.write("in.flv", &clip(5));
     let taken = node.hub.publish("live/movie".parse().unwrap()).unwrap();
     let error = node.push(&file, "live/movie", 1, false).await.unwrap_err();
@@ -89,44 +86,26 @@ async fn failures_are_told() {
     assert!(matches!(error, Failure::Usage(_)), "{error}");
 }
 
-struct Node {
+/// RTMP in, HTTP-FLV out, and a hub between.
+struct PushPull {
     hub: Hub,
     dir: tempfile::TempDir,
-    http: String,
+    http: HttpNode,
+    /// Address of the RTMP server, which ends with the HTTP server.
     rtmp: String,
-    shutdown: CancellationToken,
 }
 
 type Outcome = Result<(pull::Totals, String), Failure>;
 
-impl Node {
+impl PushPull {
     async fn start() -> Self {
-        let hub = Hub::new(LogLimits { max_bytes: 64 << 20, max_age: 60_000 });
-        let admission = Admission::new(hub.clone(), admission::Settings::default());
-        let registry = metrics::registry(&admission, None).unwrap();
-        let metrics = HttpMetrics::register(&registry).unwrap();
-        let router = api::router(ApiState {
-            hub: hub.clone(),
-            registry,
-            started: Instant::now(),
-            downstream: None,
-        });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server = HttpServer::new(
-            listener,
-            Some(admission.clone()),
-            router,
-            ViewerSettings::default(),
-            metrics,
-        );
-        let http = server.local_addr().unwrap().to_string();
-        let shutdown = CancellationToken::new();
-        tokio::spawn(server.run(shutdown.clone(), Duration::ZERO));
+        let http = HttpNode::start(ViewerSettings::default()).await;
+        let hub = http.hub.clone();
         let rtmp_server =
             Server::bind("127.0.0.1:0".parse().unwrap(), ServerSettings::default()).unwrap();
         let rtmp = rtmp_server.local_addr().unwrap().to_string();
-        tokio::spawn(rtmp_server.run(admission, shutdown.clone()));
-        Self { hub, dir: tempfile::tempdir().unwrap(), http, rtmp, shutdown }
+        tokio::spawn(rtmp_server.run(http.admission.clone(), http.shutdown.clone()));
+        Self { hub, dir: tempfile::tempdir().unwrap(), http, rtmp }
     }
 
     fn rtmp(&self, path: &str) -> String {
@@ -153,19 +132,13 @@ impl Node {
         output: Option<PathBuf>,
         duration: Option<Duration>,
     ) -> JoinHandle<Outcome> {
-        let url = format!("http://{}/{path}", self.http);
+        let url = format!("http://{}/{path}", self.http.address);
         let args = PullArgs { url, output, count: 1, duration };
         tokio::spawn(async move {
             let mut out = Vec::new();
             let totals = pull::receive_all(&args, CancellationToken::new(), &mut out).await?;
             Ok((totals, String::from_utf8(out).unwrap()))
         })
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        self.shutdown.cancel();
     }
 }
 

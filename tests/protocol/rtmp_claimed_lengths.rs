@@ -1,6 +1,10 @@
 //! Chunk headers that claim far more than is sent cost what is sent.
 
-use crate::common::{process, process::resident_bytes, rtmp_node::*};
+use crate::common::{
+    eventually, process,
+    process::resident_bytes,
+    rtmp_node::{RawEncoder, RtmpServer},
+};
 use downpour::rtmp::listener::ServerSettings;
 use downpour_rtmp::chunk::VIDEO;
 
@@ -9,7 +13,7 @@ async fn bodies_that_claim_16_mb_cost_what_was_sent() {
     if !process::alone(module_path!(), "bodies_that_claim_16_mb_cost_what_was_sent", None) {
         return;
     }
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let addr = server.addr;
     let before = resident_bytes();
     let encoders = tokio::task::spawn_blocking(move || {
@@ -34,7 +38,7 @@ async fn bodies_that_claim_16_mb_cost_what_was_sent() {
     .unwrap();
     let name = "downpour_rtmp_received_bytes_total";
     let sent = 100.0 * (57 * 140 + 22) as f64;
-    wait_for("the bytes", || server.metric(name) > sent).await;
+    eventually("the bytes", || server.metric(name) > sent).await;
     // 5,800 claims of 16 MB: 97 GB. At 4 KB each it is 24 MB, and the rest is room for the test.
     let grown = resident_bytes().saturating_sub(before);
     assert!(grown < 60 << 20, "{grown} bytes");

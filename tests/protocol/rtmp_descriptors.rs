@@ -2,7 +2,7 @@
 
 use std::{net::TcpStream, time::Duration};
 
-use crate::common::{process, rtmp_node::*};
+use crate::common::{SOON, eventually, process, rtmp_node::RtmpServer};
 use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -10,7 +10,7 @@ async fn running_out_of_descriptors_passes() {
     if !process::alone(module_path!(), "running_out_of_descriptors_passes", Some(120)) {
         return;
     }
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     // Clients first, in one go, until there is no descriptor for the server's end.
     let addr = server.addr;
     let clients = tokio::task::spawn_blocking(move || {
@@ -18,7 +18,7 @@ async fn running_out_of_descriptors_passes() {
     });
     let clients = clients.await.unwrap();
     let name = "downpour_rtmp_accept_errors_total";
-    wait_for("a failure to accept", || server.metric(name) >= 2.0).await;
+    eventually("a failure to accept", || server.metric(name) >= 2.0).await;
     // The pauses grow from 10 ms, so half a second has room for six more; a loop that spins makes
     // thousands.
     let errors = server.metric(name);
@@ -27,5 +27,5 @@ async fn running_out_of_descriptors_passes() {
 
     drop(clients);
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
-    Publisher::connect(&server.url("live/x"), PATIENCE).await.unwrap();
+    Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
 }

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use crate::common::rtmp_node::*;
+use crate::common::{
+    SOON, eventually,
+    rtmp_node::{RawEncoder, Recorded, RtmpServer, SIMPLE_HANDSHAKE},
+};
 use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 use downpour_media::{
     amf0::Value,
@@ -18,15 +21,15 @@ use downpour_rtmp::chunk::{
 
 /// A server with a stream that must not notice what the test does beside it.
 struct Witness {
-    server: Running,
+    server: RtmpServer,
     publisher: Publisher,
     sent: u32,
 }
 
 impl Witness {
     async fn start(settings: ServerSettings) -> Self {
-        let server = Running::start(settings);
-        let publisher = Publisher::connect(&server.url("live/witness"), PATIENCE).await.unwrap();
+        let server = RtmpServer::start(settings);
+        let publisher = Publisher::connect(&server.url("live/witness"), SOON).await.unwrap();
         let mut witness = Self { server, publisher, sent: 0 };
         witness.check().await;
         witness
@@ -38,7 +41,7 @@ impl Witness {
         self.sent += 1;
         self.publisher.send(&tag).await.unwrap();
         let arrived = |all: &[Recorded]| all.len() == 1 && all[0].tags.last() == Some(&tag);
-        wait_for("the witness", || self.server.node.recorded("live/witness", arrived)).await;
+        eventually("the witness", || self.server.recorder.recorded("live/witness", arrived)).await;
     }
 
     /// The connection of `encoder` is closed as one that broke the protocol in this `kind`.
@@ -100,7 +103,7 @@ async fn amf_nested_100000_deep_is_an_error() {
     encoder.message(18, 0, &script);
     encoder.send().unwrap();
     let arrived = |all: &[Recorded]| all[0].tags.last().is_some_and(|t| t.body() == script);
-    wait_for("the script", || witness.server.node.recorded("live/script", arrived)).await;
+    eventually("the script", || witness.server.recorder.recorded("live/script", arrived)).await;
     witness.check().await;
 }
 
@@ -119,7 +122,7 @@ async fn chunk_sizes_at_the_edges() {
         encoder.send().unwrap();
         encoder.hang_up();
         let expected = Tag::new(TagKind::Video, 40, &[0x17; 100_000]).unwrap();
-        assert_eq!(witness.server.node.ended(&format!("live/{name}"), 1).await, [expected]);
+        assert_eq!(witness.server.recorder.ended(&format!("live/{name}"), 1).await, [expected]);
     }
     witness.check().await;
 }
@@ -139,7 +142,7 @@ async fn windows_of_0_and_1_and_floods_of_pings_are_survived() {
         encoder.send().unwrap();
         let arrived = |all: &[Recorded]| all[0].tags.len() == 1000;
         let key = format!("live/{name}");
-        wait_for("the tags", || witness.server.node.recorded(&key, arrived)).await;
+        eventually("the tags", || witness.server.recorder.recorded(&key, arrived)).await;
         witness.check().await;
     }
 }
@@ -156,11 +159,11 @@ async fn who_asks_and_never_reads_is_cut_off() {
         }
         let pings = encoder.out.clone();
         // The answers fill both sides' buffers, then ours are no longer read.
-        encoder.stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        encoder.stream.set_write_timeout(Some(SOON)).unwrap();
         while encoder.stream.write_all(&pings).is_ok() {}
     });
     let name = "downpour_rtmp_closed_total{reason=\"write_timeout\"}";
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = tokio::time::Instant::now() + SOON;
     while witness.server.metric(name) < 1.0 {
         assert!(tokio::time::Instant::now() < deadline, "still open");
         witness.check().await;
@@ -224,7 +227,7 @@ async fn other_protocols_are_hung_up_on_at_once() {
         let greeting = greeting.to_vec();
         let answer = tokio::task::spawn_blocking(move || {
             let mut stream = TcpStream::connect(addr).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_read_timeout(Some(SOON)).unwrap();
             stream.write_all(&greeting).unwrap();
             let mut answer = Vec::new();
             let _ = stream.read_to_end(&mut answer);

@@ -2,7 +2,11 @@
 
 use std::{io::Write, net::TcpStream, time::Duration};
 
-use crate::common::{process, process::resident_bytes, rtmp_node::*};
+use crate::common::{
+    SOON, process,
+    process::resident_bytes,
+    rtmp_node::{RawEncoder, RtmpServer, SIMPLE_HANDSHAKE},
+};
 use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 use downpour_media::amf0::Value;
 
@@ -13,7 +17,7 @@ async fn idle_connections_are_small_and_counted() {
     }
     // Both ends are in this process.
     let count = (descriptor_limit().saturating_sub(500) / 2).min(10_000);
-    let server = Running::start(ServerSettings {
+    let server = RtmpServer::start(ServerSettings {
         max_connections: count,
         publish_timeout: Duration::from_secs(300),
         idle_timeout: Duration::from_secs(300),
@@ -47,7 +51,7 @@ async fn idle_connections_are_small_and_counted() {
     assert!(each < 10_000, "{each} bytes a connection");
 
     // One more than allowed: an idle connection makes room for it.
-    let publisher = Publisher::connect(&server.url("live/one-more"), PATIENCE).await.unwrap();
+    let publisher = Publisher::connect(&server.url("live/one-more"), SOON).await.unwrap();
     server.metric_reaches("downpour_rtmp_closed_total{reason=\"displaced\"}", 1.0).await;
     assert_eq!(server.metric("downpour_rtmp_displaced_total"), 1.0);
     assert_eq!(server.metric("downpour_rtmp_refused_total{reason=\"connections\"}"), 0.0);

@@ -2,7 +2,11 @@
 
 use std::{net::TcpListener, time::Instant};
 
-use crate::common::rtmp_node::*;
+use crate::common::{
+    SOON,
+    compare::{media, read_flv},
+    rtmp_node::{ffmpeg_command, make_flv},
+};
 use downpour::rtmp::client::{ClientError, Player};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -15,9 +19,9 @@ async fn ffmpeg_serves_and_every_tag_arrives() {
     let serve = ["-i", file.to_str().unwrap(), "-c", "copy", "-f", "flv", "-listen", "1", &url];
     let mut ffmpeg = ffmpeg_command(&serve).stderr(std::process::Stdio::null()).spawn().unwrap();
 
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + SOON;
     let mut player = loop {
-        match Player::connect(&url.parse().unwrap(), PATIENCE).await {
+        match Player::connect(&url.parse().unwrap(), SOON).await {
             Ok(player) => break player,
             // Not listening yet.
             Err(ClientError::Io(_)) if Instant::now() < deadline => {
@@ -27,9 +31,7 @@ async fn ffmpeg_serves_and_every_tag_arrives() {
         }
     };
     let mut received = Vec::new();
-    while let Some(tag) =
-        tokio::time::timeout(PATIENCE, player.next()).await.expect("a tag").unwrap()
-    {
+    while let Some(tag) = tokio::time::timeout(SOON, player.next()).await.expect("a tag").unwrap() {
         received.push(tag);
     }
     assert_eq!(media(&received), media(&read_flv(&file)));
@@ -46,6 +48,6 @@ async fn a_server_that_says_nothing_is_a_timeout() {
     let error = Player::connect(&url, std::time::Duration::from_millis(100)).await.unwrap_err();
     assert!(matches!(error, ClientError::Timeout(_)), "{error}");
     drop(listener);
-    let error = Player::connect(&url, PATIENCE).await.unwrap_err();
+    let error = Player::connect(&url, SOON).await.unwrap_err();
     assert!(matches!(error, ClientError::Io(_)), "{error}");
 }

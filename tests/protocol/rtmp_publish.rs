@@ -5,7 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::rtmp_node::*;
+use crate::common::{
+    SOON,
+    compare::{media, read_flv},
+    rtmp_node::{RawEncoder, RtmpServer, ffmpeg, ffmpeg_command, make_flv},
+};
 use bytes::BytesMut;
 use downpour::rtmp::{
     client::{ClientError, Publisher},
@@ -19,18 +23,18 @@ async fn ffmpeg_pushes_h264_and_aac_and_every_tag_arrives() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("in.flv");
     make_flv(&file).await;
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let url = format!("{}?token=1", server.url("live/ffmpeg"));
     for round in 1..=2 {
         let push = ["-i", file.to_str().unwrap(), "-c", "copy", "-f", "flv", &url];
         let output = ffmpeg(&push).await;
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let received = server.node.ended("live/ffmpeg", round).await;
+        let received = server.recorder.ended("live/ffmpeg", round).await;
         assert_eq!(media(&received), media(&read_flv(&file)), "round {round}");
         let metadata = received.iter().find(|tag| tag.kind() == TagKind::Script).unwrap();
         assert!(metadata.body().starts_with(b"\x02\0\x0aonMetaData"));
     }
-    server.node.recorded("live/ffmpeg", |all| assert_eq!(all[0].query, "token=1"));
+    server.recorder.recorded("live/ffmpeg", |all| assert_eq!(all[0].query, "token=1"));
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
     assert!(server.metric("downpour_rtmp_tags_total{kind=\"video\"}") >= 100.0);
     assert_eq!(server.metric("downpour_rtmp_closed_total{reason=\"protocol\"}"), 0.0);
@@ -38,7 +42,7 @@ async fn ffmpeg_pushes_h264_and_aac_and_every_tag_arrives() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ffmpegs_handshake_check_as_a_player_passes_and_it_is_told_that_there_is_no_play() {
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let url = server.url("live/x").to_string();
     let output = ffmpeg(&["-loglevel", "debug", "-i", &url, "-f", "null", "-"]).await;
     let log = String::from_utf8_lossy(&output.stderr);
@@ -50,9 +54,8 @@ async fn ffmpegs_handshake_check_as_a_player_passes_and_it_is_told_that_there_is
 
 #[tokio::test(flavor = "multi_thread")]
 async fn our_publisher_delivers_every_tag_unchanged() {
-    let server = Running::start(ServerSettings::default());
-    let mut publisher =
-        Publisher::connect(&server.url("live/eu/ours?k=1"), PATIENCE).await.unwrap();
+    let server = RtmpServer::start(ServerSettings::default());
+    let mut publisher = Publisher::connect(&server.url("live/eu/ours?k=1"), SOON).await.unwrap();
     let mut sent = vec![
         Tag::new(TagKind::Script, 0, b"\x02\0\x0aonMetaData\x05").unwrap(),
         Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0]).unwrap(),
@@ -68,7 +71,7 @@ async fn our_publisher_delivers_every_tag_unchanged() {
         publisher.send(tag).await.unwrap();
     }
     publisher.close().await.unwrap();
-    assert_eq!(server.node.ended("live/eu/ours", 1).await, sent);
+    assert_eq!(server.recorder.ended("live/eu/ours", 1).await, sent);
     server.metric_reaches("downpour_rtmp_closed_total{reason=\"eof\"}", 1.0).await;
 }
 
@@ -82,9 +85,9 @@ async fn our_publisher_feeds_ffmpeg() {
     let receive = ["-listen", "1", "-i", &url, "-c", "copy", copy.to_str().unwrap()];
     let mut ffmpeg = ffmpeg_command(&receive);
     let ffmpeg = tokio::task::spawn_blocking(move || ffmpeg.output().unwrap());
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + SOON;
     let mut publisher = loop {
-        match Publisher::connect(&url.parse().unwrap(), PATIENCE).await {
+        match Publisher::connect(&url.parse().unwrap(), SOON).await {
             Ok(publisher) => break publisher,
             // Not listening yet.
             Err(ClientError::Io(_)) if Instant::now() < deadline => {
@@ -109,10 +112,10 @@ async fn our_publisher_feeds_ffmpeg() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_publisher_sees_the_error_status_and_the_first_goes_on() {
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let url = server.url("live/x");
-    let mut first = Publisher::connect(&url, PATIENCE).await.unwrap();
-    let refused = Publisher::connect(&url, PATIENCE).await.unwrap_err();
+    let mut first = Publisher::connect(&url, SOON).await.unwrap();
+    let refused = Publisher::connect(&url, SOON).await.unwrap_err();
     let ClientError::Rejected { code, description } = refused else { panic!("{refused}") };
     assert_eq!(code, "NetStream.Publish.BadName");
     assert_eq!(description, "live/x already has a live publisher");
@@ -127,18 +130,18 @@ async fn a_second_publisher_sees_the_error_status_and_the_first_goes_on() {
     let tag = Tag::new(TagKind::Audio, 5, &[0xaf, 1, 2]).unwrap();
     first.send(&tag).await.unwrap();
     first.close().await.unwrap();
-    assert_eq!(server.node.ended("live/x", 1).await, [tag]);
+    assert_eq!(server.recorder.ended("live/x", 1).await, [tag]);
     assert_eq!(server.metric("downpour_rtmp_refused_total{reason=\"already_live\"}"), 2.0);
 
-    let denied = Publisher::connect(&server.url("live/y?denied"), PATIENCE).await.unwrap_err();
+    let denied = Publisher::connect(&server.url("live/y?denied"), SOON).await.unwrap_err();
     assert!(denied.to_string().contains("NetStream.Publish.Unauthorized"), "{denied}");
     // The key is free again.
-    Publisher::connect(&url, PATIENCE).await.unwrap();
+    Publisher::connect(&url, SOON).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn audio_chunks_inside_a_video_message_are_put_together() {
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let mut encoder = RawEncoder::publish(server.addr, "live", "x");
     let mut writer = ChunkWriter::new();
     let head = |kind, timestamp| MessageHead { kind, stream_id: 1, timestamp };
@@ -160,33 +163,33 @@ async fn audio_chunks_inside_a_video_message_are_put_together() {
     let mut expected: Vec<Tag> =
         [10, 20, 30].map(|time| Tag::new(TagKind::Audio, time, &[0xaf; 200]).unwrap()).to_vec();
     expected.push(Tag::new(TagKind::Video, 40, &video).unwrap());
-    assert_eq!(server.node.ended("live/x", 1).await, expected);
+    assert_eq!(server.recorder.ended("live/x", 1).await, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_that_is_taken_is_an_error() {
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let error = Server::bind(server.addr, ServerSettings::default()).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_node_can_end_a_publication() {
-    let server = Running::start(ServerSettings::default());
-    let mut publisher = Publisher::connect(&server.url("live/x"), PATIENCE).await.unwrap();
-    server.node.recorded("live/x", |all| all[0].kick.cancel());
+    let server = RtmpServer::start(ServerSettings::default());
+    let mut publisher = Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
+    server.recorder.recorded("live/x", |all| all[0].kick.cancel());
     let error = closed_error(&mut publisher).await;
     assert!(error.to_string().contains("the node ended the publication"), "{error}");
-    server.node.ended("live/x", 1).await;
+    server.recorder.ended("live/x", 1).await;
     server.metric_reaches("downpour_rtmp_closed_total{reason=\"kicked\"}", 1.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_publication_ends_before_its_encoder_hangs_up() {
-    let server = Running::start(ServerSettings::default());
+    let server = RtmpServer::start(ServerSettings::default());
     let encoder = RawEncoder::publish(server.addr, "live", "x");
-    server.node.recorded("live/x", |all| all[0].kick.cancel());
-    server.node.ended("live/x", 1).await;
+    server.recorder.recorded("live/x", |all| all[0].kick.cancel());
+    server.recorder.ended("live/x", 1).await;
     // It is given a second to read why.
     assert_eq!(server.metric("downpour_rtmp_connections"), 1.0);
     drop(encoder);
@@ -195,8 +198,8 @@ async fn a_publication_ends_before_its_encoder_hangs_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn shutting_down_tells_the_encoders_and_ends() {
-    let mut server = Running::start(ServerSettings::default());
-    let mut publisher = Publisher::connect(&server.url("live/x"), PATIENCE).await.unwrap();
+    let mut server = RtmpServer::start(ServerSettings::default());
+    let mut publisher = Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
     let mut silent = RawEncoder::connect(server.addr);
     server.shutdown.cancel();
     let error = closed_error(&mut publisher).await;
@@ -204,14 +207,14 @@ async fn shutting_down_tells_the_encoders_and_ends() {
     drop(publisher);
     assert!(tokio::task::spawn_blocking(move || silent.is_closed()).await.unwrap());
     let task = server.task.take().unwrap();
-    tokio::time::timeout(PATIENCE, task).await.expect("the server ends").unwrap();
+    tokio::time::timeout(SOON, task).await.expect("the server ends").unwrap();
     assert_eq!(server.metric("downpour_rtmp_connections"), 0.0);
     assert_eq!(server.metric("downpour_rtmp_closed_total{reason=\"shutdown\"}"), 2.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_is_not_waited_for() {
-    let server = Running::start(ServerSettings {
+    let server = RtmpServer::start(ServerSettings {
         publish_timeout: Duration::from_millis(300),
         idle_timeout: Duration::from_millis(900),
         ..ServerSettings::default()
@@ -233,7 +236,7 @@ async fn silence_is_not_waited_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_can_be_published_again_on_the_same_connection() {
-    let server = Running::start(ServerSettings {
+    let server = RtmpServer::start(ServerSettings {
         publish_timeout: Duration::from_millis(400),
         ..ServerSettings::default()
     });
@@ -244,7 +247,7 @@ async fn a_key_can_be_published_again_on_the_same_connection() {
     encoder.message(AUDIO, 7, &[0xaf, 1]);
     encoder.command(0, "FCUnpublish", 6.0, &name());
     encoder.send().unwrap();
-    assert_eq!(server.node.ended("live/x", 2).await.len(), 1);
+    assert_eq!(server.recorder.ended("live/x", 2).await.len(), 1);
     // And without a third publication it is closed, as at the start.
     assert!(tokio::task::spawn_blocking(move || encoder.is_closed()).await.unwrap());
     server.metric_reaches("downpour_rtmp_closed_total{reason=\"publish_timeout\"}", 1.0).await;
@@ -252,7 +255,7 @@ async fn a_key_can_be_published_again_on_the_same_connection() {
 
 /// Sends until the server's reason comes back.
 async fn closed_error(publisher: &mut Publisher) -> ClientError {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + SOON;
     loop {
         if let Err(error) = publisher.flush().await {
             return error;

@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_text_is_an_error_that_says_what_is_expected() {
+    fn invalid_text_names_the_expected_form() {
         for text in ["", "/", "host", "192.0.2", "192.0.2.0:80", "[::1]", "192.0.2.300/8"] {
             assert_eq!(text.parse::<AddrRange>(), Err(InvalidRange::Address), "{text}");
         }

@@ -12,7 +12,7 @@
 //!
 //! | event | cut to |
 //! |---|---|
-//! | round trip above its limit for [`SUSTAINED`], then again per such period | 3/4 |
+//! | round trip above its limit for 50 ms or one round trip, then again per such period | 3/4 |
 //! | persistent congestion: nothing arrived for several timeouts | 1/2 |
 //! | ECN CE mark | 4/5 |
 //! | more bytes lost than acknowledged within a round trip | 7/10 |

@@ -1,7 +1,7 @@
-//! Node to node: every tag of the hub as RTP to many edges, and back.
+//! Distribution of streams from node to node, as RTP over UDP with repair over QUIC.
 //!
-//! [`downstream`] is a sink: fan-out, history and the repair server. [`upstream`] is a source: RTP
-//! in, reordering and the repair client.
+//! [`downstream`] is a sink of the hub: fan-out, history and the repair server. [`upstream`] is a source:
+//! RTP reception, reordering and the repair client.
 
 mod addr_range;
 pub mod address;

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Invariants: RTP is sent only to an address that the edge validated with its nonce; the route, the
-//! entry in the table of edges and the path table entry exist exactly while the [`Session`] exists.
+//! entry in the table of edges and the path table entry exist exactly while the session exists.
 
 mod metrics;
 

@@ -68,6 +68,7 @@ impl GsoState {
     }
 
     /// The kernel has segmented a message.
+    #[inline]
     pub(super) fn accepted(&mut self) {
         self.refusals = 0;
     }

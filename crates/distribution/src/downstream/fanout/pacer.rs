@@ -28,7 +28,7 @@ use downpour_sys::buffer::Buffer;
 /// Invariants: a flow is in `due` exactly once while it has jobs; a flow without jobs is removed; no
 /// flow lags further behind than the longest frame interval among its waiting jobs.
 ///
-/// The target list is sorted by address, so targets behind one uplink are neighbours. Consecutive
+/// The target list is mostly sorted by address, so targets behind one uplink are neighbours. Consecutive
 /// groups go to targets far apart in the list ([`golden_step`]), and each flow starts at another
 /// target.
 pub(super) struct Pacer {

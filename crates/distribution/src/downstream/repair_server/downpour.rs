@@ -158,7 +158,7 @@ pub(super) enum EdgeError {
     Refused(String),
     #[error(transparent)]
     Message(#[from] MessageError),
-    #[error("the edge sent a message that only the cloud may send")]
+    #[error("a message that only the cloud sends")]
     WrongDirection,
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use downpour_netem::{Bursts, LinkSettings};
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
-use crate::common::repair_sim::{Run, lossy};
+use crate::sim::{Run, lossy};
 
 /// One network and its targets.
 struct Cell {

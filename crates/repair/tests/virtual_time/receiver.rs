@@ -9,7 +9,7 @@ use downpour_repair::{
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 
-use crate::common::repair_sim::{Run, link, lossy};
+use crate::sim::{Run, link, lossy};
 use proptest::prelude::*;
 
 #[test]

@@ -10,7 +10,7 @@ use downpour_netem::{Blackout, Bursts, LinkSettings};
 use downpour_repair::receiver::{GRACE, Settings};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-use crate::common::repair_sim::{Run, lossy};
+use crate::sim::{Run, lossy};
 
 /// Loss, bursts, reordering, duplicates, jitter, blackouts; one path or two; clock jumps, wrapping
 /// sequence numbers, restarts of the sender.

@@ -111,8 +111,9 @@ impl<'a> World<'a> {
         let start = Instant::now();
         let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
         let mut history = History::new(1 << 15, Duration::from_secs(60));
+        let early = tag(0, 10);
         for _ in 0..run.before {
-            history.push(start, packetizer.packetize(&tag(0, 10)));
+            history.push(start, packetizer.packetize(&early));
         }
         let first = packetizer.next_seq();
         let mut receiver = Receiver::starting_at(run.receiver, first);

@@ -1,0 +1,6 @@
+//! Sender and receiver over emulated links, in virtual time.
+
+mod receiver;
+mod residual;
+mod seeds;
+mod sim;

@@ -1,0 +1,61 @@
+//! The sample files and the tables of `docs/configuration.md`.
+
+use super::schema::{Key, Reload, Settings};
+
+/// Returns the file that says the same as `settings`, every key with its meaning.
+pub(super) fn sample<T: Settings>(settings: &T) -> String {
+    let mut text = format!(
+        "# The {} node's settings, each at its default; docs/configuration.md says more.\n\
+         # A change takes effect after a restart, except for keys that are marked (live).\n",
+        T::ROLE
+    );
+    for section in settings.sections() {
+        text += &format!("\n# {}\n{}:\n", section.about, section.name);
+        for key in section.keys {
+            let live = if key.spec.reload == Reload::Live { " (live)" } else { "" };
+            text += &format!("  # {}{live}\n  {}: {}\n", meaning(&key), key.spec.name, key.value);
+        }
+    }
+    text
+}
+
+/// The meaning and, for a number, its range.
+fn meaning(key: &Key) -> String {
+    let range = key.range.as_ref().map(|range| format!(" Range: {range}."));
+    format!("{}{}", key.spec.meaning, range.unwrap_or_default())
+}
+
+/// Returns a document with the role's tables between the lines `<!-- cloud settings -->` (or
+/// `edge`) and `<!-- end -->`.
+#[cfg(test)]
+pub(super) fn with_table<T: Settings>(document: &str) -> String {
+    let begin = format!("<!-- {} settings -->\n", T::ROLE);
+    let (before, rest) = document.split_once(&begin).expect("the document has the role's marker");
+    let (_, after) = rest.split_once("<!-- end -->").expect("the marker has its end");
+    let mut table = String::new();
+    for section in T::default().sections() {
+        table += &format!(
+            "\n### {} `{}`\n\n{}\n\n\
+             | key | default | change | flat name | meaning |\n|---|---|---|---|---|\n",
+            T::ROLE,
+            section.name,
+            section.about
+        );
+        for key in section.keys {
+            let path = key.spec.path();
+            let names: Vec<_> = key.spec.aliases.iter().map(|name| format!("`{name}`")).collect();
+            let (names, meaning) = (names.join(", "), meaning(&key).replace('|', "\\|"));
+            let reload = key.spec.reload;
+            table += &format!("| `{path}` | `{}` | {reload} | {names} | {meaning} |\n", key.value);
+            for field in key.fields {
+                let default = if field.optional { "may be left out" } else { "required" };
+                table += &format!(
+                    "| `{path}[].{}` | {default} | {reload} | | {} |\n",
+                    field.name,
+                    field.meaning.replace('|', "\\|")
+                );
+            }
+        }
+    }
+    format!("{before}{begin}{table}\n<!-- end -->{after}")
+}
