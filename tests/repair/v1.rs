@@ -393,7 +393,7 @@ async fn a_broken_edge_is_told_why_and_counted() {
     let datagrams: [(&[u8], &str); 3] = [
         (&[1, 9, 0, 0, 0, 7, 0, 1, 0, 0], "nack for 9 copies"),
         (&[1, 1, 0, 0], "length does not match"),
-        (&[4, 0, 0, 0, 0, 7, 0, 1], "a message that only the cloud sends"),
+        (&[4, 0, 0, 0, 0, 7, 0, 1], "a message that only the cloud may send"),
     ];
     for (datagram, wanted) in datagrams {
         let edge = RawEdge::hello(cloud.addr, TransportConfig::default()).await;
@@ -773,7 +773,7 @@ async fn a_broken_cloud_is_left_with_a_reason() {
         }
     });
     let mut edge = Edge::start(edge_settings(addr));
-    for wanted in ["not welcome", "2097152 bytes", "welcome came twice", "does not fit", "a nack"] {
+    for wanted in ["not welcome", "2097152 bytes", "welcome came twice", "does not match", "a nack"] {
         let reason = edge.disconnected().await;
         assert!(reason.contains("broke the protocol") && reason.contains(wanted), "{reason}");
     }
