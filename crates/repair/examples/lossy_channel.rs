@@ -195,8 +195,7 @@ impl Player {
         self.receiver.handle_timeout(now);
         while let Some(request) = self.receiver.poll_request(now) {
             let slack_ms = request.slack_ms(now);
-            let nack =
-                Nack { ssrc: SSRC, copies: request.copies, slack_ms, seqs: request.seqs.clone() };
+            let nack = Nack { ssrc: SSRC, copies: request.copies, slack_ms, seqs: request.seqs };
             for datagram in nack.encode(MTU) {
                 requests.send(now, datagram);
             }
