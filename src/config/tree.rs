@@ -409,7 +409,8 @@ mod tests {
             ("1e3", None),
             (".nan", None),
             ("~", None),
-            ("-18446744073709551616", None),
+            // Out of the range of a whole number.
+            ("-18446744073709551616", Some("-18446744073709551616")),
         ] {
             assert_eq!(read(text).as_str(), word, "{text}");
         }

@@ -51,7 +51,7 @@ pub struct DownstreamApi {
     /// The connected edges.
     pub edges: Edges,
     /// TCP port of the RTMP listener, for the `url` of each publisher in `/stat/livestat`.
-    pub rtmp_port: u16,
+    pub rtmp_port: Option<u16>,
 }
 
 /// Returns the router of `/stats/time`, `/healthz` and `/metrics`; with a downstream also of
@@ -116,7 +116,7 @@ async fn live_stat(
     Query(query): Query<LiveStatQuery>,
     headers: HeaderMap,
 ) -> Response {
-    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).map_or("localhost", host_name);
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or("localhost");
     let room = query.room.as_deref().map(|room| room.trim_matches('/'));
     let (hub, downstream) = &*state;
     let mut publishers: Vec<_> = downstream
@@ -138,7 +138,11 @@ async fn live_stat(
             let (video_total_bytes, audio_total_bytes) = counted.unwrap_or_default();
             StreamStat {
                 key: key.to_string(),
-                url: format!("rtmp://{host}:{}/{key}", downstream.rtmp_port),
+                url: match downstream.rtmp_port {
+                    Some(port) => format!("rtmp://{}:{port}/{key}", host_name(host)),
+                    // A parent edge has no RTMP.
+                    None => format!("http://{host}/{key}.flv"),
+                },
                 start_time: stream.start_unix_ms(),
                 ssrc: stream.ssrc().0,
                 stream_id: RTMP_MESSAGE_STREAM,
@@ -286,6 +290,7 @@ mod tests {
 
     /// The API of a node with a downstream.
     fn serving(hub: &Hub, outgoing: &OutgoingStreams, edges: Edges, rtmp_port: u16) -> Router {
+        let rtmp_port = Some(rtmp_port);
         let outgoing = outgoing.clone();
         let downstream = DownstreamApi { outgoing, edges, rtmp_port };
         router(state(hub, Some(downstream)))

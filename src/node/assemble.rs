@@ -364,7 +364,7 @@ fn downstream_api(downstream: &Downstream, rtmp: Option<SocketAddr>) -> Downstre
     DownstreamApi {
         outgoing: downstream.outgoing().clone(),
         edges: downstream.edges().clone(),
-        rtmp_port: rtmp.map_or(0, |addr| addr.port()),
+        rtmp_port: rtmp.map(|addr| addr.port()),
     }
 }
 

@@ -134,7 +134,8 @@ pub type Decision<'a> = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send 
 /// A rule that admits or refuses publishers and players: keys, signed URLs, hooks, a directory.
 pub trait Policy: Send + Sync {
     /// Decides about a request before it is answered or announced. Other requests do not wait for the
-    /// decision. The future is dropped if the peer disconnects.
+    /// decision. The protocol drops the future when its time for a decision is over, or the node ends;
+    /// HTTP also when the viewer disconnects.
     ///
     /// # Errors
     /// The [`Refusal`] that the peer gets.
