@@ -128,7 +128,11 @@ pub struct DemoArgs {
 pub struct PushArgs {
     /// The FLV file to publish
     pub file: PathBuf,
-    /// The server: rtmp://HOST[:PORT]/APP/NAME; {i} becomes the number of the connection, from 0
+    /// URL of the server
+    #[arg(
+        help = "The server: rtmp://HOST[:PORT]/APP/NAME; {i} becomes the number of the connection, \
+                from 0"
+    )]
     pub url: String,
     /// Number of connections to publish over at once, 1 to 10000
     #[arg(long, value_name = "N", default_value = "1", value_parser = count::<10_000>)]
@@ -147,8 +151,11 @@ pub struct PushArgs {
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct PullArgs {
-    /// The server: http://HOST[:PORT]/APP/NAME.flv or rtmp://HOST[:PORT]/APP/NAME; {i} becomes the
-    /// number of the connection, from 0
+    /// URL of the server
+    #[arg(
+        help = "The server: http://HOST[:PORT]/APP/NAME.flv or rtmp://HOST[:PORT]/APP/NAME; {i} \
+                becomes the number of the connection, from 0"
+    )]
     pub url: String,
     /// The FLV file to write; with --count, the stream of the first connection
     #[arg(long, value_name = "FILE")]

@@ -62,7 +62,7 @@ async fn a_loop_goes_on_in_time_over_several_connections() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failures_are_told() {
-    let node = PushPull::start().await;
+    let node = PushPull::start_waiting(Duration::ZERO).await;
     let file = node.write("in.flv", &clip(5));
     let taken = node.hub.publish("live/movie".parse().unwrap()).unwrap();
     let error = node.push(&file, "live/movie", 1, false).await.unwrap_err();
@@ -99,7 +99,12 @@ type Outcome = Result<(pull::Totals, String), Failure>;
 
 impl PushPull {
     async fn start() -> Self {
-        let http = HttpNode::start_with(ViewerSettings::default(), Duration::from_secs(20)).await;
+        Self::start_waiting(Duration::from_secs(20)).await
+    }
+
+    /// Starts a node that lets viewers wait for `play_wait` until their stream is live.
+    async fn start_waiting(play_wait: Duration) -> Self {
+        let http = HttpNode::start_with(ViewerSettings::default(), play_wait).await;
         let hub = http.hub.clone();
         let rtmp_server =
             Server::bind("127.0.0.1:0".parse().unwrap(), ServerSettings::default()).unwrap();
