@@ -98,14 +98,18 @@ pub struct Recorder {
 pub struct Recorded {
     pub tags: Vec<Tag>,
     pub query: String,
-    pub kick: CancellationToken,
     pub ended: bool,
 }
 
 impl Recorder {
-    /// All publications of a key so far.
+    /// All publications of a key that have begun so far, each with its first tag.
     pub fn recorded<T>(&self, key: &str, f: impl FnOnce(&[Recorded]) -> T) -> T {
         f(self.lock().get(key).map_or(&[][..], Vec::as_slice))
+    }
+
+    /// Revokes the publication that was asked for last.
+    pub fn revoke(&self, key: &str) {
+        self.requests.lock().unwrap()[key].1.cancel();
     }
 
     /// Waits until `count` publications of `key` have ended, and returns the tags of the last.
@@ -143,12 +147,12 @@ impl Policy for Handler {
 impl Sink for Handler {
     fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
         let key = stream.key();
-        let (query, kick) = self.0.requests.lock().unwrap()[key.as_str()].clone();
+        let query = self.0.requests.lock().unwrap()[key.as_str()].0.clone();
         let mut streams = self.0.lock();
         let recorded = streams.entry(key.to_string()).or_default();
         assert!(recorded.last().is_none_or(|last| last.ended), "one publisher at a time");
         let index = recorded.len();
-        recorded.push(Recorded { tags: Vec::new(), query, kick, ended: false });
+        recorded.push(Recorded { tags: Vec::new(), query, ended: false });
         Some(Box::new(Recording(self.0.clone(), key.clone(), index)))
     }
 }

@@ -144,7 +144,7 @@ fn a_port_that_is_taken_costs_parity_only() {
     push.until_done(PUSH);
     assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
     let log = site.edges[0].node.log_text();
-    assert!(log.contains("no parity is taken"), "{log}");
+    assert!(log.contains("parity is off"), "{log}");
 }
 
 /// What became of one push.

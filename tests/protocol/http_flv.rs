@@ -193,7 +193,7 @@ async fn what_is_no_viewer_gets_a_clear_answer() {
     assert!(options.starts_with("HTTP/1.1 204 ") && options.contains("Allow-Methods"), "{options}");
     let none = node.ask("GET /live/none.flv HTTP/1.1\r\n\r\n").await;
     assert!(
-        none.starts_with("HTTP/1.1 404 ") && none.ends_with("The stream live/none is not live."),
+        none.starts_with("HTTP/1.1 404 ") && none.ends_with("the stream live/none is not live"),
         "{none}"
     );
     let post = node.ask("POST /live/movie.flv HTTP/1.1\r\nContent-Length: 0\r\n\r\n").await;

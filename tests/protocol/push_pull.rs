@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use crate::common::http_node::HttpNode;
+use crate::common::{SOON, http_node::HttpNode};
 use downpour::{
     cli::{Failure, PullArgs, PushArgs, pull, push},
     http::ViewerSettings,
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_pushed_is_pulled_tag_by_tag() {
-    let node = PushPull::start().await;
+    let node = PushPull::start(SOON).await;
     let tags = clip(25);
     let file = node.write("in.flv", &tags);
     let output = node.dir.path().join("out.flv");
@@ -37,7 +37,7 @@ async fn what_is_pushed_is_pulled_tag_by_tag() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_loop_goes_on_in_time_over_several_connections() {
-    let node = PushPull::start().await;
+    let node = PushPull::start(SOON).await;
     let tags = clip(5);
     let file = node.write("in.flv", &tags);
     let stop = CancellationToken::new();
@@ -62,7 +62,7 @@ async fn a_loop_goes_on_in_time_over_several_connections() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failures_are_told() {
-    let node = PushPull::start().await;
+    let node = PushPull::start(Duration::ZERO).await;
     let file = node.write("in.flv", &clip(5));
     let taken = node.hub.publish("live/movie".parse().unwrap()).unwrap();
     let error = node.push(&file, "live/movie", 1, false).await.unwrap_err();
@@ -98,8 +98,9 @@ struct PushPull {
 type Outcome = Result<(pull::Totals, String), Failure>;
 
 impl PushPull {
-    async fn start() -> Self {
-        let http = HttpNode::start(ViewerSettings::default()).await;
+    /// A node whose players wait for a stream for this long.
+    async fn start(stream_wait: Duration) -> Self {
+        let http = HttpNode::start_with(ViewerSettings::default(), stream_wait).await;
         let hub = http.hub.clone();
         let rtmp_server =
             Server::bind("127.0.0.1:0".parse().unwrap(), ServerSettings::default()).unwrap();

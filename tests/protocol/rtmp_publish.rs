@@ -8,6 +8,7 @@ use std::{
 use crate::common::{
     SOON,
     compare::{media, read_flv},
+    eventually,
     rtmp_node::{RawEncoder, RtmpServer, ffmpeg, ffmpeg_command, make_flv},
 };
 use bytes::BytesMut;
@@ -177,7 +178,11 @@ async fn an_address_that_is_taken_is_an_error() {
 async fn the_node_can_end_a_publication() {
     let server = RtmpServer::start(ServerSettings::default());
     let mut publisher = Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
-    server.recorder.recorded("live/x", |all| all[0].kick.cancel());
+    publisher.send(&Tag::new(TagKind::Audio, 0, &[0xaf, 1]).unwrap()).await.unwrap();
+    publisher.flush().await.unwrap();
+    eventually("the stream begins", || server.recorder.recorded("live/x", |all| !all.is_empty()))
+        .await;
+    server.recorder.revoke("live/x");
     let error = closed_error(&mut publisher).await;
     assert!(error.to_string().contains("the node ended the publication"), "{error}");
     server.recorder.ended("live/x", 1).await;
@@ -187,8 +192,12 @@ async fn the_node_can_end_a_publication() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_publication_ends_before_its_encoder_hangs_up() {
     let server = RtmpServer::start(ServerSettings::default());
-    let encoder = RawEncoder::publish(server.addr, "live", "x");
-    server.recorder.recorded("live/x", |all| all[0].kick.cancel());
+    let mut encoder = RawEncoder::publish(server.addr, "live", "x");
+    encoder.message(AUDIO, 0, &[0xaf, 1]);
+    encoder.send().unwrap();
+    eventually("the stream begins", || server.recorder.recorded("live/x", |all| !all.is_empty()))
+        .await;
+    server.recorder.revoke("live/x");
     server.recorder.ended("live/x", 1).await;
     // It is given a second to read why.
     assert_eq!(server.metric("downpour_rtmp_connections"), 1.0);
@@ -242,6 +251,7 @@ async fn a_key_can_be_published_again_on_the_same_connection() {
     });
     let mut encoder = RawEncoder::publish(server.addr, "live", "x");
     let name = || [downpour_media::amf0::Value::Null, "x".into()];
+    encoder.message(AUDIO, 3, &[0xaf, 1]);
     encoder.command(0, "FCUnpublish", 4.0, &name());
     encoder.command(1, "publish", 5.0, &name());
     encoder.message(AUDIO, 7, &[0xaf, 1]);

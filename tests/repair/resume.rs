@@ -58,7 +58,7 @@ async fn an_edge_is_back_within_one_round_trip() {
     let mut cuts = 0;
     while fastest > ROUND_TRIP * 7 / 4 && cuts < 5 {
         let reason = cut(&mut edge).await;
-        assert!(reason.contains("a control message of"), "{reason}");
+        assert!(reason.contains("control message of"), "{reason}");
         cuts += 1;
         let began = Instant::now();
         welcome(&mut edge).await;
