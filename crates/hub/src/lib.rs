@@ -152,10 +152,12 @@ impl Hub {
     ) -> Publisher {
         let stream = Arc::new(Stream::new(key.clone(), info, self.shared.limits));
         self.shared.streams.write().insert(key, stream.clone());
+        // Before the sinks are called: if one panics, dropping this takes the stream out again.
+        let mut publisher = Publisher::new(stream.clone(), self.clone(), claim);
         let sinks = self.shared.sinks.read().clone();
-        let taps = sinks.iter().filter_map(|sink| sink.stream_up(&stream)).collect();
+        publisher.set_taps(sinks.iter().filter_map(|sink| sink.stream_up(&stream)).collect());
         self.shared.ups.send_replace(());
-        Publisher::new(stream, taps, self.clone(), claim)
+        publisher
     }
 
     /// The live stream of this name; takes a [`StreamKey`] or a `str`.

@@ -53,13 +53,12 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    pub(crate) fn new(
-        stream: Arc<Stream>,
-        taps: Vec<Box<dyn Tap>>,
-        hub: Hub,
-        claim: Option<Claim>,
-    ) -> Self {
-        Self { stream, taps, next_place: 0, hub, _claim: claim }
+    pub(crate) fn new(stream: Arc<Stream>, hub: Hub, claim: Option<Claim>) -> Self {
+        Self { stream, taps: Vec::new(), next_place: 0, hub, _claim: claim }
+    }
+
+    pub(crate) fn set_taps(&mut self, taps: Vec<Box<dyn Tap>>) {
+        self.taps = taps;
     }
 
     /// Hands the next tag to the taps, adds it to the log and wakes the readers that wait for one.
