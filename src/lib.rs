@@ -1,11 +1,13 @@
-//! Downpour carries live video from one cloud node to many edge nodes: RTMP in, RTP over UDP
-//! between, QUIC for repair, HTTP-FLV out. `docs/architecture.md` says how the parts fit.
+//! Downpour carries live video from one cloud node to many edge nodes: RTMP in, RTP over UDP between
+//! them, repair over QUIC, HTTP-FLV out. `docs/architecture.md` describes the parts.
 //!
-//! Imports point down only: roles (`cli`, `cloud`, `edge`) on I/O shells (`rtmp::server`, `fanout`,
-//! `repair::server`, `http`, `record`, …) on the hub, on state machines that know neither sockets
-//! nor clocks (`rtmp::session`, `rtp`, `repair::receiver`), on wire formats.
+//! Imports point down only: [`cli`] uses [`node`], which assembles [`rtmp`], [`http`] and [`record`]
+//! from the settings in [`config`]. Those use [`net`] and the workspace's crates: `distribution`
+//! (node to node) on `hub` (streams and their readers), on state machines without sockets (`rtmp`,
+//! `repair`), on formats (`media`).
 
 #![forbid(unsafe_code)]
+#![warn(missing_docs, unreachable_pub)]
 
 pub mod cli;
 pub mod config;

@@ -65,9 +65,10 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
         }
     }
     section.say(
-        "Delays in milliseconds; the ratio is to the floor of the same run. What others' work took of \
-         the machine meanwhile is told for each; it had the same right to the processors. Half load is \
-         measured several times; here is the round of the median p50.",
+        "Delays in milliseconds; the ratio is to the floor of the same run. Each line below the \
+         table states how much of the machine other work took; it had the same right to the \
+         processors. Half load is measured several times; the table has the round of the median \
+         p50.",
     );
     section.say(&rows);
     section.say(&loads);

@@ -34,17 +34,18 @@ pub fn run(quick: bool) -> io::Result<Section> {
     let sinks = Sinks::new()?;
     let mut section = Section::default();
     section.say(
-        "A stream's packets to so many edges, as the packetizer makes them: 25 pictures a second, a \
-         key frame of six times the others' size every 2 s, 128 kbit/s of audio. CPU time per \
-         datagram, in user mode and in the kernel. The floor is a loop of `sendmsg` with \
-         segmentation (GSO) of the same bursts, with all addresses and headers made before; the \
-         peers are loops of one `sendto` and of `sendmmsg` for as many packets as it takes. Ours is \
-         the fan-out, queue and threads included, that is given a picture and its audio at a time. \
-         Key frames and the other pictures are sent and measured apart, the same for all, and added \
-         up as a group of 50 has them. All pause for 1 ms after each picture, as they have to in a \
-         server. The sinks are sockets on loopback with full buffers, to which the kernel gives what \
-         it need not cut; each counts the messages that it drops, which have to be those that were \
-         sent but for one in a thousand at most.",
+        "The packets of one stream to the number of edges in the row, as the packetizer makes \
+         them: 25 pictures per second, a key frame of six times the others' size every 2 s, 128 \
+         kbit/s of audio. The cost is processor time per datagram, in user mode and in the \
+         kernel. The floor is a loop of `sendmsg` with segmentation (GSO) of the same bursts, \
+         with all addresses and headers prepared. The peers are a loop of one `sendto` per \
+         packet, and of `sendmmsg` for as many packets as it accepts. Ours is the fan-out, queue \
+         and threads included, which gets a picture and its audio at a time. Key frames and the \
+         other pictures are sent and measured separately, the same for all, and added up in the \
+         proportion of a group of 50. All pause for 1 ms after each picture, as a server has to. \
+         The sinks are sockets on loopback with full buffers, so that the kernel need not cut the \
+         messages; each counts the messages that it drops, which must be at least 999 in 1000 of \
+         those sent.",
     );
     let mut growth = Vec::new();
     let mut cells = Vec::new();
@@ -67,11 +68,11 @@ pub fn run(quick: bool) -> io::Result<Section> {
     let five = growth.iter().filter(|(mbps, ..)| *mbps == 5);
     section.table(&five.map(|(_, _, row)| beside_sendto(row)).collect::<Vec<_>>());
     section.say(
-        "Where segmentation is refused: switched off in the fan-out. The floor is `sendmmsg` of the \
-         same packets in loops of as many threads as the fan-out has workers for so many edges, each \
-         with a socket and a part of the list of its own; the peer does it all in one. Two threads \
-         take more of the processor for each datagram than one, whatever they run, and half the \
-         time.",
+        "Without segmentation, which is switched off in the fan-out. The floor is `sendmmsg` of \
+         the same packets in as many threads as the fan-out uses workers for that number of \
+         edges, each with its socket and its part of the list; the peer does it all in one \
+         thread. Two threads take more processor time per datagram than one, whatever they run, \
+         and half the time.",
     );
     section.table(&whole);
     section.say(

@@ -1,22 +1,21 @@
-//! `downpour check`: is a configuration good?
+//! `downpour check`: checks a settings file.
 
 use std::{collections::BTreeSet, io::Write, path::PathBuf};
 
 use clap::Args;
 
-use super::{Failure, needs};
+use super::{Failure, requirements};
 use crate::{
     config::{self, CloudConfig, EdgeConfig, Key, Reload, Role, Settings},
     node::limits::{self, Requirements, SystemLimits},
 };
 
-/// Say whether a configuration file is good, or what is wrong with it and where
+/// Check a settings file, and print what is wrong with it and where
 ///
-/// It knows a cloud's file from an edge's by the keys; --role decides where the keys leave it
-/// open. Nothing is started or looked up. Where this machine gives less than the settings may come
-/// to need (file descriptors, buffers, queues), a warning has the line to type. The last line says
-/// which keys a node reads again on reload and which only at start. The exit code is 0 for a good
-/// file and 2 for a bad one.
+/// The keys show whether the file is a cloud's or an edge's; --role decides if they do not. Nothing
+/// is started or resolved. If a limit of this machine is below what the settings may need (file
+/// descriptors, buffers, queues), a warning has the command that raises it. The last line lists the
+/// keys that take effect on reload. The exit code is 0 for a good file and 2 for a bad one.
 ///
 /// Example: downpour check config.yaml
 #[derive(Debug, Clone, Args)]
@@ -24,45 +23,47 @@ use crate::{
 pub struct CheckArgs {
     /// The file to check
     pub file: PathBuf,
-    /// Whose file it is
+    /// The node that the file is for
     #[arg(long)]
     pub role: Option<Role>,
 }
 
-/// Checks a file against a machine and writes the verdict, and warnings if there are any, to `out`.
+/// Checks a file, and the limits of a machine against its settings. Writes warnings and the verdict to
+/// `out`.
 ///
 /// # Errors
-/// [`Failure::Usage`] with what is wrong.
+/// [`Failure::Usage`] with the first mistake in the file.
 pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Result<(), Failure> {
     let file = args.file.as_path();
     let text = config::read(file)
         .map_err(|error| Failure::Usage(format!("{}: cannot read it: {error}", file.display())))?;
-    let too_little = |needs: &Requirements| {
-        let found = [limits::small_buffers(needs, machine), limits::advice(needs, machine)];
-        found.concat().into_iter().map(|finding| format!("this machine: {finding}"))
+    let low_limits = |requirements: &Requirements| {
+        let found =
+            [limits::small_buffers(requirements, machine), limits::advice(requirements, machine)];
+        found.concat().into_iter().map(|advice| format!("this machine: {advice}"))
     };
     let cloud = || {
         CloudConfig::parse(file, &text).map(|loaded| {
-            let machine = too_little(&needs::of_cloud(&loaded.config));
+            let machine = low_limits(&requirements::of_cloud(&loaded.config));
             loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
         })
     };
     let edge = || {
         EdgeConfig::parse(file, &text).map(|loaded| {
-            let machine = too_little(&needs::of_edge(&loaded.config));
+            let machine = low_limits(&requirements::of_edge(&loaded.config));
             loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
         })
     };
     let role = args.role.or_else(|| Role::detect(&text));
-    let (whose, warnings) = match role {
+    let (node, warnings) = match role {
         Some(Role::Cloud) => ("a cloud", cloud()?),
         Some(Role::Edge) => ("an edge", edge()?),
-        // Only keys that both have, or none.
+        // All keys, if any, are of both.
         None => ("a cloud or an edge", [cloud()?, edge()?].concat()),
     };
     let mut lines =
         warnings.iter().map(|warning| format!("warning: {warning}\n")).collect::<String>();
-    lines += &format!("{}: good, for {whose}\n", file.display());
+    lines += &format!("{}: good, for {node}\n", file.display());
     let sections = match role {
         Some(Role::Cloud) => CloudConfig::default().sections(),
         Some(Role::Edge) => EdgeConfig::default().sections(),
@@ -72,7 +73,7 @@ pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Res
     out.write_all(lines.as_bytes()).map_err(|error| Failure::Run(error.to_string()))
 }
 
-/// Says when a change of the file takes effect.
+/// Returns the line about when a change of the file takes effect.
 fn reload_note<'a>(keys: impl Iterator<Item = &'a Key>) -> String {
     let live = keys.filter(|key| key.spec.reload == Reload::Live).map(|key| key.spec.path());
     match live.collect::<BTreeSet<_>>() {
@@ -103,10 +104,10 @@ mod tests {
     }
 
     #[test]
-    fn a_good_file_gets_a_verdict_with_its_role() {
+    fn verdict_names_the_role_of_the_file() {
         let good = |text: &str| check(text, None).unwrap();
-        let verdict = |whose: &str| {
-            format!("my.yaml: good, for {whose}\na change takes effect after a restart\n")
+        let verdict = |node: &str| {
+            format!("my.yaml: good, for {node}\na change takes effect after a restart\n")
         };
         assert_eq!(good(&CloudConfig::sample()), verdict("a cloud"));
         assert_eq!(good(&EdgeConfig::sample()), verdict("an edge"));
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_with_too_little_gets_a_warning_with_the_line_to_type() {
+    fn low_limits_of_the_machine_are_warnings_with_commands() {
         let machine = SystemLimits {
             rmem_max: Some(212_992),
             wmem_max: Some(4 << 20),
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_file_gets_an_error_with_its_place() {
+    fn error_has_the_line_and_column_of_the_mistake() {
         for (text, role, expected) in [
             ("udp_addr: :5222\nlatency_ms: 5\n", None, "my.yaml:2:13: latency_ms: 5 is not valid"),
             ("log_level: 1", None, "my.yaml:1:12: log_level: 1 is not valid"),

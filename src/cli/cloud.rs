@@ -1,6 +1,6 @@
 //! `downpour cloud`.
 
-use super::{CloudArgs, Failure, block_on, needs, start_failure};
+use super::{CloudArgs, Failure, block_on, requirements, start_failure};
 use crate::{
     config::{CloudConfig, Loaded},
     node::{
@@ -12,13 +12,13 @@ use crate::{
 /// Runs a cloud node until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// If the settings, an address or a part of the node is at fault.
+/// If the settings or an address cannot be used, or a part of the node fails.
 pub fn run(args: &CloudArgs) -> Result<(), Failure> {
     let Loaded { config, file, notes, warnings } = CloudConfig::load(args.config.as_deref())?;
     let _log = logging::init(config.log_level, LogFile::of_cloud(&config))?;
-    logging::tell(&notes, &warnings);
-    for finding in limits::prepare(&needs::of_cloud(&config)) {
-        tracing::warn!("{finding}");
+    logging::log_notes(&notes, &warnings);
+    for advice in limits::prepare(&requirements::of_cloud(&config)) {
+        tracing::warn!("{advice}");
     }
     block_on(|shutdown| async move {
         let cloud = Node::bind(NodeSettings::from(&config))
@@ -32,10 +32,10 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
             "cloud started"
         );
         if let Some(DownstreamAddrs { fingerprint, .. }) = addrs.downstream {
-            tracing::info!(%fingerprint, "edges can pin this certificate");
+            tracing::info!(%fingerprint, "certificate for edges to pin");
         }
         if config.downstream.debug {
-            tracing::warn!("debug is true: no RTP is sent");
+            tracing::warn!("no RTP is sent: downstream.debug is true");
         }
         cloud.run(shutdown).await?;
         tracing::info!("cloud stopped");

@@ -1,4 +1,4 @@
-//! `downpour demo`: everything on one machine, in one process.
+//! `downpour demo`: a cloud, edges and a lossy network in one process.
 
 use std::{
     fs,
@@ -22,10 +22,10 @@ use crate::{
 use downpour_distribution::upstream::stats::{ReceiveMetrics, StreamStats};
 use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 
-/// Runs a cloud, edges, a bad network between them and a looping test stream until Ctrl-C.
+/// Runs a cloud, edges, a lossy network between them and a looping test stream until Ctrl-C.
 ///
 /// # Errors
-/// If the file is no FLV, or loopback has no port left.
+/// If the file is not FLV, an address cannot be bound, or a node fails.
 pub fn run(args: &DemoArgs) -> Result<(), Failure> {
     let clip = match &args.file {
         Some(path) => Clip::open(path)
@@ -43,7 +43,7 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
     let cloud = Node::bind(NodeSettings::from(&cloud_config(&scratch))).map_err(failed)?;
     let addrs = cloud.addrs().clone();
     let (Some(rtmp), Some(downstream)) = (addrs.rtmp, addrs.downstream) else {
-        return Err(Failure::Run("the demo's cloud lacks a part".into()));
+        return Err(Failure::Run("the demo's cloud has no RTMP or no downstream".into()));
     };
     let mut edges = Vec::new();
     for i in 0..args.edges {
@@ -54,12 +54,12 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
     for edge in &edges {
         println!("    ffplay http://{}/{STREAM}.flv", edge.addrs.http);
     }
-    println!("Push a stream of your own:");
+    println!("Publish another stream:");
     println!("    ffmpeg -re -i FILE -c copy -f flv rtmp://{rtmp}/live/NAME");
-    println!("Look inside:");
+    println!("State and metrics:");
     println!("    http://{}/stat/livestat   http://{0}/metrics", addrs.http);
     println!("    http://{}/metrics", edges[0].addrs.http);
-    println!("Between them {} % of all packets are lost, both ways. Ctrl-C ends it.\n", {
+    println!("{} % of the packets between them are lost, both ways. Ctrl-C ends the demo.\n", {
         (args.loss * 1000.0).round() / 10.0
     });
 
@@ -81,12 +81,12 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
     tokio::select! {
         () = report(&metrics, &relays) => {}
         () = shutdown.cancelled() => {}
-        // Each of them lasts until the shutdown, or has failed.
+        // A node that ends before the shutdown has failed.
         Some(ended) = nodes.join_next() => {
             ended.map_err(|error| Failure::Run(error.to_string()))??;
         }
     }
-    // The encoder goes first, as in life; a server that ends before it is an error to it.
+    // The encoder ends first: to it, a server that closes is an error.
     shutdown.cancel();
     let published = publishing.await;
     nodes_stop.cancel();
@@ -98,7 +98,7 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
     }
 }
 
-/// One edge and the bad network in front of it.
+/// One edge and the lossy network in front of it.
 struct DemoEdge {
     edge: Node,
     addrs: NodeAddrs,
@@ -115,7 +115,7 @@ impl DemoEdge {
         let relay = |upstream, seed| {
             let settings = RelaySettings::symmetric(LinkSettings::lossy(loss), seed);
             UdpRelay::start(upstream, settings)
-                .map_err(|error| Failure::Run(format!("the bad network: {error}")))
+                .map_err(|error| Failure::Run(format!("the lossy network: {error}")))
         };
         let mut relays = Vec::new();
         let mut quic = cloud.quic;
@@ -139,7 +139,7 @@ impl DemoEdge {
             api_addr: loopback(cloud_http.port()),
             fingerprint: Some(cloud.fingerprint),
             node_name: format!("demo-{number}"),
-            // What every kernel gives, so that the demo begins without a warning.
+            // Within the default limit of every kernel, so that the demo starts without a warning.
             udp_recv_buffer: 1 << 17,
             ..EdgeConfig::default()
         };
@@ -150,7 +150,7 @@ impl DemoEdge {
     }
 }
 
-/// Certificates of the demo, gone when it ends.
+/// The directory for the demo's certificate, removed when it ends.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -164,7 +164,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What stays behind is a few kilobytes in the directory for temporary files.
+        // A failure leaves a few kilobytes in the directory for temporary files.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -186,7 +186,7 @@ fn cloud_config(scratch: &Scratch) -> CloudConfig {
     }
 }
 
-/// The usual port on loopback, or any free one where that is taken.
+/// The address of `port` on loopback, or of a free port if that one is in use.
 fn usual_tcp(port: u16) -> ListenAddr {
     let free = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
     loopback(if free { port } else { 0 })
@@ -201,7 +201,7 @@ fn loopback(port: u16) -> ListenAddr {
     ListenAddr::from(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
 }
 
-/// Writes what is lost and repaired, once a second: over and over in one line on a terminal.
+/// Prints the packets lost and repaired once per second. On a terminal it rewrites one line.
 async fn report(edges: &[ReceiveMetrics], relays: &[UdpRelay]) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     let terminal = io::stdout().is_terminal();
@@ -223,7 +223,7 @@ async fn report(edges: &[ReceiveMetrics], relays: &[UdpRelay]) {
             sum(|s| s.report.given_up),
         );
         let mut out = io::stdout().lock();
-        // Nobody reads it any more: that is no reason to end.
+        // A closed pipe does not end the demo.
         let _ = match terminal {
             true => write!(out, "\r\x1b[K{line}").and_then(|()| out.flush()),
             false => writeln!(out, "{line}"),

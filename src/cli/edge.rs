@@ -1,6 +1,6 @@
 //! `downpour edge`.
 
-use super::{EdgeArgs, Failure, block_on, needs, start_failure};
+use super::{EdgeArgs, Failure, block_on, requirements, start_failure};
 use crate::{
     config::{EdgeConfig, Loaded},
     node::{
@@ -12,13 +12,13 @@ use crate::{
 /// Runs an edge node until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// If the settings, an address or a part of the node is at fault.
+/// If the settings or an address cannot be used, or a part of the node fails.
 pub fn run(args: &EdgeArgs) -> Result<(), Failure> {
     let Loaded { config, file, notes, warnings } = EdgeConfig::load(args.config.as_deref())?;
     let _log = logging::init(config.log_level, LogFile::of_edge(&config))?;
-    logging::tell(&notes, &warnings);
-    for finding in limits::prepare(&needs::of_edge(&config)) {
-        tracing::warn!("{finding}");
+    logging::log_notes(&notes, &warnings);
+    for advice in limits::prepare(&requirements::of_edge(&config)) {
+        tracing::warn!("{advice}");
     }
     block_on(|shutdown| async move {
         let edge = Node::bind(NodeSettings::from(&config))
@@ -32,7 +32,7 @@ pub fn run(args: &EdgeArgs) -> Result<(), Failure> {
             "edge started"
         );
         if config.cloud_host.is_empty() {
-            tracing::info!("cloud_host is empty: waiting for a datagram of the cloud");
+            tracing::info!("waiting for a datagram of the cloud: upstream.host is empty");
         }
         edge.run(shutdown).await?;
         tracing::info!("edge stopped");

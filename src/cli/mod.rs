@@ -4,10 +4,10 @@ pub mod check;
 pub mod cloud;
 pub mod demo;
 pub mod edge;
-mod needs;
 pub mod pull;
 pub mod push;
 mod rates;
+mod requirements;
 
 use std::{
     fmt, io,
@@ -35,7 +35,10 @@ pub struct Cli {
 }
 
 impl Cli {
-    /// Does what the command line says.
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// The command's [`Failure`].
     pub fn run(self) -> Result<(), Failure> {
         match self.command {
             Command::Cloud(args) => cloud::run(&args),
@@ -43,7 +46,7 @@ impl Cli {
             Command::Demo(args) => demo::run(&args),
             Command::Push(args) => push::run(&args),
             Command::Pull(args) => pull::run(&args),
-            Command::Check(args) => check::run(&args, &SystemLimits::take(), &mut io::stdout()),
+            Command::Check(args) => check::run(&args, &SystemLimits::read(), &mut io::stdout()),
         }
     }
 }
@@ -58,118 +61,118 @@ enum Command {
     Check(check::CheckArgs),
 }
 
-/// Run a cloud node: take RTMP, send RTP to the edges, repair what they lose
+/// Run a cloud node: receive RTMP, send RTP to the edges, repair lost packets, serve viewers
 ///
-/// It listens for encoders on rtmp_addr (:1935), for edges' repair requests on quic_addr (:4242)
-/// and for HTTP on api_addr (:8090), and sends every stream to client_addr_list. SIGTERM and
-/// SIGINT end it in order.
+/// It listens for encoders on rtmp.addr (:1935), for edges on downstream.quic_addr (:4242) and for
+/// HTTP on http.addr (:8090). Edges subscribe to streams; addresses in downstream.targets get every
+/// stream. SIGTERM and SIGINT shut it down in order.
 ///
 /// Example: downpour cloud --config /etc/downpour/config.yaml
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct CloudArgs {
-    /// The settings. Without it config.yaml of the working directory is read; if that is missing,
-    /// the defaults are used and written there
+    /// The settings file. Without it, config.yaml in the working directory is used, and is created
+    /// with the defaults if it is missing
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-/// Run an edge node: take RTP, ask for what was lost, serve viewers
+/// Run an edge node: receive RTP, request lost packets, serve viewers
 ///
-/// It takes RTP on udp_addr (:5222) and serves viewers on flv_addr (:8092) as
-/// http://HOST:8092/APP/NAME.flv. SIGTERM and SIGINT end it in order.
+/// It receives RTP on rtp.addr (:5222) and serves viewers on http.addr (:8092) as
+/// http://HOST:8092/APP/NAME.flv. SIGTERM and SIGINT shut it down in order.
 ///
 /// Example: downpour edge --config /etc/downpour/edge.yaml
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct EdgeArgs {
-    /// The settings. Without it edge.yaml of the working directory is read; if that is missing,
-    /// the defaults are used and written there
+    /// The settings file. Without it, edge.yaml in the working directory is used, and is created
+    /// with the defaults if it is missing
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-/// Show it all on this machine: a cloud, edges, a looping test stream and a bad network between
+/// Run a demo on this machine: a cloud, edges, a lossy network between them, and a test stream
 ///
-/// Everything runs in one process on loopback, on free ports where the usual ones are taken.
-/// It prints the URLs to watch and a live line of what is lost and repaired. Ctrl-C ends it.
+/// Everything runs in one process on loopback, on free ports if the default ones are in use. It
+/// prints the URLs to watch, and once per second the packets lost and repaired. Ctrl-C ends it.
 ///
 /// Example: downpour demo --edges 3 --loss 20
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct DemoArgs {
-    /// The FLV to play in a loop, instead of the built-in test stream
+    /// The FLV file to play in a loop, instead of the built-in test stream
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
-    /// How many edges to run, 1 to 64
+    /// Number of edges, 1 to 64
     #[arg(long, value_name = "N", default_value = "1", value_parser = count::<64>)]
     pub edges: usize,
-    /// Packets to lose between cloud and edges, in percent, 0 to 100. (As a share, 0 to 1, here.)
+    /// Share of the packets that is lost between cloud and edges, 0 to 1. The argument is in percent.
     #[arg(
         long,
         value_name = "P",
         default_value = "5",
         value_parser = percent,
-        help = "Packets to lose between cloud and edges, in percent, 0 to 100"
+        help = "Packet loss between cloud and edges in percent, 0 to 100"
     )]
     pub loss: f64,
 }
 
 /// Publish an FLV file over RTMP, at its own timestamps
 ///
-/// At the end it reports how much was sent and how fast.
+/// At the end it prints how much was sent and how fast.
 ///
 /// Example: downpour push movie.flv 'rtmp://127.0.0.1/live/cam{i}' --count 100 --loop
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct PushArgs {
-    /// The FLV to publish
+    /// The FLV file to publish
     pub file: PathBuf,
-    /// Where to: rtmp://HOST[:PORT]/APP/NAME; {i} becomes the connection's number, from 0
+    /// The server: rtmp://HOST[:PORT]/APP/NAME; {i} becomes the number of the connection, from 0
     pub url: String,
-    /// How many connections to publish over at once, 1 to 10000
+    /// Number of connections to publish over at once, 1 to 10000
     #[arg(long, value_name = "N", default_value = "1", value_parser = count::<10_000>)]
     pub count: usize,
-    /// Begin anew at the end of the file, with timestamps that go on
+    /// Restart at the end of the file, with increasing timestamps
     #[arg(long = "loop")]
     pub repeat: bool,
 }
 
 /// Receive a stream over HTTP-FLV or RTMP
 ///
-/// It runs until the stream ends, the duration is over or Ctrl-C, and reports how much came and
-/// how fast.
+/// It runs until the stream ends, the duration is over or Ctrl-C, and prints how much was received
+/// and how fast.
 ///
 /// Example: downpour pull http://127.0.0.1:8092/live/movie.flv --output movie.flv --duration 10
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct PullArgs {
-    /// From where: http://HOST[:PORT]/APP/NAME.flv or rtmp://HOST[:PORT]/APP/NAME; {i} becomes the
-    /// connection's number, from 0
+    /// The server: http://HOST[:PORT]/APP/NAME.flv or rtmp://HOST[:PORT]/APP/NAME; {i} becomes the
+    /// number of the connection, from 0
     pub url: String,
-    /// The FLV to write; with --count, the first connection's stream
+    /// The FLV file to write; with --count, the stream of the first connection
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// How many connections to receive over at once, 1 to 10000
+    /// Number of connections to receive over at once, 1 to 10000
     #[arg(long, value_name = "N", default_value = "1", value_parser = count::<10_000>)]
     pub count: usize,
-    /// Seconds to receive for; without it, until the stream ends
+    /// Seconds to receive; without it, until the stream ends
     #[arg(long, value_name = "S", value_parser = seconds)]
     pub duration: Option<Duration>,
 }
 
-/// Why a command failed, in one line for standard error.
+/// Why a command failed, as one line for standard error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// The settings, the arguments or the machine (a port that is taken) are at fault, and a start
-    /// with the same ones fails again: exit code 2.
+    /// The settings, the arguments or the machine (a port in use) are at fault, and a restart with the
+    /// same ones fails too: exit code 2.
     Usage(String),
-    /// Something went wrong under way: exit code 1.
+    /// It failed while running: exit code 1.
     Run(String),
 }
 
 impl Failure {
-    /// What the process exits with.
+    /// The exit code of the process.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::Usage(_) => ExitCode::from(2),
@@ -206,7 +209,7 @@ impl From<TaskEnded> for Failure {
     }
 }
 
-/// Runs `work` on a runtime of its own. SIGTERM and SIGINT cancel the token that it gets.
+/// Runs `work` on a new runtime. SIGTERM and SIGINT cancel its token.
 fn block_on<F>(work: impl FnOnce(CancellationToken) -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<(), Failure>>,
@@ -220,7 +223,7 @@ where
         tokio::spawn(signals(shutdown.clone()));
         work(shutdown).await
     });
-    // A task that does not end by itself, a name look-up for one, must not hold up the exit.
+    // A task that does not end, such as a name resolution, must not delay the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
 }
@@ -230,7 +233,7 @@ async fn signals(shutdown: CancellationToken) {
     let (Ok(mut terminate), Ok(mut interrupt)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
-        tracing::error!("signals cannot be handled: SIGTERM will not drain");
+        tracing::error!("signal handlers cannot be installed; SIGTERM will not drain");
         return;
     };
     loop {
@@ -246,7 +249,7 @@ async fn signals(shutdown: CancellationToken) {
     }
 }
 
-/// A start that failed, with the file that the settings came from.
+/// The failure of a node's start, with the path of its settings file.
 fn start_failure(file: Option<&Path>, error: &StartError) -> Failure {
     let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
     Failure::Usage(format!("{file}{error}"))
@@ -256,10 +259,10 @@ fn count<const MAX: usize>(text: &str) -> Result<usize, String> {
     text.parse()
         .ok()
         .filter(|count| (1..=MAX).contains(count))
-        .ok_or_else(|| format!("give a whole number from 1 to {MAX}"))
+        .ok_or_else(|| format!("must be a whole number from 1 to {MAX}"))
 }
 
-/// A percentage as a share, 0 to 1.
+/// Parses a percentage as a share, 0 to 1.
 fn percent(text: &str) -> Result<f64, String> {
     text.strip_suffix('%')
         .unwrap_or(text)
@@ -267,7 +270,7 @@ fn percent(text: &str) -> Result<f64, String> {
         .ok()
         .filter(|percent| (0.0..=100.0).contains(percent))
         .map(|percent| percent / 100.0)
-        .ok_or_else(|| "give a number from 0 to 100".into())
+        .ok_or_else(|| "must be a number from 0 to 100".into())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -275,7 +278,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|seconds| *seconds > 0.0 && *seconds <= 1e9)
         .map(Duration::from_secs_f64)
-        .ok_or_else(|| "give a number of seconds over 0".into())
+        .ok_or_else(|| "must be a number of seconds above 0".into())
 }
 
 #[cfg(test)]
@@ -296,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn definitions_are_sound_and_each_help_has_an_example() {
+    fn help_of_each_command_has_an_example() {
         Cli::command().debug_assert();
         let mut every = Every::command();
         every.build();
@@ -308,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_checked() {
+    fn invalid_arguments_exit_with_code_2() {
         let parse = |line: &str| Every::try_parse_from(line.split(' '));
         let Ok(Every::Demo(demo)) = parse("downpour demo --loss 20% --edges 3") else { panic!() };
         assert_eq!((demo.loss, demo.edges, demo.file), (0.2, 3, None));

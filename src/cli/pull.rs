@@ -23,7 +23,7 @@ use downpour_rtmp::url::RtmpUrl;
 
 pub use super::rates::Totals;
 
-/// Receives as `args` say, and reports on standard output. SIGTERM and SIGINT end it in order.
+/// Receives streams, and prints rates to standard output. SIGTERM and SIGINT end it in order.
 ///
 /// # Errors
 /// Those of [`receive_all`].
@@ -34,12 +34,12 @@ pub fn run(args: &PullArgs) -> Result<(), Failure> {
     })
 }
 
-/// Receives as `args` say, until the stream ends, the duration is over or `stop` is cancelled;
-/// writes a line of rates a second to `out`, and the totals at the end.
+/// Receives streams until they end, the duration is over or `stop` is cancelled. Writes the rates to
+/// `out` once per second, and the totals at the end.
 ///
 /// # Errors
-/// [`Failure::Usage`] for a URL that is none or a file that cannot be made, [`Failure::Run`] if any
-/// connection failed or brought nothing.
+/// [`Failure::Usage`] for an invalid URL or a file that cannot be created, [`Failure::Run`] if any
+/// connection failed or received nothing.
 pub async fn receive_all(
     args: &PullArgs,
     stop: CancellationToken,
@@ -61,7 +61,7 @@ pub async fn receive_all(
     for (i, url) in (0..).zip(urls) {
         let (rates, stop, output) = (rates.clone(), stop.clone(), output.take());
         connections.spawn(async move {
-            // A server's queue of connections to accept is short.
+            // Spread over time: a server's queue of connections to accept is short.
             tokio::select! {
                 () = sleep(CONNECT_INTERVAL * i) => {}
                 () = stop.cancelled() => return,
@@ -101,8 +101,8 @@ async fn receive(
         source = Source::connect(url) => source?,
         () = stop.cancelled() => return Err(PullError::Nothing),
     };
-    let mut came = false;
-    let mut heard = Instant::now();
+    let mut received = false;
+    let mut last_tag = Instant::now();
     let result = loop {
         let next = tokio::select! {
             biased;
@@ -111,8 +111,8 @@ async fn receive(
         };
         match next {
             Ok(Ok(Some(tag))) => {
-                came = true;
-                heard = Instant::now();
+                received = true;
+                last_tag = Instant::now();
                 rates.tag(tag.body().len());
                 if let Some(output) = &mut output {
                     output.write(&tag)?;
@@ -124,7 +124,7 @@ async fn receive(
                 if let Some(output) = &mut output {
                     output.flush()?;
                 }
-                if heard.elapsed() > IDLE_TIMEOUT {
+                if last_tag.elapsed() > IDLE_TIMEOUT {
                     break Err(PullError::Silent);
                 }
             }
@@ -134,7 +134,7 @@ async fn receive(
         output.flush()?;
     }
     match result {
-        Ok(()) if !came => Err(PullError::Nothing),
+        Ok(()) if !received => Err(PullError::Nothing),
         result => result,
     }
 }
@@ -150,7 +150,7 @@ impl SourceUrl {
         match text.split_once("://") {
             Some(("rtmp", _)) => text.parse().map(Self::Rtmp).map_err(|e| format!("{e}")),
             Some(("http" | "https", _)) => text.parse().map(Self::Http).map_err(|e| format!("{e}")),
-            _ => Err("give an http:// or rtmp:// URL".into()),
+            _ => Err("must be an http:// or rtmp:// URL".into()),
         }
     }
 }
@@ -171,7 +171,7 @@ impl Source {
         })
     }
 
-    /// Cancel-safe, as both are.
+    /// Waits for the next tag. Cancel-safe, as both clients are.
     async fn next(&mut self) -> Result<Option<Tag>, PullError> {
         Ok(match self {
             Self::Http(client) => client.next().await?,
@@ -180,7 +180,7 @@ impl Source {
     }
 }
 
-/// The file to write. Writes block, which a command that does nothing else can afford.
+/// The output file. Writes block: this command has nothing else to do.
 struct Output {
     writer: FlvWriter<BufWriter<File>>,
     flushed: Instant,
@@ -214,9 +214,9 @@ enum PullError {
     Rtmp(#[from] ClientError),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
-    #[error("nothing came")]
+    #[error("nothing was received")]
     Nothing,
-    #[error("the server has fallen silent")]
+    #[error("the server sent nothing in time")]
     Silent,
 }
 
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_are_told_apart() {
+    fn scheme_of_the_url_selects_the_protocol() {
         assert!(matches!(SourceUrl::parse("http://h/live/a.flv"), Ok(SourceUrl::Http(_))));
         assert!(matches!(SourceUrl::parse("rtmp://h/live/a"), Ok(SourceUrl::Rtmp(_))));
         for (text, expected) in [

@@ -21,7 +21,7 @@ use downpour_rtmp::url::RtmpUrl;
 
 pub use super::rates::Totals;
 
-/// Publishes as `args` say, and reports on standard output. SIGTERM and SIGINT end it in order.
+/// Publishes a file, and prints rates to standard output. SIGTERM and SIGINT end it in order.
 ///
 /// # Errors
 /// Those of [`publish_all`].
@@ -32,11 +32,11 @@ pub fn run(args: &PushArgs) -> Result<(), Failure> {
     })
 }
 
-/// Publishes as `args` say, until the file has been sent or `stop` is cancelled; writes a line of
-/// rates a second to `out`, and the totals at the end.
+/// Publishes a file until it has been sent or `stop` is cancelled. Writes the rates to `out` once per
+/// second, and the totals at the end.
 ///
 /// # Errors
-/// [`Failure::Usage`] for a file or a URL that is none, [`Failure::Run`] if any connection failed.
+/// [`Failure::Usage`] for an invalid file or URL, [`Failure::Run`] if any connection failed.
 pub async fn publish_all(
     args: &PushArgs,
     stop: CancellationToken,
@@ -56,7 +56,7 @@ pub async fn publish_all(
     for (i, url) in (0..).zip(urls) {
         let (clip, rates, stop, repeat) = (clip.clone(), rates.clone(), stop.clone(), args.repeat);
         connections.spawn(async move {
-            // A server's queue of connections to accept is short.
+            // Spread over time: a server's queue of connections to accept is short.
             tokio::select! {
                 () = sleep(CONNECT_INTERVAL * i) => {}
                 () = stop.cancelled() => return,
@@ -75,11 +75,11 @@ pub async fn publish_all(
     rates.finish(out)
 }
 
-/// Publishes a clip over one connection at the pace of its timestamps, over and over if `repeat`,
-/// until it has been sent or `stop` is cancelled. `sent` hears of each tag.
+/// Publishes a clip over one connection at the pace of its timestamps, in a loop if `repeat`, until it
+/// has been sent or `stop` is cancelled. Calls `sent` per tag.
 ///
 /// # Errors
-/// If the server cannot be reached, refuses, or breaks off.
+/// If the server cannot be reached, refuses, or closes the connection.
 pub async fn publish(
     clip: &Clip,
     url: &RtmpUrl,
@@ -112,16 +112,16 @@ pub async fn publish(
     publisher.close().await
 }
 
-/// An FLV file in memory, ready to be played any number of times. Cloning shares it.
+/// An FLV file in memory. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Clip {
     tags: Arc<[Tag]>,
-    /// From the beginning of one pass to that of the next, in milliseconds.
+    /// Duration of one pass in milliseconds.
     period: u32,
 }
 
 impl Clip {
-    /// The longest file that is taken: all of it is held in memory.
+    /// Maximum length in bytes: the whole file is held in memory.
     pub const MAX_LEN: u64 = 1 << 30;
 
     /// Reads a file.
@@ -152,9 +152,9 @@ impl Clip {
         Ok(Self { tags: tags.into(), period })
     }
 
-    /// The tags with the time from the start at which each is due; without an end if `repeat`.
+    /// Returns the tags, each with the time from the start at which it is due; endless if `repeat`.
     ///
-    /// Later passes continue the timestamps, and leave out headers that have not changed.
+    /// Later passes continue the timestamps, and omit headers that have not changed.
     pub fn play(&self, repeat: bool) -> Play<'_> {
         Play {
             clip: self,
@@ -177,7 +177,7 @@ pub struct Play<'a> {
     next: usize,
     /// Added to the timestamps of this pass.
     offset: u32,
-    /// Headers that were given last.
+    /// The headers that were returned last.
     headers: Headers,
     /// The newest timestamp of media.
     newest: Option<u32>,
@@ -193,7 +193,7 @@ impl Iterator for Play<'_> {
                 if !self.repeat {
                     return None;
                 }
-                // A clip holds at least one tag that is not left out below.
+                // Ends: a clip has at least one tag that is not omitted below.
                 self.next = 0;
                 self.offset = self.offset.wrapping_add(self.clip.period);
                 continue;
@@ -225,7 +225,7 @@ impl Iterator for Play<'_> {
     }
 }
 
-/// From the first to behind the last frame; `None` without any.
+/// Milliseconds from the first frame to the end of the last one; `None` without frames.
 fn period(tags: &[Tag]) -> Option<u32> {
     let media = || tags.iter().filter(|tag| !is_header(tag));
     let first = media().next()?.timestamp();
@@ -246,7 +246,7 @@ fn is_header(tag: &Tag) -> bool {
 }
 
 const SERVER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a publisher that has nothing to send looks at what the server says.
+/// Interval at which an idle publisher handles messages of the server.
 const LISTEN_INTERVAL: Duration = Duration::from_secs(1);
 const CONNECT_INTERVAL: Duration = Duration::from_millis(1);
 /// A larger gap between two timestamps is a jump, not a pause.
@@ -260,7 +260,7 @@ mod tests {
     use downpour_media::flv::FlvWriter;
 
     #[test]
-    fn a_pass_is_the_file_and_later_ones_go_on_without_headers() {
+    fn later_passes_continue_the_timestamps_without_headers() {
         let tags = [
             tag(TagKind::Script, 0, &[2]),
             tag(TagKind::Video, 0, &[0x17, 0]),
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_is_not_waited_for() {
+    fn jump_of_the_timestamps_is_no_pause() {
         let times = [5, u32::MAX, 3_000_000, 3_000_020, 40, 60];
         let tags = times.map(|time| tag(TagKind::Audio, time, &[0x2f, 1]));
         let clip = Clip::read(&file(&tags)[..]).unwrap();
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_played_is_refused() {
+    fn file_without_frames_or_not_flv_is_refused() {
         let only_headers = file(&[tag(TagKind::Video, 0, &[0x17, 0])]);
         for (bytes, expected) in
             [(&only_headers[..], "neither audio nor video"), (b"RIFF", "not FLV"), (b"", "neither")]

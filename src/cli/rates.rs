@@ -1,17 +1,16 @@
-//! What `push` and `pull` report.
+//! Rates and totals that `push` and `pull` print.
 
 use std::{
     fmt, io,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
+
 use super::Failure;
 
-/// Counts of all connections of one command.
+/// Counters of all connections of one command.
 #[derive(Debug)]
 pub(super) struct Rates {
     began: Instant,
@@ -49,14 +48,10 @@ impl Rates {
 
     pub(super) fn error(&self, error: &impl fmt::Display) {
         self.errors.fetch_add(1, Ordering::Relaxed);
-        self.first_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_with(|| error.to_string());
+        self.first_error.lock().get_or_insert_with(|| error.to_string());
     }
 
-    /// Writes a line for each second, for as long as it is polled. A reader of the lines that has
-    /// gone away does not matter.
+    /// Writes a line per second while it is polled. Ignores errors of `out`, such as a closed pipe.
     pub(super) async fn report(&self, out: &mut impl io::Write) {
         let mut ticks = tokio::time::interval(SECOND);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -79,14 +74,14 @@ impl Rates {
         }
     }
 
-    /// Writes the totals. A command of which any connection failed has failed.
+    /// Writes the totals. Fails if any connection failed.
     pub(super) fn finish(&self, out: &mut impl io::Write) -> Result<Totals, Failure> {
         let totals = Totals {
             connections: self.wanted,
             tags: self.tags.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             errors: self.errors.load(Ordering::Relaxed),
-            first_error: self.first_error.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            first_error: self.first_error.lock().clone(),
             elapsed: self.began.elapsed(),
         };
         let _ = writeln!(out, "{totals}");
@@ -108,10 +103,10 @@ impl Drop for OpenGuard<'_> {
     }
 }
 
-/// What a command came to, over all of its connections.
+/// Totals of a command over all its connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Totals {
-    /// Connections that were tried.
+    /// Connections attempted.
     pub connections: usize,
     /// Tags sent or received.
     pub tags: u64,
@@ -119,9 +114,9 @@ pub struct Totals {
     pub bytes: u64,
     /// Connections that failed or broke.
     pub errors: usize,
-    /// Why the first of them did.
+    /// The first error.
     pub first_error: Option<String>,
-    /// From the start to the end.
+    /// Time from the start to the end.
     pub elapsed: Duration,
 }
 

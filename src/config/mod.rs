@@ -18,6 +18,7 @@ mod sample;
 mod schema;
 
 #[cfg(test)]
+#[allow(unreachable_pub, reason = "the macros declare public types")]
 mod tests;
 mod tree;
 mod value;

@@ -28,7 +28,7 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// At the unknown key, or at the value if it is no map; `usable` shows a whole record.
-    pub fn of(node: &'a Node, known: &[&str], usable: &str) -> Result<Self, Invalid> {
+    pub(super) fn of(node: &'a Node, known: &[&str], usable: &str) -> Result<Self, Invalid> {
         let Value::Map(entries) = &node.value else {
             return Err(Invalid::value(node, usable));
         };
@@ -47,7 +47,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A record of which only the key `name` is given, without braces.
-    pub fn short(node: &'a Node, name: &'static str) -> Self {
+    pub(super) fn short(node: &'a Node, name: &'static str) -> Self {
         Self { node, entries: vec![(name, node)] }
     }
 
@@ -55,7 +55,7 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// If the value is not valid.
-    pub fn get<T: Setting>(&self, name: &str) -> Result<Option<T>, Invalid> {
+    pub(super) fn get<T: Setting>(&self, name: &str) -> Result<Option<T>, Invalid> {
         self.get_with(name, T::read)
     }
 
@@ -63,12 +63,12 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// If the key is missing or its value is not valid.
-    pub fn require<T: Setting>(&self, name: &str) -> Result<T, Invalid> {
+    pub(super) fn require<T: Setting>(&self, name: &str) -> Result<T, Invalid> {
         self.require_with(name, T::read)
     }
 
     /// As [`Self::require`], with a function that reads the value.
-    pub fn require_with<T>(
+    pub(super) fn require_with<T>(
         &self,
         name: &str,
         read: impl FnOnce(&Node) -> Result<T, Invalid>,
@@ -192,6 +192,7 @@ pub(super) use record;
 const KEY_MAX: usize = 64;
 
 #[cfg(test)]
+#[allow(unreachable_pub, reason = "the macros declare public types")]
 mod tests {
     use super::*;
     use crate::config::tree;

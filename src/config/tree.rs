@@ -394,7 +394,7 @@ mod tests {
             ("3", Some(3.0)),
             ("1e", None),
             ("infinity", None),
-            ("00.5", None),
+            ("00.5", Some(0.5)),
             ("'1.5'", None),
         ] {
             assert_eq!(read(text).as_f64(), number, "{text}");

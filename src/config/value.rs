@@ -26,7 +26,7 @@ pub trait Setting: Sized {
 }
 
 /// A number, for the words of an error.
-pub trait Number {
+pub(super) trait Number {
     /// `whole number` or `number`.
     const KIND: &'static str;
 }

@@ -1,4 +1,4 @@
-//! The node's API: what existing edges and players ask for, health, and metrics.
+//! The HTTP API of a node: streams and edges, health, and metrics.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -27,34 +27,35 @@ use downpour_distribution::downstream::{
     outgoing::OutgoingStreams,
 };
 use downpour_hub::Hub;
+use downpour_media::PublicationId;
 use downpour_repair::receiver::DELAY_BOUNDS_MS;
 
-/// What a node's API answers from.
+/// State that the API reads.
 #[derive(Clone)]
 pub struct ApiState {
-    /// The streams that are live here.
+    /// The live streams.
     pub hub: Hub,
-    /// What `/metrics` shows.
+    /// The metrics of `/metrics`.
     pub registry: Registry,
     /// When the node started.
     pub started: Instant,
-    /// On a node that serves others.
+    /// `None` on a node without a downstream.
     pub downstream: Option<DownstreamApi>,
 }
 
-/// What nodes below ask for.
+/// State of the downstream that the API reads.
 #[derive(Clone)]
 pub struct DownstreamApi {
     /// The streams that are sent to edges.
     pub outgoing: OutgoingStreams,
-    /// The edges that are connected.
+    /// The connected edges.
     pub edges: Edges,
-    /// Port of the RTMP listener: part of each publisher's `url` in `/stat/livestat`.
+    /// TCP port of the RTMP listener, for the `url` of each publisher in `/stat/livestat`.
     pub rtmp_port: u16,
 }
 
-/// `/stats/time`, `/healthz` and `/metrics`; on a node that serves others `/stat/livestat` and
-/// `/api/v1/edges`, too.
+/// Returns the router of `/stats/time`, `/healthz` and `/metrics`; with a downstream also of
+/// `/stat/livestat` and `/api/v1/edges`.
 pub fn router(state: ApiState) -> Router {
     let ApiState { hub, registry, started, downstream } = state;
     let healthy = hub.clone();
@@ -73,10 +74,10 @@ pub fn router(state: ApiState) -> Router {
     router.fallback(not_found)
 }
 
-/// The state of what nodes below ask for.
+/// The state of `/stat/livestat` and `/api/v1/edges`.
 type Serving = State<Arc<(Hub, DownstreamApi)>>;
 
-/// Wire v0's answer of both APIs: the HTTP status again, and what was asked for or a message.
+/// An answer of wire v0: the HTTP status, and the result or a message.
 #[derive(Serialize)]
 struct Answer<T> {
     status: u16,
@@ -85,19 +86,19 @@ struct Answer<T> {
 
 #[derive(Serialize)]
 struct LiveStat {
-    /// `null` when there is none, which existing edges check for.
+    /// `null` if there is none: existing edges check for that.
     publishers: Option<Vec<StreamStat>>,
     players: Vec<StreamStat>,
 }
 
-/// One publication, as wire v0 spells it. Speeds are in bytes per millisecond.
+/// One publication in wire v0. Speeds are in bytes per millisecond.
 #[derive(Serialize)]
 struct StreamStat {
     key: String,
     url: String,
     start_time: u64,
     ssrc: u32,
-    /// The RTMP message stream's id.
+    /// Id of the RTMP message stream.
     stream_id: u32,
     video_total_bytes: u64,
     video_speed: u64,
@@ -160,17 +161,17 @@ async fn live_stat(
     }
 }
 
-/// The edges that are connected, in the order of their coming.
+/// The connected edges, in the order in which they connected.
 #[derive(Serialize)]
 struct EdgeList {
-    /// Upper bounds of the counts in each stream's `delays` and `waits`; the last count is of what
-    /// was longer.
+    /// Upper bounds of the histograms `delays` and `waits` of each stream. The last bucket has no
+    /// bound.
     delay_bounds_ms: &'static [u16],
     edges: Vec<EdgeInfo>,
 }
 
 async fn edges(State(state): Serving) -> Response {
-    // Not for any web page that somebody in the network opens.
+    // No CORS header: web pages of other origins must not read it.
     let headers = [(CACHE_CONTROL, "no-store")];
     let list = EdgeList { delay_bounds_ms: &DELAY_BOUNDS_MS, edges: state.1.edges.list() };
     (headers, Json(list)).into_response()
@@ -186,9 +187,11 @@ struct TimeQuery {
 struct StreamTime {
     stream_url: String,
     start_time: u64,
+    /// The same at each node that the stream passes; existing players ignore it.
+    publication: PublicationId,
 }
 
-/// A page's browser asks before a request that is not plain (Fetch standard, "CORS-preflight fetch").
+/// Answers the CORS preflight of a browser (Fetch standard, "CORS-preflight fetch").
 async fn preflight() -> impl IntoResponse {
     let headers = [
         (ACCESS_CONTROL_ALLOW_ORIGIN, "*"),
@@ -200,12 +203,16 @@ async fn preflight() -> impl IntoResponse {
 
 async fn stream_time(State(hub): State<Hub>, Query(query): Query<TimeQuery>) -> Response {
     let Some(key) = query.stream.as_deref().map(|key| key.trim_matches('/')) else {
-        return answer(StatusCode::BAD_REQUEST, "say which stream: ?stream=app/name");
+        return answer(StatusCode::BAD_REQUEST, "the query lacks the stream: ?stream=app/name");
     };
     match hub.stream(key) {
         Some(stream) => answer(
             StatusCode::OK,
-            StreamTime { stream_url: stream.key().to_string(), start_time: stream.start_unix_ms() },
+            StreamTime {
+                stream_url: stream.key().to_string(),
+                start_time: stream.start_unix_ms(),
+                publication: stream.id(),
+            },
         ),
         None => answer(StatusCode::NOT_FOUND, format!("stream {key} is not live")),
     }
@@ -233,14 +240,14 @@ fn scrape(registry: &Registry) -> Response {
     match metrics::encode(registry) {
         Ok(text) => ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
         Err(error) => {
-            tracing::error!(%error, "could not encode the metrics");
+            tracing::error!(%error, "metrics cannot be encoded");
             answer(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
         }
     }
 }
 
 async fn not_found() -> Response {
-    answer(StatusCode::NOT_FOUND, "there is nothing at this path")
+    answer(StatusCode::NOT_FOUND, "this path does not exist")
 }
 
 fn answer(status: StatusCode, data: impl Serialize) -> Response {
@@ -256,7 +263,7 @@ fn host_name(host: &str) -> &str {
     }
 }
 
-/// RTMP servers number a connection's message streams from 1, and a publisher makes one.
+/// RTMP servers number the message streams of a connection from 1, and a publisher creates one.
 const RTMP_MESSAGE_STREAM: u32 = 1;
 
 #[cfg(test)]
@@ -277,15 +284,15 @@ mod tests {
         control::StreamReport, history::History, path_validation::PathState, rtp::Ssrc,
     };
 
-    /// The API of a node that serves others.
+    /// The API of a node with a downstream.
     fn serving(hub: &Hub, outgoing: &OutgoingStreams, edges: Edges, rtmp_port: u16) -> Router {
         let outgoing = outgoing.clone();
         let downstream = DownstreamApi { outgoing, edges, rtmp_port };
         router(state(hub, Some(downstream)))
     }
 
-    /// The API of a node that serves viewers alone.
-    fn alone(hub: &Hub) -> Router {
+    /// The API of a node without a downstream.
+    fn without_downstream(hub: &Hub) -> Router {
         router(state(hub, None))
     }
 
@@ -301,10 +308,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn live_stat_is_wire_v0() {
+    async fn live_stat_answers_in_wire_v0() {
         let hub = hub();
-        let origin = OutgoingStreams::new();
-        let router = serving(&hub, &origin, Edges::default(), 1935);
+        let outgoing = OutgoingStreams::new();
+        let router = serving(&hub, &outgoing, Edges::default(), 1935);
         assert_eq!(
             get_json(&router, "/stat/livestat").await,
             (200, json!({"status": 200, "data": {"publishers": null, "players": []}}))
@@ -319,7 +326,7 @@ mod tests {
             1_700_000_000_000,
             history,
         ));
-        origin.insert(stream.clone());
+        outgoing.insert(stream.clone());
         let entry = json!({
             "key": "live/movie",
             "url": "rtmp://cloud:1935/live/movie",
@@ -338,15 +345,15 @@ mod tests {
         assert_eq!((status, &body["status"]), (404, &json!(404)));
         assert!(body["data"].is_string());
 
-        origin.end(&stream);
+        outgoing.end(&stream);
         let (_, body) = get_json(&router, "/stat/livestat").await;
         assert_eq!(body["data"]["publishers"], Value::Null);
     }
 
     #[tokio::test]
-    async fn edges_are_listed_with_all_that_they_told() {
-        let (hub, origin, edges) = (hub(), OutgoingStreams::new(), Edges::default());
-        let router = serving(&hub, &origin, edges.clone(), 1935);
+    async fn edges_are_listed_with_their_reports() {
+        let (hub, outgoing, edges) = (hub(), OutgoingStreams::new(), Edges::default());
+        let router = serving(&hub, &outgoing, edges.clone(), 1935);
         let (status, none) = get_json(&router, "/api/v1/edges").await;
         assert_eq!((status, &none["edges"]), (200, &json!([])));
         let mut info = EdgeInfo::new("10.0.0.7:4000".parse().unwrap(), "downpour");
@@ -384,10 +391,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_edge_tells_when_a_stream_began() {
+    async fn node_without_downstream_answers_stream_time_health_and_metrics() {
         let hub = hub();
-        let router = alone(&hub);
-        let info = PublicationInfo::starting_at(1_700_000_000_000);
+        let router = without_downstream(&hub);
+        let mut info = PublicationInfo::starting_at(1_700_000_000_000);
+        info.id = PublicationId(0x0123_4567_89ab_cdef);
         let _publisher = hub.publish_with("live/movie".parse().unwrap(), info).unwrap();
         assert_eq!(
             get_json(&router, "/stats/time?stream=live/movie").await,
@@ -395,7 +403,11 @@ mod tests {
                 200,
                 json!({
                     "status": 200,
-                    "data": {"streamUrl": "live/movie", "startTime": 1_700_000_000_000_u64}
+                    "data": {
+                        "streamUrl": "live/movie",
+                        "startTime": 1_700_000_000_000_u64,
+                        "publication": "0123456789abcdef",
+                    }
                 })
             )
         );
@@ -415,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn host_names_lose_their_port_alone() {
+    fn host_name_is_the_host_header_without_its_port() {
         for (host, name) in [
             ("cloud:8090", "cloud"),
             ("cloud", "cloud"),

@@ -1,4 +1,4 @@
-//! Receives a live stream over HTTP-FLV, from an edge of ours or any other server.
+//! An HTTP-FLV client: receives a live stream from any server.
 
 use std::{io, str::FromStr, time::Duration};
 
@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use downpour_distribution::http_client::{self, Answer, HttpClientError};
 use downpour_media::flv::{FlvError, FlvReader, Tag};
 
-/// One HTTP-FLV stream that is being received.
+/// An HTTP-FLV stream that is being received.
 #[derive(Debug)]
 pub struct FlvClient {
     answer: Answer,
@@ -17,11 +17,11 @@ pub struct FlvClient {
 }
 
 impl FlvClient {
-    /// Connects and asks for the stream. A server that does not answer for 10 s, or sends nothing
-    /// for `idle` later on, is given up.
+    /// Connects and requests the stream. The server must answer within 10 s, and later send
+    /// something at least once per `idle`.
     ///
     /// # Errors
-    /// If there is no such server, or its answer is not 200.
+    /// If the connection fails, or the answer is not 200.
     pub async fn connect(url: &FlvUrl, idle: Duration) -> Result<Self, FlvClientError> {
         let path = url.uri.path_and_query().map_or("/", |path| path.as_str());
         let authority = url.uri.authority().map_or("", |authority| authority.as_str());
@@ -32,10 +32,10 @@ impl FlvClient {
         Ok(Self { answer, reader: FlvReader::new(), idle })
     }
 
-    /// The next tag; `None` when the server has ended the stream. Cancel-safe.
+    /// Waits for the next tag. Returns `None` once the server has ended the stream. Cancel-safe.
     ///
     /// # Errors
-    /// If the connection breaks, falls silent, or carries something that is not FLV.
+    /// If the connection breaks, sends nothing for the idle time, or sends something else than FLV.
     pub async fn next(&mut self) -> Result<Option<Tag>, FlvClientError> {
         loop {
             if let Some(tag) = self.reader.next_tag()? {
@@ -70,7 +70,7 @@ impl FlvUrl {
         self.uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
     }
 
-    /// The TCP port, 80 where the URL tells none.
+    /// The TCP port; 80 if the URL has none.
     pub fn port(&self) -> u16 {
         self.uri.port_u16().unwrap_or(80)
     }
@@ -83,14 +83,14 @@ impl FromStr for FlvUrl {
         match text.split_once("://") {
             Some(("http", _)) => {}
             Some(("https", _)) => return Err(InvalidFlvUrl("https is not supported, only http")),
-            _ => return Err(InvalidFlvUrl("it does not begin with http://")),
+            _ => return Err(InvalidFlvUrl("it does not start with http://")),
         }
         let uri: Uri = text.parse().map_err(|_| InvalidFlvUrl("it is malformed"))?;
         if uri.host().is_none_or(str::is_empty) {
-            return Err(InvalidFlvUrl("it names no host"));
+            return Err(InvalidFlvUrl("it has no host"));
         }
         if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-            return Err(InvalidFlvUrl("a user and a password have no place in it"));
+            return Err(InvalidFlvUrl("a user and password are not supported"));
         }
         Ok(Self { uri })
     }
@@ -101,21 +101,21 @@ impl FromStr for FlvUrl {
 #[error("not an HTTP-FLV URL: {0}")]
 pub struct InvalidFlvUrl(&'static str);
 
-/// Why a stream is not received, or not any more.
+/// Why a stream cannot be received.
 #[derive(Debug, thiserror::Error)]
 pub enum FlvClientError {
-    /// There is no way to ask for it.
+    /// The URL cannot be requested.
     #[error(transparent)]
     Url(#[from] InvalidFlvUrl),
-    /// No connection.
+    /// The connection cannot be opened.
     #[error("cannot connect: {0}")]
     Connect(#[source] io::Error),
-    /// Another status than 200, and what the server said with it.
+    /// The server answered another status than 200.
     #[error("the server answered {status}{text}")]
     Refused {
         /// The status.
         status: StatusCode,
-        /// Empty, or a colon and the beginning of the answer's body.
+        /// Empty, or a colon and the first characters of the answer's body.
         text: String,
     },
     /// HTTP or the connection below it failed.
@@ -127,8 +127,8 @@ pub enum FlvClientError {
     /// The connection was closed inside a tag.
     #[error("the server closed the connection inside a tag")]
     CutShort,
-    /// Nothing came for too long.
-    #[error("the server has fallen silent")]
+    /// The server sent nothing for too long.
+    #[error("the server sent nothing in time")]
     Silent,
 }
 
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mistakes_are_named() {
+    fn error_says_what_is_wrong_with_a_url() {
         for (text, expected) in [
             ("ftp://host/x.flv", "http://"),
             ("host/x.flv", "http://"),

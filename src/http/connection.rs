@@ -1,4 +1,4 @@
-//! One HTTP connection: request after request, until one of them makes it a viewer's.
+//! One HTTP connection: request after request, until one of them turns it into a viewer.
 //!
 //! ```text
 //! accepted ─► read a head ─┬─► viewer: a small task takes the socket over
@@ -7,7 +7,7 @@
 //!                 └────────────── kept alive ◄────────┴─► closing: lingers, closes
 //! ```
 //!
-//! Under pressure the accept loop displaces connections that are reading a head or linger: they
+//! When the slots run out, the accept loop displaces connections that read a head or linger: they
 //! close at once.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -16,10 +16,10 @@ use bytes::{Buf, BufMut, BytesMut};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use super::{
+    flv::viewer::{self, Connection, Viewer},
     head::{self, BadHead, BodyLen, Head, MAX_HEAD_LEN, Method, Request},
     listener::Shared,
     routed::{self, Outcome},
-    viewer::{self, Connection, Viewer},
 };
 use crate::net::{Idle, Slot};
 use downpour_hub::{
@@ -28,7 +28,7 @@ use downpour_hub::{
 };
 use downpour_media::StreamKey;
 
-/// Serves a connection until it closes or has become a viewer's.
+/// Serves a connection until it closes or becomes a viewer.
 pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection: Connection) {
     let peer = connection.peer;
     if let Some(bytes) = shared.settings.send_buffer
@@ -49,7 +49,7 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
         let outcome = match (&head.request, &shared.admission) {
             (Request::Flv { method: Method::Get, key, query }, Some(admission)) => {
                 let request = play_request(peer, key, query);
-                // A viewer keeps neither the head nor what the client sends behind it.
+                // Frees memory: a viewer needs neither the head nor the bytes after it.
                 drop((bytes, head));
                 return shared.watch(socket, connection, request, admission).await;
             }
@@ -58,7 +58,7 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
                 let keep_alive = shared.may_keep_alive(&head);
                 shared.answer(&socket, *method, key, admission.hub(), keep_alive).await
             }
-            // Boxed, so that a viewer's task has not the size of hyper's.
+            // Boxed, so that hyper's state does not add to the size of a viewer's task.
             _ => Box::pin(shared.route(&mut socket, &mut bytes, &head, &connection)).await,
         };
         idle = Idle::KeptAlive;
@@ -71,7 +71,7 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
     }
 }
 
-/// What a viewer asks admission for.
+/// Returns a viewer's request to admission.
 pub(super) fn play_request(peer: SocketAddr, key: &StreamKey, query: &str) -> admission::Request {
     admission::Request {
         action: admission::Action::Play,
@@ -143,7 +143,7 @@ impl Shared {
         head.keep_alive && head.body == BodyLen::Known(0) && !self.closing.is_cancelled()
     }
 
-    /// Makes the connection a viewer's once the stream is live.
+    /// Turns the connection into a viewer if admission allows.
     async fn watch(
         self: &Arc<Self>,
         socket: TcpStream,
@@ -161,12 +161,12 @@ impl Shared {
         };
         match admitted {
             Ok(playback) => {
-                // It is pinned; this frees memory.
+                // Already pinned: this frees memory.
                 let _ = connection.slot.pin_for_good();
-                // From here on the connection is a small task's, and this one is done.
+                // A smaller task takes the connection over, and this one ends.
                 let stream = playback.stream().clone();
                 let viewer = Viewer::new(socket, connection, playback, &self.metrics);
-                self.audience.join(viewer, &stream);
+                self.viewers.join(viewer, &stream);
             }
             Err(refusal) => {
                 connection.slot.unpin(std::time::Instant::now(), peer.ip());
@@ -206,7 +206,7 @@ impl Shared {
         self.refuse(socket, status, &reason, true, false).await;
     }
 
-    /// Answers a request for a stream that is not to watch it.
+    /// Answers any other request than `GET` for a stream.
     async fn answer(
         &self,
         socket: &TcpStream,
@@ -217,7 +217,7 @@ impl Shared {
     ) -> Outcome {
         match method {
             Method::Head if hub.stream(key).is_some() => {
-                // As for GET, which has this connection's end for its end.
+                // The body of GET ends with the connection.
                 let _ = self.write(socket, viewer::RESPONSE_HEAD).await;
                 Outcome::Closing
             }
@@ -238,7 +238,7 @@ impl Shared {
         }
     }
 
-    /// Serves one request by the router.
+    /// Serves one request with the router.
     async fn route(
         &self,
         socket: &mut TcpStream,
@@ -262,13 +262,13 @@ impl Shared {
                 Outcome::Closing
             }
             Err(_) => {
-                tracing::debug!(%peer, "HTTP request took too long");
+                tracing::debug!(%peer, "HTTP request timed out");
                 Outcome::Closing
             }
         }
     }
 
-    /// Answers with a status line's rest (and further header lines).
+    /// Answers with an error. `status` is the rest of the status line, and may have header lines.
     async fn refuse(
         &self,
         socket: &TcpStream,
@@ -304,21 +304,21 @@ impl Shared {
 enum NoHead {
     Bad(BadHead),
     Io(io::Error),
-    /// Part of a head arrived, and not the rest.
+    /// The head was not complete in time.
     Timeout,
-    /// The connection was kept alive long enough, or others need its slot.
+    /// The connection was idle for too long, was displaced, or the server shuts down.
     Idle,
 }
 
-/// Reads until the head is complete. `bytes`, which may hold its beginning, holds it then, and maybe
-/// what follows.
+/// Reads until the head is complete. `bytes` may have its beginning, and may have more than the head
+/// afterwards.
 async fn read_head(socket: &TcpStream, bytes: &mut BytesMut) -> Result<Head, NoHead> {
     loop {
         let before = bytes.len();
         read_more(socket, bytes).await.map_err(NoHead::Io)?;
-        // Only a line's end can finish a head: a peer that sends byte by byte is parsed by lines.
-        let news = bytes.get(before..).unwrap_or_default();
-        if before > 0 && bytes.len() < MAX_HEAD_LEN && !news.contains(&b'\n') {
+        // Only the end of a line completes a head. Parsing per received byte would be quadratic.
+        let added = bytes.get(before..).unwrap_or_default();
+        if before > 0 && bytes.len() < MAX_HEAD_LEN && !added.contains(&b'\n') {
             continue;
         }
         if let Some(head) = head::parse(bytes).map_err(NoHead::Bad)? {
@@ -327,8 +327,8 @@ async fn read_head(socket: &TcpStream, bytes: &mut BytesMut) -> Result<Head, NoH
     }
 }
 
-/// Waits for bytes and adds them to `bytes`, up to [`MAX_HEAD_LEN`]. A connection that waits with
-/// `bytes` empty holds no buffer. Dropping the future loses nothing.
+/// Waits for bytes and appends them to `bytes`, up to [`MAX_HEAD_LEN`]. While `bytes` is empty it
+/// holds no memory. Cancel-safe.
 async fn read_more(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<()> {
     loop {
         if bytes.is_empty() {
@@ -346,8 +346,8 @@ async fn read_more(socket: &TcpStream, bytes: &mut BytesMut) -> io::Result<()> {
     }
 }
 
-/// Closes the sending side and waits a little for the peer to do the same: a socket that is closed
-/// with bytes unread resets the connection, and the peer may lose the answer (RFC 9112 §9.6).
+/// Closes the sending side and waits up to [`LINGER`] for the peer to close. Closing a socket with
+/// unread bytes resets the connection, and the peer may lose the answer (RFC 9112 §9.6).
 async fn linger(mut socket: TcpStream, slot: &Slot) {
     if socket.shutdown().await.is_ok() {
         tokio::select! {
@@ -368,9 +368,9 @@ const OPTIONS_RESPONSE: &str = "HTTP/1.1 204 No Content\r\n\
     Access-Control-Max-Age: 86400\r\n\
     Allow: GET, HEAD, OPTIONS\r\n";
 
-/// How long a connection is kept open for another request.
+/// Time that a connection is kept open for another request.
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
 const LINGER: Duration = Duration::from_secs(1);
 const ROUTED_TIMEOUT: Duration = Duration::from_secs(60);
-/// Most requests are shorter.
+/// Bytes per read. Most requests are shorter.
 const READ_LEN: usize = 1024;

@@ -1,4 +1,4 @@
-//! The head of a request, as far as the server needs it before it knows who answers.
+//! Parses the head of a request, as far as needed to choose between a viewer and the router.
 
 use percent_encoding::percent_decode_str;
 
@@ -8,19 +8,19 @@ use downpour_media::StreamKey;
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Head {
     pub(super) request: Request,
-    /// Bytes of the head, the empty line included.
+    /// Bytes of the head, including the empty line.
     pub(super) len: usize,
     pub(super) body: BodyLen,
     /// `true` if the client wants to send another request on the connection (RFC 9112 §9.3).
     pub(super) keep_alive: bool,
 }
 
-/// What a request asks for.
+/// The target of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Request {
     /// `/{app}/{name}.flv`
     Flv { method: Method, key: StreamKey, query: String },
-    /// Something else.
+    /// Any other target.
     Other,
 }
 
@@ -29,22 +29,22 @@ pub(super) enum Method {
     Get,
     Head,
     Options,
-    /// Not one that a stream answers to.
+    /// Not allowed for a stream.
     Other,
 }
 
-/// How long the body of a request is.
+/// The length of a request's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BodyLen {
     /// In bytes.
     Known(u64),
-    /// Only hyper can tell: the body is chunked, the length is ambiguous, or the connection changes
-    /// its protocol. No request may follow it on the connection, because a mistake about where it
-    /// begins would be request smuggling (RFC 9112 §11.2).
+    /// Left to hyper: the body is chunked, its length is ambiguous, or the connection changes its
+    /// protocol. No request may follow on the connection, because a mistake about where it starts
+    /// would be request smuggling (RFC 9112 §11.2).
     Unknown,
 }
 
-/// Why a head is not one of HTTP: the status to answer with.
+/// Why a head is refused, as the status to answer with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadHead {
     #[error("400 Bad Request")]
@@ -53,7 +53,7 @@ pub(super) enum BadHead {
     TooLarge,
 }
 
-/// Reads the head at the beginning of `bytes` (RFC 9112 §2.1); `None` while it is not complete.
+/// Parses the head at the beginning of `bytes` (RFC 9112 §2.1). Returns `None` if it is incomplete.
 pub(super) fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
@@ -65,7 +65,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
         }
         Err(_) => return Err(BadHead::Malformed),
     };
-    let asked = match request.path.and_then(flv_key) {
+    let target = match request.path.and_then(flv_key) {
         Some(key) => {
             let method = match request.method {
                 Some("GET") => Method::Get,
@@ -84,10 +84,10 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
         _ => body_len(request.headers),
     };
     let keep_alive = request.version == Some(1) && !asks_to_close(request.headers);
-    Ok(Some(Head { request: asked, len, body, keep_alive }))
+    Ok(Some(Head { request: target, len, body, keep_alive }))
 }
 
-/// The length of the body that these header fields announce (RFC 9112 §6.3).
+/// The length of the body according to the header fields (RFC 9112 §6.3).
 fn body_len(headers: &[httparse::Header<'_>]) -> BodyLen {
     let mut length = None;
     for header in headers {
@@ -116,7 +116,8 @@ fn asks_to_close(headers: &[httparse::Header<'_>]) -> bool {
     })
 }
 
-/// The key in a request target in origin form or absolute form (RFC 9112 §3.2), if it names one.
+/// The stream key in a request target in origin form or absolute form (RFC 9112 §3.2); `None` if the
+/// target is not that of a stream.
 fn flv_key(target: &str) -> Option<StreamKey> {
     let path = match target.split_once("://") {
         Some((_, rest)) => rest.split_once('/')?.1,
@@ -128,7 +129,7 @@ fn flv_key(target: &str) -> Option<StreamKey> {
     StreamKey::new(&decode(app)?, &decode(name)?).ok()
 }
 
-/// The longest head that is read: players send a few hundred bytes, browsers with cookies a few KB.
+/// Maximum bytes of a head: players send a few hundred bytes, browsers with cookies a few KB.
 pub(super) const MAX_HEAD_LEN: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
 
@@ -139,13 +140,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets_that_name_a_stream() {
+    fn flv_paths_give_a_stream_key() {
         let key = |target| flv_key(target).map(|key| key.to_string());
         assert_eq!(key("/live/movie.flv").as_deref(), Some("live/movie"));
         assert_eq!(key("/live/a/b.flv?token=1.flv").as_deref(), Some("live/a/b"));
         assert_eq!(key("http://edge:8080/live/movie.flv").as_deref(), Some("live/movie"));
         assert_eq!(key("/live/%e6%b0%b4.flv").as_deref(), Some("live/水"));
-        // A % without two hexadecimal digits stands for itself (URL standard, "percent-decode").
+        // A % without two hexadecimal digits is kept (URL standard, "percent-decode").
         assert_eq!(key("/live/%2.flv").as_deref(), Some("live/%2"));
         assert_eq!(key("/live/%zz%+1.flv").as_deref(), Some("live/%zz%+1"));
         for target in [
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_read_once_it_is_complete() {
+    fn head_is_parsed_once_it_is_complete() {
         let head = b"HEAD /live/movie.flv HTTP/1.1\r\nHost: x\r\n\r\n";
         let key: StreamKey = "live/movie".parse().unwrap();
         let expected = Head {
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_head_is_refused() {
+    fn malformed_and_long_heads_are_refused() {
         assert_eq!(parse(b"\x16\x03\x01\x02\x00"), Err(BadHead::Malformed));
         let mut endless = b"GET / HTTP/1.1\r\nA: ".to_vec();
         endless.resize(MAX_HEAD_LEN, b'a');
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn body_lengths() {
+    fn body_length_is_unknown_unless_it_is_unambiguous() {
         let body = |fields: &[&str]| head("POST /a HTTP/1.1", fields).body;
         assert_eq!(body(&["A: b"]), BodyLen::Known(0));
         assert_eq!(body(&["content-length: 12 "]), BodyLen::Known(12));
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_that_are_kept_alive() {
+    fn http_1_1_connections_are_kept_alive_unless_the_client_closes() {
         let keep = |version, field| head(&format!("GET / HTTP/1.{version}"), &[field]).keep_alive;
         assert!(keep(1, "A: b") && keep(1, "Connection: keep-alive, TE"));
         assert!(!keep(1, "Connection: close") && !keep(1, "connection: TE , Close"));

@@ -1,4 +1,4 @@
-//! The HTTP server: accepts connections and serves viewers, and the API by a router.
+//! The HTTP server: viewers of live streams, and all other requests by a router.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -9,37 +9,38 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     http::{
-        audience::Viewers,
         connection,
+        flv::{
+            Viewers,
+            viewer::{Connection, ViewerSettings},
+        },
         metrics::HttpMetrics,
-        viewer::{Connection, ViewerSettings},
     },
     net::{AcceptLoop, AcceptSettings, Accepted, SlotLimits},
 };
 use downpour_hub::Admission;
 use downpour_sys::LogLimit;
 
-/// One listening address of a node.
+/// An HTTP server on one address.
 ///
-/// `GET`, `HEAD` and `OPTIONS` of `/{app}/{name}.flv` are answered from the hub; any other request
-/// goes to the router. A connection serves one request after the other, until one of them makes it a
-/// viewer's.
+/// `/{app}/{name}.flv` is served from the hub, any other path by the router. A connection serves one
+/// request after the other, until one of them turns it into a viewer.
 pub struct HttpServer {
     accept: AcceptLoop,
     shared: Arc<Shared>,
 }
 
-/// What the connections of a server share.
+/// State that the connections of a server share.
 pub(super) struct Shared {
-    /// `None` serves no viewers.
+    /// `None` on a server without viewers.
     pub(super) admission: Option<Admission>,
     pub(super) router: Router,
     pub(super) settings: ViewerSettings,
     pub(super) metrics: HttpMetrics,
-    pub(super) audience: Arc<Viewers>,
-    /// Limit of the log line about viewers that are refused.
+    pub(super) viewers: Arc<Viewers>,
+    /// Limits the log lines about refused viewers.
     pub(super) viewers_refused: Mutex<LogLimit>,
-    /// Cancelled once no more connections are accepted.
+    /// Cancelled once the server has stopped accepting.
     pub(super) closing: CancellationToken,
 }
 
@@ -59,42 +60,42 @@ impl HttpServer {
             keepalive: KEEPALIVE,
         };
         let accept = AcceptLoop::new(listener, accept, metrics.accept_counters());
-        let audience = Arc::new(Viewers::new(settings.clone(), metrics.clone()));
+        let viewers = Arc::new(Viewers::new(settings.clone(), metrics.clone()));
         let (viewers_refused, closing) = (Mutex::default(), CancellationToken::new());
         let shared =
-            Shared { admission, router, settings, metrics, audience, viewers_refused, closing };
+            Shared { admission, router, settings, metrics, viewers, viewers_refused, closing };
         Self { accept, shared: Arc::new(shared) }
     }
 
-    /// Serves until `shutdown` is cancelled. Then it accepts no more connections, closes those that
-    /// are kept alive without a request, gives the others `grace` to finish (a viewer does when its
-    /// stream ends), and cuts those that have not. If this is dropped before its end, all are cut at
-    /// once.
+    /// Serves until `shutdown` is cancelled. Then it stops accepting, closes connections without a
+    /// request, gives the others `grace` to finish (a viewer finishes when its stream ends), and cuts
+    /// the rest. Dropping the future cuts all connections.
     pub async fn run(self, shutdown: CancellationToken, grace: Duration) {
         let Self { accept, shared } = self;
-        // Connections are tasks, which would outlive this one.
-        let _cut = shared.audience.cut_at_end();
+        // Connections are tasks that would outlive this one.
+        let _cut = shared.viewers.cut_at_end();
         let serve = |Accepted { stream, peer, slot }: Accepted| {
             let connection = Connection::new(peer, slot, &shared.metrics);
-            shared.audience.spawn(connection::serve(shared.clone(), stream, connection));
+            shared.viewers.spawn(connection::serve(shared.clone(), stream, connection));
         };
         accept.run(shutdown, serve).await;
         shared.closing.cancel();
-        if timeout(grace, shared.audience.gone()).await.is_err() {
-            shared.audience.cut().await;
+        if timeout(grace, shared.viewers.gone()).await.is_err() {
+            shared.viewers.cut().await;
         }
     }
 
-    /// Where it listens.
+    /// The address that the server listens on.
     ///
     /// # Errors
-    /// Those of `getsockname`.
+    /// Those of getsockname(2).
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.accept.local_addr()
     }
 }
 
-/// Connections that are no viewer's: idle, sending their request, or asking for something else than a
-/// stream. Viewers cannot take their slots.
+/// Slots for connections that are not viewers: idle ones, and requests to the router. Viewers cannot
+/// take them.
 pub(crate) const CONNECTIONS_BESIDE_VIEWERS: usize = 1024;
+/// Time without data after which TCP probes a connection.
 const KEEPALIVE: Duration = Duration::from_secs(30);

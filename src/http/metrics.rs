@@ -1,34 +1,34 @@
-//! What HTTP connections and viewers do, counted.
+//! Metrics of HTTP connections and viewers.
 
 use prometheus::{
     IntCounter, IntGauge, Opts, Registry, register_int_counter_vec_with_registry,
     register_int_counter_with_registry, register_int_gauge_with_registry,
 };
 
-use super::viewer::Closed;
+use super::flv::viewer::Closed;
 use crate::net::AcceptCounters;
 
-/// What HTTP connections and viewers do.
+/// Metrics of HTTP connections and viewers.
 #[derive(Debug, Clone)]
 pub struct HttpMetrics {
-    /// Connections now, viewers included.
+    /// Open connections, including viewers.
     pub connections: IntGauge,
-    /// Connections that were ever accepted, those included that were then refused.
+    /// Connections accepted, including those that were then refused.
     pub accepted: IntCounter,
-    /// Idle connections that were closed because a new one needed their slot.
+    /// Idle connections closed because a new one needed their slot.
     pub displaced: IntCounter,
-    /// Viewers now.
+    /// Current viewers.
     pub viewers: IntGauge,
-    /// Viewers now that are not up with their stream, each served by itself: they have just come, or
-    /// take less than is sent.
+    /// Current viewers that are behind their stream, each served by a separate task: they have just
+    /// joined, or read slower than the stream is sent.
     pub viewers_behind: IntGauge,
-    /// Viewers that were ever admitted.
+    /// Viewers admitted.
     pub viewers_total: IntCounter,
     /// Bytes of FLV written to viewers.
     pub bytes: IntCounter,
     /// Tags that viewers skipped because they were too slow.
     pub skipped_tags: IntCounter,
-    /// Failures to accept a connection, as for want of file descriptors.
+    /// Failures to accept a connection, for example when file descriptors run out.
     pub accept_errors: IntCounter,
     pub(super) closed: ClosedCounters,
     pub(super) refused: RefusedCounters,
@@ -56,10 +56,10 @@ pub(super) struct RefusedCounters {
 }
 
 impl HttpMetrics {
-    /// Makes and registers the metrics.
+    /// Creates the metrics and registers them in `registry`.
     ///
     /// # Errors
-    /// If their names are taken in `registry`.
+    /// If `registry` already has metrics of these names.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter =
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);

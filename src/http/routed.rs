@@ -1,8 +1,8 @@
-//! Has hyper serve one request of a connection, so that the next one may be a viewer's.
+//! Serves one request of a connection with hyper, so that the next one may be a viewer.
 //!
-//! hyper owns a connection from its first request to its last, but a viewer's request must not reach
-//! it: that costs the viewer hyper's buffers and state. So each request gets a hyper connection,
-//! which sees this request's bytes and no more, and is dropped once its answer is written.
+//! hyper usually owns a connection from its first request to its last. A viewer must not pay for
+//! hyper's buffers and state, so each request gets a separate hyper connection. It reads the bytes of
+//! that request only, and is dropped once the answer is written.
 
 use std::{
     io::{self, IoSlice},
@@ -27,17 +27,17 @@ use tokio::{
     net::TcpStream,
 };
 
-/// What has become of the connection.
+/// The state of the connection after a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The request was answered; another one may follow.
+    /// The request was answered, and another one may follow.
     Answered,
-    /// The sending side is closed, or is to be closed.
+    /// The connection must be closed.
     Closing,
 }
 
-/// Serves the request that begins with `bytes` and goes on in `socket`; all in all it has `len`
-/// bytes, `u64::MAX` if only hyper can tell. Bytes of later requests stay in `bytes`.
+/// Serves the request that starts in `bytes` and continues in `socket`. `len` is its length in bytes,
+/// or `u64::MAX` if only hyper knows it. Bytes of later requests stay in `bytes`.
 ///
 /// # Errors
 /// If the connection fails, or the request is malformed.
@@ -70,21 +70,20 @@ pub(super) async fn serve_request(
         })
         .await?
     };
-    // A body that the handler did not read stands in the way of the next request.
+    // The handler has not read the whole body, and the next request is behind it.
     Ok(if left > 0 { Outcome::Closing } else { outcome })
 }
 
-/// How far an answer is.
+/// The progress of an answer.
 #[derive(Debug, Default)]
 struct Progress {
     /// hyper has dropped the answer's body: the answer is encoded.
     encoded: AtomicBool,
-    /// hyper has flushed since, which it does with an empty write buffer only: the answer is
-    /// written.
+    /// hyper has flushed since. It does so only when its write buffer is empty: the answer is written.
     flushed: AtomicBool,
 }
 
-/// An answer's body that reports when hyper has done with it.
+/// The body of an answer. Records when hyper drops it.
 struct Watched {
     body: Body,
     progress: Arc<Progress>,
@@ -116,12 +115,12 @@ impl HttpBody for Watched {
     }
 }
 
-/// A connection of which only one request can be read.
+/// A connection that reads as one request.
 struct RequestIo<'a> {
     socket: &'a mut TcpStream,
-    /// Read from the socket before.
+    /// Bytes already read from the socket.
     bytes: &'a mut BytesMut,
-    /// Bytes of the request that have not been read.
+    /// Bytes of the request that hyper has not read.
     left: &'a mut u64,
     progress: &'a Progress,
 }
@@ -134,7 +133,7 @@ impl AsyncRead for RequestIo<'_> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if *this.left == 0 {
-            // Nothing wakes hyper here, and nothing need: what it still has to do is to write.
+            // No waker is needed: hyper only has to write from here on.
             return Poll::Pending;
         }
         let room = usize::try_from(*this.left).unwrap_or(usize::MAX).min(buf.remaining());
@@ -179,7 +178,7 @@ impl AsyncWrite for RequestIo<'_> {
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // The socket has no buffer of ours.
+        // There is no buffer between hyper and the socket.
         if self.progress.encoded.load(Ordering::Relaxed) {
             self.progress.flushed.store(true, Ordering::Relaxed);
         }

@@ -31,23 +31,23 @@ pub fn bind(addr: SocketAddr, connections: usize) -> io::Result<TcpListener> {
     socket.listen(limits::backlog(connections))
 }
 
-/// What differs between listeners.
+/// Settings of an accept loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AcceptSettings {
     /// The protocol, for the log: `RTMP`, `HTTP`.
     pub protocol: &'static str,
-    /// How many connections are served at one time.
+    /// Connections at one time.
     pub limits: SlotLimits,
-    /// How long a connection may carry nothing before TCP probes it, and the time between probes.
+    /// Time without data after which TCP probes a connection, and the time between probes.
     pub keepalive: Duration,
 }
 
-/// What an accept loop counts.
+/// Counters of an accept loop.
 #[derive(Debug, Clone)]
 pub struct AcceptCounters {
-    /// Connections accepted, those included that were then refused.
+    /// Connections accepted, including those that were then refused.
     pub accepted: IntCounter,
-    /// Failures to accept, as when file descriptors run out.
+    /// Failures to accept, for example when file descriptors run out.
     pub errors: IntCounter,
     /// Connections refused because all slots were in use.
     pub refused_total: IntCounter,
@@ -64,7 +64,7 @@ pub struct Accepted {
     pub stream: TcpStream,
     /// The client's address.
     pub peer: SocketAddr,
-    /// To be held as long as the connection is open.
+    /// Keep it as long as the connection is open.
     pub slot: Slot,
 }
 
@@ -94,8 +94,8 @@ impl AcceptLoop {
         }
     }
 
-    /// Passes each connection to `serve`, which must not block, until `shutdown` is cancelled. Then
-    /// the address is free, and connections that were not accepted yet are refused.
+    /// Passes each connection to `serve`, which must not block, until `shutdown` is cancelled. Then it
+    /// frees the address and refuses connections that have not been accepted.
     pub async fn run(mut self, shutdown: CancellationToken, mut serve: impl FnMut(Accepted)) {
         let mut backoff = MIN_BACKOFF;
         loop {
@@ -117,8 +117,8 @@ impl AcceptLoop {
                     if is_the_clients(&error) {
                         continue;
                     }
-                    // Most likely the process is out of file descriptors. That passes, and without
-                    // a pause the loop would spin until then.
+                    // Probably the process has run out of file descriptors. Without a pause the loop
+                    // would spin until some are closed.
                     tokio::select! {
                         () = shutdown.cancelled() => return,
                         () = sleep(backoff) => backoff = (backoff * 2).min(MAX_BACKOFF),
@@ -151,7 +151,7 @@ impl AcceptLoop {
                 let SlotLimits { total, per_address } = self.settings.limits;
                 warn!(
                     protocol, %peer, total, per_address, missed,
-                    "connection slots are in use: an idle connection is closed for a new one"
+                    "idle connection closed for a new one: all connection slots are in use"
                 );
             }
         }
@@ -186,10 +186,10 @@ impl AcceptLoop {
     }
 }
 
-/// Makes an accepted socket ready to be served.
+/// Sets the options of an accepted socket.
 fn prepare(stream: TcpStream, keepalive: Duration) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
-    // A connection that writes nothing does not notice that its peer is gone.
+    // A connection that writes nothing would not notice that its peer is gone.
     let keepalive = TcpKeepalive::new().with_time(keepalive).with_interval(keepalive);
     SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
     Ok(stream)
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sockets_are_accepted_with_their_options() {
+    async fn accepted_sockets_have_nodelay_and_keepalive() {
         let mut running = Running::start(2);
         let client = running.connect().await;
         let Accepted { stream, peer, .. } = running.accepted().await;
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_without_a_slot_is_closed_and_counted() {
+    async fn connection_without_a_slot_is_closed_and_counted() {
         let mut running = Running::start(1);
         let _first = running.connect().await;
         let first = running.accepted().await;
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_idle_connection_is_displaced_by_a_new_one() {
+    async fn idle_connection_is_displaced_by_a_new_one() {
         let mut running = Running::start(1);
         let _first = running.connect().await;
         let first = running.accepted().await;
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_shutdown_frees_the_address() {
+    async fn shutdown_frees_the_address() {
         let running = Running::start(1);
         running.shutdown.cancel();
         timeout(SOON, running.task).await.unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! What listeners of all protocols share: the accept loop, connection slots, and threads.
+//! Shared by the listeners of all protocols: the accept loop, connection slots, and threads.
 
 mod accept;
 pub mod shards;

@@ -1,8 +1,8 @@
-//! Threads that serve connections, each with an event loop of its own.
+//! Threads that serve connections, each with a separate event loop.
 //!
-//! An encoder sends some 70 small messages a second. On a runtime of several threads each of them
-//! is likely to wake a thread, and threads that look for work take each other's; here, one
-//! `epoll_wait` serves all the connections of a thread that have something to say.
+//! An encoder sends about 70 small messages per second. On a multi-threaded runtime nearly each of
+//! them wakes a thread, and idle threads steal each other's work. Here one `epoll_wait` returns all
+//! readable connections of a thread.
 
 use std::{
     cell::Cell,
@@ -17,28 +17,28 @@ use std::{
 use tokio::{runtime, sync::mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// What a thread is given to do. A panic ends it alone.
+/// A task of a thread. A panic ends only this task.
 pub type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Threads that run tasks, which stay where they were begun. They end when this is dropped and
-/// their tasks have ended.
+/// Threads that run tasks. A task stays on its thread. The threads end once this is dropped and their
+/// tasks have ended.
 #[derive(Debug)]
 pub struct Shards {
     shards: Vec<Shard>,
     /// Cancelled when the first thread ends.
     ending: CancellationToken,
-    /// Closes when the last thread has ended.
+    /// Closes once the last thread has ended.
     alive: mpsc::Receiver<Infallible>,
 }
 
 #[derive(Debug)]
 struct Shard {
-    /// Bounded by who sends: as many tasks as there may be.
+    /// Bounded by the caller: one message per task.
     tasks: mpsc::UnboundedSender<Job>,
     load: Arc<Load>,
 }
 
-/// What a shard's tasks share: as many references as tasks, and one.
+/// Counts the tasks of a shard: it has one reference per task, and one more.
 #[derive(Debug)]
 struct Load;
 
@@ -49,21 +49,21 @@ enum Job {
 }
 
 impl Shards {
-    /// Starts `count` threads, one at least.
+    /// Starts `count` threads, at least one.
     ///
     /// # Errors
-    /// If a thread or its event loop cannot be had.
+    /// If a thread or its event loop cannot be created.
     pub fn spawn(count: usize) -> io::Result<Self> {
         let ending = CancellationToken::new();
         let (living, alive) = mpsc::channel(1);
         let shards = (0..count.max(1)).map(|number| {
             let (tasks, jobs) = mpsc::unbounded_channel();
             let (started, result) = std::sync::mpsc::sync_channel(1);
-            // Both are dropped however the thread ends.
-            let signs = (ending.clone().drop_guard(), living.clone());
+            // Dropped however the thread ends.
+            let alive = (ending.clone().drop_guard(), living.clone());
             thread::Builder::new().name(format!("rtmp-{number}")).spawn(move || {
-                let _signs = signs;
-                // Made here, because it could not be dropped in the caller's runtime.
+                let _alive = alive;
+                // Created here: a runtime must not be dropped inside the caller's runtime.
                 match event_loop() {
                     Ok(runtime) => {
                         let _ = started.send(Ok(()));
@@ -80,24 +80,24 @@ impl Shards {
         Ok(Self { shards: shards.collect::<io::Result<_>>()?, ending, alive })
     }
 
-    /// Runs a task on the thread that has fewest. If that thread has ended, so has the task.
+    /// Runs a task on the thread with the fewest tasks. If that thread has ended, drops the task.
     pub fn run(&self, task: Task) {
         if let Some(shard) = self.shards.iter().min_by_key(|shard| Arc::strong_count(&shard.load)) {
             let _ = shard.tasks.send(Job::Run(task, shard.load.clone()));
         }
     }
 
-    /// Waits for a thread to end, which only a bug can cause before [`Shards::join`]: its tasks are
-    /// gone.
+    /// Waits until a thread ends. Before [`Shards::join`] only a bug can cause that; the tasks of the
+    /// thread are lost.
     pub async fn failed(&self) {
         self.ending.cancelled().await;
     }
 
-    /// Takes no more tasks, and waits until all have ended.
+    /// Waits until all tasks and threads have ended.
     pub async fn join(self) {
         let Self { shards, mut alive, .. } = self;
         drop(shards);
-        // Nobody can send; it ends with the last sender.
+        // Nothing is ever sent: the channel closes with its last sender.
         let _ = alive.recv().await;
     }
 }
@@ -121,16 +121,16 @@ async fn run(mut jobs: mpsc::UnboundedReceiver<Job>) {
                 });
             }
             #[cfg(test)]
-            Job::Panic => panic!("as asked"),
+            Job::Panic => panic!("a test ends this thread"),
         }
     }
     tasks.close();
     tasks.wait().await;
 }
 
-/// Before the thread waits for events. Where they come so quickly that the last wait was short, it
-/// sleeps a little first, and then finds several at once: a switch to another thread and back costs
-/// more than what one message takes.
+/// Runs before the thread waits for events. If the last wait was short, it sleeps for [`NAP`], so that
+/// the next `epoll_wait` returns several events: a context switch costs more than the work for one
+/// message.
 fn nap() {
     if BUSY.get() {
         thread::sleep(NAP);
@@ -138,7 +138,7 @@ fn nap() {
     PARKED.set(Some(Instant::now()));
 }
 
-/// After it.
+/// Runs after the thread has waited for events.
 fn woken() {
     BUSY.set(PARKED.get().is_some_and(|at| at.elapsed() < NAP));
 }
@@ -148,13 +148,14 @@ thread_local! {
     static BUSY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What a message may be held up by on a busy thread, to which the system adds some 50 µs.
+/// The most that a message is delayed on a busy thread. The system adds about 50 µs.
 const NAP: Duration = Duration::from_micros(150);
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashMap, sync::Mutex, thread::ThreadId};
+    use std::{collections::HashMap, thread::ThreadId};
 
+    use parking_lot::Mutex;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         sync::Semaphore,
@@ -166,14 +167,14 @@ mod tests {
     const SOON: Duration = Duration::from_secs(20);
 
     #[tokio::test]
-    async fn tasks_are_spread_evenly_and_freed_places_are_taken_again() {
+    async fn tasks_run_on_the_thread_with_the_fewest_tasks() {
         let shards = Shards::spawn(3).unwrap();
         let places = Arc::<Mutex<HashMap<ThreadId, usize>>>::default();
         let (go, running) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
         let task = || -> Task {
             let (places, go, running) = (places.clone(), go.clone(), running.clone());
             Box::pin(async move {
-                *places.lock().unwrap().entry(thread::current().id()).or_default() += 1;
+                *places.lock().entry(thread::current().id()).or_default() += 1;
                 running.add_permits(1);
                 let _permit = go.acquire().await.unwrap();
             })
@@ -182,10 +183,10 @@ mod tests {
             shards.run(task());
         }
         timeout(SOON, running.acquire_many(30)).await.unwrap().unwrap().forget();
-        let counts: Vec<_> = places.lock().unwrap().values().copied().collect();
+        let counts: Vec<_> = places.lock().values().copied().collect();
         assert_eq!(counts, [10; 3]);
 
-        // Those of one thread end; the next ones go there.
+        // One thread has two tasks more than the others; the next ones run there.
         shards.shards[1].tasks.send(Job::Run(task(), shards.shards[1].load.clone())).unwrap();
         timeout(SOON, running.acquire()).await.unwrap().unwrap().forget();
         assert_eq!(Arc::strong_count(&shards.shards[1].load), 12);
@@ -198,16 +199,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_ends_its_task_and_no_other() {
+    async fn panic_ends_its_task_only() {
         let shards = Shards::spawn(1).unwrap();
-        shards.run(Box::pin(async { panic!("as asked") }));
+        shards.run(Box::pin(async { panic!("a test ends this task") }));
         let (done, finished) = tokio::sync::oneshot::channel();
         shards.run(Box::pin(async move {
             tokio::time::sleep(Duration::from_millis(10)).await;
             let _ = done.send(());
         }));
         timeout(SOON, finished).await.unwrap().unwrap();
-        // It ends a moment after it has said so.
+        // The task ends shortly after it has sent.
         let ended = async {
             while Arc::strong_count(&shards.shards[0].load) > 1 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_a_thread_is_told_and_takes_its_tasks_along() {
+    async fn end_of_a_thread_is_reported_and_ends_its_tasks() {
         let shards = Shards::spawn(2).unwrap();
         let (held, gone) = tokio::sync::oneshot::channel::<()>();
         shards.run(Box::pin(async move {
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_thread_that_naps_serves_what_comes() {
+    async fn napping_thread_answers_each_byte() {
         let shards = Shards::spawn(1).unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut near =
@@ -243,12 +244,11 @@ mod tests {
             let mut far = tokio::net::TcpStream::from_std(far).unwrap();
             let mut byte = [0];
             while far.read_exact(&mut byte).await.is_ok() {
-                // Whether it naps before it looks for the next one.
+                // The second byte is 1 if the thread naps before the next wait.
                 far.write_all(&[byte[0], u8::from(BUSY.get())]).await.unwrap();
             }
         }));
-        // An answer to each byte comes, however quickly they follow one another, and naps take their
-        // time.
+        // Each byte gets an answer, however quickly they follow one another.
         let began = Instant::now();
         let mut naps = 0;
         for byte in (0..=255).cycle() {
@@ -260,11 +260,11 @@ mod tests {
                 break;
             }
             naps += u32::from(answer[1]);
-            // So that it has nothing to do, and naps before it waits.
+            // Lets the thread become idle, so that it naps before it waits.
             thread::sleep(Duration::from_micros(10));
             assert!(began.elapsed() < SOON, "{naps} naps");
         }
-        // Where this thread was quicker all the same, a nap is left out.
+        // A nap is left out if this thread sends the next byte before it. A quarter is the margin.
         assert!(began.elapsed() > NAP * naps * 3 / 4, "{:?}", began.elapsed());
         drop(near);
         timeout(SOON, shards.join()).await.unwrap();

@@ -1,20 +1,20 @@
-//! Connection slots of one listener: how many connections it serves, in all and per client address.
+//! Connection slots of one listener. They limit its connections, in total and per client address.
 //!
 //! A connection is in one of three states:
 //!
 //! ```text
 //! admitted ─► idle ◄──► busy        idle: no request yet, or kept alive between two requests
 //!              │ ▲        │         busy: a request is being served
-//!              ▼ └────────┼─┐       pinned: a viewer or a publisher; limits of its own apply
+//!              ▼ └────────┼─┐       pinned: a viewer or a publisher; admission limits those
 //!          displaced    pinned
 //! ```
 //!
 //! - The total counts all three states. An address's share counts idle and busy connections only:
-//!   many viewers or publishers may stand behind one address.
-//! - A connection that finds the total or its address's share used up takes the slot of an idle
-//!   connection: of one that is kept alive if there is one, otherwise of one that has sent no complete
-//!   request; in each case the one that has been idle longest. It is refused only if none is idle.
-//!   So idle connections, however many, never keep a client that has a request from being served.
+//!   many viewers or publishers may be behind one address.
+//! - If the total or the share is used up, a new connection takes the slot of an idle one: of one that
+//!   is kept alive if there is one, otherwise of one that has sent no complete request; in each case
+//!   of the one that has been idle longest. If none is idle, the new connection is refused. So idle
+//!   connections never prevent a client with a request from being served.
 //! - Loopback addresses have no share: proxies and monitoring run there.
 
 use std::{
@@ -27,32 +27,32 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// How many connections a listener serves at one time.
+/// Limits of the connections of one listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotLimits {
-    /// In all, at least 1.
+    /// In total, at least 1.
     pub total: usize,
     /// Per client address (an IPv6 /64 is one address), not counting viewers and publishers.
     pub per_address: usize,
 }
 
 impl SlotLimits {
-    /// `total` connections, of which one address may take `per_address`, or half if it is `None`.
+    /// `total` connections, of which one address may have `per_address`; `None` is half.
     pub fn new(total: usize, per_address: Option<usize>) -> Self {
         let total = total.max(1);
         Self { total, per_address: per_address.unwrap_or(total.div_ceil(2)).max(1) }
     }
 }
 
-/// The setting of an address's share as [`SlotLimits::new`] takes it: 0 is the default.
+/// Converts a setting to the `per_address` of [`SlotLimits::new`]: 0 is the default.
 pub fn share(setting: usize) -> Option<usize> {
     (setting > 0).then_some(setting)
 }
 
-/// Why a connection is idle. Those of the first kind are displaced first.
+/// Why a connection is idle. Connections of the first kind are displaced first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Idle {
-    /// A request was answered, and none has followed yet.
+    /// A request was answered, and none has followed.
     KeptAlive,
     /// No complete request has arrived.
     NoRequest,
@@ -78,7 +78,7 @@ impl Slots {
         Self(Arc::new(Mutex::new(Table::new(limits))))
     }
 
-    /// Takes a slot. Returns it and whether another connection lost its slot for it.
+    /// Takes a slot. Returns it, and `true` if another connection was displaced.
     pub(super) fn admit(&self, now: Instant, address: IpAddr) -> Result<(Slot, bool), SlotRefusal> {
         let signal = Arc::new(Notify::new());
         let (id, displaced) = self.0.lock().admit(now, address, signal.clone())?;
@@ -90,7 +90,7 @@ impl Slots {
     }
 }
 
-/// A connection's slot, free again when this is dropped.
+/// The slot of a connection. Dropping it frees the slot.
 #[derive(Debug)]
 pub struct Slot {
     slots: Slots,
@@ -107,19 +107,19 @@ impl Slot {
         slots.admit(Instant::now(), Ipv6Addr::LOCALHOST.into()).expect("it is free").0
     }
 
-    /// The connection serves a request from now on. Returns `false` if it has been displaced.
+    /// Marks the connection as serving a request. Returns `false` if it has been displaced.
     #[must_use]
     pub fn set_busy(&self) -> bool {
         self.id.is_none_or(|id| self.slots.0.lock().set_idle(id, None))
     }
 
-    /// The connection waits for its client from now on. Returns `false` if it has been displaced.
+    /// Marks the connection as waiting for its client. Returns `false` if it has been displaced.
     pub fn set_idle(&self, now: Instant, idle: Idle) -> bool {
         self.id.is_none_or(|id| self.slots.0.lock().set_idle(id, Some((idle, now))))
     }
 
-    /// The connection is a publisher's from now on, until [`Slot::unpin`]. Returns `false` if it
-    /// has been displaced.
+    /// Marks the connection as a publisher or viewer until [`Slot::unpin`]. Returns `false` if it has
+    /// been displaced.
     #[must_use]
     pub fn pin(&mut self) -> bool {
         let Some(id) = self.id else { return true };
@@ -130,7 +130,7 @@ impl Slot {
         pinned
     }
 
-    /// As [`Slot::pin`], for good: frees the memory that displacing it would need.
+    /// As [`Slot::pin`], but permanently. Frees memory.
     #[must_use]
     pub fn pin_for_good(&mut self) -> bool {
         let pinned = self.pin();
@@ -140,19 +140,19 @@ impl Slot {
         pinned
     }
 
-    /// The connection is an idle one of `address` again, even if that exceeds the address's share.
+    /// Marks the connection as an idle one of `address`, even if that exceeds the address's share.
     pub fn unpin(&mut self, now: Instant, address: IpAddr) {
         if let (None, Some(signal)) = (self.id, &self.signal) {
             self.id = Some(self.slots.0.lock().unpin(now, address, signal.clone()));
         }
     }
 
-    /// `true` if another connection has taken the slot: this one is to close.
+    /// `true` if another connection has taken the slot. Close the connection then.
     pub fn is_displaced(&self) -> bool {
         self.id.is_some_and(|id| !self.slots.0.lock().entries.contains_key(&id))
     }
 
-    /// Waits until the connection is displaced. Of several futures, one is woken.
+    /// Waits until the connection is displaced. If there are several such futures, one completes.
     pub fn displaced(&self) -> impl Future<Output = ()> + Send + use<> {
         let signal = self.signal.clone();
         async move {
@@ -174,13 +174,12 @@ impl Drop for Slot {
     }
 }
 
-/// The state behind [`Slots`], without I/O and clock. `S` is how a connection is notified that it
-/// has been displaced.
+/// The state of [`Slots`], without I/O and clock. `S` notifies a displaced connection.
 #[derive(Debug)]
 struct Table<S> {
     limits: SlotLimits,
     next_id: u64,
-    /// Connections that are pinned; they have no entry.
+    /// Number of pinned connections. They have no entry.
     pinned: usize,
     entries: HashMap<u64, Entry<S>>,
     idle: IdleQueue,
@@ -189,7 +188,7 @@ struct Table<S> {
 
 #[derive(Debug)]
 struct Entry<S> {
-    /// Whose share it counts in; `None` for loopback.
+    /// The address in whose share it counts; `None` for loopback.
     address: Option<IpAddr>,
     /// `None` while it is busy.
     idle: Option<(Idle, Instant)>,
@@ -202,7 +201,7 @@ struct AddressSlots {
     idle: IdleQueue,
 }
 
-/// Idle connections, the first to be displaced in front.
+/// Idle connections. The first one is displaced first.
 type IdleQueue = BTreeSet<(Idle, Instant, u64)>;
 
 impl<S> Table<S> {
@@ -217,7 +216,7 @@ impl<S> Table<S> {
         }
     }
 
-    /// Returns the new slot's number, and the signal of the connection that it was taken from.
+    /// Returns the id of the new slot, and the signal of the connection that was displaced.
     fn admit(
         &mut self,
         now: Instant,
@@ -248,7 +247,7 @@ impl<S> Table<S> {
         id
     }
 
-    /// Returns `false` if there is no such slot: the connection was displaced.
+    /// Returns `false` if the connection has been displaced.
     fn set_idle(&mut self, id: u64, idle: Option<(Idle, Instant)>) -> bool {
         let Some(entry) = self.entries.get_mut(&id) else { return false };
         let mut share = entry.address.and_then(|address| self.addresses.get_mut(&address));
@@ -293,8 +292,8 @@ impl<S> Table<S> {
     }
 }
 
-/// The address whose share a client counts in: one site usually has a whole IPv6 /64 (RFC 4291
-/// §2.5.1). `None` for loopback.
+/// The address in whose share a client counts: its /64 for IPv6, because one site usually has a whole
+/// /64 (RFC 4291 §2.5.1). `None` for loopback.
 fn accountable(address: IpAddr) -> Option<IpAddr> {
     match address.to_canonical() {
         address if address.is_loopback() => None,
@@ -345,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_connection_takes_the_slot_of_the_longest_idle_one() {
+    fn new_connection_takes_the_slot_of_the_longest_idle_one() {
         let mut sim = Sim::new(3, 3);
         for i in 0..3 {
             assert_eq!(sim.admit(i, LOOPBACK, i as usize), Ok((i, None)));
@@ -381,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_displaces_its_own_connections_only() {
+    fn full_share_displaces_connections_of_its_address_only() {
         let mut sim = Sim::new(100, 2);
         sim.admit(0, client(9), 9).unwrap();
         sim.admit(1, client(1), 0).unwrap();
@@ -419,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv6_site_is_one_address_and_so_is_an_ipv4_mapped_one() {
+    fn ipv6_addresses_of_one_site_share_slots() {
         let cases = [
             ("2001:db8:1:2::1", Some("2001:db8:1:2::")),
             ("2001:db8:1:2:ffff::9", Some("2001:db8:1:2::")),
@@ -435,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_the_slots_are_an_addresss_share_by_default() {
+    fn share_of_an_address_is_half_by_default() {
         let limits = |total, per_address| {
             let limits = SlotLimits::new(total, per_address);
             (limits.total, limits.per_address)
@@ -446,7 +445,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_displaced_connection_is_notified_and_frees_nothing_twice() {
+    async fn displaced_connection_is_notified_and_frees_its_slot_once() {
         let slots = Slots::new(SlotLimits::new(1, None));
         let now = Instant::now();
         let (first, _) = slots.admit(now, LOOPBACK).unwrap();

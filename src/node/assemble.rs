@@ -1,4 +1,4 @@
-//! A node: sources, the hub and sinks, put together from settings.
+//! Assembles a node from settings: sources, the hub and sinks.
 //!
 //! ```text
 //! rtmp ─────┐                              ┌─► downstream: RTP to edges
@@ -6,13 +6,21 @@
 //!                                          └─► http: viewers
 //! ```
 //!
-//! `cloud` and `edge` are two sets of defaults of this one node (see [`super::settings`]). A part is
-//! added here in one place: where it is bound, where it runs, and where it is drained if it holds
-//! media.
+//! `cloud` and `edge` are two sets of defaults of this one node (see [`super::settings`]). A new part
+//! is added in this file: bind it, run it, and drain it if it holds media.
+//!
+//! Shutdown within the grace period `G`:
+//!
+//! ```text
+//! 0         sources: RTMP publications end at once; streams of the upstream end as it stops
+//! ..G/2     downstream: queued packets leave, then edges request what they lost (LINGER)
+//! ..G       recordings are written; viewers read to the end of their streams, then are cut
+//! ```
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use prometheus::Registry;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::{StartError, TaskEnded, Tasks, metrics, upstream};
@@ -36,37 +44,37 @@ use downpour_distribution::{
 };
 use downpour_hub::{Admission, Hub, LogLimits, admission::Settings as AdmissionSettings};
 
-/// What a node is to be. A part that is `None` is left out.
+/// Settings of a node's parts. A part whose settings are `None` is left out.
 pub struct NodeSettings {
-    /// What each stream keeps for its readers.
+    /// Media per stream that is kept for its readers.
     pub log: LogLimits,
     /// Limits of publishers and players.
     pub admission: AdmissionSettings,
-    /// RTMP from encoders, and where it listens.
+    /// RTMP from encoders: the address to listen on, and the server's settings.
     pub rtmp: Option<(Setting<ListenAddr>, RtmpSettings)>,
     /// RTP from another node.
     pub upstream: Option<upstream::UpstreamSettings>,
     /// RTP to other nodes.
     pub downstream: Option<DownstreamSettings>,
-    /// HTTP, and whether viewers are served there.
+    /// HTTP: the API, and viewers.
     pub http: HttpSettings,
     /// The directory of recordings.
     pub record: Option<PathBuf>,
-    /// Time that parts have to finish when the node ends.
+    /// Time that all parts together have to finish at shutdown.
     pub grace: Duration,
 }
 
-/// A value with the key that it is set by, for errors.
+/// A value and the key that sets it. Errors name the key.
 #[derive(Debug, Clone)]
 pub struct Setting<T> {
-    /// As it stands in the file.
+    /// The key with its section, such as `rtmp.addr`.
     pub key: &'static str,
     /// The value.
     pub value: T,
 }
 
 impl<T> Setting<T> {
-    /// `value`, which is set by `key`.
+    /// The value `value` of the key `key`.
     pub fn new(key: &'static str, value: T) -> Self {
         Self { key, value }
     }
@@ -74,54 +82,54 @@ impl<T> Setting<T> {
 
 /// RTP and repair for the nodes below.
 pub struct DownstreamSettings {
-    /// Where edges ask for lost packets; its port goes into `part`.
+    /// Address that edges connect to over QUIC. It replaces `quic_addr` of `part`.
     pub quic_addr: Setting<ListenAddr>,
-    /// The certificate and its key, made at the first start.
+    /// The certificate. It and its key are created at the first start.
     pub cert_file: PathBuf,
-    /// The private key.
+    /// The private key of the certificate.
     pub key_file: PathBuf,
-    /// Everything else.
+    /// Settings of the part itself.
     pub part: downstream::Settings,
 }
 
-/// The HTTP server.
+/// Settings of the HTTP server.
 pub struct HttpSettings {
-    /// Where it listens.
+    /// The address to listen on.
     pub addr: Setting<ListenAddr>,
     /// Whether `/{app}/{name}.flv` is served.
     pub flv: bool,
     /// Limits of viewers.
     pub viewers: ViewerSettings,
-    /// Time that connections have to finish when the node ends.
+    /// Time that connections have to finish at shutdown.
     pub grace: Duration,
 }
 
-/// Where a node listens, ports that were 0 in the settings filled in.
+/// The addresses that a node listens on. A port that is 0 in the settings is the actual one here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeAddrs {
-    /// RTMP, where encoders are served.
+    /// RTMP; `None` on a node without encoders.
     pub rtmp: Option<SocketAddr>,
     /// HTTP.
     pub http: SocketAddr,
-    /// What the nodes below need; `None` where there are none.
+    /// The addresses of the downstream; `None` on a node without one.
     pub downstream: Option<DownstreamAddrs>,
-    /// Where RTP arrives, by path; empty on a node without an upstream.
+    /// Addresses that RTP arrives on, one per path; empty on a node without an upstream.
     pub rtp_in: Vec<SocketAddr>,
 }
 
-/// What edges connect to.
+/// Addresses and certificate that edges use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DownstreamAddrs {
     /// QUIC.
     pub quic: SocketAddr,
-    /// The UDP port from which RTP leaves and on which edges prove their addresses; `None` in debug
+    /// UDP port that RTP is sent from and on which edges validate their addresses; `None` in debug
     /// mode.
     pub rtp: Option<u16>,
-    /// The certificate that edges see on QUIC.
+    /// Fingerprint of the certificate on QUIC.
     pub fingerprint: Fingerprint,
 }
 
-/// A node whose addresses are bound and that is ready to run.
+/// A node whose addresses are bound and which is ready to run.
 pub struct Node {
     admission: Admission,
     rtmp: Option<RtmpServer>,
@@ -136,11 +144,11 @@ pub struct Node {
 }
 
 impl Node {
-    /// Binds every address, and makes the certificate if there is none. Must be called inside a tokio
-    /// runtime.
+    /// Binds all addresses, and creates the certificate if there is none. Must be called inside a
+    /// tokio runtime.
     ///
     /// # Errors
-    /// With the setting that is at fault.
+    /// If an address, a certificate file or another setting cannot be used. The error names its key.
     pub fn bind(settings: NodeSettings) -> Result<Self, StartError> {
         let hub = Hub::new(settings.log);
         let admission = Admission::new(hub.clone(), settings.admission);
@@ -159,7 +167,7 @@ impl Node {
             }
             _ => None,
         };
-        // The order of sinks is the order of taps: packets leave before anything else is done.
+        // Taps run in the order in which sinks are added: packets leave first.
         if let Some((downstream, _)) = &downstream {
             hub.add_sink(downstream.sink());
         }
@@ -216,30 +224,29 @@ impl Node {
         })
     }
 
-    /// Where it listens.
+    /// The addresses that the node listens on.
     pub fn addrs(&self) -> &NodeAddrs {
         &self.addrs
     }
 
-    /// Who publishes and plays here, and how to end that.
+    /// The node's admission: lists publications and playbacks, and revokes them.
     pub fn admission(&self) -> &Admission {
         &self.admission
     }
 
-    /// Counters of the streams that come from another node, which go on while the node runs; `None`
-    /// without an upstream.
+    /// Counters of the streams that arrive from another node, updated while the node runs; `None` on
+    /// a node without an upstream.
     pub fn received(&self) -> Option<ReceiveMetrics> {
         self.received.clone()
     }
 
-    /// Runs until `shutdown`, then drains: sources end, edges learn of each stream's end, viewers and
-    /// recordings get what is there.
+    /// Runs until `shutdown` is cancelled, then drains within the grace period: sources end, edges are
+    /// notified of each stream's end, viewers and recordings get the media that is left.
     ///
     /// # Errors
-    /// If a part of the node ended early; the rest is drained all the same.
+    /// If a part ended before the shutdown. The other parts are drained.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), TaskEnded> {
         let Self { admission, rtmp, upstream, downstream, recorder, http, http_grace, .. } = self;
-        let grace = self.grace;
         let (sources, sinks) = (CancellationToken::new(), CancellationToken::new());
         let mut source_tasks = Tasks::default();
         let mut sink_tasks = Tasks::default();
@@ -261,38 +268,60 @@ impl Node {
             outcome = source_tasks.run_until(&shutdown) => outcome,
             outcome = sink_tasks.run_until(&shutdown) => outcome,
         };
+        let grace = Grace::starting_now(self.grace);
+        // Asked before the sources end: their streams leave the hub at once.
+        let had_streams = !admission.hub().is_empty();
         sources.cancel();
-        let sent = drain.is_some() && !admission.hub().is_empty();
-        let ended = admission.end_all();
-        tracing::debug!(publications = ended, "sources are ending");
-        if has_upstream && drain.is_some() {
-            // What edges below get is complete once the streams from above have ended.
-            let _ = tokio::time::timeout(grace / 2, source_tasks.join()).await;
+        let publications = admission.end_all();
+        tracing::debug!(publications, "node is draining");
+        if let Some(drain) = drain {
+            if has_upstream {
+                // The streams from above end with their receiver.
+                let _ = timeout_at(grace.half, source_tasks.join()).await;
+            }
+            drain_downstream(&drain, &grace, had_streams).await;
         }
-        if let Some(drain) = &drain
-            && !drain.wait(grace / 2).await
-        {
-            tracing::warn!("packets were still queued for edges at the end");
-        }
-        if sent {
-            // An edge that misses the tail asks for it within a round trip or two.
-            tokio::time::sleep(LINGER.min(grace / 2)).await;
-        }
-        // Viewers finish when their streams end, which those of an upstream do when it ends.
+        // Each viewer is closed at the end of its stream.
         sinks.cancel();
-        if tokio::time::timeout(grace, source_tasks.join()).await.is_err() {
-            tracing::warn!(grace_ms = grace.as_millis(), "source connections were cut");
+        if timeout_at(grace.half, source_tasks.join()).await.is_err() {
+            tracing::warn!(grace_ms = grace.ms, "source connections cut: they did not end in time");
         }
         if let Some(recorder) = &recorder
-            && tokio::time::timeout(grace, recorder.drain()).await.is_err()
+            && timeout_at(grace.end, recorder.drain()).await.is_err()
         {
-            tracing::error!(grace_ms = grace.as_millis(), "recordings were not written in time");
+            tracing::error!(grace_ms = grace.ms, "recordings cut: the disk is too slow");
         }
-        if tokio::time::timeout(grace, sink_tasks.join()).await.is_err() {
-            tracing::warn!(grace_ms = grace.as_millis(), "connections were cut");
+        if timeout_at(grace.end, sink_tasks.join()).await.is_err() {
+            tracing::warn!(grace_ms = grace.ms, "HTTP and QUIC connections cut");
         }
         outcome
     }
+}
+
+/// The deadlines of a shutdown.
+struct Grace {
+    /// Of the sources and the downstream.
+    half: Instant,
+    /// Of recordings and viewers.
+    end: Instant,
+    ms: u128,
+}
+
+impl Grace {
+    fn starting_now(grace: Duration) -> Self {
+        let now = Instant::now();
+        Self { half: now + grace / 2, end: now + grace, ms: grace.as_millis() }
+    }
+}
+
+/// Waits until the queued packets have left, and then for requests of edges that lost the last ones.
+async fn drain_downstream(drain: &downstream::Drain, grace: &Grace, had_streams: bool) {
+    let left = grace.half.saturating_duration_since(Instant::now());
+    let linger = if had_streams { LINGER.min(left / 2) } else { Duration::ZERO };
+    if !drain.wait(left - linger).await {
+        tracing::warn!(grace_ms = grace.ms, "packets to edges dropped: they were still queued");
+    }
+    tokio::time::sleep(linger).await;
 }
 
 fn bind_rtmp(
@@ -314,15 +343,18 @@ fn bind_downstream(
 ) -> Result<(Downstream, DownstreamAddrs), StartError> {
     let DownstreamSettings { quic_addr, cert_file, key_file, mut part } = settings;
     let identity = Identity::load_or_create(&cert_file, &key_file)
-        .map_err(|error| StartError::new("cert_file", error))?;
+        .map_err(|error| StartError::new("downstream.cert_file", error))?;
     part.quic_addr = node::resolve(quic_addr.key, &quic_addr.value)?;
     let downstream =
         Downstream::bind(part, &identity, outgoing, registry).map_err(|error| match error {
-            downstream::BindError::Rtp(port, error) => StartError::listen("rtp_port", port, &error),
+            downstream::BindError::Rtp(port, error) => {
+                let port = format!("UDP port {port}");
+                StartError::listen("downstream.rtp_port", port, &error)
+            }
             downstream::BindError::Quic(addr, error) => {
                 StartError::listen(quic_addr.key, addr, &error)
             }
-            downstream::BindError::Tls(error) => StartError::new("cert_file", error),
+            downstream::BindError::Tls(error) => StartError::new("downstream.cert_file", error),
             downstream::BindError::Metrics(error) => error.into(),
         })?;
     let addrs = DownstreamAddrs {
@@ -337,5 +369,5 @@ fn local(key: &'static str, addr: std::io::Result<SocketAddr>) -> Result<SocketA
     addr.map_err(|error| StartError::new(key, error))
 }
 
-/// Time in which edges may ask for the tail of streams that end with the node.
+/// Time for edges to request the last packets of streams that end with the node: a round trip or two.
 const LINGER: Duration = Duration::from_millis(300);

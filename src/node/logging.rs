@@ -1,4 +1,4 @@
-//! Where the log goes: standard error, and a rotated file if one is asked for.
+//! Logging: to standard error, and to a rotated file if the settings have one.
 
 use std::{
     io::IsTerminal,
@@ -12,14 +12,15 @@ use tracing_subscriber::{EnvFilter, Layer, fmt, layer::SubscriberExt};
 
 use crate::config::{CloudConfig, EdgeConfig, LogLevel};
 
-/// Starts logging for the process. `RUST_LOG` goes before `level`, which is for Downpour's own
-/// lines; its libraries speak from warn on.
+/// Starts logging for the process. Downpour logs from `level` on, its libraries from warn on; the
+/// environment variable `RUST_LOG` overrides both.
 ///
-/// Lines are written by a thread of their own, so that a full disk or a stuck terminal holds up
-/// nothing; what it cannot keep up with is dropped and counted by [`LogGuard::dropped_lines`].
+/// A separate thread per output writes the lines, so that a full disk or a stuck terminal does not
+/// block the node. Lines that it cannot keep up with are dropped, and counted by
+/// [`LogGuard::dropped_lines`].
 ///
 /// # Errors
-/// If the log file cannot be made, or logging was started before.
+/// If the log file cannot be created, `RUST_LOG` is not a filter, or logging was started before.
 pub fn init(level: LogLevel, file: Option<LogFile>) -> Result<LogGuard, LogError> {
     let wanted = std::env::var(EnvFilter::DEFAULT_ENV).unwrap_or_default();
     let (subscriber, guard) = subscriber(level, &wanted, file)?;
@@ -27,8 +28,8 @@ pub fn init(level: LogLevel, file: Option<LogFile>) -> Result<LogGuard, LogError
     Ok(guard)
 }
 
-/// Logs what loading the settings had to say.
-pub fn tell(notes: &[String], warnings: &[String]) {
+/// Logs the notes and warnings from loading the settings.
+pub fn log_notes(notes: &[String], warnings: &[String]) {
     for note in notes {
         tracing::info!("{note}");
     }
@@ -37,21 +38,21 @@ pub fn tell(notes: &[String], warnings: &[String]) {
     }
 }
 
-/// A log file that is rotated by size: `name`, then `name.1` and so on, the highest the oldest.
+/// A log file that is rotated by size: `name` is the newest, then `name.1` and so on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogFile {
-    /// Made if it is missing.
+    /// The directory, created if it is missing.
     pub dir: PathBuf,
-    /// The newest file's name.
+    /// Name of the newest file.
     pub name: String,
-    /// Bytes after which a new file is begun.
+    /// Size in bytes at which a new file is started.
     pub max_bytes: u64,
-    /// Files kept, the newest included; at least 1.
+    /// Number of files kept, including the newest; at least 1.
     pub count: u64,
 }
 
 impl LogFile {
-    /// The file that a cloud's settings ask for.
+    /// The log file of a cloud; `None` if its settings have none.
     pub fn of_cloud(config: &CloudConfig) -> Option<Self> {
         config.enable_log_file.then(|| Self {
             dir: config.log_dir.clone(),
@@ -61,7 +62,7 @@ impl LogFile {
         })
     }
 
-    /// The file that an edge's settings ask for.
+    /// The log file of an edge; `None` if its settings have none.
     pub fn of_edge(config: &EdgeConfig) -> Option<Self> {
         config.enable_log_file.then(|| Self {
             dir: config.log_dir.clone(),
@@ -72,7 +73,7 @@ impl LogFile {
     }
 }
 
-/// Keeps the log's threads; dropping it writes what is queued. It must live as long as `main`.
+/// Keeps the threads of the log. Dropping it writes the queued lines; keep it until `main` returns.
 #[must_use = "dropping the guard ends the log"]
 pub struct LogGuard {
     _workers: Vec<WorkerGuard>,
@@ -80,7 +81,7 @@ pub struct LogGuard {
 }
 
 impl LogGuard {
-    /// Lines that the writers could not keep up with, since the start.
+    /// Lines dropped since the start because a writer could not keep up.
     pub fn dropped_lines(&self) -> usize {
         self.dropped.iter().map(ErrorCounter::dropped_lines).sum()
     }
@@ -89,18 +90,18 @@ impl LogGuard {
 /// Why logging did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The file or its directory.
-    #[error("log_dir: cannot write the log to {}: {cause}", path.display())]
+    /// The file or its directory cannot be created.
+    #[error("log.dir: cannot write the log to {}: {cause}", path.display())]
     File {
-        /// Where it should be.
+        /// Path of the file.
         path: PathBuf,
-        /// Why it is not.
+        /// The error.
         cause: LogRollerError,
     },
-    /// `RUST_LOG` is no filter.
-    #[error("RUST_LOG: {0}; give for instance downpour=debug")]
+    /// `RUST_LOG` is not a filter.
+    #[error("RUST_LOG: {0}; an example is RUST_LOG=downpour=debug")]
     Filter(#[from] tracing_subscriber::filter::ParseError),
-    /// Another logger is there.
+    /// The process has a logger already.
     #[error("logging was started before")]
     Twice,
 }
@@ -132,7 +133,7 @@ fn roller(file: &LogFile) -> Result<logroller::LogRoller, LogError> {
     LogRollerBuilder::new(file.dir.as_path(), Path::new(&file.name))
         .rotation(Rotation::SizeBased(RotationSize::Bytes(file.max_bytes)))
         .max_keep_files(file.count.saturating_sub(1))
-        // Dropping it waits until the last rotation is done.
+        // Dropping the roller waits until the last rotation is done.
         .graceful_shutdown(true)
         .build()
         .map_err(|cause| LogError::File { path: file.dir.join(&file.name), cause })
@@ -142,7 +143,7 @@ fn queued() -> NonBlockingBuilder {
     NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUED_LINES)
 }
 
-/// Lines that wait for a writer, some MB at most.
+/// Lines queued per writer, a few MB at most.
 const QUEUED_LINES: usize = 16_384;
 
 #[cfg(test)]
@@ -165,7 +166,7 @@ mod tests {
         fs::read_to_string(file.dir.join(file.name)).unwrap()
     }
 
-    fn speak() {
+    fn log_lines() {
         tracing::info!(stream = "live/movie", "own info");
         tracing::debug!("own debug");
         tracing::info!(target: "quinn", "library info");
@@ -173,19 +174,19 @@ mod tests {
     }
 
     #[test]
-    fn the_level_is_for_own_lines_and_libraries_only_warn() {
-        let text = written(LogLevel::Info, "", speak);
+    fn level_applies_to_downpour_and_libraries_log_warnings_only() {
+        let text = written(LogLevel::Info, "", log_lines);
         assert!(text.contains("own info") && text.contains("stream=\"live/movie\""), "{text}");
         assert!(text.contains("library warning"));
         assert!(!text.contains("own debug") && !text.contains("library info"));
         assert!(!text.contains('\u{1b}'), "no colours in a file");
-        assert!(written(LogLevel::Debug, "", speak).contains("own debug"));
-        assert!(!written(LogLevel::Error, "", speak).contains("own info"));
+        assert!(written(LogLevel::Debug, "", log_lines).contains("own debug"));
+        assert!(!written(LogLevel::Error, "", log_lines).contains("own info"));
     }
 
     #[test]
-    fn rust_log_goes_first() {
-        let text = written(LogLevel::Error, "quinn=info", speak);
+    fn rust_log_overrides_the_level() {
+        let text = written(LogLevel::Error, "quinn=info", log_lines);
         assert!(text.contains("library info") && !text.contains("own info"), "{text}");
         assert!(matches!(
             subscriber(LogLevel::Info, "downpour=loud", None).err(),
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_rotated_and_old_ones_go() {
+    fn file_is_rotated_and_old_ones_are_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let file = file(dir.path());
         let mut roller = roller(&file).unwrap();
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_cannot_be_is_named() {
+    fn error_names_a_directory_that_cannot_be_created() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("logs"), "a file").unwrap();
         let error = subscriber(LogLevel::Info, "", Some(file(dir.path()))).err().unwrap();

@@ -1,4 +1,4 @@
-//! What a node tells Prometheus beside what its parts count themselves.
+//! Metrics of the process, of streams and of admission. Other parts register theirs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,7 +12,7 @@ use prometheus::{
 use downpour_distribution::downstream::outgoing::{OutgoingStream, OutgoingStreams};
 use downpour_hub::{Admission, Hub, Stream};
 
-/// A registry with the process's metrics, the build, and those of each stream that is live.
+/// Returns a registry with the metrics of the process, the build, admission, and each live stream.
 ///
 /// # Errors
 /// None in practice: the names are distinct.
@@ -33,7 +33,7 @@ pub fn registry(
     Ok(registry)
 }
 
-/// Reads the counters of admission when it is scraped.
+/// Reads the counters of admission per scrape.
 struct AdmissionCollector {
     admission: Admission,
     takeovers: IntCounter,
@@ -61,38 +61,38 @@ impl Collector for AdmissionCollector {
     }
 }
 
-/// All metrics of `registry` in Prometheus's text format, version 0.0.4.
+/// Encodes all metrics of `registry` in Prometheus's text format, version 0.0.4.
 ///
 /// # Errors
-/// If a collector gave something that the format cannot tell.
+/// If a collector returned metrics that the format does not allow.
 pub fn encode(registry: &Registry) -> prometheus::Result<String> {
     TextEncoder::new().encode_to_string(&registry.gather())
 }
 
-/// Reads the streams' own counters when it is scraped, so that a stream's series vanish with it and
-/// nothing on the way of a tag looks up a label.
+/// Reads the counters of each live stream per scrape. So the series of a stream vanish with it, and
+/// no label is looked up per tag.
 ///
-/// The label `stream` has as many values as streams are live.
+/// The label `stream` has one value per live stream.
 pub struct StreamCollector {
     hub: Hub,
-    origin: Option<OutgoingStreams>,
+    outgoing: Option<OutgoingStreams>,
     descs: Vec<Desc>,
 }
 
 impl StreamCollector {
-    /// Collects from `hub`, and from `origin` on a node that sends RTP.
+    /// Collects from `hub`, and from `outgoing` on a node that sends RTP.
     ///
     /// # Errors
     /// None in practice: the names are valid.
-    pub fn new(hub: Hub, origin: Option<OutgoingStreams>) -> prometheus::Result<Self> {
+    pub fn new(hub: Hub, outgoing: Option<OutgoingStreams>) -> prometheus::Result<Self> {
         let describe = |families: &[&dyn Collector]| -> Vec<Desc> {
             families.iter().flat_map(|family| family.desc()).cloned().collect()
         };
         let mut descs = describe(&HubFamilies::new()?.all());
-        if origin.is_some() {
-            descs.extend(describe(&OriginFamilies::new()?.all()));
+        if outgoing.is_some() {
+            descs.extend(describe(&OutgoingFamilies::new()?.all()));
         }
-        Ok(Self { hub, origin, descs })
+        Ok(Self { hub, outgoing, descs })
     }
 }
 
@@ -102,7 +102,7 @@ impl Collector for StreamCollector {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let (Ok(hub), Ok(origin)) = (HubFamilies::new(), OriginFamilies::new()) else {
+        let (Ok(hub), Ok(outgoing)) = (HubFamilies::new(), OutgoingFamilies::new()) else {
             return Vec::new();
         };
         let streams = self.hub.streams();
@@ -110,10 +110,10 @@ impl Collector for StreamCollector {
         streams.iter().for_each(|stream| hub.add(stream));
         let mut families: Vec<_> =
             hub.all().into_iter().flat_map(|family| family.collect()).collect();
-        if let Some(source) = &self.origin {
-            // One that has ended shares its key with the one that may have come after it.
-            source.streams().iter().filter(|s| !s.ended()).for_each(|stream| origin.add(stream));
-            families.extend(origin.all().into_iter().flat_map(|family| family.collect()));
+        if let Some(source) = &self.outgoing {
+            // A new stream may have the key of one that has ended.
+            source.streams().iter().filter(|s| !s.ended()).for_each(|stream| outgoing.add(stream));
+            families.extend(outgoing.all().into_iter().flat_map(|family| family.collect()));
         }
         families
     }
@@ -189,7 +189,7 @@ impl HubFamilies {
     }
 }
 
-struct OriginFamilies {
+struct OutgoingFamilies {
     packets: IntCounterVec,
     bytes: IntCounterVec,
     ring_packets: IntGaugeVec,
@@ -200,7 +200,7 @@ struct OriginFamilies {
     parity_overhead: GaugeVec,
 }
 
-impl OriginFamilies {
+impl OutgoingFamilies {
     fn new() -> prometheus::Result<Self> {
         let stream = &["stream"];
         Ok(Self {
@@ -290,12 +290,12 @@ mod tests {
     use downpour_repair::{history::History, rtp::Ssrc};
 
     #[test]
-    fn a_streams_series_come_and_go_with_it() {
+    fn series_of_a_stream_appear_and_vanish_with_it() {
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
-        let origin = OutgoingStreams::new();
+        let outgoing = OutgoingStreams::new();
         let registry = registry(
             &Admission::new(hub.clone(), admission::Settings::default()),
-            Some(origin.clone()),
+            Some(outgoing.clone()),
         )
         .unwrap();
         let key: StreamKey = "live/movie".parse().unwrap();
@@ -305,7 +305,7 @@ mod tests {
         let history = History::new(100, Duration::from_secs(1));
         let stream = std::sync::Arc::new(OutgoingStream::new(key, Ssrc(7), 0, history));
         stream.repairs.asked.fetch_add(3, Ordering::Relaxed);
-        origin.insert(stream.clone());
+        outgoing.insert(stream.clone());
 
         let text = encode(&registry).unwrap();
         for line in [
@@ -322,7 +322,7 @@ mod tests {
         assert!(text.contains("process_resident_memory_bytes"));
 
         drop((viewer, publisher));
-        origin.end(&stream);
+        outgoing.end(&stream);
         let text = encode(&registry).unwrap();
         assert!(!text.contains("live/movie"), "{text}");
     }

@@ -1,4 +1,4 @@
-//! What both roles do the same way: bind addresses, fail with the setting's name, run tasks.
+//! A node: its parts and their settings, metrics, logging, and the limits of the machine.
 
 pub mod assemble;
 pub mod limits;
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{config::ListenAddr, net};
 
-/// Why a node cannot start: the setting at fault, and what is wrong with it.
+/// Why a node cannot start: the setting at fault, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{key}: {message}")]
 pub struct StartError {
@@ -25,21 +25,21 @@ pub struct StartError {
 }
 
 impl StartError {
-    /// The setting `key` cannot be used because of `message`.
+    /// The setting `key` cannot be used; `message` says why.
     pub fn new(key: &'static str, message: impl Display) -> Self {
         Self { key, message: message.to_string() }
     }
 
-    /// The address in `key` cannot be listened on.
+    /// The node cannot listen on the address in `key`.
     pub fn listen(key: &'static str, addr: impl Display, error: &io::Error) -> Self {
         Self::new(
             key,
             match error.kind() {
                 io::ErrorKind::AddrInUse => {
-                    format!("{addr} is taken; give another one, or end what listens there")
+                    format!("{addr} is in use; change it, or stop the program that listens there")
                 }
                 io::ErrorKind::PermissionDenied => {
-                    format!("{addr} is not allowed; give a port over 1023, or run as root")
+                    format!("{addr} is not permitted; use a port above 1023, or run as root")
                 }
                 io::ErrorKind::AddrNotAvailable => {
                     format!("{addr} is not an address of this machine")
@@ -61,13 +61,19 @@ impl From<prometheus::Error> for StartError {
     }
 }
 
-/// Looks up where the setting `key` says to listen.
+/// Resolves the address in the setting `key`.
+///
+/// # Errors
+/// If its host name cannot be resolved.
 pub fn resolve(key: &'static str, addr: &ListenAddr) -> Result<SocketAddr, StartError> {
     addr.resolve().map_err(|error| StartError::new(key, format!("{addr}: {error}")))
 }
 
-/// Listens for TCP where the setting `key` says, for so many connections at one time. Must be
-/// called within a tokio runtime.
+/// Listens for TCP on the address in the setting `key`, for about `connections` connections at one
+/// time. Must be called within a tokio runtime.
+///
+/// # Errors
+/// If the address cannot be resolved or listened on.
 pub fn listen(
     key: &'static str,
     addr: &ListenAddr,
@@ -77,14 +83,14 @@ pub fn listen(
     net::bind(resolved, connections).map_err(|error| StartError::listen(key, resolved, &error))
 }
 
-/// What this machine calls itself, if it says.
+/// Returns the host name of this machine, if it has one.
 pub fn host_name() -> Option<String> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
     Some(name.trim().to_owned()).filter(|name| !name.is_empty())
 }
 
-/// A node's lasting tasks. One that ends early takes the node down in an orderly way, so that its
-/// supervisor starts it anew, instead of leaving it half alive.
+/// The tasks that run as long as a node. If one ends early, the node shuts down in order and its
+/// supervisor restarts it: better than a node of which a part is missing.
 #[derive(Default)]
 pub struct Tasks {
     tasks: JoinSet<&'static str>,
@@ -102,7 +108,7 @@ impl Tasks {
     /// Waits for `shutdown`, or for the first task to end.
     ///
     /// # Errors
-    /// If a task ended by itself.
+    /// If a task ended.
     pub async fn run_until(&mut self, shutdown: &CancellationToken) -> Result<(), TaskEnded> {
         tokio::select! {
             () = shutdown.cancelled() => Ok(()),
@@ -119,7 +125,7 @@ impl Tasks {
     }
 }
 
-/// A task that should have lasted ended by itself.
+/// A task ended before the node was shut down.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a part of the node failed: {0}")]
 pub struct TaskEnded(String);
@@ -129,18 +135,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_that_is_taken_is_one_clear_line() {
+    fn error_about_a_port_in_use_is_one_line() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
         let error = std::net::TcpListener::bind(address).unwrap_err();
         assert_eq!(
-            StartError::listen("rtmp_addr", address, &error).to_string(),
-            format!("rtmp_addr: {address} is taken; give another one, or end what listens there")
+            StartError::listen("rtmp.addr", address, &error).to_string(),
+            format!(
+                "rtmp.addr: {address} is in use; change it, or stop the program that listens there"
+            )
         );
     }
 
     #[tokio::test]
-    async fn a_task_that_ends_early_is_told() {
+    async fn task_that_ends_early_is_an_error() {
         let shutdown = CancellationToken::new();
         let mut tasks = Tasks::default();
         tasks.spawn("lasting", std::future::pending());

@@ -1,4 +1,4 @@
-//! `cloud` and `edge`: two sets of defaults of one node.
+//! Settings of a node from those of a cloud and of an edge: two sets of defaults of one node.
 
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use downpour_sys::udp::MulticastOut;
 
 impl From<&CloudConfig> for NodeSettings {
     fn from(config: &CloudConfig) -> Self {
+        let grace = Duration::from_millis(config.shutdown_grace_ms);
         Self {
             log: LogLimits {
                 max_bytes: config.gop_cache_max_bytes,
@@ -32,7 +33,7 @@ impl From<&CloudConfig> for NodeSettings {
                 ..admission::Settings::default()
             },
             rtmp: Some((
-                Setting::new("rtmp_addr", config.rtmp_addr.clone()),
+                Setting::new("rtmp.addr", config.rtmp_addr.clone()),
                 RtmpSettings {
                     max_connections: config.rtmp_max_connections,
                     max_connections_per_address: net::share(
@@ -42,19 +43,19 @@ impl From<&CloudConfig> for NodeSettings {
                 },
             )),
             upstream: None,
-            downstream: Some(downstream(&config.downstream, "quic_addr", "cloud")),
+            downstream: Some(downstream(&config.downstream, "cloud")),
             http: HttpSettings {
-                addr: Setting::new("api_addr", config.api_addr.clone()),
+                addr: Setting::new("http.addr", config.api_addr.clone()),
                 flv: config.http_flv,
                 viewers: viewers(
                     config.max_viewers,
                     config.merge_write_ms,
                     config.http_max_connections_per_address,
                 ),
-                grace: CLOUD_HTTP_GRACE,
+                grace: grace / 2,
             },
             record: config.enable_record.then(|| config.record_dir.clone()),
-            grace: Duration::from_millis(config.shutdown_grace_ms),
+            grace,
         }
     }
 }
@@ -74,11 +75,9 @@ impl From<&EdgeConfig> for NodeSettings {
             },
             rtmp: None,
             upstream: Some(UpstreamSettings(config.clone())),
-            downstream: config
-                .downstream_enabled
-                .then(|| downstream(&config.downstream, "downstream.quic_addr", "edge")),
+            downstream: config.downstream_enabled.then(|| downstream(&config.downstream, "edge")),
             http: HttpSettings {
-                addr: Setting::new("flv_addr", config.flv_addr.clone()),
+                addr: Setting::new("http.addr", config.flv_addr.clone()),
                 flv: true,
                 viewers: viewers(
                     config.max_viewers,
@@ -102,12 +101,8 @@ fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> Viewe
     }
 }
 
-/// `default_name` is what this node calls itself where the machine has no name.
-fn downstream(
-    config: &DownstreamConfig,
-    quic_key: &'static str,
-    default_name: &str,
-) -> DownstreamSettings {
+/// `default_name` is the node's name if the machine has no host name.
+fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettings {
     let fanout = fanout::Settings {
         port: config.rtp_port,
         multicast: MulticastOut {
@@ -121,7 +116,7 @@ fn downstream(
     };
     let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
     DownstreamSettings {
-        quic_addr: Setting::new(quic_key, config.quic_addr.clone()),
+        quic_addr: Setting::new("downstream.quic_addr", config.quic_addr.clone()),
         cert_file: config.cert_file.clone(),
         key_file: config.key_file.clone(),
         part: downstream::Settings {
@@ -133,6 +128,7 @@ fn downstream(
             fanout: (!config.debug).then_some(fanout),
             targets: config.targets.iter().map(with_fec).collect(),
             edge_fec: config.fec,
+            // Replaced by the address above once that is resolved.
             quic_addr: ([0, 0, 0, 0], 0).into(),
             repair: RepairServerSettings {
                 node: super::host_name().unwrap_or_else(|| default_name.into()),
@@ -147,6 +143,3 @@ fn downstream(
         },
     }
 }
-
-/// A cloud's publications end before its HTTP server: viewers have nothing more to wait for.
-const CLOUD_HTTP_GRACE: Duration = Duration::from_secs(1);

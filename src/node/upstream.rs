@@ -1,4 +1,4 @@
-//! The upstream part of a node: RTP from another node, and repair by request.
+//! The upstream of a node: receives RTP from another node, and requests lost packets.
 
 use std::{
     net::SocketAddr,
@@ -30,18 +30,18 @@ use downpour_hub::Hub;
 use downpour_repair::{fec::PARITY_PORT_OFFSET, receiver};
 use downpour_sys::udp;
 
-/// Settings of the upstream: those of an edge.
+/// Settings of the upstream, taken from those of an edge.
 pub struct UpstreamSettings(pub(super) EdgeConfig);
 
 /// An upstream that is bound.
 pub(super) struct Bound {
     pub(super) upstream: Upstream,
     pub(super) metrics: ReceiveMetrics,
-    /// Where RTP arrives, by path.
+    /// Addresses that RTP arrives on, one per path.
     pub(super) addrs: Vec<SocketAddr>,
 }
 
-/// Binds the sockets of RTP and prepares the repair connection.
+/// Binds the sockets of RTP and prepares the repair client.
 pub(super) fn bind(
     settings: UpstreamSettings,
     hub: Hub,
@@ -50,8 +50,8 @@ pub(super) fn bind(
     let config = &settings.0;
     let metrics = ReceiveMetrics::register(registry)?;
     let paths = [
-        Some(("udp_addr", &config.udp_addr)),
-        config.udp_addr_2.as_ref().map(|addr| ("udp_addr_2", addr)),
+        Some(("rtp.addr", &config.udp_addr)),
+        config.udp_addr_2.as_ref().map(|addr| ("rtp.addr_2", addr)),
     ];
     let via = config.cloud_rtp_addr.clone();
     let via_2 = config.cloud_rtp_addr_2.clone().or_else(|| via.clone());
@@ -109,10 +109,10 @@ fn bind_rtp(
         .map_err(|error| StartError::listen(key, addr, &error))
 }
 
-/// Sockets for parity that arrives without having been requested. Without such a socket there is no
-/// parity, and everything else works.
+/// Sockets for parity packets that arrive without a request. Without such a socket the node works,
+/// but has no parity.
 fn parity_sockets(config: &EdgeConfig, rtp: &[SocketAddr]) -> Vec<RtpSocket> {
-    // To a validated address, parity comes on the port of RTP.
+    // A validated address gets parity on the port of RTP.
     let unrequested = |addr: &&SocketAddr| addr.ip().is_multicast() || !config.rtp_subscribe;
     let bind = |rtp: &SocketAddr| {
         let bound = match rtp.port().checked_add(PARITY_PORT_OFFSET) {
@@ -120,7 +120,7 @@ fn parity_sockets(config: &EdgeConfig, rtp: &[SocketAddr]) -> Vec<RtpSocket> {
                 let addr = SocketAddr::new(rtp.ip(), port);
                 udp::receiver(addr, config.multicast_interface.0, PARITY_BUFFER).map(RtpSocket::new)
             }
-            None => Err(std::io::Error::other("the port would be over 65535")),
+            None => Err(std::io::Error::other("the port would be above 65535")),
         };
         bound
             .map_err(|error| {
@@ -128,7 +128,7 @@ fn parity_sockets(config: &EdgeConfig, rtp: &[SocketAddr]) -> Vec<RtpSocket> {
                     %rtp,
                     port_offset = PARITY_PORT_OFFSET,
                     %error,
-                    "parity is off: its port, above that of RTP, cannot be bound"
+                    "parity is off: its port cannot be bound"
                 );
             })
             .ok()
@@ -139,15 +139,16 @@ fn parity_sockets(config: &EdgeConfig, rtp: &[SocketAddr]) -> Vec<RtpSocket> {
 /// The RTP that this node requests from the node above.
 #[derive(Debug, Clone, Copy, Default)]
 struct WantedRtp {
-    /// The first port to send it to.
+    /// The UDP port of the first path.
     port: Option<u16>,
-    /// How many ports to send it to.
+    /// The number of paths.
     paths: u8,
+    /// The multicast group that RTP arrives by, if any.
     group: Option<SocketAddr>,
 }
 
 impl WantedRtp {
-    /// Requests RTP to a unicast address. A group gets it without a request.
+    /// Adds a socket: RTP to a unicast address is requested, RTP to a group arrives without a request.
     fn add(
         &mut self,
         config: &EdgeConfig,
@@ -168,15 +169,16 @@ impl WantedRtp {
     }
 }
 
-/// How repair connections are opened under these settings.
+/// Returns the function that opens repair connections.
 fn connector(
     config: &EdgeConfig,
     wanted: WantedRtp,
     metrics: RepairClientMetrics,
 ) -> Result<Connect, StartError> {
     let trust = trust(config)?;
-    // Tried here, so that a bad file is an error at the start and not at the first loss.
-    ClientTls::new(&trust, "cloud", &[]).map_err(|error| StartError::new("ca_file", error))?;
+    // A bad file is an error at start, not at the first loss.
+    ClientTls::new(&trust, "cloud", &[])
+        .map_err(|error| StartError::new("trust.ca_file", error))?;
     let protocol = match config.repair_protocol {
         RepairProtocol::Auto => ProtocolChoice::Auto,
         RepairProtocol::V0 => ProtocolChoice::Only(Protocol::V0),
@@ -213,12 +215,12 @@ fn trust(config: &EdgeConfig) -> Result<Trust, StartError> {
         _ => Trust::TrustOnFirstUse(config.known_clouds.clone()),
     };
     if let Trust::TrustOnFirstUse(known_clouds) = &trust {
-        // Without this file no connection would be trusted, and so nothing repaired.
+        // Without this file no connection is trusted, and no packet repaired.
         std::fs::File::options().append(true).create(true).open(known_clouds).map_err(|error| {
             let path = known_clouds.display();
             StartError::new(
-                "known_clouds",
-                format!("{path} cannot be written: {error}; give another path, or a fingerprint"),
+                "trust.known_clouds",
+                format!("cannot write {path}: {error}; change it, or set trust.fingerprint"),
             )
         })?;
     }
@@ -229,9 +231,9 @@ fn path(path: &Path) -> Option<PathBuf> {
     (!path.as_os_str().is_empty()).then(|| path.to_owned())
 }
 
-/// Bytes of kernel buffer: parity is a fraction of the media.
+/// Receive buffer of a parity socket in bytes: parity is a fraction of the media.
 const PARITY_BUFFER: usize = 2 << 20;
-/// A node that joins a stream fetches up to a whole group of pictures first.
+/// A node that joins a stream first fetches up to a whole group of pictures.
 const JOIN_LATENCY_MS: u64 = 1000;
-/// Without any message about it, a stream ends after this silence.
+/// A stream ends after this silence, even if no message announces its end.
 const SILENCE: Duration = Duration::from_secs(10);

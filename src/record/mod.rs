@@ -1,17 +1,18 @@
-//! Records publications as FLV files.
+//! The recorder: writes each publication to an FLV file.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, BufWriter},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use prometheus::{
     IntCounter, IntGauge, Registry, register_int_counter_with_registry,
     register_int_gauge_with_registry,
 };
+use time::OffsetDateTime;
 use tokio::{runtime::Handle, task::spawn_blocking, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -22,13 +23,14 @@ use downpour_media::{
     timeline::Timeline,
 };
 
-/// Writes one FLV file per publication, `{dir}/{app}/{name}/{UTC start}.flv`. Cloning shares it.
+/// Writes one FLV file per publication, `{dir}/{app}/{name}/{UTC start}.flv`. Clones share it.
 ///
-/// A recording is one more reader of the stream's log, which is its queue as well: a disk that is
-/// too slow makes it skip to a key frame, and never holds the stream up. What was received reaches
-/// the file within a second, in whole tags and without going back to rewrite anything, so that the
-/// file is good up to its last whole tag wherever a crash cuts it. Timestamps are rebased to begin
-/// at 0. When the disk fails, that is counted and logged, and a new file is tried later.
+/// - A recording is a reader of the stream's log, and the log is its queue: with a slow disk the
+///   recording skips to a key frame, and never blocks the stream.
+/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten, so a
+///   file that a crash cuts is valid up to its last whole tag.
+/// - Timestamps start at 0.
+/// - A disk failure is counted and logged, and a new file is tried after 10 s.
 #[derive(Debug, Clone)]
 pub struct Recorder {
     shared: Arc<Shared>,
@@ -38,7 +40,7 @@ pub struct Recorder {
 struct Shared {
     dir: PathBuf,
     metrics: RecordMetrics,
-    /// After the disk failed.
+    /// Time from a disk failure to the next attempt.
     retry: Duration,
     runtime: Handle,
     tasks: TaskTracker,
@@ -46,7 +48,8 @@ struct Shared {
 }
 
 impl Recorder {
-    /// A recorder into `dir`, which is made when it is needed. Must be called inside a runtime.
+    /// A recorder that writes below `dir`, which is created when it is needed. Must be called inside a
+    /// tokio runtime.
     pub fn new(dir: impl Into<PathBuf>, metrics: RecordMetrics) -> Self {
         Self::with_retry(dir.into(), metrics, RETRY)
     }
@@ -64,9 +67,9 @@ impl Recorder {
         }
     }
 
-    /// Records a stream from here to its end, in a task.
+    /// Spawns a task that records a stream from now to its end.
     pub fn record(&self, stream: &Arc<Stream>) {
-        // Subscribed here and now: the publisher may already have gone when the task gets to run.
+        // Not in the task: the publisher may be gone when it first runs.
         let reader = stream.subscribe();
         let shared = self.shared.clone();
         self.shared
@@ -74,7 +77,7 @@ impl Recorder {
             .spawn_on(async move { shared.record(reader).await }, &self.shared.runtime);
     }
 
-    /// Writes what the streams' logs still hold, ends all recordings, and waits for the disk.
+    /// Writes the rest of each stream's log, ends all recordings, and waits for the disk.
     pub async fn drain(&self) {
         self.shared.drain.cancel();
         self.shared.tasks.close();
@@ -89,26 +92,26 @@ impl Sink for Recorder {
     }
 }
 
-/// What recordings do.
+/// Metrics of recordings.
 #[derive(Debug, Clone)]
 pub struct RecordMetrics {
-    /// Files being written now.
+    /// Files being written.
     pub active: IntGauge,
-    /// Files begun.
+    /// Files created.
     pub files: IntCounter,
     /// Bytes written.
     pub bytes: IntCounter,
-    /// Files given up because the disk failed.
+    /// Files abandoned because the disk failed.
     pub errors: IntCounter,
-    /// Tags left out because the disk was too slow.
+    /// Tags skipped because the disk was too slow.
     pub skipped_tags: IntCounter,
 }
 
 impl RecordMetrics {
-    /// Makes and registers the metrics.
+    /// Creates the metrics and registers them in `registry`.
     ///
     /// # Errors
-    /// If their names are taken in `registry`.
+    /// If `registry` already has metrics of these names.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter =
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);
@@ -147,7 +150,7 @@ impl Shared {
             if stream.ended() {
                 return;
             }
-            // A new file begins like any other, at a key frame with its headers.
+            // A new file starts at a key frame, with the headers.
             reader = stream.subscribe();
         }
     }
@@ -180,7 +183,7 @@ impl Shared {
         }
     }
 
-    /// Gathers tags until it is time to write them; `false` after the last ones.
+    /// Collects the tags of one write. Returns `false` after the last ones.
     async fn collect(&self, reader: &mut Reader, batch: &mut Vec<Tag>) -> bool {
         let first = tokio::select! {
             biased;
@@ -209,7 +212,7 @@ impl Shared {
     }
 
     fn collect_rest(&self, reader: &mut Reader, batch: &mut Vec<Tag>) {
-        // The log's own bound is the bound here.
+        // Bounded by the size of the log.
         while let ReadOutcome::Read(count) = reader.try_read(batch, usize::MAX) {
             self.note(reader, count);
         }
@@ -220,8 +223,8 @@ impl Shared {
             self.metrics.skipped_tags.inc_by(count.skipped);
             tracing::warn!(
                 stream = %reader.stream().key(),
-                tags = count.skipped,
-                "the disk is too slow for the recording: skipped to a key frame"
+                skipped_tags = count.skipped,
+                "recording skipped to a key frame: the disk is too slow"
             );
         }
         count.bytes
@@ -248,7 +251,7 @@ impl Recording {
         let writer = FlvWriter::new(BufWriter::with_capacity(WRITE_BUFFER, file))?;
         metrics.files.inc();
         metrics.active.inc();
-        tracing::info!(stream = %key, path = %path.display(), "recording");
+        tracing::info!(stream = %key, path = %path.display(), "recording started");
         Ok(Self { path, writer, timeline: Timeline::default(), metrics, counted: 0 })
     }
 
@@ -265,7 +268,8 @@ impl Recording {
     fn finish(mut self) -> io::Result<()> {
         self.writer.flush()?;
         self.writer.get_ref().get_ref().sync_all()?;
-        tracing::info!(path = %self.path.display(), bytes = self.writer.bytes(), "recorded");
+        let bytes = self.writer.bytes();
+        tracing::info!(path = %self.path.display(), bytes, "recording finished");
         Ok(())
     }
 }
@@ -276,7 +280,7 @@ impl Drop for Recording {
     }
 }
 
-/// Creates `{dir}/{name}.flv`, or `{name}-1.flv` and so on while that is taken.
+/// Creates `{dir}/{name}.flv`, or `{name}-1.flv` and so on if that exists.
 fn create_new(dir: &Path, name: &str) -> io::Result<(PathBuf, File)> {
     fs::create_dir_all(dir)?;
     for n in 0..MAX_SAME_NAME {
@@ -295,38 +299,17 @@ fn create_new(dir: &Path, name: &str) -> io::Result<(PathBuf, File)> {
 
 /// `YYYYMMDD-HHMMSS.mmm` in UTC.
 fn utc_name(time: SystemTime) -> String {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (mut days, of_day) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    let mut year = 1970;
-    loop {
-        let length = if is_leap(year) { 366 } else { 365 };
-        if days < length {
-            break;
-        }
-        days -= length;
-        year += 1;
-    }
-    let february = if is_leap(year) { 29 } else { 28 };
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
+    let time = OffsetDateTime::from(time);
     format!(
-        "{year:04}{month:02}{:02}-{:02}{:02}{:02}.{:03}",
-        days + 1,
-        of_day / 3600,
-        of_day / 60 % 60,
-        of_day % 60,
-        since.subsec_millis()
+        "{:04}{:02}{:02}-{:02}{:02}{:02}.{:03}",
+        time.year(),
+        u8::from(time.month()),
+        time.day(),
+        time.hour(),
+        time.minute(),
+        time.second(),
+        time.millisecond()
     )
-}
-
-fn is_leap(year: u64) -> bool {
-    year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
 }
 
 async fn blocking<T: Send + 'static>(
@@ -335,9 +318,9 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
-/// Well below the second that is promised.
+/// Well below the second within which tags reach the file.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(500);
-/// Tags that wait for one write; one tag may be more.
+/// Bytes of tags per write; a single tag may be larger.
 const BATCH_BYTES: usize = 1 << 20;
 const WRITE_BUFFER: usize = 64 * 1024;
 const RETRY: Duration = Duration::from_secs(10);
@@ -345,14 +328,14 @@ const MAX_SAME_NAME: u32 = 1000;
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, time::UNIX_EPOCH};
 
     use super::*;
     use downpour_hub::{Hub, LogLimits};
     use downpour_media::flv::{FlvTags, TagKind};
 
     #[tokio::test]
-    async fn each_publication_gets_a_file_with_all_its_tags_from_0() {
+    async fn each_publication_gets_a_file_with_timestamps_from_0() {
         let dir = tempfile::tempdir().unwrap();
         let (hub, recorder, metrics) = node(dir.path());
         for _ in 0..2 {
@@ -387,7 +370,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tags_reach_the_file_while_the_stream_is_live_and_draining_ends_it() {
+    async fn tags_reach_the_file_while_the_stream_is_live_and_drain_writes_the_rest() {
         let dir = tempfile::tempdir().unwrap();
         let (hub, recorder, metrics) = node(dir.path());
         let mut publisher = hub.publish(key()).unwrap();
@@ -402,7 +385,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_disk_that_fails_is_counted_and_hurts_nobody() {
+    async fn recording_restarts_after_a_disk_failure() {
         let dir = tempfile::tempdir().unwrap();
         let in_the_way = dir.path().join("live");
         fs::write(&in_the_way, b"not a directory").unwrap();
@@ -422,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_file_is_never_overwritten() {
+    fn existing_file_is_never_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         for expected in ["a.flv", "a-1.flv", "a-2.flv"] {
             let (path, mut file) = create_new(dir.path(), "a").unwrap();
@@ -432,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_utc() {
+    fn file_names_are_utc() {
         for (secs, name) in [
             (0, "19700101-000000.007"),
             (951_782_399, "20000228-235959.007"),

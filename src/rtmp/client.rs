@@ -17,34 +17,34 @@ use downpour_rtmp::{
 pub struct Publisher(Connection);
 
 impl Publisher {
-    /// Connects and asks to publish; done when the server agrees.
+    /// Connects and requests to publish. Returns once the server accepts.
     ///
-    /// `timeout` bounds this, and later each wait for the server to take what is sent.
+    /// `timeout` limits this, and each later write.
     ///
     /// # Errors
-    /// [`ClientError::Rejected`] with what the server said, if it refuses.
+    /// [`ClientError::Rejected`] with the server's reason if it refuses.
     pub async fn connect(url: &RtmpUrl, timeout: Duration) -> Result<Self, ClientError> {
         Connection::open(url, Purpose::Publish, timeout).await.map(Self)
     }
 
-    /// Sends a tag, and looks at what the server has said meanwhile.
+    /// Sends a tag, and handles messages of the server that have arrived.
     ///
     /// # Errors
-    /// If the server refuses, ends the publication, closes, or takes nothing for too long.
+    /// If the server refuses, ends the publication, closes, or reads nothing for the timeout.
     pub async fn send(&mut self, tag: &Tag) -> Result<(), ClientError> {
         self.0.session.send(tag)?;
         self.flush().await
     }
 
-    /// Waits until the system has taken all that was sent, and looks at what the server has said:
-    /// a publisher that has nothing to send calls this once in a while.
+    /// Writes pending bytes, and handles messages of the server that have arrived. A publisher
+    /// without tags to send should call this about once per second.
     ///
     /// # Errors
     /// As for [`Publisher::send`].
     pub async fn flush(&mut self) -> Result<(), ClientError> {
         self.0.drain()?;
         if let Err(error) = self.0.write().await {
-            // A server that refuses closes: what it said first says more than a broken pipe.
+            // A server that refuses closes the connection: its reason says more than a broken pipe.
             self.0.drain()?;
             return Err(error);
         }
@@ -54,10 +54,10 @@ impl Publisher {
         }
     }
 
-    /// Ends the publication properly, and waits for the server to close.
+    /// Ends the publication, and waits for the server to close.
     ///
     /// # Errors
-    /// If the end could not be told.
+    /// If the end cannot be sent.
     pub async fn close(self) -> Result<(), ClientError> {
         self.0.close().await
     }
@@ -68,7 +68,7 @@ impl Publisher {
 pub struct Player(Connection);
 
 impl Player {
-    /// Connects and asks to play; done when the server agrees or sends the first tag.
+    /// Connects and requests to play. Returns once the server accepts or sends the first tag.
     ///
     /// # Errors
     /// As for [`Publisher::connect`].
@@ -76,11 +76,11 @@ impl Player {
         Connection::open(url, Purpose::Play, timeout).await.map(Self)
     }
 
-    /// Waits for the next tag, as long as it takes; `None` when the stream is over or the server
-    /// has closed. Dropping the future loses nothing.
+    /// Waits for the next tag, without a timeout. Returns `None` once the stream is over or the
+    /// server has closed. Cancel-safe.
     ///
     /// # Errors
-    /// If the connection breaks, or the server says something that is not RTMP.
+    /// If the connection breaks, or the server violates the protocol.
     pub async fn next(&mut self) -> Result<Option<Tag>, ClientError> {
         loop {
             self.0.write().await?;
@@ -97,33 +97,33 @@ impl Player {
         }
     }
 
-    /// Tells the server that we have seen enough, and waits for it to close.
+    /// Ends the playback, and waits for the server to close.
     ///
     /// # Errors
-    /// If it could not be told.
+    /// If the end cannot be sent.
     pub async fn close(self) -> Result<(), ClientError> {
         self.0.close().await
     }
 }
 
-/// Why a client's connection failed.
+/// Why a connection of a client failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// No connection, or it broke.
+    /// The connection cannot be opened, or broke.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// The server did not answer, or took nothing, for this long.
+    /// The server did not answer, or read nothing, for this time.
     #[error("the server did not answer within {0:?}")]
     Timeout(Duration),
-    /// The server said no.
+    /// The server refused.
     #[error("the server refused: {code}: {description}")]
     Rejected {
         /// Such as `NetStream.Publish.BadName`.
         code: String,
-        /// The server's words.
+        /// The server's explanation.
         description: String,
     },
-    /// The server does not speak RTMP as we know it.
+    /// The server violated the protocol.
     #[error(transparent)]
     Protocol(SessionError),
     /// The server closed or ended the publication without a reason.
@@ -140,15 +140,15 @@ impl From<SessionError> for ClientError {
     }
 }
 
-/// A socket and the session on it.
+/// A socket and its session.
 #[derive(Debug)]
 struct Connection {
     stream: TcpStream,
     session: ClientSession,
-    /// What one read brought and the caller has not seen: read only when this is empty, or by a
-    /// publisher, which is sent next to nothing.
+    /// Events that the caller has not seen. Bounded by one read: a player reads only when it is empty,
+    /// and a publisher receives next to nothing.
     events: VecDeque<ClientEvent>,
-    /// What the socket has not taken yet.
+    /// Bytes to write.
     output: BytesMut,
     timeout: Duration,
     over: bool,
@@ -188,7 +188,7 @@ impl Connection {
         self.session.finish()?;
         self.write().await?;
         self.stream.shutdown().await?;
-        // Closing before the server has read everything could lose the end of it.
+        // Closing before the server has read everything could lose the last bytes.
         let goodbye = async {
             while !self.over {
                 self.read().await?;
@@ -196,12 +196,12 @@ impl Connection {
             }
             Ok::<_, ClientError>(())
         };
-        // Whatever goes wrong from here on, the server has been told.
+        // A failure does not matter here: the end has been sent.
         let _ = time::timeout(GOODBYE, goodbye).await;
         Ok(())
     }
 
-    /// Waits for bytes and works on them.
+    /// Waits for bytes and handles them.
     async fn read(&mut self) -> Result<(), ClientError> {
         let Self { stream, session, events, .. } = self;
         match socket::read(stream, |bytes| feed(session, events, bytes)).await? {
@@ -211,7 +211,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Works on the bytes that are there.
+    /// Handles the bytes that have arrived.
     fn drain(&mut self) -> Result<(), ClientError> {
         loop {
             let Self { stream, session, events, .. } = self;
@@ -224,7 +224,7 @@ impl Connection {
         }
     }
 
-    /// Sends all that the session has written. Dropping the future loses nothing.
+    /// Writes the session's output. Cancel-safe.
     async fn write(&mut self) -> Result<(), ClientError> {
         self.output.unsplit(self.session.take_output());
         while !self.output.is_empty() {
@@ -246,5 +246,5 @@ fn feed(
     Ok(())
 }
 
-/// How long a server may take to close after us.
+/// Time that a server has to close.
 const GOODBYE: Duration = Duration::from_secs(1);

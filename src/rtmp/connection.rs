@@ -1,4 +1,17 @@
-//! One encoder's connection: the socket, the timeouts and the log around a [`ServerSession`].
+//! The connection of one encoder: a [`ServerSession`] with its socket, timeouts and log.
+//!
+//! ```text
+//!             publish          accepted
+//! waiting ──────────────► admitting ────► publishing
+//!    ▲                        │ refused        │ unpublish
+//!    └────────────────────────┼────────────────┘
+//!                             ▼
+//! any state, on a Close ─► closing: last message, wait for the encoder to close
+//! ```
+//!
+//! - waiting: no publication. Its slot may be displaced; `publish_timeout` applies.
+//! - admitting: nothing is read; `publish_timeout` applies. Bytes after the request wait in `unread`.
+//! - publishing: the slot is pinned; `idle_timeout` applies.
 
 use std::{
     future::poll_fn,
@@ -21,7 +34,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     ServerMetrics,
-    alarm::LazyPoll,
+    lazy_poll::LazyPoll,
     metrics::{
         REFUSED_ALREADY_LIVE, REFUSED_FULL, REFUSED_NAME, REFUSED_NOT_CONNECTED, REFUSED_PLAY,
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
@@ -40,14 +53,14 @@ use downpour_rtmp::session::{
 };
 use downpour_sys::KeyedLogLimit;
 
-pub struct Connection {
+pub(super) struct Connection {
     stream: TcpStream,
-    intake: ConnectionState,
+    state: ConnectionState,
 }
 
 impl Connection {
-    #[expect(clippy::too_many_arguments, reason = "one caller, and each is another's")]
-    pub fn new(
+    #[expect(clippy::too_many_arguments, reason = "one caller, and no two belong together")]
+    pub(super) fn new(
         stream: TcpStream,
         peer: SocketAddr,
         slot: Slot,
@@ -65,7 +78,7 @@ impl Connection {
         let now = Instant::now();
         Self {
             stream,
-            intake: ConnectionState {
+            state: ConnectionState {
                 session: ServerSession::new(session, rand::random()),
                 unread: Vec::new(),
                 publication: None,
@@ -87,119 +100,119 @@ impl Connection {
         }
     }
 
-    /// Serves until either side has had enough.
-    pub async fn run(mut self) {
-        debug!(peer = %self.intake.peer, "RTMP connection open");
+    /// Serves until the encoder or the node closes the connection.
+    pub(super) async fn run(mut self) {
+        debug!(peer = %self.state.peer, "RTMP connection open");
         let close = self.serve().await;
-        // The stream is over for its viewers now, however long the goodbye takes.
-        self.intake.publication = None;
-        self.intake.count_close(&close);
-        let told = match &close {
+        // Ends the stream now, not after the goodbye.
+        self.state.publication = None;
+        self.state.count_close(&close);
+        let last_message = match &close {
             Close::Refused(_) => Ok(()),
-            Close::Shutdown => self.intake.session.close("the node is shutting down"),
-            Close::Kicked => self.intake.session.close("the node ended the publication"),
+            Close::Shutdown => self.state.session.close("the node is shutting down"),
+            Close::Kicked => self.state.session.close("the node ended the publication"),
             _ => return,
         };
-        if told.is_ok() {
-            // An encoder that does not listen to the end gets none.
+        if last_message.is_ok() {
+            // Best effort: the encoder may not read any longer.
             let _ = time::timeout(GOODBYE, self.say_goodbye()).await;
         }
     }
 
     async fn serve(&mut self) -> Close {
-        let Self { stream, intake } = self;
-        let (kicked, displaced) = (intake.kick.clone(), intake.slot.displaced());
+        let Self { stream, state } = self;
+        let (kicked, displaced) = (state.kick.clone(), state.slot.displaced());
         let mut cancelled = pin!(async move {
             tokio::select! {
                 () = kicked.cancelled() => {}
                 () = displaced => {}
             }
         });
-        // Set again only when it fires, not at each read.
-        let mut due = intake.deadline();
+        // Reset only when it fires, not per read.
+        let mut due = state.deadline();
         let mut timer = pin!(time::sleep_until(due));
-        let alarm = LazyPoll::new();
+        let lazy = LazyPoll::new();
         loop {
             let wake = poll_fn(|cx| {
-                let rung = alarm.take(cx);
-                let mut quiet = Context::from_waker(alarm.waker());
-                if rung && cancelled.as_mut().poll(&mut quiet).is_ready() {
+                let woken = lazy.take(cx);
+                let mut quiet = Context::from_waker(lazy.waker());
+                if woken && cancelled.as_mut().poll(&mut quiet).is_ready() {
                     return Poll::Ready(Wake::Cancelled);
                 }
-                if let Poll::Ready(read) = socket::poll_read(stream, cx, |bytes| intake.take(bytes))
+                if let Poll::Ready(read) = socket::poll_read(stream, cx, |bytes| state.take(bytes))
                 {
-                    if rung {
-                        // The timer has not been looked at.
-                        alarm.ring();
+                    if woken {
+                        // The timer was not polled.
+                        lazy.wake();
                     }
                     return Poll::Ready(Wake::Read(read));
                 }
-                match rung && timer.as_mut().poll(&mut quiet).is_ready() {
+                match woken && timer.as_mut().poll(&mut quiet).is_ready() {
                     true => Poll::Ready(Wake::Timer),
                     false => Poll::Pending,
                 }
             });
             match wake.await {
-                Wake::Cancelled => return intake.cancelled(),
+                Wake::Cancelled => return state.cancelled(),
                 Wake::Read(Ok(Some(Ok(Step::Continue)))) => {}
                 Wake::Read(Ok(Some(Ok(Step::Close(close))))) => return close,
                 Wake::Read(Ok(Some(Ok(Step::Admit(intent))))) => {
-                    // Outside of the read: a decision may take its time.
+                    // Outside of the read, because the decision is awaited.
                     let admitted = tokio::select! {
                         biased;
-                        () = &mut cancelled => return intake.cancelled(),
-                        admitted = intake.admit(intent) => admitted,
+                        () = &mut cancelled => return state.cancelled(),
+                        admitted = state.admit(intent) => admitted,
                     };
                     match admitted {
                         Ok(None) => {}
                         Ok(Some(close)) => return close,
                         Err(error) => return Close::Protocol(error),
                     }
-                    // It was polled without the alarm's waker.
-                    alarm.ring();
+                    // `cancelled` was polled without the waker of `lazy`.
+                    lazy.wake();
                 }
                 Wake::Read(Ok(Some(Err(error)))) => return Close::Protocol(error),
                 Wake::Read(Ok(None)) => return Close::Eof,
                 Wake::Read(Err(error)) => return Close::Io(error),
                 Wake::Timer => {
-                    due = intake.deadline();
+                    due = state.deadline();
                     if due <= Instant::now() {
-                        return intake.timed_out();
+                        return state.timed_out();
                     }
                     timer.as_mut().reset(due);
-                    alarm.ring();
+                    lazy.wake();
                 }
             }
-            // It is nearer after a publication than in one.
-            let deadline = intake.deadline();
+            // After a publication the deadline is nearer than during one.
+            let deadline = state.deadline();
             if deadline < due {
                 due = deadline;
                 timer.as_mut().reset(due);
-                alarm.ring();
+                lazy.wake();
             }
-            let output = intake.session.take_output();
+            let output = state.session.take_output();
             if output.is_empty() {
                 continue;
             }
-            let write = time::timeout(intake.settings.write_timeout, stream.write_all(&output));
+            let write = time::timeout(state.settings.write_timeout, stream.write_all(&output));
             tokio::select! {
                 biased;
-                () = &mut cancelled => return intake.cancelled(),
+                () = &mut cancelled => return state.cancelled(),
                 written = write => match written {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => return Close::Io(error),
                     Err(_) => return Close::WriteTimeout,
                 },
             }
-            // It was polled without the alarm's waker.
-            alarm.ring();
+            // `cancelled` was polled without the waker of `lazy`.
+            lazy.wake();
         }
     }
 
-    /// Sends the last words and waits for the encoder to close: closing with bytes unread would
-    /// reset the connection, and the encoder would never see why.
+    /// Sends the last message and waits for the encoder to close. Closing with unread bytes would
+    /// reset the connection, and the encoder might lose the message.
     async fn say_goodbye(&mut self) -> io::Result<()> {
-        self.stream.write_all(&self.intake.session.take_output()).await?;
+        self.stream.write_all(&self.state.session.take_output()).await?;
         self.stream.shutdown().await?;
         let mut left = GOODBYE_BYTES;
         while let Some(len) = socket::read(&mut self.stream, <[u8]>::len).await? {
@@ -212,54 +225,54 @@ impl Connection {
     }
 }
 
-/// Why a connection's task runs.
+/// Why the task of a connection runs.
 enum Wake {
     Cancelled,
     Read(io::Result<Option<Result<Step, SessionError>>>),
     Timer,
 }
 
-/// What follows from bytes that came.
+/// The result of handling received bytes.
 enum Step {
-    /// To read on.
+    /// Continue to read.
     Continue,
-    /// The connection is over.
+    /// Close the connection.
     Close(Close),
-    /// The encoder wants to publish; the bytes behind its request wait.
+    /// The encoder requests to publish. The bytes after the request are in `unread`.
     Admit(PublishIntent),
 }
 
-/// Everything about a connection but its socket.
+/// The state of a connection, except for its socket.
 struct ConnectionState {
     session: ServerSession,
-    /// Bytes behind a `publish` that is being decided on.
+    /// Bytes after a `publish` that admission is deciding on.
     unread: Vec<u8>,
     publication: Option<Publication>,
-    /// What is or was last published, for the log.
+    /// The key of the current or the last publication, for the log.
     last_key: Option<StreamKey>,
     peer: SocketAddr,
-    /// Pinned in a publication.
+    /// Pinned during a publication.
     slot: Slot,
     settings: ServerSettings,
     admission: Admission,
     log: Arc<CloseLog>,
-    /// Cancelled by the node's handler, or with `shutdown`.
+    /// Cancelled when admission revokes the publication, and with `shutdown`.
     kick: CancellationToken,
-    /// The server's end.
+    /// Cancelled when the server shuts down.
     shutdown: CancellationToken,
     opened: Instant,
-    /// Since when there is no publication.
+    /// When the connection was opened, or its last publication ended.
     waiting_since: Instant,
     last_read: Instant,
-    /// Bytes.
+    /// Bytes received.
     received: u64,
     metrics: ServerMetrics,
-    /// Whether the end has been counted.
+    /// `true` once the close has been counted.
     counted: bool,
 }
 
 impl ConnectionState {
-    /// Works on bytes that came.
+    /// Handles received bytes.
     fn take(&mut self, bytes: &[u8]) -> Result<Step, SessionError> {
         self.last_read = Instant::now();
         self.received += bytes.len() as u64;
@@ -309,9 +322,10 @@ impl ConnectionState {
         info!(peer = %self.peer, stream, "RTMP publication ended");
     }
 
-    /// Decides about a `publish`, and works on the bytes behind it. `Some` closes the connection.
+    /// Awaits the decision on a `publish`, and handles the bytes after it. Returns why to close the
+    /// connection, or `None` to continue.
     ///
-    /// Nothing is read meanwhile, so an encoder that sends on fills its own socket, not memory here.
+    /// Nothing is read meanwhile: backpressure stops an encoder that continues to send.
     async fn admit(&mut self, intent: PublishIntent) -> Result<Option<Close>, SessionError> {
         let mut intent = intent;
         loop {
@@ -349,7 +363,7 @@ impl ConnectionState {
                 self.publication = Some(publication);
                 self.last_read = Instant::now();
                 self.session.accept()?;
-                info!(peer = %self.peer, stream = %key, "RTMP publication began");
+                info!(peer = %self.peer, stream = %key, "RTMP publication started");
                 Ok(None)
             }
             Ok(Err(refusal)) => {
@@ -371,7 +385,7 @@ impl ConnectionState {
         }
     }
 
-    /// When patience ends.
+    /// When the connection times out.
     fn deadline(&self) -> Instant {
         match self.publication {
             Some(_) => self.last_read + self.settings.idle_timeout,
@@ -383,7 +397,7 @@ impl ConnectionState {
         if self.publication.is_some() { Close::IdleTimeout } else { Close::PublishTimeout }
     }
 
-    /// Why `kick` or the slot has ended the connection.
+    /// Why the connection was cancelled: by `shutdown`, `kick` or its slot.
     fn cancelled(&self) -> Close {
         match () {
             () if self.shutdown.is_cancelled() => Close::Shutdown,
@@ -406,7 +420,7 @@ impl ConnectionState {
             debug!(%peer, stream, reason = %close, seconds, bytes, "RTMP connection closed");
             return;
         };
-        // A handshake that fails is seldom an encoder's.
+        // A client that fails the handshake is seldom an encoder.
         let by_encoder = |error: &SessionError| !matches!(error, SessionError::Handshake(_));
         if matches!(close, Close::Protocol(error) if by_encoder(error)) {
             warn!(%peer, stream, reason = %close, seconds, bytes, missed, "RTMP connection closed");
@@ -420,19 +434,19 @@ impl Drop for ConnectionState {
     fn drop(&mut self) {
         self.metrics.connections.dec();
         if !self.counted {
-            // A panic in the handler, or a runtime that stops.
+            // A panic, or a runtime that shuts down.
             self.metrics.closed.with_label_values(&[CLOSED_ABORTED]).inc();
         }
     }
 }
 
-/// Keeps connections that publish nothing from flooding the log: one line per reason and 10 s.
+/// Limits the log lines about connections that publish nothing: one line per reason and 10 s.
 #[derive(Debug)]
-pub struct CloseLog(Mutex<KeyedLogLimit<&'static str>>);
+pub(super) struct CloseLog(Mutex<KeyedLogLimit<&'static str>>);
 
 impl CloseLog {
-    /// As [`LogLimit::due`](downpour_sys::LogLimit::due). `published` is whether the connection asked
-    /// to publish a stream.
+    /// As [`LogLimit::due`](downpour_sys::LogLimit::due). `published` is `true` if the connection
+    /// requested to publish a stream.
     fn due(&self, close: &Close, published: bool) -> Option<u64> {
         match close {
             Close::Refused(_) | Close::Protocol(_) => {}
@@ -454,7 +468,7 @@ impl Default for CloseLog {
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
 enum Close {
-    #[error("the encoder closed it")]
+    #[error("the encoder closed the connection")]
     Eof,
     #[error("{0}")]
     Io(io::Error),
@@ -464,15 +478,15 @@ enum Close {
     Protocol(SessionError),
     #[error("no publication in time")]
     PublishTimeout,
-    #[error("nothing came for too long")]
+    #[error("the encoder sent nothing in time")]
     IdleTimeout,
-    #[error("the encoder took no answer for too long")]
+    #[error("the encoder did not read in time")]
     WriteTimeout,
     #[error("the node ended the publication")]
     Kicked,
     #[error("the node is shutting down")]
     Shutdown,
-    #[error("another connection needed its slot")]
+    #[error("a new connection took its slot")]
     Displaced,
 }
 
@@ -493,8 +507,8 @@ impl Close {
     }
 }
 
-/// All reasons that are counted.
-pub const CLOSE_LABELS: [&str; 11] = [
+/// The values of the label `reason` of closed connections.
+pub(super) const CLOSE_LABELS: [&str; 11] = [
     "eof",
     "io",
     "refused",
@@ -509,7 +523,7 @@ pub const CLOSE_LABELS: [&str; 11] = [
 ];
 
 const CLOSED_ABORTED: &str = "aborted";
-/// For the last words, and for the encoder to close after them.
+/// Time for the last message, and for the encoder to close.
 const GOODBYE: Duration = Duration::from_secs(1);
 const GOODBYE_BYTES: usize = 4 << 20;
 
@@ -518,7 +532,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn junk_connections_make_one_log_line_per_reason() {
+    fn connections_without_publication_log_one_line_per_reason() {
         let log = CloseLog::default();
         let lines = (0..300).filter(|i| {
             let close = match i % 3 {
@@ -532,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_each_publication_is_logged() {
+    fn close_after_each_publication_is_logged() {
         let log = CloseLog::default();
         let lines = (0..300).filter(|_| log.due(&Close::Eof, true).is_some());
         assert_eq!(lines.count(), 300);

@@ -1,4 +1,4 @@
-//! The RTMP server: takes encoders' connections and hands their tags to the node.
+//! The RTMP server: accepts connections of encoders and publishes their streams.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -31,14 +31,14 @@ impl Server {
     /// Listens on `addr`; port 0 picks a free one. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// If the address cannot be had, or no threads.
+    /// If it cannot listen on the address, or a thread cannot be started.
     pub fn bind(addr: SocketAddr, settings: ServerSettings) -> io::Result<Self> {
         let listener = net::bind(addr, settings.max_connections)?;
         let metrics = ServerMetrics::register(&Registry::new()).map_err(io::Error::other)?;
         Ok(Self { listener, shards: Shards::spawn(settings.threads)?, settings, metrics })
     }
 
-    /// Counts in `metrics`, not in ones that nobody sees.
+    /// Counts in `metrics` instead of in unregistered ones.
     pub fn with_metrics(self, metrics: ServerMetrics) -> Self {
         Self { metrics, ..self }
     }
@@ -46,17 +46,17 @@ impl Server {
     /// The address that the server listens on.
     ///
     /// # Errors
-    /// If the system does not tell.
+    /// Those of getsockname(2).
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
     /// Serves until `shutdown` is cancelled, then notifies the encoders, closes all connections, and
-    /// returns when they are gone: within about two seconds. Returns early if one of its threads
+    /// returns once they are closed, within about two seconds. Returns early if one of its threads
     /// fails.
     pub async fn run(self, admission: Admission, shutdown: CancellationToken) {
         let Self { listener, shards, settings, metrics } = self;
-        // Ends the connections of the other threads where one has failed.
+        // If a thread fails, the connections of the other threads end too.
         let shutdown = shutdown.child_token();
         let accept = AcceptSettings {
             protocol: "RTMP",
@@ -66,7 +66,7 @@ impl Server {
         let accept = AcceptLoop::new(listener, accept, metrics.accept_counters());
         let log = Arc::new(CloseLog::default());
         let serve = |Accepted { stream, peer, slot }: Accepted| {
-            // It leaves this runtime's event loop for another one.
+            // Moves the socket to the event loop of another runtime.
             let Ok(stream) = stream.into_std() else {
                 metrics.accept_errors.inc();
                 return;
@@ -91,7 +91,7 @@ impl Server {
         tokio::select! {
             () = accept.run(shutdown.clone(), serve) => {}
             () = shards.failed() => {
-                error!("a thread of the RTMP server has failed");
+                error!("RTMP thread failed; the server stops");
                 shutdown.cancel();
             }
         }
@@ -99,29 +99,29 @@ impl Server {
     }
 }
 
-/// What an operator may set.
+/// Settings of the RTMP server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServerSettings {
-    /// Connections at a time, at least 1. One more takes the slot of the connection that has been
-    /// open longest without a publication, or is closed at once if there is none. Default 8192.
+    /// Connections at one time, at least 1. A further one takes the slot of the connection that has
+    /// been open longest without a publication; if there is none, it is closed. Default 8192.
     pub max_connections: usize,
-    /// Connections at a time that one client address may have without a publication, at least 1;
-    /// `None`, the default, is half of `max_connections`. Loopback addresses have no such limit.
+    /// Connections without a publication that one client address may have, at least 1; `None`, the
+    /// default, is half of `max_connections`. Loopback addresses have no such limit.
     pub max_connections_per_address: Option<usize>,
-    /// From the connection, or from the end of a publication, to the next publication. Default
+    /// Time from the connection, or from the end of a publication, to the next publication. Default
     /// 10 s.
     pub publish_timeout: Duration,
-    /// How long a publisher may send nothing. Default 30 s.
+    /// Silence after which a publisher is disconnected. Default 30 s.
     pub idle_timeout: Duration,
-    /// How long an encoder may leave what we send unread. Default 10 s: answers are a few hundred
-    /// bytes, so who takes none in this time does not read at all.
+    /// Time in which an encoder must read an answer. Default 10 s: answers are a few hundred bytes,
+    /// so an encoder that has not read one by then does not read at all.
     pub write_timeout: Duration,
-    /// The longest media message in bytes; [`Tag::MAX_BODY_LEN`] at most, which is the default.
+    /// The longest media message in bytes, at most [`Tag::MAX_BODY_LEN`], the default.
     pub max_message_len: usize,
-    /// The payload of the chunks that we send, in bytes. Default 4096.
+    /// Payload of outgoing chunks in bytes. Default 4096.
     pub chunk_size: u32,
-    /// Threads that serve connections, 1 at least. Default half of the processors, and 16 at most:
-    /// the other half is for those who send.
+    /// Threads that serve connections, at least 1. Default half of the processors, at most 16: the
+    /// other half sends.
     pub threads: usize,
 }
 
@@ -141,7 +141,7 @@ impl Default for ServerSettings {
     }
 }
 
-/// One serves some ten thousand encoders of 200 kbit/s.
+/// One thread serves about ten thousand encoders of 200 kbit/s.
 const MAX_THREADS: usize = 16;
 /// Time without data after which TCP probes a connection.
 const KEEPALIVE: Duration = Duration::from_secs(15);

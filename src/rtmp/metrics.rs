@@ -1,4 +1,4 @@
-//! What the RTMP server counts.
+//! Metrics of the RTMP server.
 
 use prometheus::{
     IntCounter, IntCounterVec, IntGauge, Opts, Registry, register_int_counter_with_registry,
@@ -10,7 +10,7 @@ use crate::net::AcceptCounters;
 use downpour_media::flv::TagKind;
 use downpour_rtmp::session::SessionError;
 
-/// Handles of the RTMP server's metrics; clones share them.
+/// Metrics of the RTMP server. Clones share them.
 #[derive(Debug, Clone)]
 pub struct ServerMetrics {
     pub(super) connections: IntGauge,
@@ -28,10 +28,10 @@ pub struct ServerMetrics {
 }
 
 impl ServerMetrics {
-    /// Makes the metrics and has `registry` show them.
+    /// Creates the metrics and registers them in `registry`.
     ///
     /// # Errors
-    /// If the registry holds metrics of these names already.
+    /// If `registry` already has metrics of these names.
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let counter =
             |name: &str, help: &str| register_int_counter_with_registry!(name, help, registry);

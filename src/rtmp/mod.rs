@@ -1,11 +1,10 @@
-//! RTMP, the protocol in which encoders push.
+//! RTMP over TCP: the server that encoders publish to, and a client.
 //!
-//! Source: *Adobe's Real Time Messaging Protocol* 1.0 (2012), and *Enhanced RTMP v2* for what
-//! `connect` says about extended codecs.
+//! The protocol itself, without I/O, is in the crate `downpour-rtmp`.
 
-mod alarm;
 pub mod client;
 mod connection;
+mod lazy_poll;
 pub mod listener;
 mod metrics;
 mod socket;

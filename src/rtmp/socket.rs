@@ -1,4 +1,4 @@
-//! Reading from a socket without a buffer of its own.
+//! Reads from a socket into a buffer that all connections of a thread share.
 
 use std::{
     cell::Cell,
@@ -13,20 +13,18 @@ use tokio::{
     net::TcpStream,
 };
 
-/// Waits for bytes and hands them to `take`; `None` at the end of the stream. Dropping the future
-/// loses nothing.
+/// Waits for bytes and passes them to `take`. Returns `None` at the end of the stream. Cancel-safe.
 ///
-/// The bytes stand in a buffer of the thread, so a connection that waits holds none: ten thousand
-/// idle ones cost little.
-pub async fn read<T>(
+/// The buffer belongs to the thread, so an idle connection holds none.
+pub(super) async fn read<T>(
     stream: &mut TcpStream,
     mut take: impl FnMut(&[u8]) -> T,
 ) -> io::Result<Option<T>> {
     poll_fn(|cx| poll_read(stream, cx, &mut take)).await
 }
 
-/// As [`read`], for who polls other things beside it.
-pub fn poll_read<T>(
+/// As [`read`], for callers that poll other futures too.
+pub(super) fn poll_read<T>(
     stream: &mut TcpStream,
     cx: &mut Context<'_>,
     mut take: impl FnMut(&[u8]) -> T,
@@ -39,8 +37,11 @@ pub fn poll_read<T>(
     })
 }
 
-/// As [`read`], for what is there already; otherwise [`io::ErrorKind::WouldBlock`].
-pub fn try_read<T>(stream: &TcpStream, mut take: impl FnMut(&[u8]) -> T) -> io::Result<Option<T>> {
+/// As [`read`], but fails with [`io::ErrorKind::WouldBlock`] if no bytes have arrived.
+pub(super) fn try_read<T>(
+    stream: &TcpStream,
+    mut take: impl FnMut(&[u8]) -> T,
+) -> io::Result<Option<T>> {
     with_scratch(|scratch| {
         let len = stream.try_read(scratch)?;
         Ok(match scratch.get(..len) {
@@ -50,7 +51,7 @@ pub fn try_read<T>(stream: &TcpStream, mut take: impl FnMut(&[u8]) -> T) -> io::
     })
 }
 
-/// Lends the thread's buffer. A call within the call would get a new one.
+/// Calls `f` with the thread's buffer. A nested call gets a new buffer.
 fn with_scratch<T>(f: impl FnOnce(&mut [u8]) -> T) -> T {
     thread_local! {
         static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
@@ -62,6 +63,6 @@ fn with_scratch<T>(f: impl FnOnce(&mut [u8]) -> T) -> T {
     result
 }
 
-/// What one system call may bring: a few key frames' worth, and small enough that one connection
-/// does not hold up the others.
+/// Bytes per system call: a few key frames, and few enough that one connection does not delay the
+/// others.
 const SCRATCH_LEN: usize = 64 << 10;

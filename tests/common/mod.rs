@@ -7,6 +7,7 @@
 // Each test binary compiles this for itself and uses a part of it.
 #![allow(dead_code)]
 
+pub mod chain;
 pub mod compare;
 pub mod http;
 pub mod http_node;

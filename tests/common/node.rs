@@ -86,7 +86,8 @@ impl Site {
         let name = dir.file_name().expect("it has a name").to_string_lossy().into_owned();
         let lines = ["rtp_subscribe: true".to_owned()];
         let rtp = loopback(ports::free_for_rtp());
-        Edge::start(self.dir.path(), &name, rtp, self.cloud.quic, &self.cloud, &lines)
+        let api = self.cloud.node.http;
+        Edge::start(self.dir.path(), &name, rtp, self.cloud.quic, api, &lines)
     }
 
     /// A path in the site's directory at which there is no file yet.
@@ -190,7 +191,8 @@ impl SiteSettings {
                 }
             }
             overlay(&mut lines, &self.edge);
-            Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, &cloud, &lines)
+            let api = cloud.node.http;
+            Edge::start(dir.path(), &format!("edge{edge}"), udp, quic, api, &lines)
         });
         let edges = edges.collect();
         Site { cloud, edges, network, destinations, dir }
@@ -225,7 +227,7 @@ pub struct Cloud {
 
 impl Cloud {
     #[track_caller]
-    fn start(dir: &Path, destinations: &[SocketAddr], lines: &[String]) -> Self {
+    pub(super) fn start(dir: &Path, destinations: &[SocketAddr], lines: &[String]) -> Self {
         let [rtmp, quic, api, rtp] = [(); 4].map(|()| loopback(ports::free()));
         let destinations: Vec<_> = destinations.iter().map(ToString::to_string).collect();
         let mut config = vec![
@@ -247,12 +249,7 @@ impl Cloud {
 
     /// What `/stat/livestat` lists: key and SSRC of each publication.
     pub fn publications(&self) -> Vec<(String, u64)> {
-        let Ok((200, answer)) = http::get_json(self.node.http, "/stat/livestat") else {
-            panic!("no live statistics")
-        };
-        let publishers = answer["data"]["publishers"].as_array().cloned().unwrap_or_default();
-        let entry = |entry: &Value| Some((entry["key"].as_str()?.into(), entry["ssrc"].as_u64()?));
-        publishers.iter().map(|publisher| entry(publisher).expect("malformed entry")).collect()
+        self.node.publications()
     }
 
     /// The recorded files, oldest first.
@@ -269,13 +266,15 @@ pub struct Edge {
 }
 
 impl Edge {
+    /// Starts an edge below a cloud or a parent whose QUIC is reached at `quic` and whose HTTP
+    /// listens at `api`.
     #[track_caller]
-    fn start(
+    pub(super) fn start(
         dir: &Path,
         name: &str,
         udp: SocketAddr,
         quic: SocketAddr,
-        cloud: &Cloud,
+        api: SocketAddr,
         lines: &[String],
     ) -> Self {
         let flv = loopback(ports::free());
@@ -284,7 +283,7 @@ impl Edge {
             format!("flv_addr: {flv}"),
             "cloud_host: 127.0.0.1".into(),
             format!("quic_addr: {quic}"),
-            format!("api_addr: {}", cloud.node.http),
+            format!("api_addr: {api}"),
             format!("node_name: {name}"),
         ];
         if udp.ip().is_multicast() {
@@ -409,6 +408,26 @@ impl Node {
         health["streams"].as_u64().expect("no count of streams")
     }
 
+    /// Key and SSRC of each publication that `/stat/livestat` lists, on a cloud or a parent.
+    #[track_caller]
+    pub fn publications(&self) -> Vec<(String, u64)> {
+        let Ok((200, answer)) = http::get_json(self.http, "/stat/livestat") else {
+            panic!("no live statistics")
+        };
+        let publishers = answer["data"]["publishers"].as_array().cloned().unwrap_or_default();
+        let entry = |entry: &Value| Some((entry["key"].as_str()?.into(), entry["ssrc"].as_u64()?));
+        publishers.iter().map(|publisher| entry(publisher).expect("malformed entry")).collect()
+    }
+
+    /// The `data` of `/stats/time` for a stream; `None` if the stream is not live.
+    #[track_caller]
+    pub fn stream_time(&self, key: &str) -> Option<Value> {
+        let path = format!("/stats/time?stream={key}");
+        let (status, mut answer) = http::get_json(self.http, &path).expect("no /stats/time");
+        assert!(matches!(status, 200 | 404), "/stats/time: {answer}");
+        (status == 200).then(|| answer["data"].take())
+    }
+
     #[track_caller]
     pub fn metrics(&self) -> Metrics {
         Metrics::scrape(self.http)
@@ -505,7 +524,7 @@ fn collect_files(dir: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-fn loopback(port: u16) -> SocketAddr {
+pub(super) fn loopback(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 

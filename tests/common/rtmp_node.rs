@@ -36,6 +36,8 @@ use super::{SOON, eventually};
 /// A server with a [`Recorder`] behind it, stopped when dropped.
 pub struct RtmpServer {
     pub addr: SocketAddr,
+    /// Decides for the server; other sources share its hub.
+    pub admission: Admission,
     pub recorder: Arc<Recorder>,
     pub shutdown: CancellationToken,
     pub task: Option<tokio::task::JoinHandle<()>>,
@@ -56,8 +58,8 @@ impl RtmpServer {
         let limits = admission::Settings { max_streams: usize::MAX, ..Default::default() };
         let admission = Admission::new(hub, limits);
         admission.add_policy(handler);
-        let task = tokio::spawn(server.run(admission, shutdown.clone()));
-        Self { addr, recorder, shutdown, task: Some(task), registry }
+        let task = tokio::spawn(server.run(admission.clone(), shutdown.clone()));
+        Self { addr, admission, recorder, shutdown, task: Some(task), registry }
     }
 
     pub fn url(&self, path: &str) -> RtmpUrl {
@@ -147,7 +149,8 @@ impl Policy for Handler {
 impl Sink for Handler {
     fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
         let key = stream.key();
-        let query = self.0.requests.lock().unwrap()[key.as_str()].0.clone();
+        // Streams of other sources are not recorded.
+        let query = self.0.requests.lock().unwrap().get(key.as_str())?.0.clone();
         let mut streams = self.0.lock();
         let recorded = streams.entry(key.to_string()).or_default();
         assert!(recorded.last().is_none_or(|last| last.ended), "one publisher at a time");

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod cloud_viewers;
 mod demo;
 mod discovery;
 mod dynamic_edges;
@@ -11,6 +12,7 @@ mod lossy_network;
 mod many_viewers;
 mod multicast;
 mod pacing;
+mod parents;
 mod parity;
 mod push_to_viewer;
 mod restarts;

@@ -7,6 +7,7 @@ mod http_client;
 mod http_flv;
 mod http_keep_alive;
 mod http_viewers;
+mod one_admission;
 mod push_pull;
 mod rtmp_claimed_lengths;
 mod rtmp_descriptors;

@@ -76,7 +76,7 @@ async fn failures_are_told() {
     let _silent = node.hub.publish("live/silent".parse().unwrap()).unwrap();
     let shortly = Some(Duration::from_millis(100));
     let error = node.pull("live/silent.flv", None, shortly).await.unwrap().unwrap_err();
-    assert_eq!(error, Failure::Run("nothing came".into()));
+    assert_eq!(error, Failure::Run("nothing was received".into()));
 
     let missing = node.dir.path().join("missing.flv");
     let error = node.push(&missing, "live/movie", 1, false).await.unwrap_err();

@@ -50,9 +50,10 @@ impl ReportCollector {
 }
 
 impl Collector for ReportCollector {
+    /// Leaves the series of the reports out: a registry takes a name once, and on a parent the
+    /// upstream has registered these names for the parent's streams. `gather` merges both.
     fn desc(&self) -> Vec<&Desc> {
-        let descs = self.reports.descs().into_iter();
-        descs.chain(self.round_trip.desc()).chain(self.summed.desc()).collect()
+        self.round_trip.desc().into_iter().chain(self.summed.desc()).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
@@ -129,7 +130,32 @@ mod tests {
     use prometheus::{Registry, TextEncoder};
 
     use super::*;
-    use crate::downstream::edges::{EdgeInfo, StreamInfo};
+    use crate::{
+        downstream::edges::{EdgeInfo, StreamInfo},
+        upstream::stats::{ReceiveMetrics, StreamStats},
+    };
+
+    #[test]
+    fn parent_exports_its_own_reports_and_those_of_its_edges() {
+        let (registry, edges) = (Registry::new(), Edges::default());
+        let upstream = ReceiveMetrics::register(&registry).unwrap();
+        registry.register(Box::new(ReportCollector::new(edges.clone()).unwrap())).unwrap();
+        let _listed = edges.insert(edge("child", 1));
+        upstream.publish(std::iter::once(StreamStats {
+            key: "live/0".parse().unwrap(),
+            report: StreamReport { received: 3, ..Default::default() },
+            pending: 0,
+            missing: 0,
+        }));
+        let text = TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        for line in [
+            r#"downpour_edge_stream_packets{stream="live/0",fate="received"} 3"#,
+            r#"downpour_edge_stream_packets{edge="child",stream="live/0",fate="received"} 10"#,
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        assert_eq!(text.matches("# TYPE downpour_edge_stream_packets ").count(), 1);
+    }
 
     fn edge(node: &str, streams: usize) -> EdgeInfo {
         let mut info = EdgeInfo::new("127.0.0.1:9".parse().unwrap(), "downpour");

@@ -1,26 +1,26 @@
-//! Viewers of one stream that keep up with it, written to one after the other.
+//! A group of viewers that keep up with their stream, served by one task.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use super::{
-    audience::{CaughtUp, GroupHandle, Viewers},
-    viewer::{Batch, Closed, Viewer, note_skip},
+    viewer::{Closed, Viewer, WriteQueue, note_skip},
+    viewers::{CaughtUp, GroupHandle, Viewers},
 };
 use downpour_hub::{ReadOutcome, Reader};
 use downpour_sys::buffer::Buffer;
 
-/// A task's worth of viewers.
+/// A group of viewers.
 ///
-/// With each frame, the group reads the log once, puts the tags one behind the other once, and
-/// offers the bytes to each viewer in one write. Who does not take all of them has to go.
+/// Per frame, the group reads the log once, concatenates the tags once, and offers the bytes to each
+/// viewer in one write. A viewer whose socket does not take all of them leaves the group.
 pub(super) struct Group {
-    audience: Arc<Viewers>,
-    desk: Arc<GroupHandle>,
+    viewers: Arc<Viewers>,
+    handle: Arc<GroupHandle>,
     reader: Reader,
     members: Vec<Member>,
-    /// The tags of this round with their indices in the log, and their bytes.
+    /// The tags of this round with their indices in the log, and their concatenated bytes.
     tags: Vec<(u64, Buffer)>,
     bytes: Vec<u8>,
     timer: Interval,
@@ -29,40 +29,41 @@ pub(super) struct Group {
 
 struct Member {
     viewer: Viewer,
-    /// Index in the log of the next tag to be sent, unless the group has passed that.
+    /// Index in the log of the first tag that this viewer has not read. Matters only until the group
+    /// has passed it.
     from: u64,
 }
 
-/// What a round came to.
+/// The result of a round.
 enum Round {
-    /// There is no need for another one now.
+    /// Wait for the next wake-up.
     Idle,
     /// There may be more to read.
     More,
-    /// The stream is over.
+    /// The stream has ended.
     Over,
 }
 
 impl Group {
-    /// `number` tells groups apart.
+    /// `number` is different for each group: it determines the phase of the group's timer.
     pub(super) fn new(
-        audience: Arc<Viewers>,
-        desk: Arc<GroupHandle>,
+        viewers: Arc<Viewers>,
+        handle: Arc<GroupHandle>,
         first: CaughtUp,
         number: u32,
     ) -> Self {
-        let merge = audience.settings.merge_write;
+        let merge = viewers.settings.merge_write;
         let period = if merge.is_zero() { CHECK } else { merge };
-        // Groups that write now and then do not all write at the same time: steps of the golden
-        // section spread any number of them.
+        // Spreads the timers of any number of groups evenly (golden section), so that they do not all
+        // write at the same time.
         let phase = period.mul_f64((f64::from(number) * 0.618_034).fract());
         let now = Instant::now();
         let mut timer = interval_at(now + phase, period);
         timer.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut group = Self {
             reader: first.reader.clone(),
-            audience,
-            desk,
+            viewers,
+            handle,
             members: Vec::new(),
             tags: Vec::new(),
             bytes: Vec::new(),
@@ -74,19 +75,19 @@ impl Group {
     }
 
     pub(super) async fn run(mut self) {
-        let merges = !self.audience.settings.merge_write.is_zero();
-        let stream = self.desk.stream().clone();
+        let merges = !self.viewers.settings.merge_write.is_zero();
+        let stream = self.handle.stream().clone();
         let mut over = std::pin::pin!(stream.over());
         loop {
             tokio::select! {
-                () = self.desk.came.notified() => {
-                    for arrival in self.desk.arrivals() {
+                () = self.handle.arrived.notified() => {
+                    for arrival in self.handle.take_inbox() {
                         self.admit(arrival);
                     }
                     continue;
                 }
                 () = self.reader.woken(), if !merges => {}
-                // Not asked again: the round below finds the end.
+                // Completes once: the round below finds the end of the stream.
                 () = &mut over, if merges => {}
                 _ = self.timer.tick() => {
                     if self.checked.elapsed() >= CHECK {
@@ -107,24 +108,26 @@ impl Group {
         }
     }
 
-    /// Takes in a viewer, unless the group has gone on since the viewer had caught up.
+    /// Adds a viewer, unless the group has read further since the viewer caught up.
     fn admit(&mut self, arrival: CaughtUp) {
         let CaughtUp { viewer, reader } = arrival;
-        let Some(place) = reader.place() else { return self.dismiss(viewer, reader, Batch::EMPTY) };
+        let Some(place) = reader.place() else {
+            return self.dismiss(viewer, reader, WriteQueue::EMPTY);
+        };
         if self.members.is_empty() {
             self.reader = reader;
-            self.desk.stand_at(Some(place));
+            self.handle.set_position(Some(place));
         } else if self
             .reader
             .place()
             .is_none_or(|own| own.key_frame_seen != place.key_frame_seen || own.index > place.index)
         {
-            return self.dismiss(viewer, reader, Batch::EMPTY);
+            return self.dismiss(viewer, reader, WriteQueue::EMPTY);
         }
         self.members.push(Member { viewer, from: place.index });
     }
 
-    /// Reads what is there, and writes it.
+    /// Reads the new tags, and writes them to all members.
     async fn round(&mut self) -> Round {
         let start = self.reader.place().map_or(0, |place| place.index);
         let (tags, bytes) = (&mut self.tags, &mut self.bytes);
@@ -134,43 +137,43 @@ impl Group {
         match outcome {
             ReadOutcome::Read(count) => {
                 tags.iter().for_each(|(_, tag)| bytes.extend_from_slice(tag));
-                self.desk.stand_at(self.reader.place());
+                self.handle.set_position(self.reader.place());
                 self.note_skip(count.skipped);
                 self.write(start).await;
                 self.tags.clear();
                 self.bytes.clear();
                 self.bytes.shrink_to(KEPT_BYTES.saturating_mul(self.members.len()));
-                // A tag that has come meanwhile waits for the next frame, as any other.
+                // A tag that arrived during the writes waits for the next frame, as any other.
                 match count.bytes >= ROUND_BYTES || self.reader.stream().ended() {
                     true => Round::More,
                     false => Round::Idle,
                 }
             }
             ReadOutcome::Pending => {
-                self.desk.stand_at(self.reader.place());
+                self.handle.set_position(self.reader.place());
                 Round::Idle
             }
             ReadOutcome::Ended => Round::Over,
         }
     }
 
-    /// Counts what each member missed by a skip of `skipped` tags up to the first one that was read.
-    /// Those who came in ahead of the group had some of them before.
+    /// Counts the tags that each member missed when the reader skipped `skipped` tags. Members that
+    /// were ahead of the group have read some of them.
     fn note_skip(&self, skipped: u64) {
         let Some((join, _)) = self.tags.first().filter(|_| skipped > 0) else { return };
         let start = join.saturating_sub(skipped);
         let missed = self.members.iter().map(|member| join.saturating_sub(member.from.max(start)));
-        let (stream, metrics) = (self.reader.stream(), &self.audience.metrics);
+        let (stream, metrics) = (self.reader.stream(), &self.viewers.metrics);
         note_skip(stream, missed.sum(), self.members.len(), metrics);
     }
 
-    /// Offers what was read to each member, and lets others of the runtime have a turn now and then.
+    /// Offers the tags of this round to each member. Yields to other tasks every [`TURN_BYTES`].
     async fn write(&mut self, start: u64) {
         let mut sent = 0;
         let mut next = 0;
         while let Some(member) = self.members.get_mut(next) {
             if sent >= TURN_BYTES {
-                self.audience.metrics.bytes.inc_by(std::mem::take(&mut sent) as u64);
+                self.viewers.metrics.bytes.inc_by(std::mem::take(&mut sent) as u64);
                 tokio::task::yield_now().await;
                 continue;
             }
@@ -192,16 +195,16 @@ impl Group {
                     }
                     let viewer = self.members.swap_remove(next).viewer;
                     let tags = self.tags.iter().map(|(_, tag)| tag.clone()).collect();
-                    let batch = Batch::new(tags, begin + written);
-                    self.dismiss(viewer, self.reader.clone(), batch);
+                    let queue = WriteQueue::new(tags, begin + written);
+                    self.dismiss(viewer, self.reader.clone(), queue);
                 }
                 Err(closed) => self.close(next, &closed),
             }
         }
-        self.audience.metrics.bytes.inc_by(sent as u64);
+        self.viewers.metrics.bytes.inc_by(sent as u64);
     }
 
-    /// Sees who has left, which a stream that stands still would not show.
+    /// Closes members whose client has left: without tags to write, nothing else shows that.
     fn check(&mut self) {
         self.checked = Instant::now();
         let mut next = 0;
@@ -214,28 +217,28 @@ impl Group {
     }
 
     fn close(&mut self, member: usize, reason: &Closed) {
-        self.desk.left();
-        self.members.swap_remove(member).viewer.close(reason, &self.audience.metrics);
+        self.handle.left();
+        self.members.swap_remove(member).viewer.close(reason, &self.viewers.metrics);
     }
 
-    /// Lets a viewer go on by itself.
-    fn dismiss(&self, viewer: Viewer, reader: Reader, batch: Batch) {
-        self.desk.left();
-        self.audience.serve_alone(viewer, reader, batch);
+    /// Removes a viewer from the group: it continues in a separate task.
+    fn dismiss(&self, viewer: Viewer, reader: Reader, queue: WriteQueue) {
+        self.handle.left();
+        self.viewers.serve_alone(viewer, reader, queue);
     }
 
     fn end(mut self) {
         for Member { viewer, .. } in self.members.drain(..) {
-            viewer.close(&Closed::Ended, &self.audience.metrics);
+            viewer.close(&Closed::Ended, &self.viewers.metrics);
         }
     }
 }
 
-/// Whoever came last goes on without the group, however that ended.
+/// Viewers that are still in the inbox continue alone, however the group ended.
 impl Drop for Group {
     fn drop(&mut self) {
-        for CaughtUp { viewer, reader } in self.audience.retire(&self.desk) {
-            self.audience.serve_alone(viewer, reader, Batch::EMPTY);
+        for CaughtUp { viewer, reader } in self.viewers.retire(&self.handle) {
+            self.viewers.serve_alone(viewer, reader, WriteQueue::EMPTY);
         }
     }
 }
@@ -244,14 +247,16 @@ fn length<'a>(tags: impl Iterator<Item = &'a (u64, Buffer)>) -> usize {
     tags.map(|(_, tag)| tag.len()).sum()
 }
 
-/// What is written to each viewer at once; whole tags, so it may be more.
+/// Bytes written per viewer and round; whole tags, so it may be more.
 const ROUND_BYTES: usize = 256 * 1024;
-/// What a group writes in one go, to all members, before it lets others have a turn: the kernel
-/// copies it in a millisecond or so. Frames of less than 4 KB to a whole group never come to it.
+/// Bytes that a group writes to all its members before it yields: the kernel copies them in about a
+/// millisecond. Frames under 4 KB to a full group stay below it.
 const TURN_BYTES: usize = 1024 * 1024;
-/// Room for bytes that a group keeps between rounds, for each viewer: there may be many groups of one.
+/// Bytes of buffer per viewer that a group keeps between rounds. There may be many groups of one
+/// viewer.
 const KEPT_BYTES: usize = 4 * 1024;
-/// How often a group looks for viewers that have left, and for audio that no frame took along.
+/// Interval at which a group checks for viewers that have left, and sends audio that no video frame
+/// has followed.
 const CHECK: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -263,14 +268,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        http::{HttpMetrics, ViewerSettings, connection::play_request, viewer::Connection},
+        http::{HttpMetrics, ViewerSettings, connection::play_request, flv::viewer::Connection},
         net::Slot,
     };
     use downpour_hub::{Admission, Hub, LogLimits, MaxLag, Publisher, admission};
     use downpour_media::flv::{Tag, TagKind};
 
     #[tokio::test]
-    async fn who_came_in_ahead_is_charged_for_less_of_a_skip() {
+    async fn skip_counts_less_for_a_viewer_ahead_of_its_group() {
         let mut site = Site::new();
         site.publisher.push(video_header());
         site.push(0..3);
@@ -279,18 +284,18 @@ mod tests {
         let ahead = site.arrival().await;
         group.admit(ahead);
         assert_eq!(group.members.len(), 2);
-        // The group has 3 s to read, and may be 2 s behind. It is sent on to frame 75.
+        // The group is 3 s behind, with a maximum of 2 s: it skips to frame 75.
         site.push(8..76);
         assert!(matches!(group.round().await, Round::Idle));
         let skipped = (75 - 3) + (75 - 8);
-        assert_eq!(site.audience.metrics.skipped_tags.get(), skipped);
+        assert_eq!(site.viewers.metrics.skipped_tags.get(), skipped);
         let counters = site.publisher.stream().counters();
         assert_eq!(counters.skipped_tags.load(Ordering::Relaxed), skipped);
     }
 
     #[tokio::test]
-    async fn long_rounds_are_written_in_many_turns() {
-        // Bytes of a frame, and the least and most turns that others have while 20 are sent it.
+    async fn long_rounds_yield_to_other_tasks() {
+        // Bytes per frame, and the minimum and maximum of yields while 20 viewers are sent it.
         for (frame_bytes, least, most) in [(1_000, 0, 0), (200_000, 3, 20)] {
             let mut site = Site::new();
             site.frame_bytes = frame_bytes;
@@ -312,18 +317,18 @@ mod tests {
                 assert!(matches!(round.await, Round::Idle));
             }
             assert!((least..=most).contains(&turns), "{turns} turns for {frame_bytes} bytes");
-            let sent = site.audience.metrics.bytes.get();
+            let sent = site.viewers.metrics.bytes.get();
             assert!(sent >= 20 * frame_bytes as u64, "{sent} bytes were sent");
             assert_eq!(group.members.len(), 20);
         }
     }
 
-    /// A stream of 25 frames a second, and those who watch it.
+    /// A stream of 25 frames per second, and its viewers.
     struct Site {
-        audience: Arc<Viewers>,
+        viewers: Arc<Viewers>,
         admission: Admission,
         publisher: Publisher,
-        /// The viewers' own ends.
+        /// The client ends of the viewers' connections.
         clients: Vec<TcpStream>,
         frame_bytes: usize,
     }
@@ -336,10 +341,10 @@ mod tests {
                 ..ViewerSettings::default()
             };
             let metrics = HttpMetrics::register(&Registry::new()).unwrap();
-            let audience = Arc::new(Viewers::new(settings, metrics));
+            let viewers = Arc::new(Viewers::new(settings, metrics));
             let publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
             let admission = Admission::new(hub, admission::Settings::default());
-            Self { audience, admission, publisher, clients: Vec::new(), frame_bytes: 100 }
+            Self { viewers, admission, publisher, clients: Vec::new(), frame_bytes: 100 }
         }
 
         fn push(&mut self, frames: std::ops::Range<u32>) {
@@ -350,7 +355,7 @@ mod tests {
             }
         }
 
-        /// Somebody who has read all there is.
+        /// A viewer that has read the log to its end.
         async fn arrival(&mut self) -> CaughtUp {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
             let address = listener.local_addr().unwrap();
@@ -358,20 +363,20 @@ mod tests {
             let (socket, peer) = accepted.unwrap();
             socket2::SockRef::from(&socket).set_send_buffer_size(1 << 20).unwrap();
             self.clients.push(client.unwrap());
-            let (stream, metrics) = (self.publisher.stream(), &self.audience.metrics);
+            let (stream, metrics) = (self.publisher.stream(), &self.viewers.metrics);
             let playback = self.admission.play(play_request(peer, stream.key(), "")).await.unwrap();
             let connection = Connection::new(peer, Slot::alone(), metrics);
             let viewer = Viewer::new(socket, connection, playback, metrics);
-            let mut reader = stream.subscribe().with_max_lag(self.audience.settings.backlog);
+            let mut reader = stream.subscribe().with_max_lag(self.viewers.settings.backlog);
             while let ReadOutcome::Read(_) = reader.try_read_each(usize::MAX, |_, _| {}) {}
             CaughtUp { viewer, reader }
         }
 
         async fn group(&mut self) -> Group {
             let first = self.arrival().await;
-            let desk =
+            let handle =
                 Arc::new(GroupHandle::new(self.publisher.stream().clone(), first.reader.place()));
-            Group::new(self.audience.clone(), desk, first, 0)
+            Group::new(self.viewers.clone(), handle, first, 0)
         }
     }
 

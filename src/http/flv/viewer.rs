@@ -1,4 +1,4 @@
-//! One viewer of a live stream: a socket, and how it catches up with the stream.
+//! One viewer of a live stream: its socket, and how it catches up with the stream.
 
 use std::{
     io::{self, IoSlice},
@@ -9,33 +9,32 @@ use std::{
 use prometheus::{IntCounter, IntGauge};
 use tokio::{net::TcpStream, task::coop};
 
-use super::metrics::HttpMetrics;
+use super::super::metrics::HttpMetrics;
 use crate::net::Slot;
 use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard, admission::Playback};
 use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
 use downpour_sys::buffer::{Buffer, BufferMut};
 
-/// What a viewer may take, and how long it may take for it.
+/// Limits of viewers and of HTTP connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ViewerSettings {
-    /// How many viewers there may be at a time, which the slots for connections are made for; admission
-    /// enforces it.
+    /// Viewers at one time. It determines the number of connection slots; admission enforces it.
     pub max_viewers: usize,
-    /// How many connections that are no viewer's one client address may have, at least 1; `None` is
-    /// half of all connections. Loopback addresses have no such limit.
+    /// Connections of one client address that are not viewers, at least 1; `None` is half of all
+    /// connections. Loopback addresses have no such limit.
     pub max_connections_per_address: Option<usize>,
-    /// How far a viewer may fall behind before it skips to the newest key frame.
+    /// The maximum lag of a viewer. Beyond it the viewer skips to the newest key frame.
     pub backlog: MaxLag,
-    /// A viewer that takes no byte for this long is closed.
+    /// A viewer that reads nothing for this time is closed.
     pub write_timeout: Duration,
-    /// A viewer that keeps up is written to at most once in this time; zero is with each frame of
-    /// video. A write costs nearly the same whatever its length, so this trades delay, as long as
-    /// it says at most, for processor time. Who joins or has fallen behind is not held back.
+    /// Least time between two writes to a viewer that keeps up; zero writes each video frame at once.
+    /// A write costs nearly the same whatever its length, so this saves processor time and adds delay
+    /// of at most this value. Viewers that join or have fallen behind are not delayed.
     pub merge_write: Duration,
-    /// How long a connection may take to send the head of its request.
+    /// Time in which a connection must send the head of a request.
     pub head_timeout: Duration,
-    /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` leaves it to grow by itself. A small
-    /// one makes slow viewers skip sooner, and is what they cost in kernel memory.
+    /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` lets the kernel tune it. A small one
+    /// makes slow viewers skip sooner and limits their kernel memory.
     pub send_buffer: Option<usize>,
 }
 
@@ -53,41 +52,41 @@ impl Default for ViewerSettings {
     }
 }
 
-/// The client's address and the slot of a connection, which is counted until this is dropped.
+/// The client address and the slot of a connection. The connection is counted until this is dropped.
 #[derive(Debug)]
-pub(super) struct Connection {
-    pub(super) peer: SocketAddr,
-    pub(super) slot: Slot,
+pub(in crate::http) struct Connection {
+    pub(in crate::http) peer: SocketAddr,
+    pub(in crate::http) slot: Slot,
     _counted: Counted,
 }
 
 impl Connection {
-    pub(super) fn new(peer: SocketAddr, slot: Slot, metrics: &HttpMetrics) -> Self {
+    pub(in crate::http) fn new(peer: SocketAddr, slot: Slot, metrics: &HttpMetrics) -> Self {
         Self { peer, slot, _counted: Counted::new(&metrics.connections) }
     }
 }
 
-/// A viewer who was admitted, counted until it is dropped. One that is dropped without having been
-/// closed was cut off: by a shutdown that did not wait for it, or by a bug.
+/// An admitted viewer, counted until it is dropped. If it is dropped without [`Viewer::close`], it was
+/// cut: by a shutdown that did not wait for it, or by a panic.
 #[derive(Debug)]
-pub(super) struct Viewer {
+pub(in crate::http) struct Viewer {
     socket: TcpStream,
     connection: Connection,
     stream: ViewerGuard,
     began: Instant,
     /// Bytes of FLV written.
     sent: u64,
-    /// Whether the first tags have been read.
+    /// `true` once the first tag has been read.
     joined: bool,
-    /// Whether it was told why it is no more.
-    told: bool,
+    /// `true` once its end has been logged.
+    logged: bool,
     cut: IntCounter,
     _counted: Counted,
     playback: Playback,
 }
 
 impl Viewer {
-    pub(super) fn new(
+    pub(in crate::http) fn new(
         socket: TcpStream,
         connection: Connection,
         playback: Playback,
@@ -95,7 +94,7 @@ impl Viewer {
     ) -> Self {
         metrics.viewers_total.inc();
         let stream = playback.stream();
-        tracing::debug!(peer = %connection.peer, stream = %stream.key(), "a viewer came");
+        tracing::debug!(peer = %connection.peer, stream = %stream.key(), "viewer joined");
         Self {
             socket,
             connection,
@@ -103,33 +102,33 @@ impl Viewer {
             began: Instant::now(),
             sent: 0,
             joined: false,
-            told: false,
+            logged: false,
             cut: metrics.closed.cut.clone(),
             _counted: Counted::new(&metrics.viewers),
             playback,
         }
     }
 
-    /// Writes the response's head, with which the viewer begins.
-    pub(super) async fn greet(&self, timeout: Duration) -> Result<(), Closed> {
+    /// Writes the head of the response.
+    pub(in crate::http) async fn greet(&self, timeout: Duration) -> Result<(), Closed> {
         write_all(&self.socket, timeout, RESPONSE_HEAD).await
     }
 
-    /// Writes `batch` and then what the log holds, until there is no more, as fast as the viewer
-    /// takes it.
-    pub(super) async fn catch_up(
+    /// Writes `queue` and then the rest of the log, as fast as the viewer reads. Returns once the
+    /// viewer has caught up.
+    pub(in crate::http) async fn catch_up(
         &mut self,
         reader: &mut Reader,
-        mut batch: Batch,
+        mut queue: WriteQueue,
         settings: &ViewerSettings,
         metrics: &HttpMetrics,
     ) -> Result<(), Closed> {
         loop {
-            while !batch.is_done() {
-                match self.socket.try_write_vectored(&batch.slices()) {
+            while !queue.is_done() {
+                match self.socket.try_write_vectored(&queue.slices()) {
                     Ok(0) => return Err(Closed::Client),
                     Ok(bytes) => {
-                        batch.advance(bytes);
+                        queue.advance(bytes);
                         self.sent += bytes as u64;
                         metrics.bytes.inc_by(bytes as u64);
                     }
@@ -143,7 +142,7 @@ impl Viewer {
                 return Err(Closed::Revoked);
             }
             coop::consume_budget().await;
-            match batch.refill(reader, &mut self.joined) {
+            match queue.refill(reader, &mut self.joined) {
                 ReadOutcome::Read(count) => note_skip(reader.stream(), count.skipped, 1, metrics),
                 ReadOutcome::Ended => return Err(Closed::Ended),
                 ReadOutcome::Pending if reader.place().is_some() => return Ok(()),
@@ -155,8 +154,8 @@ impl Viewer {
         }
     }
 
-    /// Writes what the socket takes of `bytes` at once; tells how much that was.
-    pub(super) fn offer(&mut self, bytes: &[u8]) -> Result<usize, Closed> {
+    /// Writes as much of `bytes` as the socket takes without blocking. Returns the number of bytes.
+    pub(in crate::http) fn offer(&mut self, bytes: &[u8]) -> Result<usize, Closed> {
         self.check()?;
         match self.socket.try_write(bytes) {
             Ok(0) => Err(Closed::Client),
@@ -169,9 +168,9 @@ impl Viewer {
         }
     }
 
-    /// Looks whether the client has closed its side. Makes no system call unless the client has
-    /// closed or sent something.
-    pub(super) fn check(&self) -> Result<(), Closed> {
+    /// Fails if the client has closed its side. Makes no system call unless the client has closed or
+    /// sent something.
+    pub(in crate::http) fn check(&self) -> Result<(), Closed> {
         match self.socket.try_read(&mut [0; 64]) {
             Ok(0) => Err(Closed::Client),
             Ok(_) => Ok(()),
@@ -180,52 +179,52 @@ impl Viewer {
         }
     }
 
-    /// The same, and whether the viewer was revoked: for now and then, since this is in cold memory.
-    pub(super) fn check_all(&self) -> Result<(), Closed> {
+    /// As [`Viewer::check`], and fails if the playback was revoked. Not per frame: it reads cold memory.
+    pub(in crate::http) fn check_all(&self) -> Result<(), Closed> {
         if self.playback.is_revoked() {
             return Err(Closed::Revoked);
         }
         self.check()
     }
 
-    /// Closes the connection, and says why.
-    pub(super) fn close(mut self, reason: &Closed, metrics: &HttpMetrics) {
+    /// Closes the connection, and counts and logs the reason.
+    pub(in crate::http) fn close(mut self, reason: &Closed, metrics: &HttpMetrics) {
         metrics.closed.count(reason);
-        self.tell(reason);
+        self.log_end(reason);
     }
 
-    fn tell(&mut self, reason: &dyn std::fmt::Display) {
-        self.told = true;
+    fn log_end(&mut self, reason: &dyn std::fmt::Display) {
+        self.logged = true;
         tracing::info!(
             peer = %self.connection.peer,
             stream = %self.stream.stream().key(),
             bytes = self.sent,
             seconds = self.began.elapsed().as_secs(),
             %reason,
-            "a viewer is done"
+            "viewer closed"
         );
     }
 }
 
 impl Drop for Viewer {
     fn drop(&mut self) {
-        if !self.told {
+        if !self.logged {
             self.cut.inc();
-            self.tell(&"it was cut off");
+            self.log_end(&"the node cut the connection");
         }
     }
 }
 
-/// Why a viewer is no more.
+/// Why a viewer is closed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Closed {
-    #[error("the stream has ended")]
+pub(in crate::http) enum Closed {
+    #[error("the stream ended")]
     Ended,
-    #[error("the viewer left")]
+    #[error("the client closed the connection")]
     Client,
-    #[error("the viewer took nothing for too long")]
+    #[error("the client read nothing in time")]
     Timeout,
-    #[error("the node ended the playback")]
+    #[error("the playback was revoked")]
     Revoked,
     #[error(transparent)]
     Error(io::Error),
@@ -242,33 +241,33 @@ impl From<io::Error> for Closed {
     }
 }
 
-/// Tags on their way into a socket. They share their bytes with the stream's log.
+/// Tags to write to a socket. They share their bytes with the stream's log.
 #[derive(Debug)]
-pub(super) struct Batch {
+pub(in crate::http) struct WriteQueue {
     tags: Vec<Buffer>,
-    /// Tags that are written whole.
+    /// Number of tags that are written.
     done: usize,
-    /// Bytes of the next one that are written.
+    /// Bytes of the next tag that are written.
     offset: usize,
 }
 
-impl Batch {
+impl WriteQueue {
     /// Nothing to write.
-    pub(super) const EMPTY: Self = Self { tags: Vec::new(), done: 0, offset: 0 };
+    pub(in crate::http) const EMPTY: Self = Self { tags: Vec::new(), done: 0, offset: 0 };
 
-    /// What stands in front of the first tag.
-    pub(super) fn beginning() -> Self {
+    /// The FLV header, which precedes the first tag.
+    pub(in crate::http) fn file_header() -> Self {
         Self::new(vec![BufferMut::from(&FILE_HEADER[..]).freeze()], 0)
     }
 
-    /// `tags`, of which the first `written` bytes need not be written.
-    pub(super) fn new(tags: Vec<Buffer>, written: usize) -> Self {
-        let mut batch = Self { tags, done: 0, offset: 0 };
-        batch.advance(written);
-        batch
+    /// `tags`, of which the first `written` bytes are written.
+    pub(in crate::http) fn new(tags: Vec<Buffer>, written: usize) -> Self {
+        let mut queue = Self { tags, done: 0, offset: 0 };
+        queue.advance(written);
+        queue
     }
 
-    /// Takes what comes next from the log, in place of what has been written.
+    /// Replaces the written tags with the next ones from the log.
     fn refill(&mut self, reader: &mut Reader, joined: &mut bool) -> ReadOutcome {
         self.tags.clear();
         (self.done, self.offset) = (0, 0);
@@ -300,12 +299,12 @@ impl Batch {
     }
 }
 
-/// Raises a gauge as long as it lives.
+/// Increments a gauge until it is dropped.
 #[derive(Debug)]
-pub(super) struct Counted(IntGauge);
+pub(in crate::http) struct Counted(IntGauge);
 
 impl Counted {
-    pub(super) fn new(gauge: &IntGauge) -> Self {
+    pub(in crate::http) fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
@@ -317,8 +316,13 @@ impl Drop for Counted {
     }
 }
 
-/// Counts the tags that `viewers` viewers had to leave out, all together.
-pub(super) fn note_skip(stream: &Stream, skipped: u64, viewers: usize, metrics: &HttpMetrics) {
+/// Counts the tags that `viewers` viewers skipped, in total.
+pub(in crate::http) fn note_skip(
+    stream: &Stream,
+    skipped: u64,
+    viewers: usize,
+    metrics: &HttpMetrics,
+) {
     if skipped > 0 {
         stream.count_skipped(skipped);
         metrics.skipped_tags.inc_by(skipped);
@@ -326,13 +330,13 @@ pub(super) fn note_skip(stream: &Stream, skipped: u64, viewers: usize, metrics: 
             skipped,
             viewers,
             stream = %stream.key(),
-            "viewers are too slow"
+            "viewers skipped tags: they are too slow"
         );
     }
 }
 
-/// Writes all of `bytes`, giving up when the peer takes none for `timeout`.
-pub(super) async fn write_all(
+/// Writes all of `bytes`. Fails if the peer reads nothing for `timeout`.
+pub(in crate::http) async fn write_all(
     socket: &TcpStream,
     timeout: Duration,
     mut bytes: &[u8],
@@ -350,8 +354,8 @@ pub(super) async fn write_all(
     Ok(())
 }
 
-/// Waits until the client closes its side. What it sends meanwhile means nothing, and is dropped.
-pub(super) async fn client_closed(socket: &TcpStream) -> Closed {
+/// Waits until the client closes its side. Bytes that it sends meanwhile are ignored.
+pub(in crate::http) async fn client_closed(socket: &TcpStream) -> Closed {
     loop {
         if let Err(error) = socket.readable().await {
             return error.into();
@@ -373,8 +377,8 @@ async fn writable(socket: &TcpStream, timeout: Duration) -> Result<(), Closed> {
     }
 }
 
-/// A viewer's first tag, which if it is metadata has the time 0, wherever in the stream the viewer
-/// joins: FFmpeg takes metadata at any other time for the first packet of a stream of text.
+/// The first tag of a viewer. Metadata gets the timestamp 0, wherever in the stream the viewer joins:
+/// FFmpeg takes metadata at any other time for the first packet of a text stream.
 fn at_zero(tag: &Tag) -> Buffer {
     match tag.kind() {
         TagKind::Script => tag.with_timestamp(0).framed().clone(),
@@ -382,15 +386,15 @@ fn at_zero(tag: &Tag) -> Buffer {
     }
 }
 
-/// The head of a live body: unchunked until the connection closes (RFC 9112 §6.3, rule 8), which
-/// every player reads and which costs no copy.
-pub(super) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
+/// The head of a live response. The body is not chunked and ends with the connection (RFC 9112 §6.3,
+/// rule 8): every player supports that, and it needs no copy.
+pub(in crate::http) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
     Content-Type: video/x-flv\r\n\
     Cache-Control: no-store\r\n\
     Access-Control-Allow-Origin: *\r\n\
     Connection: close\r\n\r\n";
 
-/// What a viewer takes out of the log at once; whole tags, so it may be more.
+/// Bytes that a viewer reads from the log at once; whole tags, so it may be more.
 const BATCH_BYTES: usize = 64 * 1024;
-/// Tags in one `writev`; the kernel takes up to 1024, and few frames need more than a handful.
+/// Tags per `writev`. The kernel allows 1024, and most frames need only a few.
 const MAX_SLICES: usize = 64;
