@@ -2,7 +2,7 @@
 //! them, repair over QUIC, HTTP-FLV out. `docs/architecture.md` describes the parts.
 //!
 //! Imports point down only: [`cli`] uses [`node`], which assembles [`rtmp`], [`http`] and [`record`]
-//! from the settings in [`config`]. Those use [`net`] and the workspace's crates: `distribution`
+//! from the settings in [`config`]. These parts use [`net`] and the workspace's crates: `distribution`
 //! (node to node) on `hub` (streams and their readers), on state machines without sockets (`rtmp`,
 //! `repair`), on formats (`media`).
 

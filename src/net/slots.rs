@@ -5,7 +5,7 @@
 //! ```text
 //! admitted ─► idle ◄──► busy        idle: no request yet, or kept alive between two requests
 //!              │ ▲        │         busy: a request is being served
-//!              ▼ └────────┼─┐       pinned: a viewer or a publisher; admission limits those
+//!              ▼ └────────┼─┐       pinned: a viewer or a publisher; see admission for limits
 //!          displaced    pinned
 //! ```
 //!

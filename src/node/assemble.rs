@@ -157,9 +157,8 @@ impl Node {
 
         let rtmp = settings.rtmp.map(|(addr, rtmp)| bind_rtmp(&addr, rtmp, &registry));
         let rtmp = rtmp.transpose()?;
-        let addr = settings.http.addr;
-        let players = settings.http.viewers.max_viewers;
-        let listener = node::listen(addr.key, &addr.value, players)?;
+        let addr = &settings.http.addr;
+        let listener = node::listen(addr.key, &addr.value, settings.http.viewers.max_viewers)?;
         let http_addr = local(addr.key, listener.local_addr())?;
         let downstream = match (settings.downstream, &outgoing) {
             (Some(downstream), Some(outgoing)) => {
@@ -167,15 +166,9 @@ impl Node {
             }
             _ => None,
         };
-        // Taps run in the order in which sinks are added: packets leave first.
-        if let Some((downstream, _)) = &downstream {
-            hub.add_sink(downstream.sink());
-        }
         let record_metrics = RecordMetrics::register(&registry)?;
         let recorder = settings.record.map(|dir| Recorder::new(dir, record_metrics));
-        if let Some(recorder) = &recorder {
-            hub.add_sink(Arc::new(recorder.clone()));
-        }
+        add_sinks(&hub, downstream.as_ref().map(|(downstream, _)| downstream), recorder.as_ref());
         let upstream = settings
             .upstream
             .map(|upstream| upstream::bind(upstream, hub.clone(), &registry))
@@ -188,28 +181,20 @@ impl Node {
             rtp_in: upstream.as_ref().map_or_else(Vec::new, |upstream| upstream.addrs.clone()),
         };
         let state = ApiState {
-            hub: hub.clone(),
+            hub,
             registry: registry.clone(),
             started: std::time::Instant::now(),
-            downstream: downstream.as_ref().map(|(downstream, _)| DownstreamApi {
-                outgoing: downstream.outgoing().clone(),
-                edges: downstream.edges().clone(),
-                rtmp_port: addrs.rtmp.map_or(0, |addr| addr.port()),
-            }),
+            downstream: downstream.as_ref().map(|(part, _)| downstream_api(part, addrs.rtmp)),
         };
-        let viewers = settings.http.flv.then(|| admission.clone());
-        let http_metrics = HttpMetrics::register(&registry)?;
+        let HttpSettings { flv, viewers, grace: http_grace, .. } = settings.http;
         let http = HttpServer::new(
             listener,
-            viewers,
+            flv.then(|| admission.clone()),
             api::router(state),
-            settings.http.viewers,
-            http_metrics,
+            viewers,
+            HttpMetrics::register(&registry)?,
         );
-        let (upstream, received) = match upstream {
-            Some(bound) => (Some(bound.upstream), Some(bound.metrics)),
-            None => (None, None),
-        };
+        let (upstream, received) = upstream.map(|bound| (bound.upstream, bound.metrics)).unzip();
         Ok(Self {
             admission,
             rtmp: rtmp.map(|(_, rtmp)| rtmp),
@@ -218,7 +203,7 @@ impl Node {
             downstream: downstream.map(|(downstream, _)| downstream),
             recorder,
             http,
-            http_grace: settings.http.grace,
+            http_grace,
             addrs,
             grace: settings.grace,
         })
@@ -363,6 +348,24 @@ fn bind_downstream(
         fingerprint: identity.fingerprint(),
     };
     Ok((downstream, addrs))
+}
+
+/// Taps run in the order in which sinks are added: packets leave first.
+fn add_sinks(hub: &Hub, downstream: Option<&Downstream>, recorder: Option<&Recorder>) {
+    if let Some(downstream) = downstream {
+        hub.add_sink(downstream.sink());
+    }
+    if let Some(recorder) = recorder {
+        hub.add_sink(Arc::new(recorder.clone()));
+    }
+}
+
+fn downstream_api(downstream: &Downstream, rtmp: Option<SocketAddr>) -> DownstreamApi {
+    DownstreamApi {
+        outgoing: downstream.outgoing().clone(),
+        edges: downstream.edges().clone(),
+        rtmp_port: rtmp.map_or(0, |addr| addr.port()),
+    }
 }
 
 fn local(key: &'static str, addr: std::io::Result<SocketAddr>) -> Result<SocketAddr, StartError> {

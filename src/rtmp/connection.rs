@@ -17,7 +17,7 @@ use std::{
     future::poll_fn,
     io,
     net::SocketAddr,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -121,37 +121,13 @@ impl Connection {
 
     async fn serve(&mut self) -> Close {
         let Self { stream, state } = self;
-        let (kicked, displaced) = (state.kick.clone(), state.slot.displaced());
-        let mut cancelled = pin!(async move {
-            tokio::select! {
-                () = kicked.cancelled() => {}
-                () = displaced => {}
-            }
-        });
+        let mut cancelled = pin!(state.cancellation());
         // Reset only when it fires, not per read.
         let mut due = state.deadline();
         let mut timer = pin!(time::sleep_until(due));
         let lazy = LazyPoll::new();
         loop {
-            let wake = poll_fn(|cx| {
-                let woken = lazy.take(cx);
-                let mut quiet = Context::from_waker(lazy.waker());
-                if woken && cancelled.as_mut().poll(&mut quiet).is_ready() {
-                    return Poll::Ready(Wake::Cancelled);
-                }
-                if let Poll::Ready(read) = socket::poll_read(stream, cx, |bytes| state.take(bytes))
-                {
-                    if woken {
-                        // The timer was not polled.
-                        lazy.wake();
-                    }
-                    return Poll::Ready(Wake::Read(read));
-                }
-                match woken && timer.as_mut().poll(&mut quiet).is_ready() {
-                    true => Poll::Ready(Wake::Timer),
-                    false => Poll::Pending,
-                }
-            });
+            let wake = wake(stream, state, &lazy, cancelled.as_mut(), timer.as_mut());
             match wake.await {
                 Wake::Cancelled => return state.cancelled(),
                 Wake::Read(Ok(Some(Ok(Step::Continue)))) => {}
@@ -194,15 +170,8 @@ impl Connection {
             if output.is_empty() {
                 continue;
             }
-            let write = time::timeout(state.settings.write_timeout, stream.write_all(&output));
-            tokio::select! {
-                biased;
-                () = &mut cancelled => return state.cancelled(),
-                written = write => match written {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => return Close::Io(error),
-                    Err(_) => return Close::WriteTimeout,
-                },
+            if let Some(close) = write(stream, state, &output, cancelled.as_mut()).await {
+                return close;
             }
             // `cancelled` was polled without the waker of `lazy`.
             lazy.wake();
@@ -222,6 +191,54 @@ impl Connection {
             };
         }
         Ok(())
+    }
+}
+
+/// Waits until the task has something to do. Cancel-safe.
+async fn wake(
+    stream: &mut TcpStream,
+    state: &mut ConnectionState,
+    lazy: &LazyPoll,
+    mut cancelled: Pin<&mut impl Future<Output = ()>>,
+    mut timer: Pin<&mut time::Sleep>,
+) -> Wake {
+    poll_fn(|cx| {
+        let woken = lazy.take(cx);
+        let mut quiet = Context::from_waker(lazy.waker());
+        if woken && cancelled.as_mut().poll(&mut quiet).is_ready() {
+            return Poll::Ready(Wake::Cancelled);
+        }
+        if let Poll::Ready(read) = socket::poll_read(stream, cx, |bytes| state.take(bytes)) {
+            if woken {
+                // The timer was not polled.
+                lazy.wake();
+            }
+            return Poll::Ready(Wake::Read(read));
+        }
+        match woken && timer.as_mut().poll(&mut quiet).is_ready() {
+            true => Poll::Ready(Wake::Timer),
+            false => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Writes to the encoder. Returns why to close the connection, or `None` to continue.
+async fn write(
+    stream: &mut TcpStream,
+    state: &ConnectionState,
+    output: &[u8],
+    cancelled: Pin<&mut impl Future<Output = ()>>,
+) -> Option<Close> {
+    let write = time::timeout(state.settings.write_timeout, stream.write_all(output));
+    tokio::select! {
+        biased;
+        () = cancelled => Some(state.cancelled()),
+        written = write => match written {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(Close::Io(error)),
+            Err(_) => Some(Close::WriteTimeout),
+        },
     }
 }
 
@@ -395,6 +412,17 @@ impl ConnectionState {
 
     fn timed_out(&self) -> Close {
         if self.publication.is_some() { Close::IdleTimeout } else { Close::PublishTimeout }
+    }
+
+    /// Waits until the connection is kicked, its server shuts down, or its slot is displaced.
+    fn cancellation(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (kicked, displaced) = (self.kick.clone(), self.slot.displaced());
+        async move {
+            tokio::select! {
+                () = kicked.cancelled() => {}
+                () = displaced => {}
+            }
+        }
     }
 
     /// Why the connection was cancelled: by `shutdown`, `kick` or its slot.

@@ -50,7 +50,6 @@ impl ServerMetrics {
         )?;
         let tags =
             family("downpour_rtmp_tags_total", "Tags received, by kind", "kind", &TAG_LABELS)?;
-        let [audio, video, script] = TAG_LABELS;
         Ok(Self {
             connections,
             accepted: counter("downpour_rtmp_connections_total", "RTMP connections accepted")?,
@@ -88,9 +87,9 @@ impl ServerMetrics {
                 "downpour_rtmp_ignored_messages_total",
                 "RTMP messages without effect: unknown, empty, or media outside a publication",
             )?,
-            audio_tags: tags.with_label_values(&[audio]),
-            video_tags: tags.with_label_values(&[video]),
-            script_tags: tags.with_label_values(&[script]),
+            audio_tags: tags.with_label_values(&[TAG_LABELS[0]]),
+            video_tags: tags.with_label_values(&[TAG_LABELS[1]]),
+            script_tags: tags.with_label_values(&[TAG_LABELS[2]]),
         })
     }
 

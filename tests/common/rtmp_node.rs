@@ -100,18 +100,21 @@ pub struct Recorder {
 pub struct Recorded {
     pub tags: Vec<Tag>,
     pub query: String,
+    pub kick: CancellationToken,
     pub ended: bool,
 }
 
 impl Recorder {
-    /// All publications of a key that have begun so far, each with its first tag.
+    /// All publications of a key so far.
     pub fn recorded<T>(&self, key: &str, f: impl FnOnce(&[Recorded]) -> T) -> T {
         f(self.lock().get(key).map_or(&[][..], Vec::as_slice))
     }
 
-    /// Revokes the publication that was asked for last.
-    pub fn revoke(&self, key: &str) {
-        self.requests.lock().unwrap()[key].1.cancel();
+    /// Ends the first publication of `key` once its stream has started.
+    pub async fn kick(&self, key: &str) {
+        let started = |all: &[Recorded]| all.first().map(|first| first.kick.clone());
+        eventually("the publication", || self.recorded(key, started).is_some()).await;
+        self.recorded(key, started).expect("it has started").cancel();
     }
 
     /// Waits until `count` publications of `key` have ended, and returns the tags of the last.
@@ -150,12 +153,12 @@ impl Sink for Handler {
     fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
         let key = stream.key();
         // Streams of other sources are not recorded.
-        let query = self.0.requests.lock().unwrap().get(key.as_str())?.0.clone();
+        let (query, kick) = self.0.requests.lock().unwrap().get(key.as_str())?.clone();
         let mut streams = self.0.lock();
         let recorded = streams.entry(key.to_string()).or_default();
         assert!(recorded.last().is_none_or(|last| last.ended), "one publisher at a time");
         let index = recorded.len();
-        recorded.push(Recorded { tags: Vec::new(), query, ended: false });
+        recorded.push(Recorded { tags: Vec::new(), query, kick, ended: false });
         Some(Box::new(Recording(self.0.clone(), key.clone(), index)))
     }
 }

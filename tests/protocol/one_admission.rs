@@ -50,9 +50,11 @@ async fn encoder_is_refused_a_key_that_another_source_holds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn node_with_rtmp_and_an_upstream_refuses_a_key_from_above() {
     let dir = tempfile::tempdir().unwrap();
-    let mut cloud = CloudConfig::default();
-    cloud.rtmp_addr = "127.0.0.1:0".parse().unwrap();
-    cloud.api_addr = "127.0.0.1:0".parse().unwrap();
+    let mut cloud = CloudConfig {
+        rtmp_addr: "127.0.0.1:0".parse().unwrap(),
+        api_addr: "127.0.0.1:0".parse().unwrap(),
+        ..CloudConfig::default()
+    };
     cloud.downstream.quic_addr = "127.0.0.1:0".parse().unwrap();
     cloud.downstream.rtp_port = ports::free();
     cloud.downstream.targets.clear();
@@ -62,13 +64,15 @@ async fn node_with_rtmp_and_an_upstream_refuses_a_key_from_above() {
     let addrs = above.addrs().clone();
     let below = addrs.downstream.expect("a cloud serves edges");
 
-    let mut edge = EdgeConfig::default();
-    edge.udp_addr = "127.0.0.1:0".parse().unwrap();
-    edge.flv_addr = "127.0.0.1:0".parse().unwrap();
-    edge.cloud_host = "127.0.0.1".into();
-    edge.quic_addr = below.quic.to_string().parse().unwrap();
-    edge.api_addr = addrs.http.to_string().parse().unwrap();
-    edge.fingerprint = Some(below.fingerprint);
+    let edge = EdgeConfig {
+        udp_addr: "127.0.0.1:0".parse().unwrap(),
+        flv_addr: "127.0.0.1:0".parse().unwrap(),
+        cloud_host: "127.0.0.1".into(),
+        quic_addr: below.quic.to_string().parse().unwrap(),
+        api_addr: addrs.http.to_string().parse().unwrap(),
+        fingerprint: Some(below.fingerprint),
+        ..EdgeConfig::default()
+    };
     let settings = NodeSettings { rtmp: NodeSettings::from(&cloud).rtmp, ..(&edge).into() };
     let both = Node::bind(settings).unwrap();
     let rtmp_below = both.addrs().rtmp.expect("RTMP is bound");
@@ -135,18 +139,23 @@ async fn slow_decision_about_one_encoder_delays_no_other() {
     assert_eq!(server.recorder.ended("live/slow", 1).await, [audio(7)]);
 }
 
-/// The peer may leave while the decision is open: the key is not claimed.
+/// An encoder that leaves while the decision is open gets no key, and its connection ends with
+/// `publish_timeout` at the latest.
 #[tokio::test(flavor = "multi_thread")]
 async fn encoder_that_leaves_during_the_decision_holds_no_key() {
-    let server = RtmpServer::start(ServerSettings { threads: 1, ..ServerSettings::default() });
+    let publish_timeout = Duration::from_secs(3);
+    let settings = ServerSettings { publish_timeout, threads: 1, ..ServerSettings::default() };
+    let server = RtmpServer::start(settings);
     let gate = Arc::new(Gate::default());
     server.admission.add_policy(gate.clone());
     let url = server.url("live/slow");
-    let gone = Publisher::connect(&url, Duration::from_millis(500)).await.unwrap_err();
-    assert!(gate.asked.load(Ordering::Relaxed), "{gone}");
+    let gone = tokio::spawn(async move { Publisher::connect(&url, SOON).await });
+    eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
+    gone.abort();
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
     gate.open.add_permits(1);
-    Publisher::connect(&url, SOON).await.unwrap().close().await.unwrap();
+    let next = Publisher::connect(&server.url("live/slow"), SOON).await.unwrap();
+    next.close().await.unwrap();
 }
 
 /// Decides about encoders of `slow` when a permit is there.

@@ -101,11 +101,10 @@ async fn amf_nested_100000_deep_is_an_error() {
     let mut encoder = RawEncoder::publish(witness.server.addr, "live", "script");
     let script = [&b"\x02\0\x0aonMetaData"[..], &[0x0a, 0, 0, 0, 1].repeat(400_000)].concat();
     encoder.message(18, 0, &script);
-    // The stream begins, and its script tag arrives, with the first media tag.
-    encoder.message(AUDIO, 0, &[0xaf, 1]);
+    encoder.message(AUDIO, 3, &[0xaf, 1]);
     encoder.send().unwrap();
     let arrived = |all: &[Recorded]| {
-        all.first().is_some_and(|one| one.tags.iter().any(|tag| tag.body() == script))
+        all.first().is_some_and(|first| first.tags.iter().any(|tag| tag.body() == script))
     };
     eventually("the script", || witness.server.recorder.recorded("live/script", arrived)).await;
     witness.check().await;
@@ -144,7 +143,7 @@ async fn windows_of_0_and_1_and_floods_of_pings_are_survived() {
             encoder.message(AUDIO, 3, &[0xaf, 1]);
         }
         encoder.send().unwrap();
-        let arrived = |all: &[Recorded]| all.first().is_some_and(|one| one.tags.len() == 1000);
+        let arrived = |all: &[Recorded]| all.first().is_some_and(|first| first.tags.len() == 1000);
         let key = format!("live/{name}");
         eventually("the tags", || witness.server.recorder.recorded(&key, arrived)).await;
         witness.check().await;

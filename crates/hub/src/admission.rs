@@ -1,4 +1,4 @@
-//! Who may publish and play, decided in one place for every protocol.
+//! Admission of publishers and players, decided in one place for every protocol.
 //!
 //! A publication, from the request to its end:
 //!
@@ -8,7 +8,10 @@
 //! ```
 //!
 //! Invariants: a key is claimed by one source at a time; a stream is in the hub only while its
-//! publication is live; after a revocation or a take-over returned, the old publication is over.
+//! publication is live; once a revocation or a take-over returns, the old publication is over.
+//!
+//! Each publication has one lock, which is held while a tag is pushed, while the stream starts and
+//! while it ends. Behind it the lock of all claims may be taken, never the other way round.
 
 use std::{
     collections::HashMap,
@@ -48,18 +51,18 @@ struct Shared {
     settings: Settings,
     policies: RwLock<Vec<Arc<dyn Policy>>>,
     counters: Counters,
-    /// Places for players.
-    places: Arc<Semaphore>,
+    /// One permit per player.
+    permits: Arc<Semaphore>,
     playbacks: Mutex<HashMap<u64, Arc<Playing>>>,
     next_playback: AtomicU64,
 }
 
-/// What bounds admission.
+/// Limits of admission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
     /// A publisher that has sent nothing for this long loses its key to the next one.
     pub publisher_silence: Duration,
-    /// Streams at one time.
+    /// Keys claimed at one time, by publishers and by sources of the node.
     pub max_streams: usize,
     /// Players at one time, of all protocols.
     pub max_players: usize,
@@ -79,7 +82,7 @@ impl Default for Settings {
     }
 }
 
-/// What somebody asks for.
+/// A peer's request to publish or to play.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// To publish or to play.
@@ -94,12 +97,12 @@ pub struct Request {
     pub query: String,
     /// Whether the transport is encrypted.
     pub encrypted: bool,
-    /// Cancelled when what was admitted is revoked: the connection is to end then. A player that looks
-    /// at [`Playback::is_revoked`] from time to time needs none.
+    /// Cancelled when the publication or playback is revoked or taken over; its connection must then
+    /// close. A player that polls [`Playback::is_revoked`] needs none.
     pub revoked: Option<CancellationToken>,
 }
 
-/// What a [`Request`] wants to do.
+/// The action of a [`Request`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Send a stream.
@@ -117,10 +120,10 @@ pub enum Refusal {
     /// The peer may not do this.
     #[error("not allowed: {0}")]
     Unauthorized(String),
-    /// The node has no room.
+    /// A limit of the node is reached.
     #[error("the node is full: {0}")]
     Full(String),
-    /// There is no such stream, and none came in time.
+    /// The stream is not live and did not start in time.
     #[error("the stream {0} is not live")]
     NotLive(StreamKey),
 }
@@ -128,14 +131,17 @@ pub enum Refusal {
 /// A future of a policy's decision.
 pub type Decision<'a> = Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send + 'a>>;
 
-/// A rule about who may publish and play: keys, signed URLs, hooks, a directory.
+/// A rule that admits or refuses publishers and players: keys, signed URLs, hooks, a directory.
 pub trait Policy: Send + Sync {
-    /// Decides about a request, before anything about it is announced or answered. It may take its
-    /// time: nobody else waits for it. The future is dropped when the peer has gone.
+    /// Decides about a request before it is answered or announced. Other requests do not wait for the
+    /// decision. The future is dropped if the peer disconnects.
+    ///
+    /// # Errors
+    /// The [`Refusal`] that the peer gets.
     fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a>;
 }
 
-/// What admission has done since the start.
+/// Counters of admission since the start.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Publishers that took a key over from a silent one.
@@ -143,32 +149,32 @@ pub struct Counters {
 }
 
 impl Admission {
-    /// Admits everybody to `hub`, within the limits of `settings`.
+    /// Admits every peer to `hub`, within the limits of `settings`.
     pub fn new(hub: Hub, settings: Settings) -> Self {
-        let places = Arc::new(Semaphore::new(settings.max_players.min(Semaphore::MAX_PERMITS)));
+        let permits = Arc::new(Semaphore::new(settings.max_players.min(Semaphore::MAX_PERMITS)));
         let shared = Shared {
             hub,
             settings,
             policies: RwLock::default(),
             counters: Counters::default(),
-            places,
+            permits,
             playbacks: Mutex::default(),
             next_playback: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared) }
     }
 
-    /// Adds a policy: what one policy refuses, none admits.
+    /// Adds a policy. A request must be admitted by all policies.
     pub fn add_policy(&self, policy: Arc<dyn Policy>) {
         self.shared.policies.write().push(policy);
     }
 
-    /// The streams that are published and played here.
+    /// The hub of the streams that are admitted.
     pub fn hub(&self) -> &Hub {
         &self.shared.hub
     }
 
-    /// What has been done since the start.
+    /// Counters since the start.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
     }
@@ -177,14 +183,16 @@ impl Admission {
     ///
     /// # Errors
     /// [`Refusal::AlreadyLive`] while another source holds the key and is not silent,
-    /// [`Refusal::Full`] at the limit of streams, and what policies refuse.
+    /// [`Refusal::Full`] at the limit of streams, and the refusals of policies.
     pub async fn publish(&self, request: Request) -> Result<Publication, Refusal> {
         self.decide(&request).await?;
         let Request { key, peer, revoked, .. } = request;
         let settings = self.shared.settings;
         let live = Arc::new(Live {
             revoked,
-            state: Mutex::new(State::Waiting { metadata: None, since: Instant::now() }),
+            since: Instant::now(),
+            newest_ns: AtomicU64::new(0),
+            state: Mutex::new(State::Waiting { metadata: None }),
         });
         let claims = &self.shared.hub.shared.claims;
         let (claim, silent) = claims
@@ -211,10 +219,10 @@ impl Admission {
     ///
     /// # Errors
     /// [`Refusal::Full`] at the limit of players, [`Refusal::NotLive`] if the stream has not started
-    /// in time, and what policies refuse.
+    /// in time, and the refusals of policies.
     pub async fn play(&self, request: Request) -> Result<Playback, Refusal> {
         self.decide(&request).await?;
-        let Ok(place) = self.shared.places.clone().try_acquire_owned() else {
+        let Ok(permit) = self.shared.permits.clone().try_acquire_owned() else {
             let limit = self.shared.settings.max_players;
             return Err(Refusal::Full(format!("max_viewers is {limit}")));
         };
@@ -230,7 +238,7 @@ impl Admission {
         let playing = Arc::new(Playing { stream, peer, protocol, revoked, is_revoked });
         self.shared.playbacks.lock().insert(id, playing.clone());
         let admission = self.clone();
-        Ok(Playback { playing, id, admission, _place: place, _wanted: wanted })
+        Ok(Playback { playing, id, admission, _permit: permit, _wanted: wanted })
     }
 
     async fn decide(&self, request: &Request) -> Result<(), Refusal> {
@@ -241,12 +249,13 @@ impl Admission {
         Ok(())
     }
 
-    /// Ends the publication on `key` here and now. Returns `false` if there is none.
+    /// Ends the publication on `key` and frees the key. Returns `false` if there is none. Waits while a
+    /// tag is being pushed, so a [`Sink`](crate::Sink) or [`Tap`](crate::Tap) must not call it.
     pub fn revoke_publication(&self, key: &StreamKey) -> bool {
         self.shared.hub.shared.claims.end(key)
     }
 
-    /// Ends all publications, and returns how many those were.
+    /// Ends all publications as [`Admission::revoke_publication`] does. Returns their number.
     pub fn end_all(&self) -> usize {
         self.shared.hub.shared.claims.end_all()
     }
@@ -263,10 +272,10 @@ impl Admission {
         playbacks.iter().map(info).collect()
     }
 
-    /// Ends a playback, within a second or so. Returns `false` if there is none of this number.
+    /// Ends a playback, within about a second. Returns `false` if there is none with this id.
     pub fn revoke_playback(&self, id: u64) -> bool {
-        let playbacks = self.shared.playbacks.lock();
-        let Some(playing) = playbacks.get(&id) else { return false };
+        let playing = self.shared.playbacks.lock().get(&id).cloned();
+        let Some(playing) = playing else { return false };
         playing.is_revoked.store(true, Ordering::Release);
         if let Some(revoked) = &playing.revoked {
             revoked.cancel();
@@ -283,7 +292,7 @@ impl fmt::Debug for Admission {
 
 /// One admitted publication. Dropping it ends the stream and frees the key.
 ///
-/// After a take-over or a revocation it takes tags and drops them, until its connection notices.
+/// After a take-over or a revocation it drops all tags that are pushed.
 pub struct Publication {
     hub: Hub,
     key: StreamKey,
@@ -297,29 +306,27 @@ impl Publication {
     /// The stream starts with the first audio or video tag.
     pub fn push(&mut self, tag: Tag) {
         let now = Instant::now();
+        self.live.note_tag(now);
         let mut state = self.live.state.lock();
         match &mut *state {
-            State::Live { publisher, newest } => {
-                *newest = now;
-                publisher.push_at(now, tag);
-            }
-            State::Waiting { metadata, since } if tag.kind() == TagKind::Script => {
-                *since = now;
+            State::Live { publisher } => publisher.push_at(now, tag),
+            State::Waiting { metadata } if tag.kind() == TagKind::Script => {
                 if tag.is_metadata() {
                     *metadata = Some(tag);
                 }
             }
-            State::Waiting { metadata, .. } => {
+            State::Waiting { metadata } => {
                 let metadata = metadata.take();
+                // Behind the lock, so that a revocation does not return while the stream starts.
                 let mut publisher = self.start(&tag, metadata.clone());
                 metadata.into_iter().chain([tag]).for_each(|tag| publisher.push_at(now, tag));
-                *state = State::Live { publisher, newest: now };
+                *state = State::Live { publisher };
             }
             State::Ended => {}
         }
     }
 
-    /// Starts the stream. Media time 0 is before the first tag by the tag's timestamp.
+    /// Starts the stream. Media time 0 is the tag's timestamp before now.
     fn start(&self, first: &Tag, metadata: Option<Tag>) -> Publisher {
         let start = unix_ms().saturating_sub(u64::from(first.timestamp()));
         let mut info = PublicationInfo::starting_at(start);
@@ -339,36 +346,41 @@ impl Drop for Publication {
     }
 }
 
-/// What a publication shares with the claims, so that it can be ended from outside.
+/// The part of a publication that others can end.
 struct Live {
     revoked: Option<CancellationToken>,
+    since: Instant,
+    /// When the newest tag arrived, in nanoseconds after `since`. Not behind the lock: claims read it
+    /// while a tag is pushed.
+    newest_ns: AtomicU64,
     state: Mutex<State>,
 }
 
 enum State {
-    /// Nothing but script tags has come.
-    Waiting { metadata: Option<Tag>, since: Instant },
+    /// Only script tags have arrived.
+    Waiting { metadata: Option<Tag> },
     /// The stream is in the hub.
-    Live { publisher: Publisher, newest: Instant },
+    Live { publisher: Publisher },
     /// Dropped, taken over or revoked.
     Ended,
 }
 
 impl Live {
+    fn note_tag(&self, now: Instant) {
+        let elapsed = now.saturating_duration_since(self.since).as_nanos() as u64;
+        self.newest_ns.store(elapsed, Ordering::Relaxed);
+    }
+
     fn finish(&self) {
-        let ended = std::mem::replace(&mut *self.state.lock(), State::Ended);
-        // Taps and readers hear of the end outside the lock.
-        drop(ended);
+        // The publisher is dropped behind the lock: a second caller waits until the stream is over.
+        *self.state.lock() = State::Ended;
     }
 }
 
 impl Holder for Live {
     fn silent_for(&self) -> Duration {
-        match &*self.state.lock() {
-            State::Waiting { since, .. } => since.elapsed(),
-            State::Live { newest, .. } => newest.elapsed(),
-            State::Ended => Duration::MAX,
-        }
+        let newest = Duration::from_nanos(self.newest_ns.load(Ordering::Relaxed));
+        self.since.elapsed().saturating_sub(newest)
     }
 
     fn end(&self, reason: EndReason) {
@@ -380,13 +392,13 @@ impl Holder for Live {
     }
 }
 
-/// One admitted player. Dropping it frees the player's place.
+/// One admitted player. Dropping it frees its share of the limit.
 pub struct Playback {
     playing: Arc<Playing>,
     id: u64,
     admission: Admission,
-    _place: OwnedSemaphorePermit,
-    _wanted: Option<Wanted>,
+    _permit: OwnedSemaphorePermit,
+    _wanted: Wanted,
 }
 
 impl Playback {
@@ -395,13 +407,13 @@ impl Playback {
         &self.playing.stream
     }
 
-    /// Its number in [`Admission::playbacks`].
+    /// Its id in [`Admission::playbacks`].
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// `true` once [`Admission::revoke_playback`] was called: for whoever serves many players in one
-    /// task. Others wait for [`Request::revoked`].
+    /// `true` once [`Admission::revoke_playback`] was called. For tasks that serve many players; others
+    /// wait for [`Request::revoked`].
     pub fn is_revoked(&self) -> bool {
         self.playing.is_revoked.load(Ordering::Acquire)
     }
@@ -422,7 +434,7 @@ impl Drop for Playback {
 /// One playback in [`Admission::playbacks`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlaybackInfo {
-    /// Its number, for [`Admission::revoke_playback`].
+    /// Its id, for [`Admission::revoke_playback`].
     pub id: u64,
     /// The stream.
     pub key: StreamKey,
@@ -432,7 +444,7 @@ pub struct PlaybackInfo {
     pub protocol: &'static str,
 }
 
-/// A playback, as its player and [`Admission::playbacks`] share it.
+/// The part of a playback that its player and [`Admission::playbacks`] share.
 struct Playing {
     stream: Arc<Stream>,
     peer: SocketAddr,

@@ -1,4 +1,14 @@
-//! Who holds each stream key: at most one source, whatever its protocol.
+//! The source that holds each stream key: at most one, whatever its protocol.
+//!
+//! ```text
+//!        claim_for                     dropped, or ended by end() and end_all()
+//! free ─────────────► held by a source ──────────────────────────────────────► free
+//!                        │      ▲
+//!                        └──────┘ claim_for, once the holder is silent: it is ended first
+//! ```
+//!
+//! Invariants: no source is ended behind the lock of the map, and no publication's lock is taken
+//! there; a source that lost its key cannot free it for the next holder.
 
 use std::{
     collections::HashMap,
@@ -14,7 +24,7 @@ use parking_lot::Mutex;
 
 use crate::AlreadyLive;
 
-/// Keys that are claimed, by encoders and by sources of the node itself.
+/// Keys that are claimed, by encoders and by sources that the node runs.
 #[derive(Default)]
 pub(crate) struct Claims {
     held: Mutex<HashMap<StreamKey, Held>>,
@@ -23,48 +33,49 @@ pub(crate) struct Claims {
 
 struct Held {
     id: u64,
-    /// `None`: nobody may take it over.
+    /// `None` for a source that can be neither taken over nor ended.
     holder: Option<Arc<dyn Holder>>,
 }
 
-/// A source whose key another one may take over.
+/// A source that can lose its key to another one.
 pub(crate) trait Holder: Send + Sync {
-    /// For how long it has sent nothing.
+    /// How long it has sent nothing. Called behind the lock of all claims: takes no lock.
     fn silent_for(&self) -> Duration;
 
-    /// Ends it, here and now.
+    /// Ends the source. Once this returns, its stream is over, even if another thread ended it.
     fn end(&self, reason: EndReason);
 }
 
 /// Why a source loses its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EndReason {
-    /// It was silent, and another encoder came.
+    /// It was silent, and another encoder asked for the key.
     TakenOver,
-    /// An operator, or the end of the node.
+    /// An operator ended it, or the node stops.
     Revoked,
 }
 
 /// Why a key cannot be claimed.
 pub(crate) enum ClaimError {
+    /// Another source holds the key and is not silent.
     AlreadyLive(AlreadyLive),
-    /// As many keys are claimed as may be.
+    /// The limit of claimed keys is reached.
     Full,
 }
 
 impl Claims {
-    /// Claims a key for a source that nobody may take over.
+    /// Claims a key for a source that cannot be taken over.
     pub(crate) fn claim(self: &Arc<Self>, key: &StreamKey) -> Result<Claim, AlreadyLive> {
         match self.claim_for(key, None, Duration::MAX, usize::MAX) {
             Ok((claim, _)) => Ok(claim),
             Err(ClaimError::AlreadyLive(error)) => Err(error),
-            // There are not as many keys.
+            // Memory cannot hold `usize::MAX` keys.
             Err(ClaimError::Full) => Err(AlreadyLive(key.clone())),
         }
     }
 
-    /// Claims a key for `holder`, while fewer than `max` are claimed. A source that has been silent for
-    /// `silence` loses the key and is ended; for how long it was silent is returned then.
+    /// Claims a key for `holder`, while fewer than `max` are claimed. A source that has been silent
+    /// for `silence` loses the key and is ended; then the time that it was silent is returned, too.
     pub(crate) fn claim_for(
         self: &Arc<Self>,
         key: &StreamKey,
@@ -77,33 +88,59 @@ impl Claims {
         let previous = match held.get(key) {
             None if held.len() >= max => return Err(ClaimError::Full),
             None => None,
-            Some(Held { holder: Some(holder), .. }) if holder.silent_for() >= silence => {
-                Some((holder.clone(), holder.silent_for()))
+            Some(Held { holder: Some(holder), .. }) => {
+                let silent = holder.silent_for();
+                if silent < silence {
+                    return Err(ClaimError::AlreadyLive(AlreadyLive(key.clone())));
+                }
+                Some((holder.clone(), silent))
             }
-            Some(_) => return Err(ClaimError::AlreadyLive(AlreadyLive(key.clone()))),
+            Some(Held { holder: None, .. }) => {
+                return Err(ClaimError::AlreadyLive(AlreadyLive(key.clone())));
+            }
         };
         held.insert(key.clone(), Held { id, holder });
-        // The old publication is dropped outside the lock: that may take a while.
         drop(held);
+        let claim = Claim { claims: self.clone(), key: key.clone(), id };
         let silent = previous.map(|(holder, silent)| {
             holder.end(EndReason::TakenOver);
             silent
         });
-        Ok((Claim { claims: self.clone(), key: key.clone(), id }, silent))
+        Ok((claim, silent))
     }
 
-    /// Ends the source that holds `key`, if it can be ended. Returns `false` if there is none.
-    pub(crate) fn end(&self, key: &StreamKey) -> bool {
-        let holder = self.held.lock().get(key).and_then(|held| held.holder.clone());
-        holder.map(|holder| holder.end(EndReason::Revoked)).is_some()
+    /// Ends the source that holds `key` and frees the key. Returns `false` if no source holds it, or
+    /// one that cannot be ended.
+    pub(crate) fn end(self: &Arc<Self>, key: &StreamKey) -> bool {
+        let held = self.held.lock();
+        let holder = held.get(key).and_then(|held| Some((held.id, held.holder.clone()?)));
+        drop(held);
+        let Some((id, holder)) = holder else { return false };
+        holder.end(EndReason::Revoked);
+        self.free(key, id);
+        true
     }
 
-    /// Ends all sources that can be ended, and returns how many those were.
-    pub(crate) fn end_all(&self) -> usize {
-        let holders: Vec<_> =
-            self.held.lock().values().filter_map(|held| held.holder.clone()).collect();
-        holders.iter().for_each(|holder| holder.end(EndReason::Revoked));
-        holders.len()
+    /// Ends all sources that can be ended and frees their keys. Returns their number.
+    pub(crate) fn end_all(self: &Arc<Self>) -> usize {
+        let held = self.held.lock();
+        let keys: Vec<_> = held
+            .iter()
+            .filter(|(_, held)| held.holder.is_some())
+            .map(|(key, _)| key.clone())
+            .collect();
+        drop(held);
+        keys.iter().filter(|key| self.end(key)).count()
+    }
+
+    /// Frees the key, unless another source has claimed it since.
+    fn free(&self, key: &StreamKey, id: u64) {
+        let mut held = self.held.lock();
+        if held.get(key).is_some_and(|held| held.id == id) {
+            let freed = held.remove(key);
+            drop(held);
+            drop(freed);
+        }
     }
 }
 
@@ -116,9 +153,6 @@ pub(crate) struct Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut held = self.claims.held.lock();
-        if held.get(&self.key).is_some_and(|held| held.id == self.id) {
-            held.remove(&self.key);
-        }
+        self.claims.free(&self.key, self.id);
     }
 }

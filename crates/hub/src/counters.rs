@@ -1,4 +1,4 @@
-//! What goes through a stream, counted.
+//! Counters and rates of a stream.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -7,7 +7,7 @@ use std::{
 
 use downpour_media::flv::{Tag, TagKind};
 
-/// What went through a stream. Bytes are those of tag bodies.
+/// Counters of one stream. Bytes are those of tag bodies.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Video tags pushed, headers included.
@@ -22,14 +22,14 @@ pub struct Counters {
     pub script_tags: AtomicU64,
     /// Key frames pushed.
     pub key_frames: AtomicU64,
-    /// Viewers now.
+    /// Current number of viewers.
     pub viewers: AtomicU64,
     /// Tags that readers skipped because they were too slow, summed over all readers.
     pub skipped_tags: AtomicU64,
 }
 
 impl Counters {
-    /// Only the publisher counts, so that no read-modify-write is needed.
+    /// Counts a tag. Only the publisher calls this, so plain loads and stores suffice.
     pub(super) fn count(&self, tag: &Tag) {
         let (tags, bytes) = match tag.kind() {
             TagKind::Video => (&self.video_tags, &self.video_bytes),
@@ -47,7 +47,12 @@ impl Counters {
     }
 }
 
-/// Bytes per millisecond over windows of [`RATE_WINDOW_MS`]. Only the publisher writes.
+/// Bytes per millisecond in the last window of [`RATE_WINDOW_MS`], for the API: written by the
+/// publisher only, read by any thread without a lock, and 0 once the source has stalled.
+///
+/// It differs from the downstream rate meter on purpose. That one smooths (EWMA over seconds), is
+/// updated behind its stream's lock and keeps its value in a stall, because pacing and repair
+/// budgets must not follow each second's peak or drop to 0.
 pub(super) struct Rates {
     epoch: Instant,
     /// When the window that is being filled began, in milliseconds since `epoch`.
@@ -102,10 +107,12 @@ impl Rates {
     }
 }
 
-/// Adds to a counter that nobody else writes.
+/// Adds to a counter that no other thread writes.
 fn add(counter: &AtomicU64, count: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
 }
 
+/// Shortest window of a rate, in milliseconds.
 const RATE_WINDOW_MS: u64 = 1_000;
+/// A rate is 0 if no window has ended for this long, in milliseconds.
 const RATE_STALE_MS: u64 = 5_000;

@@ -1,6 +1,6 @@
 //! The streams that are live on this node: sources push tags in, sinks read them out.
 //!
-//! A stream is one bounded log of tags. Every sink reads it with its own cursor, so the log is the GOP
+//! A stream is one bounded log of tags. Every output reads it with its own cursor: the log is the GOP
 //! cache, the slow-viewer policy and the memory bound in one, and the publisher never waits: a reader
 //! that falls off the log's tail resumes at a key frame, and the skip is counted.
 //!
@@ -12,8 +12,49 @@
 //! ```
 //!
 //! - [`Admission`] decides who may publish and play, whatever the protocol, and can revoke it.
-//! - [`Sink`] and [`Tap`] are where an output is added, [`OnDemand`] where a source that starts on
-//!   demand is.
+//! - [`Sink`] and [`Tap`] add an output, [`OnDemand`] adds a source that starts on demand.
+//!
+//! A sink that counts streams, and a reader:
+//!
+//! ```
+//! use std::sync::{
+//!     Arc,
+//!     atomic::{AtomicU64, Ordering},
+//! };
+//!
+//! use downpour_hub::{Hub, LogLimits, ReadOutcome, Sink, Stream, Tap};
+//! use downpour_media::flv::{Tag, TagKind};
+//!
+//! #[derive(Default)]
+//! struct StreamCounter(AtomicU64);
+//!
+//! impl Sink for StreamCounter {
+//!     fn stream_up(&self, _stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
+//!         self.0.fetch_add(1, Ordering::Relaxed);
+//!         None
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let hub = Hub::new(LogLimits { max_bytes: 16 << 20, max_age: 10_000 });
+//! let counter = Arc::new(StreamCounter::default());
+//! hub.add_sink(counter.clone());
+//!
+//! let mut publisher = hub.publish("live/a".parse()?)?;
+//! let key_frame = Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0, 9])?;
+//! publisher.push(key_frame.clone());
+//! assert_eq!(counter.0.load(Ordering::Relaxed), 1);
+//!
+//! let mut reader = hub.subscribe("live/a").ok_or("not live")?;
+//! let mut tags = Vec::new();
+//! assert!(matches!(reader.try_read(&mut tags, usize::MAX), ReadOutcome::Read(_)));
+//! assert_eq!(tags, [key_frame]);
+//!
+//! drop(publisher);
+//! assert_eq!(reader.try_read(&mut tags, usize::MAX), ReadOutcome::Ended);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod admission;
 mod claims;
@@ -58,13 +99,13 @@ struct Shared {
     sinks: RwLock<Vec<Arc<dyn Sink>>>,
     demand: Arc<Demand>,
     limits: LogLimits,
-    /// Changes whenever a stream comes up.
+    /// Changes when a stream starts.
     ups: watch::Sender<()>,
 }
 
 /// How much of its newest media a stream keeps for its readers.
 ///
-/// A stream that nobody reads keeps its newest group of pictures only.
+/// A stream without readers keeps its newest group of pictures only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogLimits {
     /// Bytes of memory, each tag's bookkeeping included. The newest tag is always kept.
@@ -73,10 +114,10 @@ pub struct LogLimits {
     pub max_age: u32,
 }
 
-/// What a publication is when it begins.
+/// Identity, start time and headers of a publication when it starts.
 #[derive(Debug, Clone)]
 pub struct PublicationInfo {
-    /// Its identity, the same at each node that it passes.
+    /// Its id, the same at each node that it passes.
     pub id: PublicationId,
     /// Unix time of media time 0, in milliseconds.
     pub start_unix_ms: u64,
@@ -105,20 +146,20 @@ impl Hub {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Registers an output: it sees the streams that come up from now on. Taps get each tag in the
-    /// order in which their sinks were added.
+    /// Registers an output for the streams that start from now on. Taps get each tag in the order in
+    /// which their sinks were added.
     pub fn add_sink(&self, sink: Arc<dyn Sink>) {
         self.shared.sinks.write().push(sink);
     }
 
-    /// Registers a source that starts when a stream is asked for.
+    /// Registers a source that starts when a stream is asked for. It is called for the streams that are
+    /// wanted already.
     pub fn add_on_demand(&self, source: Arc<dyn OnDemand>) {
         self.shared.demand.add(source);
     }
 
-    /// Says that somebody wants the stream, until the guard is dropped; `None` where no source starts
-    /// on demand.
-    pub fn want(&self, key: &StreamKey) -> Option<Wanted> {
+    /// Asks sources that start on demand for the stream, until the guard is dropped.
+    pub fn want(&self, key: &StreamKey) -> Wanted {
         self.shared.demand.want(key)
     }
 
@@ -130,7 +171,7 @@ impl Hub {
         self.publish_with(key, PublicationInfo::starting_at(unix_ms()))
     }
 
-    /// Starts a stream: for sources that need no admission. Encoders publish by [`Admission`].
+    /// Starts a stream without admission. Encoders publish through [`Admission`].
     ///
     /// # Errors
     /// If the key is taken, by an encoder or by another source.
@@ -152,10 +193,10 @@ impl Hub {
     ) -> Publisher {
         let stream = Arc::new(Stream::new(key.clone(), info, self.shared.limits));
         self.shared.streams.write().insert(key, stream.clone());
-        // Before the sinks are called: if one panics, dropping this takes the stream out again.
-        let mut publisher = Publisher::new(stream.clone(), self.clone(), claim);
+        // The publisher comes first: should a sink panic, dropping it takes the stream out again.
+        let mut publisher = Publisher::new(stream, self.clone(), claim);
         let sinks = self.shared.sinks.read().clone();
-        publisher.set_taps(sinks.iter().filter_map(|sink| sink.stream_up(&stream)).collect());
+        sinks.iter().for_each(|sink| publisher.add_tap_of(&**sink));
         self.shared.ups.send_replace(());
         publisher
     }
@@ -170,28 +211,28 @@ impl Hub {
         self.shared.streams.read().values().cloned().collect()
     }
 
-    /// How many streams are live.
+    /// Number of live streams.
     pub fn len(&self) -> usize {
         self.shared.streams.read().len()
     }
 
-    /// Whether no stream is live.
+    /// `true` if no stream is live.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Reads the live stream of this name from its newest group of pictures on.
+    /// A reader of the live stream of this name, from its newest group of pictures on.
     pub fn subscribe<K: AsStreamKey + ?Sized>(&self, key: &K) -> Option<Reader> {
         self.stream(key).map(|stream| stream.subscribe())
     }
 
-    /// Waits for a stream of this name to come up; `None` if it did not until `deadline`.
+    /// Waits for a stream of this name to start; `None` if it has not by `deadline`.
     pub async fn wait_for<K: AsStreamKey + ?Sized>(
         &self,
         key: &K,
         deadline: tokio::time::Instant,
     ) -> Option<Arc<Stream>> {
-        // Subscribed before the look-up, so that no stream comes up between the two unseen.
+        // Subscribed before the look-up, so that a stream that starts between the two is not missed.
         let mut ups = self.shared.ups.subscribe();
         loop {
             if let Some(stream) = self.stream(key) {
@@ -215,7 +256,7 @@ impl fmt::Debug for Hub {
     }
 }
 
-/// What names a stream in a look-up.
+/// A type that names a stream in a look-up.
 pub trait AsStreamKey {
     /// The whole key, `app/name`.
     fn as_stream_key(&self) -> &str;

@@ -1,4 +1,4 @@
-//! The newest tags of a stream.
+//! The log of a stream's newest tags, bounded by bytes and by media time.
 
 use std::collections::VecDeque;
 
@@ -6,9 +6,9 @@ use super::{LogLimits, reader::MaxLag};
 use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_sys::prefetch;
 
-/// The newest tags of a stream, and where in them a reader can begin.
+/// The newest tags of a stream, and the newest point where a reader can start.
 ///
-/// What each tag needs is in front and together, up to [`TagLog::HOT_BYTES`]: few lines of the cache.
+/// The fields that every push uses come first, up to [`TagLog::HOT_BYTES`], in few cache lines.
 #[repr(C)]
 pub(super) struct TagLog {
     pub(super) entries: VecDeque<Entry>,
@@ -16,21 +16,21 @@ pub(super) struct TagLog {
     pub(super) first: u64,
     /// Sum of [`Entry::cost`].
     pub(super) bytes: usize,
-    /// [`Entry::at`] of the oldest entry: its own memory is cold.
+    /// [`Entry::at`] of the oldest entry, whose own memory is cold.
     oldest_at: u64,
     /// Sum of [`Entry::cost`] of all tags ever pushed.
     total: u64,
     limits: LogLimits,
     clock: MediaClock,
-    /// Media time of the newest sign of video.
+    /// Media time of the newest video tag or header.
     last_video: Option<u64>,
-    /// Media time of the last wake.
+    /// Media time when readers that wake with video were last woken.
     woken_at: u64,
-    /// Whether those are to be woken who read with the video.
+    /// `true` if readers that wake with video must be woken.
     wake: bool,
     headers_version: u64,
-    /// Readers only ever go to the newest place; `None` once that has left the log.
-    pub(super) join: Option<StartPoint>,
+    /// The newest start point, the only one that readers use; `None` once it has left the log.
+    pub(super) start_point: Option<StartPoint>,
     pub(super) headers: Headers,
 }
 
@@ -44,20 +44,20 @@ pub(super) struct Entry {
     pub(super) headers_version: u64,
 }
 
-/// A place where a reader can begin: a key frame, or an audio tag in a stream without video.
+/// A tag where a reader can start: a key frame, or an audio tag in a stream without video.
 #[repr(C)]
 pub(super) struct StartPoint {
     pub(super) index: u64,
     at: u64,
     pub(super) key_frame: bool,
-    /// The headers in effect, at the time of the tag at `index`: made once for all readers.
+    /// The headers in effect, with the timestamp of the tag at `index`. Made once for all readers.
     pub(super) headers: Headers,
     pub(super) headers_version: u64,
 }
 
 impl TagLog {
-    /// Of a log, what a tag needs that is no place to begin.
-    pub(super) const HOT_BYTES: usize = std::mem::offset_of!(Self, join);
+    /// The bytes of a log that the push of a tag uses, unless the tag is a start point.
+    pub(super) const HOT_BYTES: usize = std::mem::offset_of!(Self, start_point);
 
     pub(super) fn new(limits: LogLimits) -> Self {
         Self {
@@ -72,12 +72,12 @@ impl TagLog {
             woken_at: 0,
             wake: false,
             headers_version: 0,
-            join: None,
+            start_point: None,
             headers: Headers::default(),
         }
     }
 
-    /// Adds a tag. Of a stream that nobody reads, what lies before the newest start point is dropped.
+    /// Adds a tag. Drops the tags before the newest start point if the stream is not `watched`.
     pub(super) fn push(&mut self, tag: Tag, watched: bool) {
         let at = self.clock.advance(tag.timestamp());
         if tag.kind() == TagKind::Video {
@@ -89,8 +89,8 @@ impl TagLog {
         }
         if header {
             self.learn(&tag);
-        } else if tag.is_key_frame() || self.starts_audio_join(&tag, at) {
-            self.join_here(&tag, at);
+        } else if tag.is_key_frame() || self.starts_audio(&tag, at) {
+            self.start_here(&tag, at);
         }
         let entry = Entry { offset: self.total, at, headers_version: self.headers_version, tag };
         self.bytes += entry.cost();
@@ -105,14 +105,14 @@ impl TagLog {
         self.trim(at);
     }
 
-    /// Where in memory the next tag's entry will be, most of the time.
-    pub(super) fn next_place(&self) -> *const Entry {
+    /// The address that the next tag's entry will most likely have.
+    pub(super) fn next_entry(&self) -> *const Entry {
         let (front, back) = self.entries.as_slices();
         let newest = if back.is_empty() { front } else { back };
         newest.as_ptr_range().end
     }
 
-    /// Learns headers before the first tag. Later, returns those that are news, as tags to push.
+    /// Sets headers before the first tag. Later, returns the headers that are new as tags to push.
     pub(super) fn set_headers(&mut self, headers: Headers) -> Vec<Tag> {
         let Headers { metadata, video, audio } = headers;
         let Some(newest) = self.entries.back() else {
@@ -135,12 +135,12 @@ impl TagLog {
         news.map(|tag| tag.with_timestamp(timestamp)).collect()
     }
 
-    /// Whether those are to be woken who read with the video; asked once after each change.
+    /// `true` if readers that wake with video must be woken. Clears the flag.
     pub(super) fn take_wake(&mut self) -> bool {
         std::mem::take(&mut self.wake)
     }
 
-    /// Whether what is not video may wait for the next frame.
+    /// `true` if readers that wake with video may get audio with the next frame.
     fn may_wait(&self, at: u64) -> bool {
         self.has_video(at) && at - self.woken_at < AUDIO_WAIT_MS
     }
@@ -154,7 +154,7 @@ impl TagLog {
         };
         // Many encoders repeat their headers in front of each key frame.
         if slot.as_ref().is_none_or(|known| known.body() != tag.body()) {
-            // It stays, and the block that it shares need not.
+            // Copied: a header that lives long must not hold the buffer that it shares.
             *slot = Some(tag.detached());
             self.headers_version += 1;
         }
@@ -162,8 +162,8 @@ impl TagLog {
 
     fn saw_video(&mut self, at: u64) {
         if !self.has_video(at) {
-            // From here on, only a key frame is a place to begin.
-            self.join = None;
+            // From here on, only a key frame is a start point.
+            self.start_point = None;
         }
         self.last_video = Some(at);
     }
@@ -172,17 +172,17 @@ impl TagLog {
         self.last_video.is_some_and(|last| at - last <= AUDIO_ONLY_AFTER_MS)
     }
 
-    fn starts_audio_join(&self, tag: &Tag, at: u64) -> bool {
+    fn starts_audio(&self, tag: &Tag, at: u64) -> bool {
         tag.kind() == TagKind::Audio
             && !self.has_video(at)
-            && self.join.as_ref().is_none_or(|join| at - join.at >= AUDIO_JOIN_MS)
+            && self.start_point.as_ref().is_none_or(|start| at - start.at >= AUDIO_JOIN_MS)
     }
 
-    fn join_here(&mut self, tag: &Tag, at: u64) {
+    fn start_here(&mut self, tag: &Tag, at: u64) {
         let timed = |header: &Option<Tag>| {
             header.as_ref().map(|header| header.with_timestamp(tag.timestamp()))
         };
-        self.join = Some(StartPoint {
+        self.start_point = Some(StartPoint {
             index: self.next(),
             at,
             key_frame: tag.kind() == TagKind::Video,
@@ -195,9 +195,8 @@ impl TagLog {
         });
     }
 
-    /// Drops the oldest tags once a limit is passed, and then some more: they lie side by side, and
-    /// each time the memory of the oldest ones is cold. No more than it must of what a reader begins
-    /// with.
+    /// Drops the oldest tags once a limit is exceeded. Their memory is cold, so several are dropped at
+    /// a time; tags from the start point on only as far as the limits demand.
     fn trim(&mut self, now: u64) {
         let LogLimits { max_bytes, max_age } = self.limits;
         if !self.exceeds(now, self.limits) {
@@ -205,14 +204,14 @@ impl TagLog {
         }
         let (oldest, _) = self.entries.as_slices();
         prefetch(oldest.as_ptr().addr(), TRIMMED_TOGETHER * size_of::<Entry>());
-        let some_less = LogLimits {
+        let low_water = LogLimits {
             max_bytes: max_bytes - max_bytes / TRIMMED_SHARE,
             max_age: max_age - max_age / TRIMMED_SHARE as u32,
         };
         while self.entries.len() > 1
             && (self.exceeds(now, self.limits)
-                || self.exceeds(now, some_less)
-                    && self.join.as_ref().is_none_or(|join| self.first < join.index))
+                || self.exceeds(now, low_water)
+                    && self.start_point.as_ref().is_none_or(|start| self.first < start.index))
         {
             if let Some(oldest) = self.entries.pop_front() {
                 self.bytes -= oldest.cost();
@@ -222,14 +221,14 @@ impl TagLog {
                 self.oldest_at = oldest.at;
             }
         }
-        if self.join.as_ref().is_some_and(|join| join.index < self.first) {
-            self.join = None;
+        if self.start_point.as_ref().is_some_and(|start| start.index < self.first) {
+            self.start_point = None;
         }
     }
 
-    /// Drops what no reader would begin with: they only ever go to the newest start point.
+    /// Drops the tags before the newest start point, the only one that readers use.
     fn drop_before_start_point(&mut self) {
-        let Some(first) = self.join.as_ref().map(|join| join.index) else { return };
+        let Some(first) = self.start_point.as_ref().map(|start| start.index) else { return };
         while self.first < first
             && let Some(oldest) = self.entries.pop_front()
         {
@@ -250,27 +249,28 @@ impl TagLog {
         self.first + self.entries.len() as u64
     }
 
-    /// Whether more lies between `cursor`, which the log holds, and the newest tag.
-    pub(super) fn backlog_exceeds(&self, cursor: u64, backlog: MaxLag) -> bool {
+    /// `true` if a reader at `cursor`, which the log holds, is further behind the newest tag than
+    /// `max_lag`.
+    pub(super) fn lag_exceeds(&self, cursor: u64, max_lag: MaxLag) -> bool {
         let index = usize::try_from(cursor.saturating_sub(self.first)).unwrap_or(usize::MAX);
         self.entries.get(index).is_some_and(|entry| {
-            self.total - entry.offset > backlog.max_bytes
-                || self.clock.now - entry.at > backlog.max_ms
+            self.total - entry.offset > max_lag.max_bytes
+                || self.clock.now - entry.at > max_lag.max_ms
         })
     }
 }
 
 impl Entry {
-    /// Bytes charged against the log's bound: a peer that sends empty tags fills memory, too.
+    /// Bytes charged against the log's limit. The overhead counts, since empty tags fill memory, too.
     fn cost(&self) -> usize {
         self.tag.framed().len() + ENTRY_OVERHEAD
     }
 }
 
-/// Media time that only grows: milliseconds from the first tag on, whatever the timestamps do.
+/// Monotonic media time: milliseconds since the first tag.
 ///
-/// Audio and video interleave a little out of order, timestamps wrap at 2³², and encoders restart
-/// or jump; none of that may make a log forget everything, or nothing.
+/// Audio and video interleave out of order, timestamps wrap at 2³², and encoders restart or jump.
+/// None of that may empty a log or keep it from being trimmed.
 #[derive(Default)]
 struct MediaClock {
     newest: Option<u32>,
@@ -284,7 +284,7 @@ impl MediaClock {
         if step > 0 {
             self.now += u64::from(step.unsigned_abs()).min(MAX_CLOCK_STEP_MS);
         }
-        // A little backwards is interleaving; far backwards is a new start.
+        // A small step back is interleaving; a large one is a restart.
         if !(-MAX_INTERLEAVE_MS..=0).contains(&step) {
             self.newest = Some(timestamp);
         }
@@ -292,21 +292,21 @@ impl MediaClock {
     }
 }
 
-/// How far back a stream without video is joined, in milliseconds of media time.
+/// How far back readers of a stream without video start at most, in milliseconds of media time.
 pub const AUDIO_JOIN_MS: u64 = 500;
 
-/// How much media time since the last wake has what is not video wake those who wait for video: one
-/// frame at 20 a second, so that at 25 and more audio rides along with every frame.
+/// Audio wakes readers that wake with video after this much media time without a wake, in
+/// milliseconds: one frame at 20 frames per second, so that at 25 and more audio never does.
 const AUDIO_WAIT_MS: u64 = 50;
-/// A stream that sent video before counts as one without after this much media time.
+/// After this much media time without video, in milliseconds, a stream counts as one of audio only.
 pub(super) const AUDIO_ONLY_AFTER_MS: u64 = 10_000;
-/// Of the limits, this part is what is dropped at a time.
+/// A trim drops one part in this many of the limits.
 const TRIMMED_SHARE: usize = 32;
-/// Tags of as much, most often.
+/// The tags that a trim usually drops.
 const TRIMMED_TOGETHER: usize = 16;
-/// The most that one tag moves the media clock.
+/// The most that one tag advances the media clock, in milliseconds.
 const MAX_CLOCK_STEP_MS: u64 = 10_000;
-/// How far audio and video may be apart in the order of arrival.
+/// How far a timestamp may step back before it counts as a restart, in milliseconds.
 const MAX_INTERLEAVE_MS: i32 = 5_000;
-/// An entry, its tag's reference count and the allocator's share, about.
+/// Bytes of an entry, its tag's reference count and the allocator's share, approximately.
 pub(super) const ENTRY_OVERHEAD: usize = 128;

@@ -1,4 +1,15 @@
 //! A cursor in a stream's log.
+//!
+//! ```text
+//!                start point in the log              cursor has left the log
+//! Joining ─────────────────────────────► Reading ─────────────────────────────► Resuming
+//!                                         │  ▲  ▲                                  │
+//!          further behind than the MaxLag │  │  └── start point at or after cursor ┘
+//!          and a start point ahead: skip  └──┘
+//! ```
+//!
+//! Invariants: the cursor only grows; `Reading` starts at a start point with the headers in effect
+//! there; tags that are skipped are counted, except before the first start point.
 
 use std::{
     ops::Deref,
@@ -24,27 +35,27 @@ impl MaxLag {
     pub const UNLIMITED: Self = Self { max_bytes: u64::MAX, max_ms: u64::MAX };
 }
 
-/// A sink's cursor in a stream's log.
+/// A cursor in a stream's log.
 ///
 /// It starts at the newest group of pictures with the headers in effect there in front of it
-/// (metadata, video, audio; at the time of the group's first tag). A stream that has video but no
-/// key frame in the log is waited for; a stream without video is joined at most
-/// [`AUDIO_JOIN_MS`] back.
+/// (metadata, video, audio; with the timestamp of the group's first tag). If the stream has video
+/// but no key frame in the log, it waits for one. In a stream without video it starts at most
+/// [`AUDIO_JOIN_MS`](crate::AUDIO_JOIN_MS) back.
 ///
-/// A clone reads on from the same place.
+/// A clone continues from the same position.
 #[derive(Debug, Clone)]
 pub struct Reader {
     stream: Counted,
     pub(super) wake: watch::Receiver<()>,
-    backlog: MaxLag,
+    max_lag: MaxLag,
     /// Index in the log of the next tag to read.
     pub(super) cursor: u64,
     phase: Phase,
-    /// Which headers this reader has been given last.
+    /// Version of the headers that this reader got last.
     headers_version: u64,
 }
 
-/// A reader's stream, which counts it as long as it lives.
+/// A reader's handle of its stream, counted in [`Stream::readers`].
 #[derive(Debug)]
 struct Counted(Arc<Stream>);
 
@@ -77,24 +88,24 @@ impl Drop for Counted {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Has not read anything yet.
+    /// Waits for the first start point.
     Joining,
-    /// Lost its place; resumes at the first join point that is not behind the cursor.
+    /// The cursor has left the log; waits for a start point at or after it.
     Resuming,
-    /// Reads on. Without a key frame before the cursor, other video frames are left out.
+    /// Reads tag by tag. Video frames are left out until `key_frame_seen`.
     Reading { key_frame_seen: bool },
 }
 
-/// Where a reader is in the log. Readers of one stream at the same place will read the same.
+/// A reader's position in the log. Readers of one stream at the same position read the same tags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
     /// Index of the next tag to read, counted from the publication's first tag.
     pub index: u64,
-    /// Whether a key frame has been read, without which other frames are left out.
+    /// `true` once a key frame has been read. Other frames are left out before.
     pub key_frame_seen: bool,
 }
 
-/// What one call of [`Reader::try_read`] came to.
+/// Result of [`Reader::try_read`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadOutcome {
     /// At least one tag was appended.
@@ -105,14 +116,14 @@ pub enum ReadOutcome {
     Ended,
 }
 
-/// What one read appended, and what it had to leave out.
+/// Tags that one read appended and skipped.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ReadCount {
     /// Tags appended, headers included.
     pub tags: usize,
     /// Their bytes, framed.
     pub bytes: usize,
-    /// Tags that were skipped before them, because this reader was too slow.
+    /// Tags skipped before them because this reader was too slow.
     pub skipped: u64,
 }
 
@@ -125,31 +136,31 @@ impl Reader {
     pub(super) fn new(stream: Arc<Stream>) -> Self {
         let stream = Counted::new(stream);
         Self {
-            wake: stream.hear(&stream.tags),
+            wake: stream.changes_of(&stream.tags),
             stream,
-            backlog: MaxLag::UNLIMITED,
+            max_lag: MaxLag::UNLIMITED,
             cursor: 0,
             phase: Phase::Joining,
             headers_version: 0,
         }
     }
 
-    /// Has this reader woken by video, headers and the end only; audio rides along. Where there has
-    /// been no video for 10 s of media time, each tag wakes, and so does what comes when nobody was
-    /// woken for 50 ms. What comes right before the source stalls is read when somebody looks.
+    /// Wakes this reader on video, headers and the end only; audio is read along with them. Audio
+    /// wakes it, too, if there was no wake for 50 ms or no video for 10 s of media time. Audio right
+    /// before the source stalls is read with the next wake.
     pub fn waking_with_video(mut self) -> Self {
-        self.wake = self.stream.hear(&self.stream.frames);
+        self.wake = self.stream.changes_of(&self.stream.frames);
         self
     }
 
     /// Sets how far this reader may fall behind.
-    pub fn with_max_lag(mut self, backlog: MaxLag) -> Self {
-        self.backlog = backlog;
+    pub fn with_max_lag(mut self, max_lag: MaxLag) -> Self {
+        self.max_lag = max_lag;
         self
     }
 
-    /// Appends the next tags to `out`: headers and one tag at least, then on while `out` has
-    /// gained less than `max_bytes` bytes. A skip appends the headers again if they have changed.
+    /// Appends the next tags to `out`: headers and at least one tag, then more while fewer than
+    /// `max_bytes` bytes are appended. After a skip, headers that changed are appended first.
     pub fn try_read(&mut self, out: &mut impl Extend<Tag>, max_bytes: usize) -> ReadOutcome {
         let outcome =
             self.try_read_each(max_bytes, |_, tag| out.extend(std::iter::once(tag.clone())));
@@ -159,18 +170,17 @@ impl Reader {
         outcome
     }
 
-    /// The same, with `each` called for each tag and its index in the log. Headers in front have the
-    /// index of the tag that they precede, which after a skip is the one that was skipped to. The
-    /// publisher waits as long as `each` takes.
+    /// Like [`Reader::try_read`], but calls `each` with each tag and its index in the log. Headers in
+    /// front have the index of the tag that they precede. The publisher waits while `each` runs.
     ///
-    /// Skips that are told are the caller's to count ([`Stream::count_skipped`]): it may read for
-    /// many, who need not have missed the same.
+    /// The caller counts the returned skips ([`Stream::count_skipped`]): it may read for many
+    /// viewers, which need not have missed the same tags.
     pub fn try_read_each(
         &mut self,
         max_bytes: usize,
         mut each: impl FnMut(u64, &Tag),
     ) -> ReadOutcome {
-        // Read before the log is: an end that is seen here has all tags in front of it.
+        // Loaded before the log is read: if the stream has ended, the log holds all of its tags.
         let ended = self.stream.ended();
         if !ended && self.stream.next.load(Ordering::Acquire) == self.cursor {
             return ReadOutcome::Pending;
@@ -186,31 +196,31 @@ impl Reader {
         if self.cursor < log.first && self.phase != Phase::Joining {
             self.phase = Phase::Resuming;
         }
-        let join = log.join.as_ref().filter(|join| match self.phase {
+        let start = log.start_point.as_ref().filter(|start| match self.phase {
             Phase::Joining => true,
-            Phase::Resuming => join.index >= self.cursor,
+            Phase::Resuming => start.index >= self.cursor,
             Phase::Reading { .. } => {
-                join.index > self.cursor && log.backlog_exceeds(self.cursor, self.backlog)
+                start.index > self.cursor && log.lag_exceeds(self.cursor, self.max_lag)
             }
         });
-        if let Some(join) = join {
+        if let Some(start) = start {
             if self.phase != Phase::Joining {
-                count.skipped = join.index - self.cursor;
+                count.skipped = start.index - self.cursor;
             }
-            if self.phase == Phase::Joining || self.headers_version != join.headers_version {
-                let headers = &join.headers;
+            if self.phase == Phase::Joining || self.headers_version != start.headers_version {
+                let headers = &start.headers;
                 for tag in [&headers.metadata, &headers.video, &headers.audio].into_iter().flatten()
                 {
-                    emit(join.index, tag, &mut count);
+                    emit(start.index, tag, &mut count);
                 }
             }
-            self.cursor = join.index;
-            self.phase = Phase::Reading { key_frame_seen: join.key_frame };
+            self.cursor = start.index;
+            self.phase = Phase::Reading { key_frame_seen: start.key_frame };
         }
         if let Phase::Reading { mut key_frame_seen } = self.phase {
-            let start = usize::try_from(self.cursor - log.first).unwrap_or(usize::MAX);
+            let first = usize::try_from(self.cursor - log.first).unwrap_or(usize::MAX);
             let mut tags = 0;
-            for entry in log.entries.range(start.min(log.entries.len())..) {
+            for entry in log.entries.range(first.min(log.entries.len())..) {
                 if tags > 0 && count.bytes >= max_bytes {
                     break;
                 }
@@ -227,7 +237,7 @@ impl Reader {
             }
             self.phase = Phase::Reading { key_frame_seen };
         } else if ended {
-            // It will not resume any more.
+            // No start point will come.
             if self.phase == Phase::Resuming {
                 count.skipped = log.next() - self.cursor;
             }
@@ -243,8 +253,8 @@ impl Reader {
         }
     }
 
-    /// Waits until there is something to read and then reads it as [`Reader::try_read`] does.
-    /// Cancel-safe: a future that is dropped has taken nothing.
+    /// Waits until there is something to read, then reads like [`Reader::try_read`].
+    /// Cancel-safe: no tag is lost if the future is dropped.
     ///
     /// # Errors
     /// [`Ended`] once the stream is over and everything has been read.
@@ -264,12 +274,12 @@ impl Reader {
 
     /// Waits until there may be something new to read, or the end. Cancel-safe.
     pub async fn woken(&mut self) {
-        // The sender lives in the stream that this reader holds, so that it cannot be gone.
+        // Cannot fail: the sender is in the stream, which this reader holds.
         let _ = self.wake.changed().await;
     }
 
-    /// Where this reader is; `None` while it waits for a place to begin, or to begin again.
-    pub fn place(&self) -> Option<Position> {
+    /// This reader's position; `None` while it waits for a start point.
+    pub fn position(&self) -> Option<Position> {
         match self.phase {
             Phase::Joining | Phase::Resuming => None,
             Phase::Reading { key_frame_seen } => {

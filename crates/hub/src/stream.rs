@@ -13,7 +13,7 @@ use parking_lot::{RwLock, RwLockReadGuard};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    Hub, LogLimits, PublicationInfo, Reader, Tap,
+    Hub, LogLimits, PublicationInfo, Reader, Sink, Tap,
     claims::Claim,
     counters::{Counters, Rates},
     log::{Entry, TagLog},
@@ -24,19 +24,19 @@ use downpour_media::{
 };
 use downpour_sys::prefetch;
 
-/// Where in memory a stream and the place of its next tag are.
+/// Addresses of the memory that the next push to a stream will use.
 #[derive(Debug, Clone, Copy)]
 pub struct NextPush {
     stream: usize,
-    place: usize,
+    entry: usize,
 }
 
 impl NextPush {
-    /// Says that a tag will be pushed there in a moment.
+    /// Prefetches the memory: a tag will be pushed soon.
     #[inline]
     pub fn expect(self) {
         prefetch(self.stream, HOT_BYTES);
-        prefetch(self.place, size_of::<Entry>());
+        prefetch(self.entry, size_of::<Entry>());
     }
 }
 
@@ -46,28 +46,28 @@ pub struct Publisher {
     stream: Arc<Stream>,
     taps: Vec<Box<dyn Tap>>,
     /// Address of the log entry that the next tag will most likely have.
-    next_place: usize,
+    next_entry: usize,
     hub: Hub,
-    /// `None` where the publication holds the claim.
+    /// `None` if the [`Publication`](crate::admission::Publication) holds the claim.
     _claim: Option<Claim>,
 }
 
 impl Publisher {
     pub(crate) fn new(stream: Arc<Stream>, hub: Hub, claim: Option<Claim>) -> Self {
-        Self { stream, taps: Vec::new(), next_place: 0, hub, _claim: claim }
+        Self { stream, taps: Vec::new(), next_entry: 0, hub, _claim: claim }
     }
 
-    pub(crate) fn set_taps(&mut self, taps: Vec<Box<dyn Tap>>) {
-        self.taps = taps;
+    pub(crate) fn add_tap_of(&mut self, sink: &dyn Sink) {
+        self.taps.extend(sink.stream_up(&self.stream));
     }
 
-    /// Hands the next tag to the taps, adds it to the log and wakes the readers that wait for one.
-    /// Never waits for them.
+    /// Passes the next tag to the taps, appends it to the log and wakes readers. Does not wait for
+    /// them.
     pub fn push(&mut self, tag: Tag) {
         self.push_at(Instant::now(), tag);
     }
 
-    /// The same, for a caller that knows the time: no clock is read.
+    /// Like [`Publisher::push`], with the time of arrival: no clock is read.
     pub fn push_at(&mut self, now: Instant, tag: Tag) {
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
@@ -78,24 +78,27 @@ impl Publisher {
         for tap in &mut self.taps {
             tap.push(now, &tag);
         }
-        let watched = self.stream.readers.load(Ordering::Relaxed) > 0;
+        let readers = &self.stream.readers;
         self.stream.append(|log| {
+            // Behind the lock: a reader that has read from the log was counted before, and one that
+            // has not starts at the newest start point, which stays.
+            let watched = readers.load(Ordering::Relaxed) > 0;
             log.push(tag, watched);
-            self.next_place = log.next_place().addr();
+            self.next_entry = log.next_entry().addr();
         });
     }
 
-    /// What of memory the next tag will need, so far as one can tell.
+    /// The memory that the next push will most likely use.
     #[inline]
     pub fn next_push(&self) -> NextPush {
-        NextPush { stream: Arc::as_ptr(&self.stream).addr(), place: self.next_place }
+        NextPush { stream: Arc::as_ptr(&self.stream).addr(), entry: self.next_entry }
     }
 
-    /// Adds headers that were learned from elsewhere than the stream's tags.
+    /// Adds headers that do not come from the stream's tags.
     ///
-    /// Before the first tag, they are what readers start with. Later, the metadata goes to taps and
-    /// readers as a tag, and so does a codec header of a kind that was still missing; a codec header
-    /// that differs from the one in effect is left to the tags, which say where it changes.
+    /// Before the first tag, they become the headers of the stream. Later, new metadata goes to taps
+    /// and readers as a tag, and so does a codec header of a kind that was missing. A codec header
+    /// that differs from the one in effect is ignored: the tags say where it changes.
     pub fn set_headers(&mut self, headers: Headers) {
         let now = Instant::now();
         let news = self.stream.log.write().set_headers(headers);
@@ -119,7 +122,7 @@ impl Drop for Publisher {
         self.taps.clear();
         self.hub.forget(&self.stream);
         self.stream.ended.store(true, Ordering::Release);
-        // Whoever read the flag before it was set has this change still to see.
+        // After the flag: a reader that saw it unset is woken by these.
         self.stream.tags.send_replace(());
         self.stream.frames.send_replace(());
         self.stream.over.notify_waiters();
@@ -128,19 +131,19 @@ impl Drop for Publisher {
 
 /// One publication under one key.
 ///
-/// What each tag needs is in front and together: few lines of the cache.
+/// The fields that every push uses come first, in few cache lines.
 #[repr(C, align(64))]
 pub struct Stream {
     /// Mirrors `TagLog::next`, so that a reader with nothing to read takes no lock.
     pub(crate) next: AtomicU64,
-    /// How many read it, so that what nobody reads need not look who is to be woken.
+    /// Number of readers. With 0, a push wakes none and keeps only the newest group of pictures.
     pub(crate) readers: AtomicUsize,
     rates: Rates,
     pub(crate) counters: Counters,
     log: RwLock<TagLog>,
     /// Changes with each tag.
     pub(crate) tags: watch::Sender<()>,
-    /// Changes with the tags that are worth a wake of many, see [`Reader::waking_with_video`].
+    /// Changes with the tags that wake readers of [`Reader::waking_with_video`].
     pub(crate) frames: watch::Sender<()>,
     ended: AtomicBool,
     over: Notify,
@@ -170,7 +173,7 @@ impl Stream {
         }
     }
 
-    /// Reads the stream from its newest group of pictures on, with any backlog that the log holds.
+    /// A reader that starts at the newest group of pictures and may lag as far as the log reaches.
     pub fn subscribe(self: &Arc<Self>) -> Reader {
         Reader::new(self.clone())
     }
@@ -203,7 +206,7 @@ impl Stream {
         self.start_unix_ms
     }
 
-    /// Whether the publication is over; its readers may still have tags to drain.
+    /// `true` once the publication is over. Readers may still have tags to drain.
     pub fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
@@ -212,14 +215,14 @@ impl Stream {
     pub async fn over(&self) {
         let over = self.over.notified();
         let mut over = std::pin::pin!(over);
-        // From here on it is heard, and what came before is in the flag.
+        // Enabled before the flag is read, so that an end between the two is not lost.
         over.as_mut().enable();
         if !self.ended() {
             over.await;
         }
     }
 
-    /// What went through so far.
+    /// Counters of the stream.
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
@@ -252,9 +255,9 @@ impl Stream {
             self.next.store(log.next(), Ordering::Release);
             log.take_wake()
         };
-        // A reader is counted, subscribes and then looks at `next`. With a full fence here and one
-        // there, either it sees the new tag, or it is seen here. What nobody waits for costs no more
-        // than this.
+        // A reader is counted, subscribes and then loads `next`. With a full fence here and one in
+        // `changes_of`, either it sees the new tag, or it is seen here. A stream without readers
+        // returns here.
         fence(Ordering::SeqCst);
         if self.readers.load(Ordering::Relaxed) == 0 {
             return;
@@ -267,9 +270,9 @@ impl Stream {
         }
     }
 
-    /// Hears of changes to come; what has changed before is seen in the log.
-    pub(crate) fn hear(&self, what: &watch::Sender<()>) -> watch::Receiver<()> {
-        let receiver = what.subscribe();
+    /// Subscribes to later changes; earlier ones are seen in the log.
+    pub(crate) fn changes_of(&self, sender: &watch::Sender<()>) -> watch::Receiver<()> {
+        let receiver = sender.subscribe();
         // See `append`.
         fence(Ordering::SeqCst);
         receiver
@@ -286,7 +289,7 @@ impl fmt::Debug for Stream {
     }
 }
 
-/// Counts one viewer of a stream as long as it lives.
+/// Counts one viewer of a stream while it lives.
 #[derive(Debug)]
 pub struct ViewerGuard(Arc<Stream>);
 
@@ -303,6 +306,40 @@ impl Drop for ViewerGuard {
     }
 }
 
-/// Of a stream, what a tag needs: up to there in the log, behind the lock's two words.
+/// The bytes of a stream that a push uses: up to [`TagLog::HOT_BYTES`] in the log, which lies behind
+/// the two words of its lock.
 const HOT_BYTES: usize =
     std::mem::offset_of!(Stream, log) + 2 * size_of::<usize>() + TagLog::HOT_BYTES;
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use downpour_media::flv::TagKind;
+
+    use super::*;
+
+    #[test]
+    fn a_reader_that_comes_while_a_key_frame_waits_for_the_lock_keeps_its_gop() {
+        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        let key_frame = Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0, 1]).unwrap();
+        publisher.push(key_frame.clone());
+        let stream = publisher.stream().clone();
+        let log = stream.read_log();
+        let pushing = thread::spawn(move || {
+            publisher.push(key_frame);
+            publisher
+        });
+        // A writer that waits keeps new readers out.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while stream.log.try_read().is_some() {
+            assert!(Instant::now() < deadline);
+            thread::yield_now();
+        }
+        let _reader = stream.subscribe();
+        drop(log);
+        let _publisher = pushing.join().unwrap();
+        assert_eq!(stream.held().0, 2);
+    }
+}

@@ -203,7 +203,7 @@ fn one_publisher_at_a_time_and_readers_drain_before_the_end() {
 }
 
 #[test]
-fn headers_told_after_the_first_tag_go_to_running_readers() {
+fn headers_set_after_the_first_tag_go_to_running_readers() {
     let hub = hub();
     let mut publisher = hub.publish(key()).unwrap();
     publisher.push(video_header(0, 1));

@@ -195,8 +195,7 @@ impl Player {
         self.receiver.handle_timeout(now);
         while let Some(request) = self.receiver.poll_request(now) {
             let slack_ms = request.slack_ms(now);
-            let nack =
-                Nack { ssrc: SSRC, copies: request.copies, slack_ms, seqs: request.seqs.clone() };
+            let nack = Nack { ssrc: SSRC, copies: request.copies, slack_ms, seqs: request.seqs };
             for datagram in nack.encode(MTU) {
                 requests.send(now, datagram);
             }
@@ -321,7 +320,7 @@ impl Summary {
 
 /// A video frame every 40 ms: a large one once per second, smaller ones between.
 fn tag(index: u32) -> Tag {
-    let len = if index % 25 == 0 { 60_000 } else { 8_000 };
+    let len = if index.is_multiple_of(25) { 60_000 } else { 8_000 };
     let timestamp = index * TAG_INTERVAL.as_millis() as u32;
     Tag::new(TagKind::Video, timestamp, &vec![0; len]).expect("shorter than 16 MiB")
 }

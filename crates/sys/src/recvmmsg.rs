@@ -60,6 +60,7 @@ impl RecvBatch {
         self.count = 0;
         // SAFETY: all zeroes are valid for both: integers and null pointers.
         let mut iovecs: [libc::iovec; Self::CAPACITY] = unsafe { mem::zeroed() };
+        // SAFETY: zero is a valid value of every field of an `mmsghdr`.
         let mut headers: [libc::mmsghdr; Self::CAPACITY] = unsafe { mem::zeroed() };
         let slots = self.slots.iter_mut().zip(self.bytes.chunks_exact_mut(BUFFER_LEN));
         let slots = headers.iter_mut().zip(&mut iovecs).zip(slots).take(prepared);

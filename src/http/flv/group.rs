@@ -111,7 +111,7 @@ impl Group {
     /// Adds a viewer, unless the group has read further since the viewer caught up.
     fn admit(&mut self, arrival: CaughtUp) {
         let CaughtUp { viewer, reader } = arrival;
-        let Some(place) = reader.place() else {
+        let Some(place) = reader.position() else {
             return self.dismiss(viewer, reader, WriteQueue::EMPTY);
         };
         if self.members.is_empty() {
@@ -119,7 +119,7 @@ impl Group {
             self.handle.set_position(Some(place));
         } else if self
             .reader
-            .place()
+            .position()
             .is_none_or(|own| own.key_frame_seen != place.key_frame_seen || own.index > place.index)
         {
             return self.dismiss(viewer, reader, WriteQueue::EMPTY);
@@ -129,7 +129,7 @@ impl Group {
 
     /// Reads the new tags, and writes them to all members.
     async fn round(&mut self) -> Round {
-        let start = self.reader.place().map_or(0, |place| place.index);
+        let start = self.reader.position().map_or(0, |place| place.index);
         let (tags, bytes) = (&mut self.tags, &mut self.bytes);
         let outcome = self.reader.try_read_each(ROUND_BYTES, |index, tag| {
             tags.push((index, tag.framed().clone()));
@@ -137,7 +137,7 @@ impl Group {
         match outcome {
             ReadOutcome::Read(count) => {
                 tags.iter().for_each(|(_, tag)| bytes.extend_from_slice(tag));
-                self.handle.set_position(self.reader.place());
+                self.handle.set_position(self.reader.position());
                 self.note_skip(count.skipped);
                 self.write(start).await;
                 self.tags.clear();
@@ -150,7 +150,7 @@ impl Group {
                 }
             }
             ReadOutcome::Pending => {
-                self.handle.set_position(self.reader.place());
+                self.handle.set_position(self.reader.position());
                 Round::Idle
             }
             ReadOutcome::Ended => Round::Over,
@@ -374,8 +374,10 @@ mod tests {
 
         async fn group(&mut self) -> Group {
             let first = self.arrival().await;
-            let handle =
-                Arc::new(GroupHandle::new(self.publisher.stream().clone(), first.reader.place()));
+            let handle = Arc::new(GroupHandle::new(
+                self.publisher.stream().clone(),
+                first.reader.position(),
+            ));
             Group::new(self.viewers.clone(), handle, first, 0)
         }
     }

@@ -145,7 +145,7 @@ impl Viewer {
             match queue.refill(reader, &mut self.joined) {
                 ReadOutcome::Read(count) => note_skip(reader.stream(), count.skipped, 1, metrics),
                 ReadOutcome::Ended => return Err(Closed::Ended),
-                ReadOutcome::Pending if reader.place().is_some() => return Ok(()),
+                ReadOutcome::Pending if reader.position().is_some() => return Ok(()),
                 ReadOutcome::Pending => tokio::select! {
                     () = reader.woken() => {}
                     closed = client_closed(&self.socket) => return Err(closed),

@@ -151,7 +151,7 @@ impl Viewers {
     /// Adds a viewer that has caught up to a group of its stream. Starts a new group if none fits.
     fn assign_group(self: &Arc<Self>, arrival: CaughtUp) {
         let stream = arrival.reader.stream();
-        let decode_state = decode_state(arrival.reader.place());
+        let decode_state = decode_state(arrival.reader.position());
         let mut groups = self.groups.lock();
         let of_key = groups.entry(stream.key().clone()).or_default();
         let fits = |handle: &&Arc<GroupHandle>| {
@@ -165,7 +165,7 @@ impl Viewers {
             handle.arrived.notify_one();
             return;
         }
-        let handle = Arc::new(GroupHandle::new(stream.clone(), arrival.reader.place()));
+        let handle = Arc::new(GroupHandle::new(stream.clone(), arrival.reader.position()));
         of_key.push(handle.clone());
         drop(groups);
         let number = self.next_group.fetch_add(1, Ordering::Relaxed);

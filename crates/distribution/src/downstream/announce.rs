@@ -1,4 +1,4 @@
-//! Addresses that get every stream: their look-up, and the port announcement of wire v0.
+//! Fixed targets, which get every stream: name look-up, and the port announcement of wire v0.
 
 use std::{
     collections::HashSet,
@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::{fanout::Fanout, routes::FixedTarget};
 use crate::address::Destination;
 
-/// Keeps the fan-out's targets current and tells them the ports now and then: an edge takes that
-/// from its first datagram only, and may be started at any time (wire v0).
+/// Keeps the addresses of the fan-out's fixed targets current and announces the ports to them every
+/// [`ANNOUNCE_EVERY`]: an edge may start at any time and reads the ports from its first datagram only
+/// (wire v0).
 pub(super) async fn announce(
     fanout: Fanout,
     destinations: Vec<(Destination, Fec)>,
@@ -46,7 +47,7 @@ pub(super) async fn announce(
     }
 }
 
-/// The destinations and the address that each was last found to have.
+/// The destinations, and the address that each look-up found last.
 struct Targets {
     destinations: Vec<(Destination, Fec)>,
     addresses: Vec<Option<SocketAddr>>,
@@ -56,7 +57,7 @@ struct Targets {
 }
 
 impl Targets {
-    /// Addresses are known at once; names are after [`Targets::look_up`].
+    /// Addresses are known at once, names after [`Targets::look_up`].
     fn new(destinations: Vec<(Destination, Fec)>) -> Self {
         let literal =
             |(d, _): &(Destination, Fec)| Some((d.host().parse::<IpAddr>().ok()?, d.port()).into());
@@ -76,8 +77,8 @@ impl Targets {
             .collect()
     }
 
-    /// Begins to look up what is due: names that failed each time, the others now and then, since
-    /// they may move. One slow name server holds up nothing else.
+    /// Starts the look-ups that are due: failed names at every call, the others every
+    /// [`LOOK_UP_EVERY`]. They run in tasks, so that a slow name server delays nothing else.
     fn look_up(&mut self) {
         if !self.look_ups.is_empty() {
             return;
@@ -106,8 +107,8 @@ impl Targets {
         }
     }
 
-    /// Waits for the next look-up to end; says whether the known addresses changed. A name that
-    /// cannot be found now keeps the address that it had.
+    /// Waits for the next look-up to end. Returns `true` if a known address changed. A name that
+    /// cannot be found keeps its last address.
     async fn next(&mut self) -> bool {
         let Some(Ok((i, found))) = self.look_ups.join_next().await else {
             return std::future::pending().await;
@@ -116,13 +117,17 @@ impl Targets {
         match found {
             Ok(address) => {
                 if self.failed.remove(&i) {
-                    tracing::info!("client_addr_list: {destination} is found again");
+                    tracing::info!(%destination, "address of a name in downstream.targets found again");
                 }
                 self.addresses[i].replace(address) != Some(address)
             }
             Err(why) => {
                 if self.failed.insert(i) {
-                    tracing::error!("client_addr_list: {destination} is not found: {why}");
+                    tracing::error!(
+                        %destination,
+                        error = why,
+                        "no address for a name in downstream.targets"
+                    );
                 }
                 false
             }
@@ -130,9 +135,9 @@ impl Targets {
     }
 }
 
-/// One of the addresses of a name: the one that it had if that is among them, since an edge must not
-/// lose its stream to the order of a name server's answers; else IPv4 before IPv6, as an edge that
-/// listens on `:5222` has.
+/// Chooses an address of a name: the current one if it is still among them, since the order of a name
+/// server's answers must not cost an edge its stream; else IPv4 before IPv6, since edges listen on
+/// IPv4 by default.
 fn choose(
     addresses: impl Iterator<Item = SocketAddr>,
     current: Option<SocketAddr>,
@@ -150,7 +155,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn addresses_are_sent_to_at_once_and_names_when_they_are_found() {
+    async fn addresses_are_known_at_once_and_names_after_their_look_up() {
         let destinations = ["127.0.0.1:5000", "localhost:5001", "no-such-name.invalid:5002"];
         let destinations = destinations.map(|d| (d.parse().unwrap(), Fec::Auto)).to_vec();
         let mut targets = Targets::new(destinations);
@@ -164,7 +169,7 @@ mod tests {
         assert_eq!(changes, 1);
         assert_eq!((targets.known().len(), targets.failed.len()), (2, 1));
         assert!(targets.known()[1].addr.ip().is_loopback());
-        // What was found once is kept when it cannot be found any more.
+        // A name that can no longer be found keeps its address.
         targets.look_ups.spawn(async { (1, Err("gone".into())) });
         assert!(!targets.next().await);
         assert_eq!(targets.known().len(), 2);

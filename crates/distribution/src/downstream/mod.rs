@@ -1,4 +1,4 @@
-//! The sink that sends streams to other nodes: packets to edges, and repairs on request.
+//! The sink that sends streams to other nodes: RTP to edges, and repairs on request.
 //!
 //! ```text
 //! hub ─ Tap ─► packetizer ─► history ─► fan-out ─► UDP to edges
@@ -41,7 +41,7 @@ use routes::Routes;
 use subscribers::{ProbeMetrics, Subscribers};
 use tap::{SenderMetrics, SenderSettings, StreamSender};
 
-/// Everything that sends streams to other nodes, bound and ready to run.
+/// The parts that send streams to other nodes, bound and ready to run.
 pub struct Downstream {
     sender: StreamSender,
     outgoing: OutgoingStreams,
@@ -56,15 +56,15 @@ pub struct Downstream {
 /// Settings of a [`Downstream`].
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// What bounds each stream.
+    /// Limits of each stream.
     pub streams: SenderSettings,
-    /// How packets are sent; `None` sends none, to look for faults without edges.
+    /// How packets are sent; `None` sends none, for debugging without edges.
     pub fanout: Option<fanout::Settings>,
-    /// Addresses that get every stream, and their parity.
+    /// Addresses that get every stream (`downstream.targets`), and their parity.
     pub targets: Vec<(Destination, Fec)>,
-    /// The parity of edges that say hello.
+    /// The parity of edges that subscribe.
     pub edge_fec: Fec,
-    /// Where edges ask for lost packets, over QUIC.
+    /// The QUIC address where edges request lost packets.
     pub quic_addr: SocketAddr,
     /// The repair server. Its `rtp_port` is filled in.
     pub repair: RepairServerSettings,
@@ -73,7 +73,7 @@ pub struct Settings {
 /// Why a [`Downstream`] cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The port of RTP cannot be bound.
+    /// The RTP port cannot be bound.
     #[error("the RTP port {0}: {1}")]
     Rtp(u16, io::Error),
     /// The QUIC address cannot be bound.
@@ -138,7 +138,7 @@ impl Downstream {
         Ok(Self { sender, outgoing, edges, fanout, repair, subscribers, targets })
     }
 
-    /// What the hub calls for each stream.
+    /// The sink to add to the hub.
     pub fn sink(&self) -> Arc<dyn Sink> {
         Arc::new(self.sender.clone())
     }
@@ -153,10 +153,10 @@ impl Downstream {
         &self.edges
     }
 
-    /// Where the repair server listens.
+    /// The address of the repair server.
     ///
     /// # Errors
-    /// If the system does not say.
+    /// If the system cannot return the address.
     pub fn quic_addr(&self) -> io::Result<SocketAddr> {
         self.repair.local_addr()
     }
@@ -166,16 +166,16 @@ impl Downstream {
         self.fanout.as_ref().map(Fanout::local_port)
     }
 
-    /// A handle to wait for packets that have not left yet.
+    /// A handle that waits for queued packets.
     pub fn drain(&self) -> Drain {
         Drain { fanout: self.fanout.clone() }
     }
 
-    /// Serves until `shutdown`. `ports` of QUIC and of the HTTP API are announced to the fixed
-    /// targets (wire v0). Returns early if a part of it ended by itself.
+    /// Serves until `shutdown`. The ports of QUIC and of the HTTP API are announced to the fixed
+    /// targets (wire v0). Returns early if one of its parts ends.
     pub async fn run(self, (quic_port, api_port): (u16, u16), shutdown: CancellationToken) {
         let Self { sender, fanout, repair, subscribers, targets, .. } = self;
-        // Ends the other parts where one has ended.
+        // Stops the other parts once one has ended.
         let shutdown = shutdown.child_token();
         let mut parts = JoinSet::new();
         parts.spawn(repair.run(shutdown.clone()));
@@ -198,14 +198,13 @@ impl Downstream {
     }
 }
 
-/// Waits for packets on their way out.
+/// Waits for queued packets.
 pub struct Drain {
     fanout: Option<Fanout>,
 }
 
 impl Drain {
-    /// Waits until all packets that were queued have left, or for `timeout`. Returns `false` if some
-    /// have not.
+    /// Waits until all queued packets are sent, at most for `timeout`. Returns `false` on a timeout.
     pub async fn wait(&self, timeout: Duration) -> bool {
         match &self.fanout {
             Some(fanout) => fanout.drain(timeout).await,
@@ -221,7 +220,7 @@ async fn until(shutdown: CancellationToken, work: impl Future<Output = ()>) {
     }
 }
 
-/// Once per second: packets that are too old, edges that have gone.
+/// Once per second, drops packets that are too old and edges that timed out.
 async fn expire(sender: StreamSender, subscribers: Subscribers) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     loop {

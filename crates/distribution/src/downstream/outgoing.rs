@@ -365,7 +365,10 @@ impl SentUpTo {
 /// Flag beside the 16 bits of the sequence number.
 const KNOWN: u32 = 1 << 16;
 
-/// Byte rate: the mean of the first second, then an EWMA over seconds, gain 1/4.
+/// Byte rate in bytes per second: the mean of the first second, then an EWMA over seconds, gain 1/4.
+///
+/// It differs from the rates of the hub's streams on purpose. Those report the last second to the API
+/// without a lock and fall to 0 in a stall; this one is smoothed for pacing and repair budgets.
 #[derive(Debug, Default)]
 struct RateMeter {
     /// Start of the current second, and the bytes in it.

@@ -1,4 +1,12 @@
-//! One publication's parity on its way out: an encoder for each matrix that somebody is to get.
+//! The parity of one stream: an encoder for each matrix that at least one edge asks for.
+//!
+//! ```text
+//!        first edge with the matrix              last edge with it gone
+//! none ─────────────────────────────► encoding ─────────────────────────► flushed, none
+//! ```
+//!
+//! Invariants: one encoder per matrix of the snapshot; the open rows of an encoder survive a change
+//! of its targets; parity is never sent to an address that gets no media.
 
 use std::{
     collections::HashSet,
@@ -27,11 +35,11 @@ use downpour_repair::{
     rtp::{Burst, Seq, Ssrc},
 };
 
-/// The encoders of one publication. Without any, a burst costs it one comparison.
+/// The parity encoders of one stream. Without any, a burst costs one comparison.
 pub(super) struct ParityOut {
     media: Ssrc,
     encoders: Vec<Protected>,
-    /// Whose matrices the encoders have.
+    /// The snapshot that the encoders were last synchronized with.
     snapshot: Arc<Snapshot>,
     made: Vec<Bytes>,
     metrics: ParityMetrics,
@@ -42,7 +50,7 @@ pub(super) struct ParityOut {
 struct Protected {
     encoder: Encoder,
     targets: Arc<[Target]>,
-    /// When the overhead was measured last.
+    /// Packet counts at the last measurement of the overhead.
     counted: Stats,
 }
 
@@ -59,7 +67,7 @@ impl ParityOut {
         }
     }
 
-    /// Protects a burst, and gives `send` what is due.
+    /// Adds a burst to the encoders and sends the parity that is complete.
     pub(super) fn push(
         &mut self,
         now: Instant,
@@ -67,48 +75,48 @@ impl ParityOut {
         snapshot: &Arc<Snapshot>,
         mut send: impl FnMut(Train, Arc<[Target]>),
     ) {
-        self.follow(now, snapshot, &mut send);
+        self.sync_encoders(now, snapshot, &mut send);
         for protected in &mut self.encoders {
             protected.encoder.push_burst(now, burst, &mut self.made);
-            hand_over(&mut self.made, &protected.targets, &self.metrics, &mut send);
+            send_parity(&mut self.made, &protected.targets, &self.metrics, &mut send);
         }
         self.measure(now);
     }
 
-    /// Gives what is due where no burst comes.
+    /// Sends the parity that is due although no burst arrived.
     pub(super) fn handle_timeout(
         &mut self,
         now: Instant,
         snapshot: &Arc<Snapshot>,
         mut send: impl FnMut(Train, Arc<[Target]>),
     ) {
-        self.follow(now, snapshot, &mut send);
+        self.sync_encoders(now, snapshot, &mut send);
         for protected in &mut self.encoders {
             protected.encoder.handle_timeout(now, &mut self.made);
-            hand_over(&mut self.made, &protected.targets, &self.metrics, &mut send);
+            send_parity(&mut self.made, &protected.targets, &self.metrics, &mut send);
         }
     }
 
-    /// The publication is over: gives the parity of its tail.
+    /// Sends the parity of the last packets: the stream is over.
     pub(super) fn finish(&mut self, now: Instant, mut send: impl FnMut(Train, Arc<[Target]>)) {
         for mut protected in self.encoders.drain(..) {
             protected.encoder.flush(now, &mut self.made);
-            hand_over(&mut self.made, &protected.targets, &self.metrics, &mut send);
+            send_parity(&mut self.made, &protected.targets, &self.metrics, &mut send);
         }
     }
 
-    /// Whether anybody is to get parity.
+    /// `true` if any edge gets parity.
     pub(super) fn is_active(&self) -> bool {
         !self.encoders.is_empty()
     }
 
-    /// Parity packets a media packet during the last second: the most that any receiver gets.
+    /// Parity packets per media packet in the last second, of the matrix with the most.
     pub(super) fn overhead(&self) -> f64 {
         self.overhead
     }
 
-    /// Has an encoder for each matrix of the snapshot, and no other.
-    fn follow(
+    /// Creates encoders for new matrices of the snapshot and flushes those of matrices that are gone.
+    fn sync_encoders(
         &mut self,
         now: Instant,
         snapshot: &Arc<Snapshot>,
@@ -138,7 +146,7 @@ impl ParityOut {
         if before.is_empty() {
             return;
         }
-        // Who is sent no media any more may have lost its address to somebody else.
+        // An address that gets no media may belong to another host by now.
         let served: HashSet<SocketAddr> = snapshot.media.iter().map(|media| media.addr).collect();
         let is_served = |target: &&Target| {
             let media_port = target.addr.port().saturating_sub(PARITY_PORT_OFFSET);
@@ -148,7 +156,7 @@ impl ParityOut {
         for mut gone in before {
             gone.encoder.flush(now, &mut self.made);
             let targets = gone.targets.iter().filter(is_served).copied().collect();
-            hand_over(&mut self.made, &targets, &self.metrics, send);
+            send_parity(&mut self.made, &targets, &self.metrics, send);
         }
     }
 
@@ -167,7 +175,7 @@ impl ParityOut {
     }
 }
 
-/// What parity was made, of all publications.
+/// Counters of the parity of all streams.
 #[derive(Debug, Clone)]
 pub(super) struct ParityMetrics {
     packets: IntCounter,
@@ -175,7 +183,7 @@ pub(super) struct ParityMetrics {
 }
 
 impl ParityMetrics {
-    /// Makes the handles and registers them.
+    /// Creates the counters and registers them.
     ///
     /// # Errors
     /// If their names are taken.
@@ -195,7 +203,7 @@ impl ParityMetrics {
     }
 }
 
-/// Knows whether any publication has encoders, so that a clock need not run when none has.
+/// Number of streams with encoders, so that the parity timer sleeps while there are none.
 #[derive(Default)]
 pub(super) struct ParityWatch {
     active: AtomicUsize,
@@ -203,7 +211,7 @@ pub(super) struct ParityWatch {
 }
 
 impl ParityWatch {
-    /// Waits until a publication has encoders.
+    /// Waits until a stream has encoders.
     pub(super) async fn until_any(&self) {
         while self.active.load(Ordering::Acquire) == 0 {
             self.began.notified().await;
@@ -211,7 +219,7 @@ impl ParityWatch {
     }
 }
 
-/// Whether one publication has encoders.
+/// `true` while one stream has encoders. Dropping it clears it.
 pub(super) struct ParityFlag {
     watch: Arc<ParityWatch>,
     is_set: Arc<AtomicBool>,
@@ -222,7 +230,7 @@ impl ParityFlag {
         Self { watch, is_set: Arc::default() }
     }
 
-    /// The flag, to read.
+    /// A reader of the flag.
     pub(super) fn reader(&self) -> Arc<AtomicBool> {
         self.is_set.clone()
     }
@@ -247,7 +255,8 @@ impl Drop for ParityFlag {
     }
 }
 
-fn hand_over(
+/// Counts the parity packets in `made` and sends them.
+fn send_parity(
     made: &mut Vec<Bytes>,
     targets: &Arc<[Target]>,
     metrics: &ParityMetrics,
@@ -263,6 +272,7 @@ fn hand_over(
     }
 }
 
+/// Period over which the overhead is measured.
 const MEASURED_OVER: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -277,7 +287,7 @@ mod tests {
         out: ParityOut,
         packetizer: Packetizer,
         now: Instant,
-        /// To whom packets went, in the order of the encoders.
+        /// Addresses and numbers of packets sent, in the order of the encoders.
         sent: Vec<(SocketAddr, usize)>,
     }
 
@@ -289,7 +299,7 @@ mod tests {
             Self { out, packetizer: Packetizer::new(MEDIA, 1120), now, sent: Vec::new() }
         }
 
-        /// A frame of so many packets, 40 ms after the one before.
+        /// Pushes a frame of `packets` packets, 40 ms after the previous one.
         fn push(&mut self, packets: usize, snapshot: &Arc<Snapshot>) {
             self.now += Duration::from_millis(40);
             let tag = Tag::new(TagKind::Video, 0, &vec![7; packets * 1120 - 20]).unwrap();
@@ -327,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn encoders_come_and_go_with_those_who_want_their_parity() {
+    fn encoders_live_as_long_as_an_edge_wants_their_matrix() {
         let mut world = World::new();
         let nobody = snapshot(&[10], &[]);
         world.push(10, &nobody);
@@ -338,7 +348,7 @@ mod tests {
         assert_eq!(world.take_sent(), [(addr(12), 2)], "two rows, in one train");
         let first = world.out.encoders[0].encoder.ssrc();
 
-        // Another matrix comes; the first one's open row goes on.
+        // A second matrix is added; the open row of the first one continues.
         let both = snapshot(&[10, 20], &[((10, 1), 20), ((5, 1), 12)]);
         world.push(3, &rows);
         world.push(2, &both);
@@ -348,11 +358,11 @@ mod tests {
         world.push(8, &both);
         assert_eq!(world.take_sent(), [(addr(20), 1), (addr(12), 1)]);
 
-        // The first one goes: what is open is sent to who still gets the media.
+        // The first one is removed: its open row goes to the edge, which still gets the media.
         let second = snapshot(&[10, 20], &[((10, 1), 20)]);
         world.push(1, &second);
         assert_eq!(world.take_sent(), [(addr(12), 1)]);
-        // And so the second, whose receiver is gone.
+        // The second one is removed with its edge: nothing is sent.
         world.wait(Duration::from_millis(1), &nobody);
         assert!(!world.out.is_active() && world.take_sent().is_empty());
         assert_eq!(world.out.metrics.packets.get(), 7);
@@ -360,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_and_the_end_have_their_parity_too() {
+    fn parity_is_sent_in_a_pause_and_at_the_end() {
         let mut world = World::new();
         let rows = snapshot(&[10], &[((5, 1), 12)]);
         world.push(2, &rows);
@@ -376,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn the_overhead_is_what_was_sent() {
+    fn the_overhead_is_parity_per_media_packet() {
         let mut world = World::new();
         let rows = snapshot(&[10], &[((5, 1), 12), ((10, 1), 14)]);
         (0..60).for_each(|_| world.push(5, &rows));
@@ -387,7 +397,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_for_encoders_sees_them_come_and_go() {
+    async fn the_parity_timer_waits_until_a_stream_has_encoders() {
         let watch = Arc::new(ParityWatch::default());
         let flags = [(); 2].map(|()| ParityFlag::new(watch.clone()));
         let any = async |within| tokio::time::timeout(within, watch.until_any()).await.is_ok();

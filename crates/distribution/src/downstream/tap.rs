@@ -1,4 +1,4 @@
-//! One stream on its way to the edges: packetizer, history, fan-out and parity.
+//! The tap that sends one stream to the edges: packetizer, history, fan-out and parity.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,7 +25,7 @@ use super::{
     routes::{Route, Snapshot, Target},
 };
 
-/// Sends every stream of the hub to the edges. Cloning shares it.
+/// The sink that sends every stream of the hub to the edges. Clones share it.
 #[derive(Clone)]
 pub struct StreamSender {
     shared: Arc<Shared>,
@@ -38,26 +38,26 @@ struct Shared {
     fanout: Option<Fanout>,
     metrics: SenderMetrics,
     parity: Arc<ParityWatch>,
-    /// Streams that are live, for the parity of those that pause.
+    /// Live streams, for the parity of those that pause.
     live: Mutex<HashMap<Ssrc, LiveTap>>,
-    /// Streams that ended, whose packets can still be asked for.
+    /// Ended streams, whose packets edges may still request.
     retired: Mutex<VecDeque<(Instant, Arc<OutgoingStream>)>>,
 }
 
 struct LiveTap {
-    /// Whether it has encoders of parity.
+    /// `true` while it has parity encoders.
     has_parity: Arc<AtomicBool>,
     tap: Weak<Mutex<TapState>>,
 }
 
-/// What bounds each stream on its way out.
+/// Limits of each stream that is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SenderSettings {
-    /// Packets that each stream's history holds.
+    /// Packets that each stream's history holds at most.
     pub history_packets: usize,
-    /// How long it holds them, and how long an ended stream can be asked for packets.
+    /// How long it holds them, and how long an ended stream is kept for repair requests.
     pub history_age: Duration,
-    /// Bytes of RTP payload in a packet.
+    /// Bytes of RTP payload per packet at most.
     pub payload_max: usize,
 }
 
@@ -69,7 +69,7 @@ pub struct SenderMetrics {
 }
 
 impl SenderMetrics {
-    /// Makes the counters and registers them.
+    /// Creates the counters and registers them.
     ///
     /// # Errors
     /// If their names are taken.
@@ -84,7 +84,7 @@ impl SenderMetrics {
 }
 
 impl StreamSender {
-    /// Lists streams in `outgoing` and sends their packets by `fanout`; without one, nothing is sent.
+    /// Lists streams in `outgoing` and sends their packets with `fanout`, if there is one.
     pub fn new(
         settings: SenderSettings,
         outgoing: OutgoingStreams,
@@ -103,7 +103,7 @@ impl StreamSender {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Sends the parity of streams that pause. Never returns; sleeps while there is no parity.
+    /// Sends the parity of streams that pause. Never returns; sleeps while no stream has parity.
     pub async fn drive_parity(&self) {
         loop {
             self.shared.parity.until_any().await;
@@ -120,8 +120,8 @@ impl StreamSender {
         taps.iter().for_each(|tap| tap.lock().handle_timeout(now));
     }
 
-    /// Forgets packets that have grown too old, and streams that ended long enough ago. To be called
-    /// once per second.
+    /// Drops packets that are too old, and streams that ended [`SenderSettings::history_age`] ago. Call
+    /// it once per second.
     pub fn expire(&self, now: Instant) {
         let Shared { settings, outgoing, retired, .. } = &*self.shared;
         let mut retired = retired.lock();
@@ -149,8 +149,8 @@ impl Sink for StreamSender {
 }
 
 impl Shared {
-    /// Keeps the packets of an ended stream for edges that still miss some, within a bound: an encoder
-    /// that comes and goes quickly must not fill the memory.
+    /// Keeps the packets of an ended stream for edges that still miss some. Bounded, since an encoder
+    /// that reconnects quickly must not fill the memory.
     fn retire(&self, stream: Arc<OutgoingStream>) {
         let mut retired = self.retired.lock();
         retired.push_back((Instant::now(), stream));
@@ -164,8 +164,8 @@ impl Shared {
         }
     }
 
-    /// Random, so that a restarted node or a second one is never mistaken for the first
-    /// (RFC 3550 §8.1). Not zero, which the Go edge takes for none.
+    /// A random SSRC, so that a restarted node is not mistaken for the one before (RFC 3550 §8.1).
+    /// Never 0, which the Go edge reads as "no stream".
     fn free_ssrc(&self) -> Ssrc {
         loop {
             let ssrc = Ssrc(rand::random());
@@ -178,7 +178,7 @@ impl Shared {
 
 /// The tap of one stream. Dropping it ends the stream for the edges.
 struct DownstreamTap {
-    /// `None` only while it is dropped.
+    /// `None` only during the drop.
     state: Option<Arc<Mutex<TapState>>>,
     ssrc: Ssrc,
     shared: Arc<Shared>,
@@ -195,7 +195,7 @@ impl Tap for DownstreamTap {
 impl Drop for DownstreamTap {
     fn drop(&mut self) {
         self.shared.live.lock().remove(&self.ssrc);
-        // The parity timer may hold the state for a moment; the end is announced here and now.
+        // The parity timer may hold the state for a moment. The end is announced before this returns.
         if let Some(state) = self.state.take() {
             state.lock().finish(Instant::now());
         }
@@ -208,7 +208,7 @@ struct TapState {
     packetizer: Packetizer,
     headers: Headers,
     has_video: bool,
-    /// `None` where nothing is sent.
+    /// `None` in debug mode: nothing is sent.
     route_out: Option<RouteOut>,
     parity_flag: ParityFlag,
 }
@@ -242,8 +242,8 @@ impl TapState {
 
     fn push(&mut self, now: Instant, tag: &Tag) {
         if tag.kind() == TagKind::Script {
-            // Script tags do not travel as RTP (wire v0). Edges get the metadata as a header;
-            // captions and cue points stay with this node's own readers.
+            // Script tags are not sent as RTP (wire v0). Edges get the metadata as a header; captions
+            // and cue points reach only readers of this node.
             if tag.is_metadata() {
                 self.learn(tag, None);
             }
@@ -255,7 +255,7 @@ impl TapState {
             self.learn(tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
-        // Into the history first: an edge may ask for a packet before the last one is sent.
+        // Into the history first: an edge may request a packet before the burst is sent.
         self.outgoing.push(now, burst.clone(), starts_gop);
         if let Some(route_out) = &mut self.route_out {
             route_out.send(now, tag, &burst);
@@ -264,8 +264,8 @@ impl TapState {
         }
     }
 
-    /// Takes a header, whose packets are `burst`, and announces it if it has changed: encoders repeat
-    /// theirs.
+    /// Stores a header, whose packets are `burst`, and announces it if it changed: encoders repeat
+    /// headers.
     fn learn(&mut self, tag: &Tag, burst: Option<&Burst>) {
         let held = match tag.kind() {
             TagKind::Video => &mut self.headers.video,
@@ -277,7 +277,7 @@ impl TapState {
         }
         *held = Some(tag.clone());
         if let Some(burst) = burst {
-            // It stays, and the memory that it shares need not.
+            // Copied: a header that lives long must not hold the buffer that it shares.
             self.outgoing.keep_header(tag.kind(), burst.detached());
         }
         self.outgoing.set_headers(self.headers.clone());
@@ -302,7 +302,7 @@ impl TapState {
     }
 }
 
-/// How a stream's packets leave.
+/// The route of a stream's packets: targets, parity and pacing.
 struct RouteOut {
     fanout: Fanout,
     route: Route,
@@ -335,7 +335,7 @@ impl RouteOut {
         });
         let snapshot = self.route.targets(now);
         self.fanout.send(self.outgoing.ssrc(), burst, &snapshot.media, pace.as_ref());
-        // The fan-out has its own handle of it.
+        // The fan-out holds a clone.
         drop(pace);
         self.with_parity(|parity, snapshot, send| parity.push(now, burst, snapshot, send), now);
     }
@@ -349,7 +349,7 @@ impl RouteOut {
         self.fanout.finish(self.outgoing.ssrc());
     }
 
-    /// Parity goes into the stream's flow, behind the packets that it protects.
+    /// Sends parity in the stream's flow, after the packets that it protects.
     fn with_parity(
         &mut self,
         make: impl FnOnce(&mut ParityOut, &Arc<Snapshot>, &mut dyn FnMut(Train, Arc<[Target]>)),
@@ -372,10 +372,10 @@ impl RouteOut {
     }
 }
 
-/// Bytes of packets that ended streams may hold, all together.
+/// Bytes of packets that all ended streams may hold.
 const RETIRED_BYTES: usize = 64 << 20;
 const RETIRED_STREAMS: usize = 1024;
-/// How much later than due the parity of a stream that pauses may be sent.
+/// The most by which the parity of a stream that pauses is late.
 const PARITY_TICK: Duration = Duration::from_millis(20);
 
 #[cfg(test)]
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_live_stream_is_listed_and_its_packets_can_be_asked_for() {
+    fn a_live_stream_is_listed_and_its_packets_can_be_requested() {
         let (sender, hub, outgoing) = sender();
         let mut events = outgoing.subscribe();
         let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
@@ -435,7 +435,7 @@ mod tests {
         assert!(matches!(events.try_recv(), Ok(OutgoingEvent::End(_))));
         assert!(stream.ended());
         sender.expire(Instant::now());
-        assert!(stream.packet(Seq(65001)).is_some(), "its tail can still be asked for");
+        assert!(stream.packet(Seq(65001)).is_some(), "its last packets can still be requested");
         sender.expire(Instant::now() + Duration::from_secs(11));
         assert!(outgoing.streams().is_empty());
     }
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn an_edge_that_joins_before_the_first_key_frame_begins_at_the_beginning() {
+    fn an_edge_that_joins_before_the_first_key_frame_starts_at_the_first_packet() {
         let (_, hub, outgoing) = sender();
         let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
         publisher.push(header());

@@ -1,4 +1,10 @@
-use std::sync::atomic::AtomicUsize;
+use std::{
+    sync::{
+        atomic::AtomicUsize,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread,
+};
 
 use super::*;
 use crate::{LogLimits, OnDemand, ReadOutcome, Sink, Tap};
@@ -114,7 +120,7 @@ async fn a_second_publisher_is_refused_until_the_first_is_silent() {
 }
 
 #[tokio::test]
-async fn a_node_holds_so_many_streams_and_players() {
+async fn streams_and_players_are_limited() {
     let limits = Settings { max_streams: 1, max_players: 1, ..Settings::default() };
     let admission = admission(limits);
     let mut publication = publish(&admission, "live/a").await.unwrap();
@@ -158,7 +164,7 @@ async fn policies_are_awaited_for_both_actions_before_the_key_is_claimed() {
 }
 
 #[tokio::test]
-async fn what_was_admitted_can_be_revoked() {
+async fn publications_and_playbacks_can_be_revoked() {
     let admission = admission(Settings::default());
     let publish = request(Action::Publish, "live/a");
     let mut publication = admission.publish(publish.clone()).await.unwrap();
@@ -223,7 +229,7 @@ async fn a_source_on_demand_runs_while_somebody_plays() {
         let [wanted, unwanted] = [&source.wanted, &source.unwanted];
         (wanted.load(Ordering::Relaxed), unwanted.load(Ordering::Relaxed))
     };
-    // It does not come in time.
+    // The stream does not start in time.
     let refused = admission.play(request(Action::Play, "live/a")).await.err();
     assert_eq!(refused, Some(Refusal::NotLive(key("live/a"))));
     assert_eq!(counts(), (1, 1));
@@ -240,7 +246,7 @@ async fn a_source_on_demand_runs_while_somebody_plays() {
     assert!(stream.ended());
 }
 
-/// Writes down what it sees.
+/// Records its calls.
 #[derive(Clone)]
 struct Notes(&'static str, Arc<Mutex<Vec<String>>>);
 
@@ -292,4 +298,123 @@ async fn taps_see_each_tag_in_the_order_of_their_sinks_and_before_the_log() {
         "second end false",
     ];
     assert_eq!(*notes.lock(), expected);
+}
+
+/// Its taps signal and wait once each time they push or end.
+struct Gate {
+    entered: SyncSender<&'static str>,
+    resume: Arc<Mutex<Receiver<()>>>,
+}
+
+impl Gate {
+    fn add_to(hub: &Hub) -> (Receiver<&'static str>, SyncSender<()>) {
+        let (entered, entries) = sync_channel(8);
+        let (resumer, resume) = sync_channel(8);
+        hub.add_sink(Arc::new(Self { entered, resume: Arc::new(Mutex::new(resume)) }));
+        (entries, resumer)
+    }
+}
+
+impl Sink for Gate {
+    fn stream_up(&self, _: &Arc<Stream>) -> Option<Box<dyn Tap>> {
+        Some(Box::new(GateTap(self.entered.clone(), self.resume.clone())))
+    }
+}
+
+struct GateTap(SyncSender<&'static str>, Arc<Mutex<Receiver<()>>>);
+
+impl GateTap {
+    fn pass(&self, at: &'static str) {
+        if self.0.send(at).is_ok() {
+            let _ = self.1.lock().recv();
+        }
+    }
+}
+
+impl Tap for GateTap {
+    fn push(&mut self, _: Instant, _: &Tag) {
+        self.pass("push");
+    }
+}
+
+impl Drop for GateTap {
+    fn drop(&mut self) {
+        self.pass("end");
+    }
+}
+
+/// Runs `work` on a thread and fails if it takes 20 s.
+fn within_deadline<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = sync_channel(1);
+    thread::spawn(move || done.send(work()));
+    result.recv_timeout(Duration::from_secs(20)).expect("no deadlock")
+}
+
+fn block_on<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+#[test]
+fn claims_do_not_wait_for_a_publication_that_is_pushing() {
+    let admission = admission(Settings::default());
+    let (entries, resume) = Gate::add_to(admission.hub());
+    let mut publication = block_on(publish(&admission, "live/a")).unwrap();
+    let pushing = thread::spawn(move || publication.push(frame(0, 0x17)));
+    assert_eq!(entries.recv(), Ok("push"));
+    let refused = within_deadline({
+        let admission = admission.clone();
+        move || {
+            let same_key = block_on(publish(&admission, "live/a")).err();
+            block_on(publish(&admission, "live/b")).unwrap();
+            same_key
+        }
+    });
+    assert_eq!(refused, Some(Refusal::AlreadyLive(key("live/a"))));
+    drop(resume);
+    pushing.join().unwrap();
+}
+
+#[test]
+fn a_revocation_waits_for_the_end_that_another_thread_has_begun() {
+    let admission = admission(Settings::default());
+    let (entries, resume) = Gate::add_to(admission.hub());
+    let mut publication = block_on(publish(&admission, "live/a")).unwrap();
+    resume.send(()).unwrap();
+    publication.push(frame(0, 0x17));
+    assert_eq!(entries.recv(), Ok("push"));
+    let stream = admission.hub().stream("live/a").unwrap();
+    let dropping = thread::spawn(move || drop(publication));
+    assert_eq!(entries.recv(), Ok("end"));
+    let (started, starts) = sync_channel(1);
+    let revoking = thread::spawn({
+        let (admission, stream) = (admission.clone(), stream.clone());
+        move || {
+            started.send(()).unwrap();
+            (admission.revoke_publication(&key("live/a")), stream.ended())
+        }
+    });
+    starts.recv().unwrap();
+    // Without the wait, the revocation returns in this time, while the tap still blocks the end.
+    thread::sleep(Duration::from_millis(50));
+    assert!(!stream.ended());
+    drop(resume);
+    assert_eq!(revoking.join().unwrap(), (true, true));
+    dropping.join().unwrap();
+}
+
+#[tokio::test]
+async fn a_revoked_publication_frees_its_key_and_is_no_take_over() {
+    let admission = admission(Settings { max_streams: 1, ..Settings::default() });
+    let mut revoked = publish(&admission, "live/a").await.unwrap();
+    revoked.push(frame(0, 0x17));
+    assert!(admission.revoke_publication(&key("live/a")));
+    assert!(!admission.revoke_publication(&key("live/a")));
+    assert_eq!(admission.end_all(), 0);
+    let mut next = publish(&admission, "live/a").await.unwrap();
+    assert_eq!(admission.counters().takeovers.load(Ordering::Relaxed), 0);
+    next.push(frame(0, 0x17));
+    revoked.push(frame(40, 0x17));
+    drop(revoked);
+    assert_eq!(admission.hub().len(), 1);
+    assert!(publish(&admission, "live/a").await.is_err(), "the next publication keeps its claim");
 }

@@ -180,7 +180,7 @@ impl<'a, S: SendSocket> Round<'_, 'a, S> {
     /// Makes `segment` the socket's option once enough messages in a row want it.
     fn want_option(&mut self, segment: u16) {
         // The messages that are in the round rely on the current option.
-        if self.gso.wants_option(segment) && self.messages.len() == 0 {
+        if self.gso.wants_option(segment) && self.messages.is_empty() {
             match self.socket.set_segment(segment) {
                 Ok(()) => self.messages.set_default_segment(segment),
                 Err(_) => self.gso.forbid_option(),
