@@ -125,6 +125,10 @@ pub struct DemoArgs {
 /// Example: downpour push movie.flv 'rtmp://127.0.0.1/live/cam{i}' --count 100 --loop
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
+#[allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "[:PORT] is no link, and the help shows it as it is"
+)]
 pub struct PushArgs {
     /// The FLV file to publish
     pub file: PathBuf,
@@ -146,6 +150,10 @@ pub struct PushArgs {
 /// Example: downpour pull http://127.0.0.1:8092/live/movie.flv --output movie.flv --duration 10
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
+#[allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "[:PORT] is no link, and the help shows it as it is"
+)]
 pub struct PullArgs {
     /// The server: http://HOST[:PORT]/APP/NAME.flv or rtmp://HOST[:PORT]/APP/NAME; {i} becomes the
     /// number of the connection, from 0
