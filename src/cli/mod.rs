@@ -125,6 +125,10 @@ pub struct DemoArgs {
 /// Example: downpour push movie.flv 'rtmp://127.0.0.1/live/cam{i}' --count 100 --loop
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
+#[allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "[:PORT] is no link, and the help shows it as it is"
+)]
 pub struct PushArgs {
     /// The FLV file to publish
     pub file: PathBuf,
@@ -150,6 +154,10 @@ pub struct PushArgs {
 /// Example: downpour pull http://127.0.0.1:8092/live/movie.flv --output movie.flv --duration 10
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
+#[allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "[:PORT] is no link, and the help shows it as it is"
+)]
 pub struct PullArgs {
     /// URL of the server
     #[arg(

@@ -56,6 +56,7 @@ async fn every_speed(settings: ViewerSettings, seed: u64) {
         }
         sleep(Duration::from_millis(3)).await;
     }
+    node.eventually("all have joined", |node| node.metrics.viewers_total.get() == 300).await;
     drop(publisher);
     let mut skipped = 0;
     let mut whole = 0;

@@ -50,9 +50,11 @@ async fn encoder_is_refused_a_key_that_another_source_holds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn node_with_rtmp_and_an_upstream_refuses_a_key_from_above() {
     let dir = tempfile::tempdir().unwrap();
-    let mut cloud = CloudConfig::default();
-    cloud.rtmp_addr = "127.0.0.1:0".parse().unwrap();
-    cloud.api_addr = "127.0.0.1:0".parse().unwrap();
+    let mut cloud = CloudConfig {
+        rtmp_addr: "127.0.0.1:0".parse().unwrap(),
+        api_addr: "127.0.0.1:0".parse().unwrap(),
+        ..CloudConfig::default()
+    };
     cloud.downstream.quic_addr = "127.0.0.1:0".parse().unwrap();
     cloud.downstream.rtp_port = ports::free();
     cloud.downstream.targets.clear();
@@ -62,13 +64,15 @@ async fn node_with_rtmp_and_an_upstream_refuses_a_key_from_above() {
     let addrs = above.addrs().clone();
     let below = addrs.downstream.expect("a cloud serves edges");
 
-    let mut edge = EdgeConfig::default();
-    edge.udp_addr = "127.0.0.1:0".parse().unwrap();
-    edge.flv_addr = "127.0.0.1:0".parse().unwrap();
-    edge.cloud_host = "127.0.0.1".into();
-    edge.quic_addr = below.quic.to_string().parse().unwrap();
-    edge.api_addr = addrs.http.to_string().parse().unwrap();
-    edge.fingerprint = Some(below.fingerprint);
+    let edge = EdgeConfig {
+        udp_addr: "127.0.0.1:0".parse().unwrap(),
+        flv_addr: "127.0.0.1:0".parse().unwrap(),
+        cloud_host: "127.0.0.1".into(),
+        quic_addr: below.quic.to_string().parse().unwrap(),
+        api_addr: addrs.http.to_string().parse().unwrap(),
+        fingerprint: Some(below.fingerprint),
+        ..EdgeConfig::default()
+    };
     let settings = NodeSettings { rtmp: NodeSettings::from(&cloud).rtmp, ..(&edge).into() };
     let both = Node::bind(settings).unwrap();
     let rtmp_below = both.addrs().rtmp.expect("RTMP is bound");
