@@ -25,7 +25,7 @@ fn it_says_where_to_watch_and_the_stream_is_whole() {
     let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
     let urls: Vec<String> = lines
         .by_ref()
-        .take_while(|line| !line.starts_with("Push"))
+        .take_while(|line| !line.starts_with("Publish"))
         .filter_map(|line| Some(line.split_once("http://")?.1.to_owned()))
         .collect();
     assert_eq!(urls.len(), 2, "{urls:?}");
