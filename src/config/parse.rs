@@ -116,7 +116,7 @@ impl<'a> Reader<'a> {
                 _ if section && entry.value.is_null() => {
                     reader.given.sections.insert(entry.key.clone());
                 }
-                // `streams` is a section, and was a list of its own before there were sections.
+                // `streams` is a section, and was a list before there were sections.
                 _ if section && !alias => {
                     let message = format!(
                         "{}: {} is not valid; use a section, with keys and values below it",

@@ -17,7 +17,7 @@ pub struct Field {
     pub meaning: &'static str,
 }
 
-/// A record that is being read. Every key is known and stands there once.
+/// A record that is being read. Each of its keys is known and set once.
 pub(super) struct Fields<'a> {
     node: &'a Node,
     entries: Vec<(&'a str, &'a Node)>,

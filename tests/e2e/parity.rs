@@ -67,7 +67,7 @@ fn auto_begins_when_an_edge_reports_loss() {
     site.network.set_rtp(&LinkSettings::lossy(0.03));
     wait_for("parity is made", SOON, || (made(&site) > 20.0).then_some(()));
     wait_for("the edge's parity is told", SOON, || reported().filter(|(_, fec)| *fec));
-    wait_for("the edge makes packets anew", SOON, || (site.packets("parity") > 0.0).then_some(()));
+    wait_for("the edge rebuilds packets", SOON, || (site.packets("parity") > 0.0).then_some(()));
     let metrics = site.cloud.node.metrics();
     assert!(metrics.sum("downpour_fec_bytes_total", &[]) > 20.0 * 100.0);
     wait_for("its overhead is told", SOON, || {

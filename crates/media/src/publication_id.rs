@@ -1,4 +1,4 @@
-//! What tells one publication of a stream from the next.
+//! The identity of a publication, which distinguishes it from the next one of its stream.
 
 use std::{fmt, str::FromStr};
 

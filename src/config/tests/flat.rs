@@ -159,7 +159,7 @@ fn every_flat_name_means_one_key() {
             assert!(seen.insert(key.spec.path()), "{}", key.spec.path());
             for alias in key.spec.aliases {
                 assert!(seen.insert((*alias).into()), "{alias}");
-                // A section that is also a flat name is told apart by its value, a list.
+                // A section that is also a flat name is recognised by its value, a list.
                 let section = sections.iter().any(|section| section.name == *alias);
                 assert!(!section || *alias == "streams", "{alias}");
             }
