@@ -19,7 +19,7 @@ use std::{
     net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll},
+    task::Poll,
     time::Duration,
 };
 
@@ -34,7 +34,6 @@ use tracing::{debug, info, warn};
 
 use super::{
     ServerMetrics,
-    lazy_poll::LazyPoll,
     metrics::{
         REFUSED_ALREADY_LIVE, REFUSED_FULL, REFUSED_NAME, REFUSED_NOT_CONNECTED, REFUSED_PLAY,
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
@@ -125,9 +124,8 @@ impl Connection {
         // Reset only when it fires, not per read.
         let mut due = state.deadline();
         let mut timer = pin!(time::sleep_until(due));
-        let lazy = LazyPoll::new();
         loop {
-            let wake = wake(stream, state, &lazy, cancelled.as_mut(), timer.as_mut());
+            let wake = wake(stream, state, cancelled.as_mut(), timer.as_mut());
             match wake.await {
                 Wake::Cancelled => return state.cancelled(),
                 Wake::Read(Ok(Some(Ok(Step::Continue)))) => {}
@@ -144,8 +142,6 @@ impl Connection {
                         Ok(Some(close)) => return close,
                         Err(error) => return Close::Protocol(error),
                     }
-                    // `cancelled` was polled without the waker of `lazy`.
-                    lazy.wake();
                 }
                 Wake::Read(Ok(Some(Err(error)))) => return Close::Protocol(error),
                 Wake::Read(Ok(None)) => return Close::Eof,
@@ -156,7 +152,6 @@ impl Connection {
                         return state.timed_out();
                     }
                     timer.as_mut().reset(due);
-                    lazy.wake();
                 }
             }
             // After a publication the deadline is nearer than during one.
@@ -164,7 +159,6 @@ impl Connection {
             if deadline < due {
                 due = deadline;
                 timer.as_mut().reset(due);
-                lazy.wake();
             }
             let output = state.session.take_output();
             if output.is_empty() {
@@ -173,8 +167,6 @@ impl Connection {
             if let Some(close) = write(stream, state, &output, cancelled.as_mut()).await {
                 return close;
             }
-            // `cancelled` was polled without the waker of `lazy`.
-            lazy.wake();
         }
     }
 
@@ -198,27 +190,17 @@ impl Connection {
 async fn wake(
     stream: &mut TcpStream,
     state: &mut ConnectionState,
-    lazy: &LazyPoll,
     mut cancelled: Pin<&mut impl Future<Output = ()>>,
     mut timer: Pin<&mut time::Sleep>,
 ) -> Wake {
     poll_fn(|cx| {
-        let woken = lazy.take(cx);
-        let mut quiet = Context::from_waker(lazy.waker());
-        if woken && cancelled.as_mut().poll(&mut quiet).is_ready() {
+        if cancelled.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Wake::Cancelled);
         }
         if let Poll::Ready(read) = socket::poll_read(stream, cx, |bytes| state.take(bytes)) {
-            if woken {
-                // The timer was not polled.
-                lazy.wake();
-            }
             return Poll::Ready(Wake::Read(read));
         }
-        match woken && timer.as_mut().poll(&mut quiet).is_ready() {
-            true => Poll::Ready(Wake::Timer),
-            false => Poll::Pending,
-        }
+        timer.as_mut().poll(cx).map(|()| Wake::Timer)
     })
     .await
 }

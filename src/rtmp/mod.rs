@@ -4,7 +4,6 @@
 
 pub mod client;
 mod connection;
-mod lazy_poll;
 pub mod listener;
 mod metrics;
 mod socket;

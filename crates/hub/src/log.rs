@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 
 use super::{LogLimits, reader::MaxLag};
 use downpour_media::flv::{Headers, Tag, TagKind};
-use downpour_sys::prefetch;
 
 /// The newest tags of a stream, and the newest point where a reader can start.
 ///
-/// The fields that every push uses come first, up to [`TagLog::HOT_BYTES`], in few cache lines.
+/// The fields that every push uses come first, up to [`TagLog::HOT_BYTES`]:
+/// [`NextPush`](crate::NextPush) prefetches them.
 #[repr(C)]
 pub(super) struct TagLog {
     pub(super) entries: VecDeque<Entry>,
@@ -45,7 +45,6 @@ pub(super) struct Entry {
 }
 
 /// A tag where a reader can start: a key frame, or an audio tag in a stream without video.
-#[repr(C)]
 pub(super) struct StartPoint {
     pub(super) index: u64,
     at: u64,
@@ -202,8 +201,6 @@ impl TagLog {
         if !self.exceeds(now, self.limits) {
             return;
         }
-        let (oldest, _) = self.entries.as_slices();
-        prefetch(oldest.as_ptr().addr(), TRIMMED_TOGETHER * size_of::<Entry>());
         let low_water = LogLimits {
             max_bytes: max_bytes - max_bytes / TRIMMED_SHARE,
             max_age: max_age - max_age / TRIMMED_SHARE as u32,
@@ -302,8 +299,6 @@ const AUDIO_WAIT_MS: u64 = 50;
 pub(super) const AUDIO_ONLY_AFTER_MS: u64 = 10_000;
 /// A trim drops one part in this many of the limits.
 const TRIMMED_SHARE: usize = 32;
-/// The tags that a trim usually drops.
-const TRIMMED_TOGETHER: usize = 16;
 /// The most that one tag advances the media clock, in milliseconds.
 const MAX_CLOCK_STEP_MS: u64 = 10_000;
 /// How far a timestamp may step back before it counts as a restart, in milliseconds.

