@@ -74,7 +74,10 @@ fn every_property_has_a_target_a_corpus_and_a_test() {
     let (manifest, tests) = (include_str!("../fuzz/Cargo.toml"), include_str!("fuzz_corpus.rs"));
     for name in names {
         assert!(manifest.contains(&format!("path = \"fuzz_targets/{name}.rs\"")), "{name}");
-        assert!(tests.contains(&format!("fn {name}() {{\n    check_corpus(\"{name}\");")), "{name}");
+        assert!(
+            tests.contains(&format!("fn {name}() {{\n    check_corpus(\"{name}\");")),
+            "{name}"
+        );
     }
 }
 

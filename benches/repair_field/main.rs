@@ -61,6 +61,17 @@ struct Options {
     bench: bool,
 }
 
+impl Options {
+    /// The directory of the report; `partial` is the default if only a part of the grid runs.
+    fn report_dir(&self, partial: &Path) -> PathBuf {
+        let whole = !self.quick && self.only.is_empty();
+        self.out.clone().unwrap_or_else(|| match whole {
+            true => Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"),
+            false => partial.into(),
+        })
+    }
+}
+
 fn main() -> ExitCode {
     let options = Options::parse();
     match bench(&options) {
@@ -89,12 +100,8 @@ fn bench(options: &Options) -> io::Result<()> {
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
     let parallel = options.jobs.unwrap_or(6 * processors);
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("repair_field");
-    let whole = !options.quick && options.only.is_empty();
     let partial = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/repair_field");
-    let out = options.out.clone().unwrap_or_else(|| match whole {
-        true => Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"),
-        false => partial.clone(),
-    });
+    let out = options.report_dir(&partial);
     fs::create_dir_all(&scratch)?;
     fs::create_dir_all(&partial)?;
     fs::create_dir_all(&out)?;

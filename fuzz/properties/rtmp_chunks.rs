@@ -18,7 +18,10 @@ pub fn check(data: &[u8]) {
     let (messages, _) = whole;
     for message in &messages {
         assert!(message.body().len() <= data.len());
-        assert!(![SET_CHUNK_SIZE, ABORT].contains(&message.kind), "the reader handles these itself");
+        assert!(
+            ![SET_CHUNK_SIZE, ABORT].contains(&message.kind),
+            "the reader handles these itself"
+        );
     }
     let (written, order) = write(&messages, Random::of(data));
     let (again, error) = read([&written[..]]);

@@ -1,4 +1,4 @@
-//! Hostile RTMP clients: each is cut off or ignored, and another stream does not notice.
+//! Hostile RTMP clients are closed or ignored, and do not affect another stream.
 
 use std::{
     io::{Read, Write},
@@ -19,7 +19,7 @@ use downpour_rtmp::chunk::{
     AUDIO, SET_CHUNK_SIZE, SET_PEER_BANDWIDTH, USER_CONTROL, VIDEO, WINDOW_ACK_SIZE,
 };
 
-/// A server with a stream that must not notice what the test does beside it.
+/// A server with a well-behaved stream.
 struct Witness {
     server: RtmpServer,
     publisher: Publisher,
@@ -35,7 +35,7 @@ impl Witness {
         witness
     }
 
-    /// Another tag gets through.
+    /// Asserts that another tag of the stream arrives.
     async fn check(&mut self) {
         let tag = Tag::new(TagKind::Audio, self.sent, &[0xaf, 1]).unwrap();
         self.sent += 1;
@@ -44,11 +44,11 @@ impl Witness {
         eventually("the witness", || self.server.recorder.recorded("live/witness", arrived)).await;
     }
 
-    /// The connection of `encoder` is closed as one that broke the protocol in this `kind`.
+    /// Asserts that the server closes `encoder` for a protocol error of this `kind`.
     async fn is_cut_off(&mut self, mut encoder: RawEncoder, kind: &str) {
         let name = format!("downpour_rtmp_protocol_errors_total{{kind=\"{kind}\"}}");
         let before = self.server.metric(&name);
-        // It may be closed before all is sent.
+        // The server may close before everything is sent.
         let closed = tokio::task::spawn_blocking(move || {
             let _ = encoder.send();
             encoder.is_closed()
@@ -60,7 +60,7 @@ impl Witness {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unfinished_messages_are_bounded_in_sum_and_in_number() {
+async fn server_bounds_unfinished_messages() {
     let settings = ServerSettings { max_message_len: 1 << 20, ..ServerSettings::default() };
     let mut witness = Witness::start(settings).await;
     let mut encoder = RawEncoder::publish(witness.server.addr, "live", "x");
@@ -92,7 +92,7 @@ async fn amf_nested_100000_deep_is_an_error() {
         encoder.message(20, 0, &body);
         witness.is_cut_off(encoder, "command").await;
 
-        // As 400,000 levels of media it is none of our business, and as a command it is too long.
+        // With 400,000 levels, script data is forwarded unparsed, and a command is too long.
         let deep = nesting.repeat(400_000);
         let mut encoder = RawEncoder::publish(witness.server.addr, "live", "deep");
         encoder.message(20, 0, &deep);
@@ -111,7 +111,7 @@ async fn amf_nested_100000_deep_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn chunk_sizes_at_the_edges() {
+async fn server_handles_extreme_chunk_sizes() {
     let mut witness = Witness::start(ServerSettings::default()).await;
     for size in [0, 1 << 31, u32::MAX] {
         let mut encoder = RawEncoder::publish(witness.server.addr, "live", "x");
@@ -151,7 +151,7 @@ async fn windows_of_0_and_1_and_floods_of_pings_are_survived() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_asks_and_never_reads_is_cut_off() {
+async fn server_closes_a_client_that_never_reads_answers() {
     let write_timeout = Duration::from_millis(500);
     let settings = ServerSettings { write_timeout, ..ServerSettings::default() };
     let mut witness = Witness::start(settings).await;
@@ -161,7 +161,7 @@ async fn who_asks_and_never_reads_is_cut_off() {
             encoder.message(USER_CONTROL, 0, &[0, 6, 1, 2, 3, 4]);
         }
         let pings = encoder.out.clone();
-        // The answers fill both sides' buffers, then ours are no longer read.
+        // The answers fill the buffers of both sides, then the server stops reading.
         encoder.stream.set_write_timeout(Some(SOON)).unwrap();
         while encoder.stream.write_all(&pings).is_ok() {}
     });
@@ -176,13 +176,13 @@ async fn who_asks_and_never_reads_is_cut_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn closing_at_every_byte_of_the_handshake_leaves_nothing() {
+async fn server_releases_connections_with_a_partial_handshake() {
     let mut witness = Witness::start(ServerSettings::default()).await;
     let addr = witness.server.addr;
     tokio::task::spawn_blocking(move || {
         for len in 0..=SIMPLE_HANDSHAKE.len() {
             let mut stream = TcpStream::connect(addr).unwrap();
-            // It may be gone: what counts is what stays.
+            // The connection may be closed already.
             let _ = stream.write_all(&SIMPLE_HANDSHAKE[..len]);
         }
     })
@@ -196,7 +196,7 @@ async fn closing_at_every_byte_of_the_handshake_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn closing_at_every_byte_of_a_session_ends_its_publication() {
+async fn server_ends_publications_of_partial_sessions() {
     let mut witness = Witness::start(ServerSettings::default()).await;
     let addr = witness.server.addr;
     tokio::task::spawn_blocking(move || {
@@ -223,7 +223,7 @@ async fn closing_at_every_byte_of_a_session_ends_its_publication() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_protocols_are_hung_up_on_at_once() {
+async fn server_closes_other_protocols_at_once() {
     let mut witness = Witness::start(ServerSettings::default()).await;
     for greeting in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x16, 3, 1, 2, 0], &[6; 1537]] {
         let addr = witness.server.addr;
@@ -244,7 +244,7 @@ async fn other_protocols_are_hung_up_on_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_sends_and_never_publishes_is_cut_off() {
+async fn server_closes_a_client_that_never_publishes() {
     let mut witness = Witness::start(ServerSettings::default()).await;
     let mut encoder = RawEncoder::connect(witness.server.addr);
     for _ in 0..300 {
@@ -254,7 +254,7 @@ async fn who_sends_and_never_publishes_is_cut_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_panic_in_the_node_ends_one_connection() {
+async fn panic_in_the_node_closes_only_its_connection() {
     let mut witness = Witness::start(ServerSettings::default()).await;
     let mut encoder = RawEncoder::connect(witness.server.addr);
     encoder.command(0, "connect", 1.0, &[Value::object([("app", "live".into())])]);

@@ -145,22 +145,25 @@ fn watch(
                     break;
                 }
                 held.extend_from_slice(&buffer[..count]);
-                let mut rest = &held[..];
-                while let Some((length, tail)) = rest.split_first_chunk::<4>() {
-                    let Some((body, tail)) =
-                        tail.split_at_checked(u32::from_be_bytes(*length) as usize)
-                    else {
-                        break;
-                    };
-                    record(body, at);
-                    rest = tail;
-                }
-                let used = held.len() - rest.len();
+                let used = read_frames(&held, |body| record(body, at));
                 held.drain(..used);
             }
         }
     }
     Ok(received)
+}
+
+/// Calls `record` with the body of each whole frame, which follows its length in four bytes. Returns the
+/// number of bytes read.
+fn read_frames(bytes: &[u8], mut record: impl FnMut(&[u8])) -> usize {
+    let mut rest = bytes;
+    while let Some((length, tail)) = rest.split_first_chunk::<4>() {
+        let length = u32::from_be_bytes(*length) as usize;
+        let Some((body, tail)) = tail.split_at_checked(length) else { break };
+        record(body);
+        rest = tail;
+    }
+    bytes.len() - rest.len()
 }
 
 /// Requests the stream until it is live.
