@@ -468,7 +468,7 @@ const MAX_KEY_FRAMES: usize = 20;
 const MAX_OTHERS: usize = 100;
 /// The fan-out uses one worker per this number of edges.
 const WORKERS_SHARE: usize = 64;
-/// After a burst of so many datagrams, the bench waits before it queues the next one.
+/// After a burst of this many datagrams, the bench waits before it queues the next one.
 const LONG_BURST: usize = 100_000;
 /// Pause after each picture. As in a server, threads are asleep and caches cold for the next one.
 const PAUSE: Duration = Duration::from_millis(1);

@@ -160,7 +160,7 @@ impl Client {
         head
     }
 
-    /// Reads a body whose length the head gives.
+    /// Reads a body with the length of the head's `content-length`.
     #[track_caller]
     fn body(&mut self, head: &Head) -> Vec<u8> {
         let len = head.fields.lines().find_map(|line| line.strip_prefix("content-length: "));

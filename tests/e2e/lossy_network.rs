@@ -125,8 +125,8 @@ fn five_percent_loss_repaired_over_v0() {
     let pulled = viewer.until_end(PUSH);
     assert_same_while_it_lasted(&media::full_at(1).tags, &pulled, Timestamps::Exact);
     // Losses after the last received packet are not detected.
-    let (sent, came) = (media::full_at(1).tags.len(), pulled.len());
-    assert!(came + 20 > sent, "{came} of {sent} tags");
+    let (sent, received) = (media::full_at(1).tags.len(), pulled.len());
+    assert!(received + 20 > sent, "{received} of {sent} tags");
     let metrics = site.edges[0].node.metrics();
     let connected = metrics.sum("downpour_repair_client_connected", &[("protocol", "v0")]);
     assert_eq!(connected, 1.0, "connections over v0");

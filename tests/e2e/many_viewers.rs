@@ -41,7 +41,7 @@ fn viewers_are_not_affected_by_one_that_never_reads() {
     drop(silent);
 }
 
-/// More media than the kernel buffers: one viewer stops reading for seconds and one for good.
+/// More media than the kernel buffers: one viewer stops reading for seconds, and one permanently.
 #[test]
 fn a_stalled_viewer_skips_to_a_key_frame_and_a_dead_one_is_closed() {
     let site = Site::start();
@@ -77,7 +77,7 @@ fn a_stalled_viewer_skips_to_a_key_frame_and_a_dead_one_is_closed() {
 fn join(site: &Site) -> TcpStream {
     let until = Instant::now() + PUSH;
     loop {
-        assert!(Instant::now() < until, "the stream did not come up");
+        assert!(Instant::now() < until, "the stream is not live");
         let Ok(mut socket) = http::request(site.edges[0].node.http, &format!("/{KEY}.flv")) else {
             continue;
         };

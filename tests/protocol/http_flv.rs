@@ -174,7 +174,7 @@ async fn server_refuses_too_many_viewers() {
     let refused = node.ask("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     drop(first);
-    node.eventually("there is room again", |node| node.metrics.viewers.get() == 0).await;
+    node.eventually("a viewer can join again", |node| node.metrics.viewers.get() == 0).await;
     let again = node.watch().await;
     assert!(again.head.starts_with("HTTP/1.1 200 "));
 }

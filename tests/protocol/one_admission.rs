@@ -113,7 +113,7 @@ async fn slow_decision_about_one_encoder_delays_no_other() {
     let mut live = Publisher::connect(&server.url("live/fast"), SOON).await.unwrap();
     let url = server.url("live/slow");
     let slow = tokio::spawn(async move { Publisher::connect(&url, SOON).await });
-    eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
+    eventually("the decision is awaited", || gate.requested.load(Ordering::Relaxed)).await;
 
     // One thread serves both connections: each tag must pass while the decision is open.
     let received = |count: usize| {
@@ -150,7 +150,7 @@ async fn encoder_that_leaves_during_the_decision_holds_no_key() {
     server.admission.add_policy(gate.clone());
     let url = server.url("live/slow");
     let gone = tokio::spawn(async move { Publisher::connect(&url, SOON).await });
-    eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
+    eventually("the decision is awaited", || gate.requested.load(Ordering::Relaxed)).await;
     gone.abort();
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
     gate.open.add_permits(1);
@@ -160,13 +160,13 @@ async fn encoder_that_leaves_during_the_decision_holds_no_key() {
 
 /// A policy that decides about encoders of `slow` only with a permit.
 struct Gate {
-    asked: AtomicBool,
+    requested: AtomicBool,
     open: Semaphore,
 }
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { asked: AtomicBool::new(false), open: Semaphore::new(0) }
+        Self { requested: AtomicBool::new(false), open: Semaphore::new(0) }
     }
 }
 
@@ -174,7 +174,7 @@ impl Policy for Gate {
     fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a> {
         Box::pin(async move {
             if request.key.name() == "slow" {
-                self.asked.store(true, Ordering::Relaxed);
+                self.requested.store(true, Ordering::Relaxed);
                 self.open.acquire().await.expect("the gate is never closed").forget();
             }
             Ok(())

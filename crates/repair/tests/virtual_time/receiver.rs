@@ -82,8 +82,8 @@ fn receiver_waits_for_packets_overtaken_by_heartbeats() {
     let out = run.play();
     assert_eq!((out.lost, out.restarts), (0, 0), "{:?}", out.stats);
     // Packets of the first second are requested before the skew is known.
-    let asked = out.stats.asked as f64 / out.sent as f64;
-    assert!((0.02..0.08).contains(&asked), "{asked}");
+    let requested = out.stats.asked as f64 / out.sent as f64;
+    assert!((0.02..0.08).contains(&requested), "{requested}");
 }
 
 #[test]
@@ -96,8 +96,8 @@ fn receiver_requests_only_losses_on_both_paths() {
     let out = run.play();
     assert_eq!(out.lost, 0);
     // Both paths lose one packet in a hundred. The others are not requested, although one path lags.
-    let asked = out.stats.asked as f64 / out.sent as f64;
-    assert!((0.007..0.014).contains(&asked), "{asked}");
+    let requested = out.stats.asked as f64 / out.sent as f64;
+    assert!((0.007..0.014).contains(&requested), "{requested}");
     for path in out.stats.paths {
         let lost = path.lost as f64 / (path.received + path.lost) as f64;
         assert!((0.09..0.11).contains(&lost), "{path:?}");
@@ -162,8 +162,8 @@ fn receiver_follows_a_restart_at_recent_numbers() {
     let Some(Event::Restart(first)) = events.first() else { panic!("{:?}", events.first()) };
     assert!((1000..1101).contains(&first.0), "{first}");
     assert_eq!(receiver.stats().restarts, 1);
-    let asked = std::iter::from_fn(|| receiver.poll_request(now)).flat_map(|r| r.seqs);
-    assert!(asked.count() <= 31);
+    let requested = std::iter::from_fn(|| receiver.poll_request(now)).flat_map(|r| r.seqs);
+    assert!(requested.count() <= 31);
 }
 
 #[test]

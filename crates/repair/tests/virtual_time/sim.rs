@@ -254,12 +254,12 @@ impl<'a> World<'a> {
                         self.receiver.handle_heartbeat(self.now, beat.last);
                     }
                 }
-                Message::Nack(_) => unreachable!("the cloud asks for nothing"),
+                Message::Nack(_) => unreachable!("the cloud sends no nack"),
             }
         }
         while let Some(datagram) = self.up.poll_output(self.now) {
             let Message::Nack(nack) = Message::parse(datagram).unwrap() else {
-                unreachable!("an edge only asks")
+                unreachable!("an edge sends only nacks")
             };
             self.repair(nack);
         }
