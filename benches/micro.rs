@@ -1,5 +1,5 @@
-//! What the parts cost by themselves, without sockets: `cargo bench --bench micro`, or with
-//! `-- --quick` in about a minute.
+//! Micro-benchmarks of single parts, without sockets: `cargo bench --bench micro`. `-- --quick`
+//! takes about a minute.
 
 use std::{
     collections::VecDeque,
@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+    measurement::WallTime,
+};
 use downpour_media::flv::{FILE_HEADER, FlvReader, Tag, TagKind};
 use downpour_repair::{
     history::History,
@@ -28,7 +31,7 @@ criterion_group! {
 }
 criterion_main!(benches);
 
-/// A tag into RTP packets.
+/// Splits a tag into RTP packets.
 fn packetize(c: &mut Criterion) {
     let mut group = c.benchmark_group("packetize");
     for (name, len) in SIZES {
@@ -39,7 +42,7 @@ fn packetize(c: &mut Criterion) {
     }
 }
 
-/// RTP packets, in order, into a tag.
+/// Reassembles a tag from RTP packets in order.
 fn depacketize(c: &mut Criterion) {
     let mut group = c.benchmark_group("depacketize");
     for (name, len) in SIZES {
@@ -56,29 +59,33 @@ fn depacketize(c: &mut Criterion) {
     }
 }
 
-/// The ring that lost packets are repaired from.
+/// The ring buffer of sent packets: push, look up, expire.
 fn history(c: &mut Criterion) {
     let mut group = c.benchmark_group("history");
-    let now = Instant::now();
-    // Whoever pushes has the burst already; a clone shares its memory.
     let bursts = second_of_bursts(&mut Packetizer::new(SSRC, PAYLOAD));
-    let packets: usize = bursts.iter().map(Burst::count).sum();
+    let packets = bursts.iter().map(Burst::count).sum::<usize>() as u64;
+    history_push(&mut group, packets);
+    history_look_up(&mut group);
+    history_expire(&mut group, &bursts, packets);
+}
 
-    group.throughput(Throughput::Elements(packets as u64));
-    for (name, most, step) in [
+/// Pushes a second of bursts into a full ring. `packets` is their number.
+fn history_push(group: &mut Group<'_>, packets: u64) {
+    group.throughput(Throughput::Elements(packets));
+    for (name, max_packets, step) in [
         ("push, bounded by packets", 5000, Duration::ZERO),
         ("push, bounded by age", 1 << 15, Duration::from_millis(15)),
     ] {
-        // Full before it is measured.
         let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
-        let mut ring = History::new(most, Duration::from_secs(3));
-        let mut now = now;
+        let mut ring = History::new(max_packets, Duration::from_secs(3));
+        let mut now = Instant::now();
         let mut push = |ring: &mut History, bursts: Vec<Burst>| {
             for burst in bursts {
                 now += step;
                 ring.push(now, burst);
             }
         };
+        // The ring is full before the measurement.
         for _ in 0..60 {
             push(&mut ring, second_of_bursts(&mut packetizer));
         }
@@ -90,14 +97,18 @@ fn history(c: &mut Criterion) {
             );
         });
     }
+}
 
+/// Looks up 1000 random packets of a ring of 4900.
+fn history_look_up(group: &mut Group<'_>) {
+    let now = Instant::now();
     let mut ring = History::new(5000, Duration::from_secs(3600));
     let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
     while ring.len() < 4900 {
         let bursts = second_of_bursts(&mut packetizer);
         bursts.into_iter().for_each(|burst| ring.push(now, burst));
     }
-    let newest = ring.newest_seq().expect("it holds packets");
+    let newest = ring.newest_seq().expect("the ring has packets");
     let mut rng = SmallRng::seed_from_u64(1);
     let wanted: Vec<_> =
         (0..1000).map(|_| Seq(newest.0.wrapping_sub(rng.random_range(0..4800)))).collect();
@@ -105,8 +116,12 @@ fn history(c: &mut Criterion) {
     group.bench_function("look-up", |b| {
         b.iter(|| assert!(wanted.iter().all(|seq| black_box(ring.packet(*seq)).is_some())));
     });
+}
 
-    group.throughput(Throughput::Elements(packets as u64));
+/// Expires a ring that has `bursts`, in all `packets` packets. Clones share the bursts' memory.
+fn history_expire(group: &mut Group<'_>, bursts: &[Burst], packets: u64) {
+    let now = Instant::now();
+    group.throughput(Throughput::Elements(packets));
     group.bench_function("expire a second", |b| {
         b.iter_batched(
             || {
@@ -123,8 +138,7 @@ fn history(c: &mut Criterion) {
     });
 }
 
-/// RTMP chunks into messages: a second of audio and video, each in the other's gaps, as it comes in
-/// reads of 16 KiB.
+/// Parses RTMP chunks: one second of interleaved audio and video, in reads of 16 KiB.
 fn chunks(c: &mut Criterion) {
     let mut group = c.benchmark_group("chunk parse");
     for chunk_size in [128, 4096] {
@@ -135,8 +149,7 @@ fn chunks(c: &mut Criterion) {
                 let mut reader = ChunkReader::new(16 << 20);
                 let mut found = 0;
                 for mut read in bytes.chunks(16 << 10) {
-                    while let Some(message) = reader.read(&mut read).expect("it is a chunk stream")
-                    {
+                    while let Some(message) = reader.read(&mut read).expect("valid chunks") {
                         black_box(message);
                         found += 1;
                     }
@@ -147,7 +160,7 @@ fn chunks(c: &mut Criterion) {
     }
 }
 
-/// An edge's receiver: reorders and asks. A second of 1 Mbit/s.
+/// An edge's receiver, which reorders packets and requests lost ones. Ten seconds of 1 Mbit/s.
 fn receive(c: &mut Criterion) {
     let mut group = c.benchmark_group("receiver");
     let mut packetizer = Packetizer::new(SSRC, PAYLOAD);
@@ -158,13 +171,13 @@ fn receive(c: &mut Criterion) {
         .flat_map(|burst| (0..burst.count()).filter_map(|index| burst.packet(index)))
         .collect();
     group.throughput(Throughput::Elements(packets.len() as u64));
-    group.bench_function("in order, each into its tag at once", |b| {
+    group.bench_function("in order, fast path", |b| {
         b.iter(|| assert_eq!(run_next(&datagrams), bursts.len()));
     });
-    for (name, percent) in [("in order, by the window", 0), ("5 % lost and repaired", 5)] {
+    for (name, percent) in [("in order, through the window", 0), ("5 % lost and repaired", 5)] {
         let mut rng = SmallRng::seed_from_u64(2);
-        // The first and the last are there: a receiver begins with what comes, and a gap is seen by
-        // what follows it.
+        // The first and the last packet arrive: a receiver starts at the first packet that arrives,
+        // and detects a gap by the next packet.
         let last = packets.len() - 1;
         let lost: Vec<_> = (0..packets.len())
             .map(|index| index != 0 && index != last && rng.random_range(0..100) < percent)
@@ -179,32 +192,32 @@ fn receive(c: &mut Criterion) {
     }
 }
 
-/// What an edge does with nearly all datagrams: the next one, of a stream of which nothing is missing,
-/// goes straight into its tag. The copy is in it, which the other cases end before.
+/// The fast path of an edge: the next packet of a stream without gaps goes straight into its tag.
+/// Unlike the other cases it includes the copy of the payload.
 fn run_next(datagrams: &[Bytes]) -> usize {
     let mut now = Instant::now();
-    let first = Packet::parse(datagrams[0].clone()).expect("it is RTP");
+    let first = Packet::parse(datagrams[0].clone()).expect("valid RTP");
     let mut receiver = Receiver::starting_at(Settings::default(), first.header.seq);
     let mut depacketizer = Depacketizer::new();
     let mut tags = 0;
     for datagram in datagrams {
         now += Duration::from_millis(1);
-        let (header, payload) = Header::parse(datagram).expect("it is RTP");
+        let (header, payload) = Header::parse(datagram).expect("valid RTP");
         assert!(receiver.handle_next(now, header.seq, 0));
         tags += usize::from(depacketizer.payload(&header, &datagram[payload]).is_some());
     }
     tags
 }
 
-/// Gives the packets to a receiver, 1 ms apart, answers what it asks for 20 ms later, and tells how
-/// many it handed on.
+/// Feeds the packets to a receiver, 1 ms apart, and the requested ones 20 ms after the request.
+/// Returns the number of packets that it delivered.
 fn run_receiver(packets: Vec<Packet>, lost: &[bool]) -> usize {
     let mut now = Instant::now();
     let first = packets[0].header.seq;
     let mut receiver = Receiver::starting_at(Settings::default(), first);
     receiver.set_round_trip(now, ROUND_TRIP, Duration::from_millis(1));
     let mut answers: VecDeque<(Instant, Packet)> = VecDeque::new();
-    let mut handed_on = 0;
+    let mut delivered = 0;
     let held: Vec<Option<Packet>> =
         packets.iter().zip(lost).map(|(packet, lost)| lost.then(|| packet.clone())).collect();
     let mut arriving = packets.into_iter().zip(lost);
@@ -213,7 +226,7 @@ fn run_receiver(packets: Vec<Packet>, lost: &[bool]) -> usize {
         match arriving.next() {
             Some((packet, false)) => receiver.handle_packet(now, packet, Path::Live(0)),
             Some((_, true)) => {}
-            None if answers.is_empty() && receiver.missing() == 0 => return handed_on,
+            None if answers.is_empty() && receiver.missing() == 0 => return delivered,
             None => {}
         }
         while answers.front().is_some_and(|(at, _)| *at <= now) {
@@ -224,20 +237,20 @@ fn run_receiver(packets: Vec<Packet>, lost: &[bool]) -> usize {
         if receiver.poll_timeout().is_some_and(|at| at <= now) {
             receiver.handle_timeout(now);
             while let Some(request) = receiver.poll_request(now) {
-                let asked = request
+                let requested = request
                     .seqs
                     .iter()
                     .filter_map(|seq| held[usize::from(seq.0.wrapping_sub(first.0))].clone());
-                answers.extend(asked.map(|packet| (now + ROUND_TRIP, packet)));
+                answers.extend(requested.map(|packet| (now + ROUND_TRIP, packet)));
             }
         }
         while let Some(event) = receiver.poll_event() {
-            handed_on += usize::from(matches!(event, Event::Packet(_)));
+            delivered += usize::from(matches!(event, Event::Packet(_)));
         }
     }
 }
 
-/// A body into a framed tag: with a copy, and in place.
+/// Makes a framed tag of a body: with a copy, and in place.
 fn frame_tags(c: &mut Criterion) {
     let mut group = c.benchmark_group("tag");
     for (name, len) in SIZES {
@@ -246,7 +259,7 @@ fn frame_tags(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("new", name), |b| {
             b.iter(|| Tag::new(TagKind::Video, 40, black_box(&body)));
         });
-        // In place: the time does not depend on the bytes.
+        // In place, the time does not depend on the length.
         group.throughput(Throughput::Elements(1));
         group.bench_function(BenchmarkId::new("from_buffer", name), |b| {
             b.iter_batched(
@@ -262,7 +275,7 @@ fn frame_tags(c: &mut Criterion) {
     }
 }
 
-/// A second of FLV into tags, in reads of 16 KiB.
+/// Parses one second of FLV, in reads of 16 KiB.
 fn read_flv(c: &mut Criterion) {
     let mut file = BytesMut::from(&FILE_HEADER[..]);
     let tags = second_of_tags();
@@ -275,7 +288,7 @@ fn read_flv(c: &mut Criterion) {
             let mut found = 0;
             for read in file.chunks(16 << 10) {
                 reader.push(read);
-                while let Some(tag) = reader.next_tag().expect("it is FLV") {
+                while let Some(tag) = reader.next_tag().expect("valid FLV") {
                     black_box(tag);
                     found += 1;
                 }
@@ -285,7 +298,7 @@ fn read_flv(c: &mut Criterion) {
     });
 }
 
-/// About 1 Mbit/s: a key frame and 24 others, and an audio frame every 23 ms.
+/// One second at about 1 Mbit/s: a key frame, 24 other frames, and an audio frame per 23 ms.
 fn second_of_tags() -> Vec<Tag> {
     let mut tags = Vec::new();
     for frame in 0..25 {
@@ -302,23 +315,24 @@ fn second_of_bursts(packetizer: &mut Packetizer) -> Vec<Burst> {
     second_of_tags().iter().map(|tag| packetizer.packetize(tag)).collect()
 }
 
-/// [`second_of_tags`] as chunks, each audio message between the chunks of a video message; and how
-/// many messages that is.
+/// [`second_of_tags`] as chunks, with audio messages between the chunks of video messages. Returns
+/// the chunks and the number of messages.
 fn interleaved(chunk_size: u32) -> (Bytes, usize) {
     let mut writer = ChunkWriter::new();
     let mut out = BytesMut::new();
-    writer.set_chunk_size(chunk_size, &mut out).expect("it is a size");
+    writer.set_chunk_size(chunk_size, &mut out).expect("a valid chunk size");
     let tags = second_of_tags();
     let mut audio: VecDeque<_> = tags.iter().filter(|tag| tag.kind() == TagKind::Audio).collect();
     let mut messages = 0;
     for video in tags.iter().filter(|tag| tag.kind() == TagKind::Video) {
-        let mut message = writer.begin(6, head(VIDEO, video), video.body().len()).expect("it fits");
+        let mut message =
+            writer.begin(6, head(VIDEO, video), video.body().len()).expect("a short message");
         while writer.write_chunk(&mut message, video.body(), &mut out) {
             let due = |tag: &&&Tag| tag.timestamp() < video.timestamp() + 40;
             if audio.front().filter(due).is_some()
                 && let Some(tag) = audio.pop_front()
             {
-                writer.write(4, head(AUDIO, tag), tag.body(), &mut out).expect("it fits");
+                writer.write(4, head(AUDIO, tag), tag.body(), &mut out).expect("a short message");
                 messages += 1;
             }
         }
@@ -333,31 +347,33 @@ fn head(kind: u8, tag: &Tag) -> MessageHead {
 
 fn packets(burst: &Burst) -> Vec<Packet> {
     let packets = (0..burst.count()).filter_map(|index| burst.packet(index));
-    packets.map(|datagram| Packet::parse(datagram).expect("it is RTP")).collect()
+    packets.map(|datagram| Packet::parse(datagram).expect("valid RTP")).collect()
 }
 
 fn tag(timestamp: u32, len: usize) -> Tag {
-    Tag::new(TagKind::Video, timestamp, &body(len)).expect("it is short")
+    Tag::new(TagKind::Video, timestamp, &body(len)).expect("a short body")
 }
 
 fn audio(timestamp: u32) -> Tag {
     let mut body = body(340);
     body[..2].copy_from_slice(&[0xaf, 1]);
-    Tag::new(TagKind::Audio, timestamp, &body).expect("it is short")
+    Tag::new(TagKind::Audio, timestamp, &body).expect("a short body")
 }
 
-/// A body of video that is no header.
+/// The body of a video frame, not of a sequence header.
 fn body(len: usize) -> Vec<u8> {
     let mut body: Vec<u8> = (0..len).map(|at| at as u8).collect();
     body[..2].copy_from_slice(&[0x27, 1]);
     body
 }
 
-/// Bytes of an AAC frame of 128 kbit/s, of a frame of 1 Mbit/s and of 5 Mbit/s, and of a key frame
-/// of 20 Mbit/s.
+/// Lengths in bytes: an AAC frame of 128 kbit/s, a frame of 1 and of 5 Mbit/s, and a key frame of
+/// 20 Mbit/s.
 const SIZES: [(&str, usize); 4] =
     [("audio, 340 B", 340), ("4 KB", 4_000), ("25 KB", 25_000), ("key frame, 250 KB", 250_000)];
 const SSRC: Ssrc = Ssrc(7);
-/// `rtp_payload_max` by default.
+/// Default of `rtp_payload_max`.
 const PAYLOAD: usize = 1120;
 const ROUND_TRIP: Duration = Duration::from_millis(20);
+
+type Group<'a> = BenchmarkGroup<'a, WallTime>;

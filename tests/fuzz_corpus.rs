@@ -1,5 +1,5 @@
-//! The fuzz targets' properties hold for every file of the committed corpus, and for inputs made
-//! from them: what `docs/fuzzing.md` does for minutes, here for seconds and the same every time.
+//! Checks the properties of the fuzz targets on every file of the committed corpus and on mutations of
+//! them. It takes seconds and is deterministic; `docs/fuzzing.md` describes longer runs.
 
 #[path = "../fuzz/properties/mod.rs"]
 mod properties;
@@ -10,52 +10,52 @@ use properties::Random;
 
 #[test]
 fn amf0() {
-    hold("amf0");
+    check_corpus("amf0");
 }
 
 #[test]
 fn config() {
-    hold("config");
+    check_corpus("config");
 }
 
 #[test]
 fn flv() {
-    hold("flv");
+    check_corpus("flv");
 }
 
 #[test]
 fn repair_control() {
-    hold("repair_control");
+    check_corpus("repair_control");
 }
 
 #[test]
 fn repair_datagram() {
-    hold("repair_datagram");
+    check_corpus("repair_datagram");
 }
 
 #[test]
 fn repair_receiver() {
-    hold("repair_receiver");
+    check_corpus("repair_receiver");
 }
 
 #[test]
 fn rtmp_chunks() {
-    hold("rtmp_chunks");
+    check_corpus("rtmp_chunks");
 }
 
 #[test]
 fn rtmp_client() {
-    hold("rtmp_client");
+    check_corpus("rtmp_client");
 }
 
 #[test]
 fn rtmp_server() {
-    hold("rtmp_server");
+    check_corpus("rtmp_server");
 }
 
 #[test]
 fn rtp() {
-    hold("rtp");
+    check_corpus("rtp");
 }
 
 #[test]
@@ -69,16 +69,20 @@ fn every_property_has_a_target_a_corpus_and_a_test() {
     };
     assert_eq!(entries("fuzz/corpus"), names);
     assert_eq!(entries("fuzz/fuzz_targets"), names);
-    assert_eq!(entries("fuzz/properties"), &names | &["mod", "memory"].map(String::from).into());
+    let shared = BTreeSet::from(["mod", "memory", "rtmp"].map(String::from));
+    assert_eq!(entries("fuzz/properties"), &names | &shared);
     let (manifest, tests) = (include_str!("../fuzz/Cargo.toml"), include_str!("fuzz_corpus.rs"));
     for name in names {
         assert!(manifest.contains(&format!("path = \"fuzz_targets/{name}.rs\"")), "{name}");
-        assert!(tests.contains(&format!("fn {name}() {{\n    hold(\"{name}\");")), "{name}");
+        assert!(
+            tests.contains(&format!("fn {name}() {{\n    check_corpus(\"{name}\");")),
+            "{name}"
+        );
     }
 }
 
-/// Runs a property over its corpus and over what is made from it.
-fn hold(target: &str) {
+/// Checks a property on its corpus and on mutations of it.
+fn check_corpus(target: &str) {
     let (_, check) = properties::ALL.iter().find(|(name, _)| *name == target).expect("a property");
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
     let mut paths: Vec<_> =
@@ -89,7 +93,7 @@ fn hold(target: &str) {
 
     for (path, input) in paths.iter().zip(&corpus) {
         if panic::catch_unwind(|| check(input)).is_err() {
-            panic!("{target}: its property does not hold for {}", path.display());
+            panic!("{target}: {} violates the property", path.display());
         }
     }
     let mut random = Random::of(target.as_bytes());
@@ -100,7 +104,7 @@ fn hold(target: &str) {
             let found = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{target}-{round}"));
             fs::write(&found, &input).unwrap();
             panic!(
-                "{target}: its property does not hold for {}, made from {}",
+                "{target}: {}, a mutation of {}, violates the property",
                 found.display(),
                 paths[from].display()
             );
@@ -108,12 +112,12 @@ fn hold(target: &str) {
     }
 }
 
-/// `input` with a few changes of the kinds that fuzzers make.
+/// Returns a copy of `input` with a few changes that are typical of fuzzers.
 fn mutated(input: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
     let mut bytes = input.to_vec();
     for _ in 0..=random.below(4) {
         let at = random.below(bytes.len() + 1);
-        let some = at..bytes.len().min(at + 1 + random.below(32));
+        let range = at..bytes.len().min(at + 1 + random.below(32));
         match random.below(8) {
             0 => bytes.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1 << random.below(8)),
             1 => bytes.iter_mut().skip(at).take(1).for_each(|byte| *byte = random.below(256) as u8),
@@ -122,10 +126,10 @@ fn mutated(input: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
                 let edge = edge[random.below(4)].into_iter().take(1 + random.below(3));
                 bytes.iter_mut().skip(at).zip(edge).for_each(|(byte, edge)| *byte = edge);
             }
-            3 => drop(bytes.drain(some)),
+            3 => drop(bytes.drain(range)),
             4 => drop(bytes.splice(at..at, [random.below(256) as u8])),
             5 => {
-                let copy = bytes[some].to_vec();
+                let copy = bytes[range].to_vec();
                 let to = random.below(bytes.len() + 1);
                 bytes.splice(to..to, copy);
             }
@@ -136,11 +140,11 @@ fn mutated(input: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
             _ => bytes.truncate(at),
         }
     }
-    bytes.truncate(LONGEST);
+    bytes.truncate(MAX_LEN);
     bytes
 }
 
-/// Inputs made for each target.
+/// Mutations per target.
 const MUTATIONS: usize = 5000;
-/// Of a made input, in bytes: no longer than what the fuzzer tries.
-const LONGEST: usize = 8192;
+/// Maximum length of a mutation in bytes, the same as of the fuzzer's inputs.
+const MAX_LEN: usize = 8192;

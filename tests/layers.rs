@@ -1,5 +1,5 @@
-//! The layers of the house: which crate may depend on which, what a crate without I/O may not have,
-//! and which modules of this package may import which. docs/architecture.md draws the same picture.
+//! Checks the layers: dependencies between crates, crates without I/O, and imports between the modules
+//! of this package. docs/architecture.md describes the same layers.
 
 use std::{
     collections::BTreeSet,
@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-/// A crate of the workspace, the crates of the workspace that it may depend on, and its I/O.
+/// The crates of the workspace, their allowed dependencies in the workspace, and their I/O.
 const CRATES: &[(&str, &[&str], Io)] = &[
     ("downpour-sys", &[], Io::Sockets),
     ("downpour-netem", &[], Io::Sockets),
@@ -63,7 +63,7 @@ const ASYNC_CRATES: &[&str] = &["async-trait", "futures", "tokio", "tokio-util"]
 /// The features of tokio that a crate may have that waits and has no sockets.
 const WAITING_FEATURES: &[&str] = &["sync", "time"];
 
-/// A module of this package, and the other modules, or parts of them, that it may import.
+/// The modules of this package, and the other modules, or parts of them, that they may import.
 const MODULES: &[(&str, &[&str])] = &[
     ("cli", &["config", "http", "net", "node", "record", "rtmp"]),
     ("node", &["config", "http", "net", "record", "rtmp"]),

@@ -7,13 +7,13 @@ pub fn of_this_thread() -> f64 {
     seconds(libc::CLOCK_THREAD_CPUTIME_ID).unwrap_or(f64::NAN)
 }
 
-/// Seconds of processor time that a process has used, those of its ended threads included.
+/// Seconds of processor time that a process has used, including its ended threads.
 ///
 /// # Errors
-/// If there is no such process.
+/// If the process does not exist.
 pub fn of_process(id: u32) -> io::Result<f64> {
     let mut clock = 0;
-    // SAFETY: it writes to the clock that it is given.
+    // SAFETY: the pointer is valid for one clock id.
     let error = unsafe { libc::clock_getcpuclockid(id as libc::pid_t, &raw mut clock) };
     match error {
         0 => seconds(clock),
@@ -23,7 +23,7 @@ pub fn of_process(id: u32) -> io::Result<f64> {
 
 fn seconds(clock: libc::clockid_t) -> io::Result<f64> {
     let mut time = MaybeUninit::<libc::timespec>::uninit();
-    // SAFETY: it writes to the time that it is given, unless it fails.
+    // SAFETY: the pointer is valid for one timespec, which is initialised if the call succeeds.
     let time = unsafe {
         if libc::clock_gettime(clock, time.as_mut_ptr()) != 0 {
             return Err(io::Error::last_os_error());

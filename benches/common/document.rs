@@ -1,17 +1,17 @@
-//! Documents that hold what a bench came to, between markers.
+//! Documents that contain the results of a bench between markers.
 
 use std::{fs, io, path::Path};
 
-/// Puts `text` between `<!-- NAME -->` and `<!-- /NAME -->` in place of what stands there.
+/// Replaces the text between `<!-- NAME -->` and `<!-- /NAME -->` by `text`.
 ///
 /// # Errors
-/// If the document cannot be read or written, or has lost its markers.
-pub fn put(document: &Path, name: &str, text: &str) -> io::Result<()> {
+/// If the document cannot be read or written, or lacks the markers.
+pub fn replace_section(document: &Path, name: &str, text: &str) -> io::Result<()> {
     let (begin, end) = (format!("<!-- {name} -->"), format!("<!-- /{name} -->"));
     let old = fs::read_to_string(document)?;
     let missing = || {
         let path = document.display();
-        io::Error::other(format!("{path} lost the markers {begin} and {end}"))
+        io::Error::other(format!("{path} lacks the markers {begin} and {end}"))
     };
     let (before, rest) = old.split_once(&begin).ok_or_else(missing)?;
     let (_, after) = rest.split_once(&end).ok_or_else(missing)?;

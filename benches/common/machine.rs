@@ -1,8 +1,8 @@
-//! What a bench ran on.
+//! The machine and the commit that a bench measures.
 
 use std::{fs, path::Path, process::Command};
 
-/// Processors and kernel.
+/// Number and model of the processors, and the kernel version.
 pub fn machine() -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
@@ -16,14 +16,14 @@ pub fn machine() -> String {
     format!("{count} × {model}, Linux {}", read("/proc/sys/kernel/osrelease").trim())
 }
 
-/// The commit that is checked out, and whether the code differs from it.
+/// Short id of the commit that is checked out, with a note if the code differs from it.
 pub fn commit() -> String {
     let git = |args: &[&str]| {
         let output = Command::new("git").args(args).current_dir(root()).output().ok()?;
         Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     let commit = git(&["rev-parse", "--short", "HEAD"]).unwrap_or("unknown".into());
-    // Files that benches write themselves do not count.
+    // docs/ is left out: benches write to it.
     let changed = git(&["status", "--porcelain", "src", "benches", "Cargo.toml"]);
     let changed = changed.is_some_and(|files| !files.is_empty());
     if changed { format!("{commit} with changes") } else { commit }

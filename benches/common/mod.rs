@@ -1,5 +1,5 @@
-//! What the benches of this directory share.
-#![allow(dead_code, reason = "no bench needs all of it")]
+//! Code that the benches share.
+#![allow(dead_code, reason = "no bench uses all of it")]
 
 pub mod cpu;
 pub mod document;

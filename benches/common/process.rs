@@ -1,4 +1,4 @@
-//! Child processes, the ports they listen on, and what they cost.
+//! Child processes, their ports, processor time and memory.
 
 use std::{
     fs::File,
@@ -13,7 +13,7 @@ use std::{
 
 use super::cpu;
 
-/// A program that runs until this is dropped.
+/// A child process, killed on drop.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -21,7 +21,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it in `dir` with its output in `NAME.log` there.
+    /// Starts `program` in `dir`. Its output goes to `NAME.log` there.
     pub fn start(dir: &Path, name: &str, program: &str, args: &[&str]) -> io::Result<Self> {
         let log = File::create(dir.join(format!("{name}.log")))?;
         let mut command = Command::new(program);
@@ -32,10 +32,10 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        // SAFETY: prctl is async-signal-safe and touches no memory of ours.
+        // SAFETY: prctl is async-signal-safe and accesses no memory of this process.
         unsafe {
             command.pre_exec(|| {
-                // A bench that is interrupted leaves nothing running.
+                // The child does not outlive an interrupted bench.
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 Ok(())
             });
@@ -46,24 +46,24 @@ impl Process {
         Ok(Self { name: name.into(), child })
     }
 
-    /// Starts this program itself with `--child ROLE` and `args`, and its output in `NAME.log`.
+    /// Starts this program with `--child ROLE` and `args`. Its output goes to `NAME.log`.
     pub fn start_child(dir: &Path, name: &str, role: &str, args: &[&str]) -> io::Result<Self> {
         let own = std::env::current_exe()?;
         Self::start(dir, name, &own.to_string_lossy(), &[&["--child", role], args].concat())
     }
 
-    /// Its number.
+    /// The process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Seconds of processor time so far, in user mode and in the kernel; not a number once it has
+    /// Seconds of processor time so far, in user mode and in the kernel; NaN after the process has
     /// ended.
     pub fn cpu_seconds(&self) -> f64 {
         cpu::of_process(self.child.id()).unwrap_or(f64::NAN)
     }
 
-    /// Bytes of memory that it holds (`VmRSS`, proc(5)); 0 once it has ended.
+    /// Bytes of resident memory (`VmRSS`, proc(5)); 0 after the process has ended.
     pub fn resident_bytes(&self) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());
         let status = std::fs::read_to_string(path).unwrap_or_default();
@@ -73,7 +73,7 @@ impl Process {
     }
 
     /// # Errors
-    /// If it has ended.
+    /// If the process has ended.
     pub fn check(&mut self) -> io::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -84,15 +84,15 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail if it has ended, which is as well.
+        // Both fail if the process has ended, which is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A loopback address that nobody listens on and that this process has not given out yet.
+/// Returns a loopback address with a free TCP and UDP port, a different one on each call.
 ///
-/// It lies below the range from which the kernel takes ports for those who ask for any.
+/// The port is below the kernel's range of ephemeral ports.
 pub fn free_address() -> SocketAddr {
     loop {
         let port = FIRST_PORT + NEXT_PORT.fetch_add(1, Ordering::Relaxed) % PORTS;
@@ -105,26 +105,26 @@ pub fn free_address() -> SocketAddr {
     }
 }
 
-/// Asks again and again until it is so.
+/// Polls `condition` until it is true.
 ///
 /// # Errors
-/// If it was not within `patience`, or those of `so`.
+/// If it is not true within `timeout`, or `condition` fails.
 pub fn wait_for(
-    what: &str,
-    patience: Duration,
-    mut so: impl FnMut() -> io::Result<bool>,
+    description: &str,
+    timeout: Duration,
+    mut condition: impl FnMut() -> io::Result<bool>,
 ) -> io::Result<()> {
     let began = Instant::now();
-    while began.elapsed() < patience {
-        if so()? {
+    while began.elapsed() < timeout {
+        if condition()? {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    Err(io::Error::other(format!("waited too long until {what}")))
+    Err(io::Error::other(format!("timed out after {} s: {description}", timeout.as_secs())))
 }
 
-/// The body of what a local HTTP server answers.
+/// Returns the body of a local HTTP server's 200 response.
 pub fn http_get(address: SocketAddr, path: &str) -> io::Result<String> {
     let mut socket = TcpStream::connect_timeout(&address, HTTP_TIMEOUT)?;
     socket.set_read_timeout(Some(HTTP_TIMEOUT))?;
@@ -138,7 +138,7 @@ pub fn http_get(address: SocketAddr, path: &str) -> io::Result<String> {
     }
 }
 
-/// The samples of a Prometheus text: name with labels, and value.
+/// The samples of a Prometheus text: name with labels, value.
 pub fn samples(text: &str) -> impl Iterator<Item = (&str, f64)> {
     text.lines()
         .filter(|line| !line.starts_with('#'))

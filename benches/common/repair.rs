@@ -1,4 +1,4 @@
-//! The cloud's end of repair, for streams that a bench publishes itself.
+//! A repair server for streams that a bench publishes itself.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use downpour_distribution::{
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
-/// Serves on a thread of its own until it is dropped.
+/// Runs repair servers on a separate thread until it is dropped.
 pub struct Repair {
     runtime: Runtime,
     identity: Identity,
@@ -28,7 +28,7 @@ impl Repair {
         Ok(Self { runtime, identity })
     }
 
-    /// Answers for the streams of `origin` until `shutdown`; tells where.
+    /// Starts a server for the streams of `origin` and returns its address. It runs until `shutdown`.
     pub fn serve(
         &self,
         origin: &OutgoingStreams,

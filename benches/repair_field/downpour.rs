@@ -1,6 +1,6 @@
-//! Downpour: a cloud and an edge as processes; RTMP in, HTTP-FLV out.
+//! Downpour: a cloud process and an edge process; RTMP in, HTTP-FLV out.
 //!
-//! RTP and QUIC go through two doors of the same wire, so they share its line.
+//! RTP and QUIC use two routes of the same wire, so they share its links.
 
 use std::{io, net::SocketAddr, path::Path, time::Duration};
 
@@ -8,7 +8,7 @@ use crate::{
     common::process::{Process, free_address, http_get, samples},
     media::{Sink, Source},
     run::{Rig, Setup, wait_for},
-    wire::{Door, Way, Wire},
+    wire::{Direction, Route, Wire},
 };
 
 /// Built by cargo together with this bench.
@@ -17,7 +17,10 @@ pub const PROGRAM: &str = env!("CARGO_BIN_EXE_downpour");
 pub fn start(setup: &Setup) -> io::Result<Rig> {
     let [rtmp, quic, api, rtp_source, rtp, flv] = [(); 6].map(|()| free_address());
     let wire = Wire::start(
-        &[Door { upstream: rtp, way: Way::Forward }, Door { upstream: quic, way: Way::Back }],
+        &[
+            Route { upstream: rtp, direction: Direction::Forward },
+            Route { upstream: quic, direction: Direction::Back },
+        ],
         &setup.profile.clean(),
         setup.seed,
     )?;
@@ -30,7 +33,7 @@ pub fn start(setup: &Setup) -> io::Result<Rig> {
             format!("quic_addr: {quic}"),
             format!("api_addr: {api}"),
             format!("rtp_port: {}", rtp_source.port()),
-            format!("client_addr_list: [\"{}\"]", wire.door(0)),
+            format!("client_addr_list: [\"{}\"]", wire.address(0)),
         ],
     )?;
     let edge = node(
@@ -41,11 +44,11 @@ pub fn start(setup: &Setup) -> io::Result<Rig> {
             format!("udp_addr: {rtp}"),
             format!("flv_addr: {flv}"),
             "cloud_host: 127.0.0.1".into(),
-            format!("quic_addr: {}", wire.door(1)),
+            format!("quic_addr: {}", wire.address(1)),
             format!("api_addr: {api}"),
             format!("latency_ms: {}", setup.budget().as_millis()),
             "insecure: true".into(),
-            // It is in the cloud's list, behind the wire.
+            // The cloud's list has the edge's address on the wire.
             "rtp_subscribe: false".into(),
         ],
     )?;
@@ -63,14 +66,15 @@ pub fn start(setup: &Setup) -> io::Result<Rig> {
     Ok(Rig { wire, source, sink, processes: vec![cloud, edge], edge: Some(flv) })
 }
 
-/// What the edge counted so far.
+/// Counters of the edge.
 #[derive(Debug, Clone, Default)]
 pub struct EdgeCounts {
-    /// Packets by fate.
+    /// Packets per `fate` label.
     pub fates: Vec<(String, f64)>,
-    /// How many packets were there within so many milliseconds of when they could have been: what
-    /// waits behind another's gap is there. Cumulative; empty if this edge does not tell.
-    pub there: Vec<(f64, f64)>,
+    /// Cumulative histogram of the time until a packet was available at the edge, repair included,
+    /// even if it still waited behind a gap: bound in milliseconds, and number of packets. Empty if
+    /// the edge does not export it.
+    pub available: Vec<(f64, f64)>,
 }
 
 impl EdgeCounts {
@@ -90,27 +94,27 @@ impl EdgeCounts {
                 && let Some(bound) = label(name, "le").and_then(|le| le.parse::<f64>().ok())
             {
                 let scale = if family.contains("_seconds") { 1000.0 } else { 1.0 };
-                match counts.there.iter_mut().find(|(known, _)| *known == bound * scale) {
+                match counts.available.iter_mut().find(|(known, _)| *known == bound * scale) {
                     Some((_, count)) => *count += value,
-                    None => counts.there.push((bound * scale, value)),
+                    None => counts.available.push((bound * scale, value)),
                 }
             }
         }
-        counts.there.sort_by(|a, b| a.0.total_cmp(&b.0));
+        counts.available.sort_by(|a, b| a.0.total_cmp(&b.0));
         Ok(counts)
     }
 
-    /// What was counted from `earlier` to now.
+    /// The difference from `earlier` to `self`.
     pub fn since(&self, earlier: &Self) -> Self {
         let fates = self.fates.iter().map(|(fate, now)| {
             let then = earlier.fates.iter().find(|(known, _)| known == fate);
             (fate.clone(), now - then.map_or(0.0, |(_, then)| *then))
         });
-        let there = self.there.iter().map(|(bound, now)| {
-            let then = earlier.there.iter().find(|(known, _)| known == bound);
+        let available = self.available.iter().map(|(bound, now)| {
+            let then = earlier.available.iter().find(|(known, _)| known == bound);
             (*bound, now - then.map_or(0.0, |(_, then)| *then))
         });
-        Self { fates: fates.collect(), there: there.collect() }
+        Self { fates: fates.collect(), available: available.collect() }
     }
 }
 

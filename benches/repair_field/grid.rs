@@ -1,4 +1,4 @@
-//! The cells: which links, how much time for repair, and what Downpour must reach on them.
+//! The grid: links, budgets for repair, and Downpour's targets on them.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use downpour_netem::{Bursts, LinkSettings};
 
 use crate::media::Cadence;
 
-/// Round trips of time for repair.
+/// Budgets for repair, in round trips.
 pub const BUDGETS: [u32; 4] = [2, 3, 4, 6];
 
-/// What carries the media.
+/// The system under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum System {
-    /// Nothing repairs: what the link does, and proof that it does what it should.
+    /// Bare UDP without repair. It shows the link's own loss and checks the emulator.
     Udp,
     Srt,
     Rist,
@@ -37,18 +37,18 @@ impl System {
 pub struct Profile {
     pub name: String,
     pub round_trip: Duration,
-    /// What the link does from when on, counted from the start of the measurement.
+    /// Link settings over time, in order.
     pub phases: Vec<Phase>,
     pub cadence: Cadence,
-    /// How many times longer than others this one is measured.
+    /// Factor for the length of the measurement.
     pub stretch: f64,
-    /// Part of `--quick`.
+    /// `true` if the profile is part of `--quick`.
     pub quick: bool,
     pub targets: Targets,
 }
 
 impl Profile {
-    /// The same link when nothing is wrong with it.
+    /// The same link without loss, jitter or limits.
     pub fn clean(&self) -> LinkSettings {
         clean(self.round_trip)
     }
@@ -58,30 +58,30 @@ impl Profile {
     }
 }
 
-/// Both directions from a time on.
+/// Settings of both directions from a point in time.
 #[derive(Debug, Clone)]
 pub struct Phase {
+    /// Counted from the start of the measurement.
     pub at: Duration,
     pub forward: LinkSettings,
     pub back: LinkSettings,
 }
 
-/// Issue 3's targets for one link; `None` where it sets none.
+/// Downpour's targets for one link; `None` means no target.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Targets {
-    /// Per cent lost for good, for each of [`BUDGETS`].
+    /// Loss after repair in per cent, per entry of [`BUDGETS`].
     pub loss: Option<[f64; 4]>,
-    /// Median of the delay until a packet is there, in milliseconds.
+    /// Median delay until a packet is available, in milliseconds.
     pub median_ms: Option<f64>,
-    /// 99th percentile of the same, in round trips.
+    /// 99th percentile of the same delay, in round trips.
     pub p99_round_trips: Option<f64>,
 }
 
-/// The most bytes beyond the media that Downpour may send, as a multiple of SRT's, for each of
-/// [`BUDGETS`].
+/// Target for Downpour's bytes beyond the media, as a multiple of SRT's, per entry of [`BUDGETS`].
 pub const OVERHEAD_OF_SRT: [f64; 4] = [1.5, 1.5, 1.0, 1.0];
 
-/// All profiles, in the order of the report.
+/// Returns all profiles in the order of the report.
 pub fn profiles() -> Vec<Profile> {
     let mut profiles = Vec::new();
     for round_trip in [20, 100, 200].map(Duration::from_millis) {
@@ -152,7 +152,7 @@ fn random_loss(round_trip: Duration, percent: u32) -> Profile {
     }
 }
 
-/// Nothing gets through for a while, from 1 s on.
+/// A link that drops everything for `length`, from 1 s on.
 fn cut(name: &str, round_trip: Duration, length: Duration) -> Profile {
     let start = Duration::from_secs(1);
     let path = LinkSettings { loss: 0.01, ..clean(round_trip) };

@@ -1,5 +1,5 @@
-//! Downpour beside SRT, RIST and bare UDP over the same emulated links; `scripts/bench-repair` runs
-//! it and `docs/repair.md` says how it measures and holds what came out.
+//! Compares Downpour with SRT, RIST and bare UDP over the same emulated links. Run by
+//! `scripts/bench-repair`; `docs/repair.md` has the method and the results.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -31,34 +31,45 @@ use run::{Outcome, Setup};
 #[derive(Debug, Parser)]
 #[command(name = "bench-repair")]
 struct Options {
-    /// A few links of the grid only, with 2 seeds.
+    /// Runs only a few links of the grid, with 2 seeds.
     #[arg(long)]
     quick: bool,
-    /// Seeds for each cell [default: 5, with --quick 2].
+    /// Seeds per cell [default: 5; 2 with --quick].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: Option<u64>,
-    /// Seconds of media measured in each run.
+    /// Seconds of media that each run measures.
     #[arg(long, default_value_t = 4.0)]
     seconds: f64,
-    /// Runs at the same time [default: 6 for each processor].
+    /// Concurrent runs [default: 6 per processor].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=256))]
     jobs: Option<u64>,
-    /// Only runs whose "LINK, BUDGET x, SYSTEM" holds this text; may be given several times, and
-    /// then all must be held.
+    /// Runs only cells whose "LINK, BUDGET x, SYSTEM" contains this text. If given several times,
+    /// all texts must match.
     #[arg(long, value_name = "PATTERN")]
     only: Vec<String>,
-    /// Where the report goes [default: docs for the whole grid, target/repair_field for less].
+    /// Directory of the report [default: docs for the whole grid, else target/repair_field].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Keeps each run's configurations and logs, in target/tmp/repair_field.
+    /// Keeps the configurations and logs of each run in target/tmp/repair_field.
     #[arg(long)]
     keep: bool,
-    /// Lists the runs and ends.
+    /// Lists the runs and exits.
     #[arg(long)]
     list: bool,
-    /// What cargo bench passes.
+    /// Passed by cargo bench.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+impl Options {
+    /// The directory of the report; `partial` is the default if only a part of the grid runs.
+    fn report_dir(&self, partial: &Path) -> PathBuf {
+        let whole = !self.quick && self.only.is_empty();
+        self.out.clone().unwrap_or_else(|| match whole {
+            true => Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"),
+            false => partial.into(),
+        })
+    }
 }
 
 fn main() -> ExitCode {
@@ -74,13 +85,13 @@ fn main() -> ExitCode {
 
 fn bench(options: &Options) -> io::Result<()> {
     if !(0.5..=600.0).contains(&options.seconds) {
-        return Err(io::Error::other("--seconds takes 0.5 to 600"));
+        return Err(io::Error::other("--seconds must be 0.5 to 600"));
     }
     let profiles = grid::profiles();
     let seeds = options.seeds.unwrap_or(if options.quick { 2 } else { 5 });
     let jobs = plan(options, &profiles, seeds);
     if jobs.is_empty() {
-        return Err(io::Error::other("no run matches; --list shows them all"));
+        return Err(io::Error::other("no run matches; --list shows all runs"));
     }
     if options.list {
         jobs.iter().for_each(|job| println!("{}, seed {}", job.name(&profiles), job.seed));
@@ -89,34 +100,31 @@ fn bench(options: &Options) -> io::Result<()> {
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
     let parallel = options.jobs.unwrap_or(6 * processors);
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("repair_field");
-    let whole = !options.quick && options.only.is_empty();
     let partial = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/repair_field");
-    let out = options.out.clone().unwrap_or_else(|| match whole {
-        true => Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"),
-        false => partial.clone(),
-    });
+    let out = options.report_dir(&partial);
     fs::create_dir_all(&scratch)?;
     fs::create_dir_all(&partial)?;
     fs::create_dir_all(&out)?;
 
     let began = Instant::now();
     let raw = partial.join("runs.jsonl");
-    let board = Board {
+    let schedule = Schedule {
         total: jobs.len(),
         queue: Mutex::new(jobs.into()),
-        state: Mutex::new(BoardState { cells: Cells::default(), raw: fs::File::create(&raw)? }),
+        results: Mutex::new(Results { cells: Cells::default(), raw: fs::File::create(&raw)? }),
         began,
     };
     std::thread::scope(|scope| {
         for _ in 0..parallel {
             scope.spawn(|| {
-                while let Some(job) = board.take() {
-                    board.run(options, &profiles, &scratch, job);
+                while let Some(job) = schedule.take() {
+                    schedule.run(options, &profiles, &scratch, job);
                 }
             });
         }
     });
-    let BoardState { cells, .. } = board.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let Results { cells, .. } =
+        schedule.results.into_inner().unwrap_or_else(PoisonError::into_inner);
     let circumstances = report::Circumstances {
         command: std::env::args().skip(1).filter(|arg| arg != "--bench").collect(),
         seeds,
@@ -125,7 +133,12 @@ fn bench(options: &Options) -> io::Result<()> {
         took: began.elapsed(),
     };
     let written = report::write(&out, &profiles, &cells, &circumstances)?;
-    eprintln!("{} in {} s; wrote {}", board.total, began.elapsed().as_secs(), raw.display());
+    eprintln!(
+        "{} runs in {} s; wrote {}",
+        schedule.total,
+        began.elapsed().as_secs(),
+        raw.display()
+    );
     written.iter().for_each(|path| eprintln!("wrote {}", path.display()));
     match cells.failures.len() {
         0 => Ok(()),
@@ -150,7 +163,8 @@ impl Job {
     }
 }
 
-/// Systems side by side, so that what else the machine does meets them alike.
+/// Lists the runs of the options. The systems of a cell are adjacent, so that other work on the
+/// machine affects them alike.
 fn plan(options: &Options, profiles: &[Profile], seeds: u64) -> Vec<Job> {
     let mut jobs = Vec::new();
     for (profile, link) in profiles.iter().enumerate() {
@@ -159,10 +173,10 @@ fn plan(options: &Options, profiles: &[Profile], seeds: u64) -> Vec<Job> {
                 for system in System::ALL {
                     let job = Job { profile, budget, system, seed, attempt: 1 };
                     let name = job.name(profiles);
-                    // A budget changes nothing where nothing is repaired.
-                    let idle = system == System::Udp && budget != BUDGETS[0];
-                    let wanted = options.only.iter().all(|text| name.contains(text.as_str()));
-                    if !idle && wanted && (!options.quick || link.quick) {
+                    // Without repair, the budget changes nothing.
+                    let redundant = system == System::Udp && budget != BUDGETS[0];
+                    let selected = options.only.iter().all(|text| name.contains(text.as_str()));
+                    if !redundant && selected && (!options.quick || link.quick) {
                         jobs.push(job);
                     }
                 }
@@ -172,76 +186,80 @@ fn plan(options: &Options, profiles: &[Profile], seeds: u64) -> Vec<Job> {
     jobs
 }
 
-/// What is to do and what came of it.
-struct Board {
+/// The queue of runs and their results, shared by the threads.
+struct Schedule {
     total: usize,
     queue: Mutex<VecDeque<Job>>,
-    state: Mutex<BoardState>,
+    results: Mutex<Results>,
     began: Instant,
 }
 
-struct BoardState {
+struct Results {
     cells: Cells,
     raw: fs::File,
 }
 
-impl Board {
+impl Schedule {
+    /// Takes the next run.
     fn take(&self) -> Option<Job> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
+    /// Runs `job`. Queues it again if it failed or the machine was too busy, up to [`ATTEMPTS`]
+    /// times in all.
     fn run(&self, options: &Options, profiles: &[Profile], scratch: &Path, job: Job) {
         let outcome = tempfile::tempdir_in(scratch).and_then(|dir| {
             let outcome = run::run(&Setup {
                 profile: &profiles[job.profile],
                 budget: job.budget,
                 system: job.system,
-                // Seeds far apart, for each link takes two.
+                // Each run uses two consecutive seeds, one per direction.
                 seed: 1000 * (job.seed + 1),
                 length: Duration::from_secs_f64(options.seconds),
                 dir: dir.path(),
                 clock: Instant::now(),
             });
             if outcome.is_err() || options.keep {
-                eprintln!("  logs of the next are in {}", dir.keep().display());
+                eprintln!("  logs of {}: {}", job.name(profiles), dir.keep().display());
             }
             outcome
         });
-        let again = match &outcome {
-            Ok(outcome) => !outcome.is_sound(),
+        let retry = match &outcome {
+            Ok(outcome) => !outcome.is_valid(),
             Err(_) => true,
         };
-        if again && job.attempt < ATTEMPTS {
+        if retry && job.attempt < ATTEMPTS {
             let name = job.name(profiles);
             match &outcome {
                 Ok(outcome) => eprintln!(
-                    "  again, the machine was late ({} us, source {} us): {name}",
+                    "  retry of {name}: machine too busy (emulator {} us late, source {} us)",
                     outcome.emulator_late, outcome.source_late
                 ),
-                Err(error) => eprintln!("  again, {error}: {name}"),
+                Err(error) => eprintln!("  retry of {name}: {error}"),
             }
             let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
             queue.push_back(Job { attempt: job.attempt + 1, ..job });
             return;
         }
-        self.note(profiles, job, outcome);
+        self.record(profiles, job, outcome);
     }
 
-    fn note(&self, profiles: &[Profile], job: Job, outcome: io::Result<Outcome>) {
+    /// Adds the outcome to the results and prints the progress.
+    fn record(&self, profiles: &[Profile], job: Job, outcome: io::Result<Outcome>) {
         let name = job.name(profiles);
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
         let line = match &outcome {
             Ok(outcome) => {
                 let line = serde_json::json!({ "run": name, "seed": job.seed, "outcome": outcome });
-                if let Err(error) = writeln!(state.raw, "{line}") {
+                if let Err(error) = writeln!(results.raw, "{line}") {
                     eprintln!("  cannot write runs.jsonl: {error}");
                 }
                 report::progress(outcome)
             }
             Err(error) => format!("FAILED: {error}"),
         };
-        state.cells.add((job.profile, job.budget, job.system), &name, job.seed, outcome);
-        let done = state.cells.runs + state.cells.failures.len();
+        results.cells.add((job.profile, job.budget, job.system), &name, job.seed, outcome);
+        let done = results.cells.runs + results.cells.failures.len();
         let elapsed = self.began.elapsed().as_secs();
         let left = elapsed * (self.total - done.min(self.total)) as u64 / done.max(1) as u64;
         eprintln!(
@@ -251,5 +269,5 @@ impl Board {
     }
 }
 
-/// How often a run is tried that failed, or for which the machine was too busy.
+/// Attempts per run.
 const ATTEMPTS: u32 = 3;

@@ -1,4 +1,4 @@
-//! Numbered, time-stamped media: who sends it at an even pace, and who writes down what comes.
+//! Numbered, time-stamped media: a paced source, and a sink that records the arrivals.
 
 use std::{
     io,
@@ -18,16 +18,16 @@ use downpour::{
 use downpour_media::flv::{Tag, TagKind};
 use downpour_rtmp::url::RtmpUrl;
 
-/// Bytes of media in a packet.
+/// Bytes of media per packet.
 pub const PACKET_LEN: usize = 1000;
 
-/// When packets are due.
+/// The schedule of the packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cadence {
-    /// One a millisecond: 8 Mbit/s.
+    /// One packet per millisecond: 8 Mbit/s.
     Steady,
-    /// So for 200 ms, then nothing for 300 ms: the last ones of each burst have none behind them
-    /// that would show that they are missing.
+    /// The same for 200 ms, then silence for 300 ms. No packet follows the last ones of a burst to
+    /// show that they are missing.
     Bursts,
 }
 
@@ -48,20 +48,21 @@ pub struct Source {
 }
 
 impl Source {
-    /// One packet a datagram.
+    /// Sends each packet as a datagram.
     pub fn udp(clock: Instant, cadence: Cadence, to: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0")?;
         socket.connect(to)?;
         Self::start(clock, cadence, move |mut pacer| {
             while let Some(number) = pacer.next() {
-                // Who is to take it may not listen yet; the measurement begins when it does.
+                // The receiver may not listen yet. The measurement starts once it does.
                 let _ = socket.send(&encode(number, clock.elapsed()));
             }
             Ok(())
         })
     }
 
-    /// One packet a tag: its header and body are [`PACKET_LEN`] bytes. MP3, because it needs no codec header and any tag may come first.
+    /// Sends each packet as a tag whose header and body are [`PACKET_LEN`] bytes. The codec is MP3,
+    /// which needs no sequence header, so any tag may be the first.
     pub fn rtmp(clock: Instant, cadence: Cadence, url: RtmpUrl) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Self::start(clock, cadence, move |mut pacer| {
@@ -74,7 +75,7 @@ impl Source {
                     let tag = Tag::new(TagKind::Audio, timestamp, &body[Tag::HEADER_LEN..])
                         .map_err(io::Error::other)?;
                     publisher.send(&tag).await.map_err(io::Error::other)?;
-                    // The pacer sleeps without the runtime's knowledge.
+                    // The pacer blocks the thread, so the runtime gets no other turn.
                     tokio::task::yield_now().await;
                 }
                 Ok(())
@@ -100,18 +101,17 @@ impl Source {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// The number that is sent next.
+    /// The number of the next packet.
     pub fn next(&self) -> u64 {
         self.shared.next.load(Ordering::Acquire)
     }
 
-    /// By how much packets were sent later than they were due, in microseconds, since the last
-    /// call.
+    /// Returns how late each packet since the last call was sent, in microseconds.
     pub fn take_lateness(&self) -> Vec<u32> {
         std::mem::take(&mut *self.shared.lateness.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Why it sends no more.
+    /// The error that stopped the source.
     pub fn failure(&self) -> Option<String> {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -126,7 +126,7 @@ impl Drop for Source {
     }
 }
 
-/// Writes down which packets come, and when, until it is dropped.
+/// Records which packets arrive, and when, until it is dropped.
 #[derive(Debug)]
 pub struct Sink {
     shared: Arc<SinkState>,
@@ -134,12 +134,12 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Takes datagrams at `address`.
+    /// Receives datagrams at `address`.
     pub fn udp(clock: Instant, address: SocketAddr) -> io::Result<Self> {
         let socket = UdpSocket::bind(address)?;
-        // What it does not get for want of room would count as the system's loss.
+        // Packets dropped by a full socket buffer would count as the system's loss.
         socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20)?;
-        socket.set_read_timeout(Some(GLANCE))?;
+        socket.set_read_timeout(Some(STOP_CHECK))?;
         Self::start(move |state| {
             let mut buffer = [0; 2048];
             while !state.stop.load(Ordering::Relaxed) {
@@ -150,19 +150,19 @@ impl Sink {
         })
     }
 
-    /// Views `url`, once it can be viewed.
+    /// Plays `url` as soon as the stream is live.
     pub fn flv(clock: Instant, url: FlvUrl) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Self::start(move |state| {
             runtime.block_on(async {
                 while !state.stop.load(Ordering::Relaxed) {
-                    // The stream may not be live yet, and is not live any more at the end.
+                    // The stream is not live at the start and at the end.
                     let Ok(mut client) = FlvClient::connect(&url, PATIENCE).await else {
-                        tokio::time::sleep(GLANCE).await;
+                        tokio::time::sleep(STOP_CHECK).await;
                         continue;
                     };
                     while !state.stop.load(Ordering::Relaxed) {
-                        match tokio::time::timeout(GLANCE, client.next()).await {
+                        match tokio::time::timeout(STOP_CHECK, client.next()).await {
                             Ok(Ok(Some(tag))) => state.record(clock.elapsed(), tag.body()),
                             Ok(_) => break,
                             Err(_) => {}
@@ -181,13 +181,13 @@ impl Sink {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Whether the newest `count` packets up to the newest that came are all there.
+    /// `true` if the last `count` packets up to the highest number have all arrived.
     pub fn is_steady(&self, count: usize) -> bool {
         let arrivals = self.shared.arrivals();
         arrivals.len() >= count && arrivals[arrivals.len() - count..].iter().all(Option::is_some)
     }
 
-    /// What came of the packets from `first` up to `end`, exclusive.
+    /// The arrivals of the packets `first..end`; `None` for a lost packet.
     pub fn arrivals(&self, first: u64, end: u64) -> Vec<Option<Arrival>> {
         let arrivals = self.shared.arrivals();
         (first..end).map(|number| arrivals.get(number as usize).copied().flatten()).collect()
@@ -203,12 +203,12 @@ impl Drop for Sink {
     }
 }
 
-/// A packet that came.
+/// A packet that arrived.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {
     /// From its sending to its first arrival.
     pub took: Duration,
-    /// How often it came again.
+    /// Further arrivals.
     pub duplicates: u32,
 }
 
@@ -222,7 +222,7 @@ struct Pacer {
 }
 
 impl Pacer {
-    /// The number that is due now; `None` when it is time to stop.
+    /// Waits until the next packet is due and returns its number; `None` to stop.
     fn next(&mut self) -> Option<u64> {
         let number = self.next;
         let due = self.start + self.cadence.due(number);
@@ -234,7 +234,7 @@ impl Pacer {
             if left.is_zero() {
                 break;
             }
-            std::thread::sleep(left.min(GLANCE));
+            std::thread::sleep(left.min(STOP_CHECK));
         }
         let late = due.elapsed().as_micros().min(u32::MAX.into()) as u32;
         debug_assert!(due >= self.clock);
@@ -278,7 +278,7 @@ impl SinkState {
     }
 }
 
-/// A datagram; without as many bytes as a tag's header has, a tag's body.
+/// Encodes a datagram. Without its first [`Tag::HEADER_LEN`] bytes it is the body of a tag.
 fn encode(number: u64, sent: Duration) -> [u8; PACKET_LEN] {
     let mut packet = [FILLER; PACKET_LEN];
     let body = &mut packet[Tag::HEADER_LEN..];
@@ -288,7 +288,8 @@ fn encode(number: u64, sent: Duration) -> [u8; PACKET_LEN] {
     packet
 }
 
-/// Number and time of sending; `None` if it is no whole packet of ours, nor the body of a tag.
+/// Returns the number and the time of sending; `None` if this is neither a whole packet of the
+/// source nor the body of a tag.
 fn decode(packet: &[u8]) -> Option<(u64, Duration)> {
     let body = match packet.len() {
         PACKET_LEN => &packet[Tag::HEADER_LEN..],
@@ -307,8 +308,8 @@ const MP3_44_KHZ_STEREO: u8 = 0x2f;
 const FILLER: u8 = 0xa5;
 const BODY_LEN: usize = PACKET_LEN - Tag::HEADER_LEN;
 const FILLING: [u8; BODY_LEN - 17] = [FILLER; BODY_LEN - 17];
-/// More than any run sends: a stray datagram must not eat the memory.
+/// More than any run sends. It bounds memory if a stray datagram arrives.
 const NUMBER_MAX: u64 = 10_000_000;
-/// How often threads look whether they are to stop.
-const GLANCE: Duration = Duration::from_millis(50);
+/// How often threads check whether to stop.
+const STOP_CHECK: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! What the runs showed, as tables in Markdown.
+//! The report: tables in Markdown and plots.
 
 use std::{
     collections::BTreeMap,
@@ -23,12 +23,12 @@ use crate::{
 /// Index of the profile, budget in round trips, system.
 pub type Place = (usize, u32, System);
 
-/// All that has been measured.
+/// All results.
 #[derive(Debug, Default)]
 pub struct Cells {
     cells: BTreeMap<Place, Cell>,
     pub runs: usize,
-    /// Runs that came to nothing, with the reason.
+    /// Failed runs, with the reason.
     pub failures: Vec<String>,
 }
 
@@ -43,14 +43,14 @@ impl Cells {
         }
     }
 
-    /// What bare UDP showed does not depend on the budget.
+    /// Bare UDP is measured at the first budget only: its result does not depend on the budget.
     fn at(&self, profile: usize, budget: u32, system: System) -> Option<&Cell> {
         let budget = if system == System::Udp { BUDGETS[0] } else { budget };
         self.cells.get(&(profile, budget, system))
     }
 }
 
-/// How it was measured.
+/// The circumstances of the measurement, printed in the report.
 pub struct Circumstances {
     pub command: Vec<String>,
     pub seeds: u64,
@@ -59,11 +59,11 @@ pub struct Circumstances {
     pub took: Duration,
 }
 
-/// Writes `repair.md` and its plots into `dir`; tells their paths. In a file that is there, only
-/// what is between the markers is replaced.
+/// Writes `repair.md` and its plots into `dir` and returns their paths. In an existing file, only
+/// the part between the markers is replaced.
 ///
 /// # Errors
-/// If the file that is there lacks the markers, or something cannot be read or written.
+/// If an existing file lacks the markers, or a file cannot be read or written.
 pub fn write(
     dir: &Path,
     profiles: &[Profile],
@@ -84,7 +84,8 @@ pub fn write(
     loss_table(&mut body, profiles, cells);
     delay_table(&mut body, profiles, cells);
     cost_table(&mut body, profiles, cells);
-    behind(&mut body, profiles, cells);
+    shortfalls(&mut body, profiles, cells);
+    failures(&mut body, cells);
     let mut written = Vec::new();
     for (name, svg) in [
         ("repair-loss.svg", plot::draw(&plot_of(profiles, cells, Quantity::Loss))),
@@ -98,15 +99,15 @@ pub fn write(
     Ok(written)
 }
 
-/// One run in a line.
+/// A run as one line.
 pub fn progress(outcome: &Outcome) -> String {
     let cell = Cell::of(outcome.clone());
     format!(
-        "lost {} % ({}/{}), hole {}, p50 {} p99 {} max {} ms, wire +{:.0} %, cpu {:.1} %, late {} us",
+        "lost {} % ({}/{}), longest gap {}, p50 {} p99 {} max {} ms, wire +{:.0} %, cpu {:.1} %, late {} us",
         percent(cell.loss()),
         outcome.lost,
         outcome.sent,
-        outcome.longest_hole,
+        outcome.longest_gap,
         millis(cell.delay(0.5)),
         millis(cell.delay(0.99)),
         millis(cell.delay(1.0)),
@@ -116,21 +117,22 @@ pub fn progress(outcome: &Outcome) -> String {
     )
 }
 
-/// All seeds of one place together.
+/// The sum of all seeds of one place.
 #[derive(Debug, Default)]
 struct Cell {
     runs: u32,
-    unsound: u32,
+    /// Runs for which the machine was too busy.
+    invalid: u32,
     sent: u64,
     lost: u64,
-    longest_hole: u64,
+    longest_gap: u64,
     duplicates: u64,
     /// Sorted.
     delays: Vec<u32>,
     media_bytes: u64,
     wire_bytes: u64,
     cpu: f64,
-    there: Vec<(f64, f64)>,
+    available: Vec<(f64, f64)>,
 }
 
 impl Cell {
@@ -142,44 +144,44 @@ impl Cell {
 
     fn add(&mut self, outcome: Outcome) {
         self.runs += 1;
-        self.unsound += u32::from(!outcome.is_sound());
+        self.invalid += u32::from(!outcome.is_valid());
         self.sent += outcome.sent;
         self.lost += outcome.lost;
-        self.longest_hole = self.longest_hole.max(outcome.longest_hole);
+        self.longest_gap = self.longest_gap.max(outcome.longest_gap);
         self.duplicates += outcome.duplicates;
         self.delays.extend(outcome.delays);
         self.delays.sort_unstable();
         self.media_bytes += outcome.media_bytes;
         self.wire_bytes += outcome.wire_bytes;
         self.cpu += outcome.cpu.iter().sum::<f64>();
-        for (bound, count) in outcome.there {
-            match self.there.iter_mut().find(|(known, _)| *known == bound) {
+        for (bound, count) in outcome.available {
+            match self.available.iter_mut().find(|(known, _)| *known == bound) {
                 Some((_, sum)) => *sum += count,
-                None => self.there.push((bound, count)),
+                None => self.available.push((bound, count)),
             }
         }
     }
 
-    /// Per cent lost for good.
+    /// Per cent of the packets that were never delivered.
     fn loss(&self) -> f64 {
         100.0 * self.lost as f64 / self.sent.max(1) as f64
     }
 
-    /// In milliseconds; of what was delivered.
+    /// Quantile of the delay of delivered packets, in milliseconds.
     fn delay(&self, quantile: f64) -> f64 {
         let last = self.delays.len().saturating_sub(1);
         let index = (self.delays.len() as f64 * quantile) as usize;
         self.delays.get(index.min(last)).map_or(0.0, |micros| f64::from(*micros) / 1000.0)
     }
 
-    /// The bound in milliseconds within which so large a share of packets was there.
-    fn there(&self, quantile: f64) -> Option<f64> {
-        let total = self.there.iter().map(|(_, count)| *count).fold(0.0, f64::max);
+    /// The upper bound in milliseconds of a quantile of the time until packets were available.
+    fn available(&self, quantile: f64) -> Option<f64> {
+        let total = self.available.iter().map(|(_, count)| *count).fold(0.0, f64::max);
         let enough = |(_, count): &&(f64, f64)| *count >= quantile * total;
-        (total > 0.0).then(|| self.there.iter().find(enough).map(|(bound, _)| *bound))?
+        (total > 0.0).then(|| self.available.iter().find(enough).map(|(bound, _)| *bound))?
     }
 
-    /// Per cent of bytes beyond the media.
+    /// Bytes beyond the media, in per cent of the media.
     fn overhead(&self) -> f64 {
         100.0 * (self.wire_bytes as f64 / self.media_bytes.max(1) as f64 - 1.0)
     }
@@ -194,8 +196,8 @@ fn introduction(circumstances: &Circumstances) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
-        "Measured on {} by `scripts/bench-repair{}` in {} min: {seeds} seeds a cell, {seconds} s a \
-         run, {parallel} runs at a time. Downpour {} at commit {}, SRT {}, RIST {}; {}.\n",
+        "Measured on {} by `scripts/bench-repair{}` in {} min: {seeds} seeds per cell, {seconds} s \
+         per run, {parallel} concurrent runs. Downpour {} at commit {}, SRT {}, RIST {}; {}.\n",
         output("date", &["-u", "+%F"]).unwrap_or_else(|| "an unknown day".into()),
         command.iter().map(|arg| format!(" {arg}")).collect::<String>(),
         took.as_secs().div_ceil(60),
@@ -211,9 +213,9 @@ fn introduction(circumstances: &Circumstances) -> String {
     );
     let _ = writeln!(
         text,
-        "Four values are those at a budget of 2 / 3 / 4 / 6 round trips, “–” is not measured. † marks \
-         where Downpour is not ahead of both, ‡ where it misses its target, * where the machine was \
-         too busy to be sure.\n\n\
+        "Four values are at budgets of 2 / 3 / 4 / 6 round trips; “–” means not measured. †: \
+         Downpour is not better than both; ‡: it misses its target; *: the machine was too busy \
+         for a reliable value.\n\n\
          ![Residual loss](repair-loss.svg)\n\n![Delay](repair-delay.svg)\n"
     );
     text
@@ -221,15 +223,15 @@ fn introduction(circumstances: &Circumstances) -> String {
 
 fn loss_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
     text.push_str(
-        "### Lost for good, per cent\n\n\
-         | link | bare UDP | SRT | RIST | Downpour | must reach |\n|---|---|---|---|---|---|\n",
+        "### Loss after repair, per cent\n\n\
+         | link | bare UDP | SRT | RIST | Downpour | target |\n|---|---|---|---|---|---|\n",
     );
     for (index, profile) in measured(profiles, cells) {
         let of = |system| four(|_, budget| cells.at(index, budget, system).map(loss_cell));
         let ours = four(|place, budget| {
             let cell = cells.at(index, budget, System::Downpour)?;
             let mut shown = loss_cell(cell);
-            if is_behind_in_loss(cells, index, budget) {
+            if does_not_lead_in_loss(cells, index, budget) {
                 shown.push('†');
             }
             if profile.targets.loss.is_some_and(|targets| cell.loss() > targets[place]) {
@@ -255,11 +257,11 @@ fn loss_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
 
 fn delay_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
     text.push_str(
-        "### Delay over one way, ms\n\nAs delivered, in order, to the application. “There” is when \
-         Downpour had a packet, repair included, and not when those before it let it through: upper \
-         bounds of its edge's histogram.\n\n\
+        "### Delay beyond one way, ms\n\nOf packets delivered in order to the application. A packet \
+         is “available” when Downpour's edge has received or repaired it, even if it still waits \
+         behind a gap: upper bounds of the edge's histogram.\n\n\
          | link | SRT p50 | SRT p99 | RIST p50 | RIST p99 | Downpour p50 | p99 | longest | \
-         there p50 | there p99 |\n|---|---|---|---|---|---|---|---|---|---|\n",
+         available p50 | available p99 |\n|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (index, profile) in measured(profiles, cells) {
         let of = |system, quantile| {
@@ -269,18 +271,18 @@ fn delay_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
             four(|_, budget| {
                 let cell = cells.at(index, budget, System::Downpour)?;
                 let mut shown = millis(cell.delay(quantile));
-                if is_behind_in_delay(cells, index, budget, quantile) {
+                if does_not_lead_in_delay(cells, index, budget, quantile) {
                     shown.push('†');
                 }
                 Some(shown)
             })
         };
         let round_trip = profile.round_trip.as_secs_f64() * 1000.0;
-        let there = |quantile, target: Option<f64>| {
+        let available = |quantile, target: Option<f64>| {
             four(|_, budget| {
-                let there = cells.at(index, budget, System::Downpour)?.there(quantile)?;
-                let over = target.is_some_and(|target| there > target);
-                Some(format!("≤ {}{}", millis(there), if over { "‡" } else { "" }))
+                let available = cells.at(index, budget, System::Downpour)?.available(quantile)?;
+                let over = target.is_some_and(|target| available > target);
+                Some(format!("≤ {}{}", millis(available), if over { "‡" } else { "" }))
             })
         };
         let p99_target = profile.targets.p99_round_trips.map(|trips| trips * round_trip);
@@ -295,8 +297,8 @@ fn delay_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
             ours(0.5),
             ours(0.99),
             of(System::Downpour, 1.0),
-            there(0.5, profile.targets.median_ms),
-            there(0.99, p99_target),
+            available(0.5, profile.targets.median_ms),
+            available(0.99, p99_target),
         );
     }
     text.push('\n');
@@ -304,12 +306,12 @@ fn delay_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
 
 fn cost_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
     text.push_str(
-        "### Bytes beyond the media, longest hole, processor\n\nBytes both ways with IP and UDP \
-         headers, in per cent of the media. The hole is in packets, the longest of all seeds. \
-         Processor time is that of sender and receiver together in per cent of a core, at 4 round \
-         trips.\n\n\
-         | link | SRT bytes | RIST bytes | Downpour bytes | UDP hole | SRT hole | RIST hole | \
-         Downpour hole | SRT cpu | RIST cpu | Downpour cpu |\n\
+        "### Bytes beyond the media, longest gap, processor\n\nBytes in both directions with IP and \
+         UDP headers, in per cent of the media. The gap is the longest run of lost packets over all \
+         seeds. Processor time is of sender and receiver together, in per cent of a core, at 4 \
+         round trips.\n\n\
+         | link | SRT bytes | RIST bytes | Downpour bytes | UDP gap | SRT gap | RIST gap | \
+         Downpour gap | SRT cpu | RIST cpu | Downpour cpu |\n\
          |---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (index, profile) in measured(profiles, cells) {
@@ -321,14 +323,14 @@ fn cost_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
             let over = costs_too_much(cells, index, place);
             Some(format!("{:.0}{}", cell.overhead(), if over { "‡" } else { "" }))
         });
-        let hole = |system| {
-            four(|_, budget| Some(cells.at(index, budget, system)?.longest_hole.to_string()))
+        let gap = |system| {
+            four(|_, budget| Some(cells.at(index, budget, system)?.longest_gap.to_string()))
         };
-        let udp_hole = cells.at(index, BUDGETS[0], System::Udp).map(|cell| cell.longest_hole);
-        let our_hole = four(|_, budget| {
-            let hole = cells.at(index, budget, System::Downpour)?.longest_hole;
-            let over = udp_hole.is_some_and(|own| hole > own);
-            Some(format!("{hole}{}", if over { "‡" } else { "" }))
+        let udp_gap = cells.at(index, BUDGETS[0], System::Udp).map(|cell| cell.longest_gap);
+        let our_gap = four(|_, budget| {
+            let gap = cells.at(index, budget, System::Downpour)?.longest_gap;
+            let over = udp_gap.is_some_and(|own| gap > own);
+            Some(format!("{gap}{}", if over { "‡" } else { "" }))
         });
         let cpu = |system| match cells.at(index, 4, system) {
             Some(cell) => format!("{:.1}", cell.cpu_percent()),
@@ -336,13 +338,13 @@ fn cost_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
         };
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {our_bytes} | {} | {} | {} | {our_hole} | {} | {} | {} |",
+            "| {} | {} | {} | {our_bytes} | {} | {} | {} | {our_gap} | {} | {} | {} |",
             profile.name,
             bytes(System::Srt),
             bytes(System::Rist),
-            udp_hole.map_or("–".into(), |hole| hole.to_string()),
-            hole(System::Srt),
-            hole(System::Rist),
+            udp_gap.map_or("–".into(), |gap| gap.to_string()),
+            gap(System::Srt),
+            gap(System::Rist),
             cpu(System::Srt),
             cpu(System::Rist),
             cpu(System::Downpour),
@@ -351,58 +353,13 @@ fn cost_table(text: &mut String, profiles: &[Profile], cells: &Cells) {
     text.push('\n');
 }
 
-/// Names each cell where Downpour is not ahead of both, or misses a target, and in what.
-fn behind(text: &mut String, profiles: &[Profile], cells: &Cells) {
-    text.push_str("### Where Downpour is not ahead of both, or misses a target\n\n");
+/// Lists the cells where Downpour is not better than both, or misses a target.
+fn shortfalls(text: &mut String, profiles: &[Profile], cells: &Cells) {
+    text.push_str("### Where Downpour is not better than both, or misses a target\n\n");
     let mut any = false;
     for (index, profile) in measured(profiles, cells) {
         for (place, budget) in BUDGETS.into_iter().enumerate() {
-            let Some(ours) = cells.at(index, budget, System::Downpour) else { continue };
-            let rivals = |value: &dyn Fn(&Cell) -> String| {
-                [System::Srt, System::Rist]
-                    .into_iter()
-                    .filter_map(|rival| {
-                        let cell = cells.at(index, budget, rival)?;
-                        Some(format!("{} {}", rival.name(), value(cell)))
-                    })
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            };
-            let mut faults = Vec::new();
-            if is_behind_in_loss(cells, index, budget) {
-                let loss = |cell: &Cell| format!("{} %", percent(cell.loss()));
-                faults.push(format!("loses {} ({})", loss(ours), rivals(&loss)));
-            }
-            if let Some(targets) = profile.targets.loss
-                && ours.loss() > targets[place]
-            {
-                let (loss, target) = (percent(ours.loss()), percent(targets[place]));
-                faults.push(format!("loses {loss} % (target {target} %; {} lost)", ours.lost));
-            }
-            for (name, quantile) in [("median", 0.5), ("p99", 0.99)] {
-                if is_behind_in_delay(cells, index, budget, quantile) {
-                    let delay = |cell: &Cell| format!("{} ms", millis(cell.delay(quantile)));
-                    faults.push(format!("{name} {} ({})", delay(ours), rivals(&delay)));
-                }
-            }
-            if costs_too_much(cells, index, place) {
-                let bytes = |cell: &Cell| format!("+{:.0} %", cell.overhead());
-                let factor = OVERHEAD_OF_SRT[place];
-                faults.push(format!(
-                    "sends {} (at most {factor} × SRT's; {})",
-                    bytes(ours),
-                    rivals(&bytes)
-                ));
-            }
-            if let Some(udp) = cells.at(index, budget, System::Udp)
-                && ours.longest_hole > udp.longest_hole
-            {
-                let (hole, own) = (ours.longest_hole, udp.longest_hole);
-                faults.push(format!("a hole of {hole} packets (the link's own: {own})"));
-            }
-            if ours.duplicates > 0 {
-                faults.push(format!("{} packets delivered again", ours.duplicates));
-            }
+            let faults = cell_shortfalls(profile, cells, index, place);
             if !faults.is_empty() {
                 any = true;
                 let _ = writeln!(text, "- {}, {budget} ×: {}", profile.name, faults.join("; "));
@@ -410,32 +367,88 @@ fn behind(text: &mut String, profiles: &[Profile], cells: &Cells) {
         }
     }
     if !any {
-        text.push_str("Nowhere.\n");
+        text.push_str("None.\n");
     }
+}
+
+fn failures(text: &mut String, cells: &Cells) {
     if !cells.failures.is_empty() {
-        text.push_str("\n### Runs that failed\n\n");
+        text.push_str("\n### Failed runs\n\n");
         for failure in &cells.failures {
             let _ = writeln!(text, "- {failure}");
         }
     }
 }
 
-/// Not ahead is level, too, but for the level at which nobody loses anything.
-fn is_behind_in_loss(cells: &Cells, profile: usize, budget: u32) -> bool {
+/// The shortfalls of Downpour in the cell of the profile `index` and the budget at `place`.
+fn cell_shortfalls(profile: &Profile, cells: &Cells, index: usize, place: usize) -> Vec<String> {
+    let budget = BUDGETS[place];
+    let mut faults = Vec::new();
+    let Some(ours) = cells.at(index, budget, System::Downpour) else { return faults };
+    let peers = |value: &dyn Fn(&Cell) -> String| peer_values(cells, index, budget, value);
+    if does_not_lead_in_loss(cells, index, budget) {
+        let loss = |cell: &Cell| format!("{} %", percent(cell.loss()));
+        faults.push(format!("loses {} ({})", loss(ours), peers(&loss)));
+    }
+    if let Some(targets) = profile.targets.loss
+        && ours.loss() > targets[place]
+    {
+        let (loss, target) = (percent(ours.loss()), percent(targets[place]));
+        faults.push(format!("loses {loss} % (target {target} %; {} lost)", ours.lost));
+    }
+    for (name, quantile) in [("median", 0.5), ("p99", 0.99)] {
+        if does_not_lead_in_delay(cells, index, budget, quantile) {
+            let delay = |cell: &Cell| format!("{} ms", millis(cell.delay(quantile)));
+            faults.push(format!("{name} {} ({})", delay(ours), peers(&delay)));
+        }
+    }
+    if costs_too_much(cells, index, place) {
+        let bytes = |cell: &Cell| format!("+{:.0} %", cell.overhead());
+        let (sent, factor) = (bytes(ours), OVERHEAD_OF_SRT[place]);
+        faults.push(format!("sends {sent} (at most {factor} × SRT's; {})", peers(&bytes)));
+    }
+    if let Some(udp) = cells.at(index, budget, System::Udp)
+        && ours.longest_gap > udp.longest_gap
+    {
+        let (gap, link) = (ours.longest_gap, udp.longest_gap);
+        faults.push(format!("a gap of {gap} packets (the link's own: {link})"));
+    }
+    if ours.duplicates > 0 {
+        faults.push(format!("{} packets delivered twice", ours.duplicates));
+    }
+    faults
+}
+
+/// The values of SRT and RIST in a cell, as "SRT 1 %, RIST 2 %".
+fn peer_values(
+    cells: &Cells,
+    profile: usize,
+    budget: u32,
+    value: &dyn Fn(&Cell) -> String,
+) -> String {
+    let peers = [System::Srt, System::Rist].into_iter().filter_map(|peer| {
+        let cell = cells.at(profile, budget, peer)?;
+        Some(format!("{} {}", peer.name(), value(cell)))
+    });
+    peers.collect::<Vec<_>>().join(", ")
+}
+
+/// `true` if SRT or RIST loses at most as much as Downpour, unless Downpour loses nothing.
+fn does_not_lead_in_loss(cells: &Cells, profile: usize, budget: u32) -> bool {
     let Some(ours) = cells.at(profile, budget, System::Downpour) else { return false };
     ours.lost > 0
         && [System::Srt, System::Rist]
             .into_iter()
-            .filter_map(|rival| cells.at(profile, budget, rival))
-            .any(|rival| rival.loss() <= ours.loss())
+            .filter_map(|peer| cells.at(profile, budget, peer))
+            .any(|peer| peer.loss() <= ours.loss())
 }
 
-fn is_behind_in_delay(cells: &Cells, profile: usize, budget: u32, quantile: f64) -> bool {
+fn does_not_lead_in_delay(cells: &Cells, profile: usize, budget: u32, quantile: f64) -> bool {
     let Some(ours) = cells.at(profile, budget, System::Downpour) else { return false };
     [System::Srt, System::Rist]
         .into_iter()
-        .filter_map(|rival| cells.at(profile, budget, rival))
-        .any(|rival| rival.delay(quantile) <= ours.delay(quantile))
+        .filter_map(|peer| cells.at(profile, budget, peer))
+        .any(|peer| peer.delay(quantile) <= ours.delay(quantile))
 }
 
 fn costs_too_much(cells: &Cells, profile: usize, place: usize) -> bool {
@@ -443,7 +456,7 @@ fn costs_too_much(cells: &Cells, profile: usize, place: usize) -> bool {
     let ours = cells.at(profile, budget, System::Downpour);
     let srt = cells.at(profile, budget, System::Srt);
     ours.zip(srt).is_some_and(|(ours, srt)| {
-        // Half a per cent is what counting whole datagrams blurs.
+        // The tolerance of half a per cent: only whole datagrams are counted.
         ours.overhead() > srt.overhead() * OVERHEAD_OF_SRT[place] + 0.5
     })
 }
@@ -486,7 +499,7 @@ fn plot_of(profiles: &[Profile], cells: &Cells, quantity: Quantity) -> plot::Plo
     });
     plot::Plot {
         title: match quantity {
-            Quantity::Loss => "Packets lost for good, per cent, by budget in round trips",
+            Quantity::Loss => "Loss after repair, per cent, by budget in round trips",
             Quantity::Delay => {
                 "Delay beyond one way, ms, by budget in round trips: median, and p99 dashed"
             }
@@ -500,7 +513,7 @@ fn plot_of(profiles: &[Profile], cells: &Cells, quantity: Quantity) -> plot::Plo
     }
 }
 
-/// Those of which there is anything to show.
+/// The profiles that have results, with their index.
 fn measured<'a>(
     profiles: &'a [Profile],
     cells: &'a Cells,
@@ -509,7 +522,7 @@ fn measured<'a>(
     profiles.iter().enumerate().filter(move |(index, _)| has_any(*index))
 }
 
-/// One value for each budget; one for all if none was measured.
+/// Formats one value per budget; a single dash if none was measured.
 fn four(value: impl Fn(usize, u32) -> Option<String>) -> String {
     let values = BUDGETS.into_iter().enumerate().map(|(place, budget)| value(place, budget));
     let values: Vec<_> = values.collect();
@@ -522,10 +535,10 @@ fn four(value: impl Fn(usize, u32) -> Option<String>) -> String {
 }
 
 fn loss_cell(cell: &Cell) -> String {
-    format!("{}{}", percent(cell.loss()), if cell.unsound > 0 { "*" } else { "" })
+    format!("{}{}", percent(cell.loss()), if cell.invalid > 0 { "*" } else { "" })
 }
 
-/// Two significant digits.
+/// Formats `value` with two significant digits.
 fn percent(value: f64) -> String {
     let decimals = match value {
         0.0 => return "0".into(),
@@ -539,7 +552,7 @@ fn millis(value: f64) -> String {
     if value < 9.95 { format!("{value:.1}") } else { format!("{value:.0}") }
 }
 
-/// What a program says on both its outputs; `None` if there is no such program.
+/// Returns the standard output and error of a program; `None` if the program is missing.
 fn output(program: &str, args: &[&str]) -> Option<String> {
     let directory = env!("CARGO_MANIFEST_DIR");
     let output = Command::new(program).args(args).current_dir(directory).output().ok()?;

@@ -1,8 +1,9 @@
 //! One run: one system over one link with one seed.
 //!
-//! Every system is treated alike. It runs over the clean link until its flow is steady and a while
-//! longer, then over the bad one. Counted is what is sent in the measurement's time; the link stays
-//! bad until all of that has had its budget, and is good again while the last of it comes in.
+//! All systems get the same treatment. A run starts over the clean link, waits until packets flow
+//! steadily, and makes the link bad. The packets sent in the time of the measurement are counted. The
+//! link stays bad until the budget of the last one is over, and is clean again while the last packets
+//! arrive.
 
 use std::{
     io,
@@ -15,23 +16,23 @@ use crate::{
     common::process::{Process, free_address},
     downpour::{self, EdgeCounts},
     grid::{Profile, System},
-    media::{PACKET_LEN, Sink, Source},
+    media::{Arrival, PACKET_LEN, Sink, Source},
     rist, srt,
-    wire::{Count, Door, Way, Wire},
+    wire::{Count, Direction, Route, Traffic, Wire},
 };
 
-/// What to run.
+/// The parameters of a run.
 pub struct Setup<'a> {
     pub profile: &'a Profile,
     /// In round trips.
     pub budget: u32,
     pub system: System,
     pub seed: u64,
-    /// How long to measure, before the profile's stretch.
+    /// Length of the measurement, before the profile's stretch.
     pub length: Duration,
-    /// Where processes keep their files.
+    /// Directory for the files of the processes.
     pub dir: &'a Path,
-    /// What all times are counted from.
+    /// Origin of all times.
     pub clock: Instant,
 }
 
@@ -41,61 +42,63 @@ impl Setup<'_> {
     }
 }
 
-/// A system at work.
+/// A running system.
 pub struct Rig {
-    // Dropped from the top down: the source ends before those who take from it.
+    // Fields are dropped in this order: the source stops before its receivers.
     pub source: Source,
     pub sink: Sink,
     pub processes: Vec<Process>,
     pub wire: Wire,
-    /// Where Downpour's edge answers HTTP.
+    /// HTTP address of Downpour's edge.
     pub edge: Option<SocketAddr>,
 }
 
-/// What a run showed.
+/// The result of a run.
 #[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Outcome {
-    /// Packets sent while it was measured.
+    /// Packets sent during the measurement.
     pub sent: u64,
-    /// Of those, never delivered.
+    /// Packets of these that were never delivered.
     pub lost: u64,
-    /// The most in a row that were not.
-    pub longest_hole: u64,
-    /// Deliveries of one that had been delivered.
+    /// Longest run of lost packets.
+    pub longest_gap: u64,
+    /// Repeated deliveries.
     pub duplicates: u64,
-    /// Each delivered packet's delay beyond one way, in microseconds, sorted.
+    /// Delay of each delivered packet beyond one way, in microseconds, sorted.
     #[serde(skip)]
     pub delays: Vec<u32>,
-    /// Bytes of media, and of everything both ways with IP and UDP headers, while the link was bad.
+    /// Bytes of media sent while the link was bad, and all bytes in both directions with IP and UDP
+    /// headers.
     pub media_bytes: u64,
     pub wire_bytes: u64,
-    /// The datagrams and payload bytes of each direction in that.
+    /// Datagrams and payload bytes per direction while the link was bad.
     pub forward: Count,
     pub back: Count,
-    /// Processor time of each process over wall time: 1 is a core.
+    /// Processor time of each process, in cores.
     pub cpu: Vec<f64>,
-    /// What Downpour's edge counted by fate.
+    /// See [`EdgeCounts::fates`].
     pub fates: Vec<(String, f64)>,
-    /// See [`EdgeCounts::there`].
-    pub there: Vec<(f64, f64)>,
-    /// 99th percentiles of how late the emulator and the source were, in microseconds.
+    /// See [`EdgeCounts::available`].
+    pub available: Vec<(f64, f64)>,
+    /// 99th percentiles of the lateness of the emulator and the source, in microseconds.
     pub emulator_late: u32,
     pub source_late: u32,
-    /// Numbers of the first lost packets, counted from the first that was measured.
+    /// The first lost packets, counted from the first packet of the measurement.
     pub lost_numbers: Vec<u64>,
 }
 
 impl Outcome {
-    /// Whether the machine kept up, so that the run tells of the system and not of the machine.
-    pub fn is_sound(&self) -> bool {
+    /// `true` if the machine kept up, so that the run measures the system and not the machine.
+    pub fn is_valid(&self) -> bool {
         self.emulator_late.max(self.source_late) <= LATE_MAX_US
     }
 }
 
-/// Runs it.
+/// Runs one system over one link.
 ///
 /// # Errors
-/// If a process does not start or ends, or no steady flow comes about over the clean link.
+/// If a process does not start or exits, packets do not flow over the clean link, or the emulator
+/// fails to send.
 pub fn run(setup: &Setup) -> io::Result<Outcome> {
     let mut rig = match setup.system {
         System::Udp => udp(setup),
@@ -109,9 +112,28 @@ pub fn run(setup: &Setup) -> io::Result<Outcome> {
     })?;
     std::thread::sleep(SETTLE);
     rig.check()?;
+    let measured = measure(setup, &mut rig)?;
+    evaluate(setup, &rig, measured)
+}
 
+/// Values read during a measurement.
+struct Measured {
+    /// Number of the first packet.
+    first: u64,
+    /// Number after the last packet that counts.
+    end: u64,
+    /// Packets sent while the link was bad.
+    sent_while_bad: u64,
+    traffic: Traffic,
+    source_late: Vec<u32>,
+    cpu: Vec<f64>,
+    edge: EdgeCounts,
+}
+
+/// Runs the phases of the profile, then waits over the clean link for the last packets.
+fn measure(setup: &Setup, rig: &mut Rig) -> io::Result<Measured> {
     let cpu = rig.cpu_seconds();
-    let counts = rig.edge.map(EdgeCounts::read).transpose()?.unwrap_or_default();
+    let edge = rig.edge.map(EdgeCounts::read).transpose()?.unwrap_or_default();
     let length = setup.length.mul_f64(setup.profile.stretch);
     rig.source.take_lateness();
     rig.wire.take_traffic();
@@ -127,22 +149,22 @@ pub fn run(setup: &Setup) -> io::Result<Outcome> {
     let traffic = rig.wire.take_traffic();
     let sent_while_bad = rig.source.next() - first;
     let source_late = rig.source.take_lateness();
-    let wall = start.elapsed();
-    let cpu = rig
-        .cpu_seconds()
-        .iter()
-        .zip(cpu)
-        .map(|(now, then)| (now - then) / wall.as_secs_f64())
-        .collect();
+    let wall = start.elapsed().as_secs_f64();
+    let cpu = rig.cpu_seconds().iter().zip(cpu).map(|(now, then)| (now - then) / wall).collect();
     let clean = setup.profile.clean();
     rig.wire.set(&clean, &clean);
     std::thread::sleep(setup.profile.round_trip + MARGIN);
     rig.check()?;
-    if traffic.errors > 0 {
-        return Err(io::Error::other(format!("the emulator could not send {}", traffic.errors)));
-    }
-    let counts = rig.edge.map(EdgeCounts::read).transpose()?.unwrap_or_default().since(&counts);
+    let edge = rig.edge.map(EdgeCounts::read).transpose()?.unwrap_or_default().since(&edge);
+    Ok(Measured { first, end, sent_while_bad, traffic, source_late, cpu, edge })
+}
 
+fn evaluate(setup: &Setup, rig: &Rig, measured: Measured) -> io::Result<Outcome> {
+    let Measured { first, end, sent_while_bad, traffic, source_late, cpu, edge } = measured;
+    if traffic.errors > 0 {
+        let errors = traffic.errors;
+        return Err(io::Error::other(format!("the emulator failed to send {errors} datagrams")));
+    }
     let arrivals = rig.sink.arrivals(first, end);
     let one_way = setup.profile.round_trip / 2;
     let mut delays: Vec<u32> = arrivals
@@ -151,15 +173,10 @@ pub fn run(setup: &Setup) -> io::Result<Outcome> {
         .map(|arrival| arrival.took.saturating_sub(one_way).as_micros() as u32)
         .collect();
     delays.sort_unstable();
-    let (mut hole, mut longest_hole) = (0, 0);
-    for arrival in &arrivals {
-        hole = if arrival.is_some() { 0 } else { hole + 1 };
-        longest_hole = longest_hole.max(hole);
-    }
     let lost_count = (arrivals.len() - delays.len()) as u64;
     if setup.system == System::Udp && lost_count > traffic.dropped_forward {
         return Err(io::Error::other(format!(
-            "{lost_count} packets are missing, but the emulator dropped {} only",
+            "{lost_count} packets are missing, but the emulator dropped only {}",
             traffic.dropped_forward
         )));
     }
@@ -167,28 +184,38 @@ pub fn run(setup: &Setup) -> io::Result<Outcome> {
     Ok(Outcome {
         sent: end - first,
         lost: lost_count,
-        longest_hole,
+        longest_gap: longest_gap(&arrivals),
         duplicates: arrivals.iter().flatten().map(|arrival| u64::from(arrival.duplicates)).sum(),
         delays,
         media_bytes: sent_while_bad * PACKET_LEN as u64,
-        wire_bytes: traffic.forward.on_the_wire() + traffic.back.on_the_wire(),
+        wire_bytes: traffic.forward.with_headers() + traffic.back.with_headers(),
         forward: traffic.forward,
         back: traffic.back,
         cpu,
-        fates: counts.fates,
-        there: counts.there,
+        fates: edge.fates,
+        available: edge.available,
         emulator_late: p99(traffic.lateness),
         source_late: p99(source_late),
         lost_numbers: lost.map(|(_, number)| number).take(LOST_NUMBERS).collect(),
     })
 }
 
-/// Tries until there is something, and every few milliseconds.
+/// Length of the longest run of lost packets.
+fn longest_gap(arrivals: &[Option<Arrival>]) -> u64 {
+    arrivals
+        .chunk_by(|a, b| a.is_none() && b.is_none())
+        .filter(|run| run[0].is_none())
+        .map(|run| run.len() as u64)
+        .max()
+        .unwrap_or(0)
+}
+
+/// Polls `attempt` every 20 ms until it returns a value.
 ///
 /// # Errors
-/// What `attempt` fails with, or that nothing came of it in time.
+/// If `attempt` fails, or returns no value `within` the time.
 pub fn wait_for<T>(
-    what: &str,
+    description: &str,
     within: Duration,
     mut attempt: impl FnMut() -> io::Result<Option<T>>,
 ) -> io::Result<T> {
@@ -198,7 +225,10 @@ pub fn wait_for<T>(
             return Ok(found);
         }
         if Instant::now() >= deadline {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("never: {what}")));
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("timed out: {description}"),
+            ));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -217,14 +247,45 @@ impl Rig {
     }
 }
 
-/// Datagrams with nobody to repair them.
+/// Bare UDP without repair.
 fn udp(setup: &Setup) -> io::Result<Rig> {
     let output = free_address();
     let sink = Sink::udp(setup.clock, output)?;
-    let door = Door { upstream: output, way: Way::Forward };
-    let wire = Wire::start(&[door], &setup.profile.clean(), setup.seed)?;
-    let source = Source::udp(setup.clock, setup.profile.cadence, wire.door(0))?;
+    let wire = forward_wire(setup, output)?;
+    let source = Source::udp(setup.clock, setup.profile.cadence, wire.address(0))?;
     Ok(Rig { wire, source, sink, processes: Vec::new(), edge: None })
+}
+
+/// Addresses of a sender and a receiver process.
+pub struct Ends {
+    /// The sender reads datagrams of the source here.
+    pub input: SocketAddr,
+    /// The sender sends to this end of the wire.
+    pub wire: SocketAddr,
+    /// The receiver listens here, at the other end of the wire.
+    pub listener: SocketAddr,
+    /// The receiver writes datagrams to this address.
+    pub output: SocketAddr,
+}
+
+/// A rig of a receiver and a sender process, both with datagrams at the ends. `start` starts them in
+/// this order.
+pub fn start_pair(
+    setup: &Setup,
+    start: impl FnOnce(&Ends) -> io::Result<[Process; 2]>,
+) -> io::Result<Rig> {
+    let [input, listener, output] = [(); 3].map(|()| free_address());
+    let wire = forward_wire(setup, listener)?;
+    let sink = Sink::udp(setup.clock, output)?;
+    let processes = start(&Ends { input, wire: wire.address(0), listener, output })?.into();
+    let source = Source::udp(setup.clock, setup.profile.cadence, input)?;
+    Ok(Rig { wire, source, sink, processes, edge: None })
+}
+
+/// A clean wire with one route, to `upstream`.
+fn forward_wire(setup: &Setup, upstream: SocketAddr) -> io::Result<Wire> {
+    let route = Route { upstream, direction: Direction::Forward };
+    Wire::start(&[route], &setup.profile.clean(), setup.seed)
 }
 
 fn sleep_until(when: Instant) {
@@ -236,13 +297,13 @@ fn p99(mut values: Vec<u32>) -> u32 {
     values.get((values.len() * 99 / 100).min(values.len().saturating_sub(1))).copied().unwrap_or(0)
 }
 
-/// Packets without a gap over the clean link that make a flow steady.
+/// Packets without a gap over the clean link that count as steady.
 const STEADY_PACKETS: usize = 600;
 const STEADY_WITHIN: Duration = Duration::from_secs(20);
-/// For clocks and round trips to be learned.
+/// Time for the systems to estimate clocks and round trips.
 const SETTLE: Duration = Duration::from_millis(1000);
-/// What processes may need beyond the budget.
+/// Time for the processes to deliver the last packets, beyond the budget.
 const MARGIN: Duration = Duration::from_millis(300);
-/// A machine that is later than this is too busy to measure on.
+/// With more lateness than this, the machine is too busy.
 const LATE_MAX_US: u32 = 3000;
 const LOST_NUMBERS: usize = 64;

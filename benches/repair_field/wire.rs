@@ -1,10 +1,8 @@
-//! The emulated link as a process sees it: UDP ports whose datagrams share one pair of
-//! [`Link`]s.
+//! The emulated network: UDP ports whose datagrams share one pair of [`Link`]s.
 //!
-//! It is not [`downpour_netem::UdpRelay`] because Downpour sends media and repairs from two
-//! sockets: both must share the same line, lose in the same bursts and fill the same queue, as the
-//! rivals' do. It also has a thread of its own with timers finer than tokio's, and tells how late
-//! it was.
+//! [`downpour_netem::UdpRelay`] does not fit: Downpour sends media and repairs from two sockets, and
+//! both must share the same links, loss bursts and queue, as SRT's and RIST's packets do. The wire
+//! also runs on a separate thread with timers finer than tokio's, and records how late it was.
 
 use std::{
     io,
@@ -21,35 +19,35 @@ use std::{
 use bytes::Bytes;
 use downpour_netem::{Link, LinkSettings};
 
-/// Which of the two links carries something.
+/// Direction over the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// With the media.
+pub enum Direction {
+    /// The direction of the media.
     Forward,
-    /// Against it.
+    /// The opposite direction.
     Back,
 }
 
-/// An address that clients send to, and where that leads.
+/// A UDP port that forwards datagrams between a client and `upstream`.
 #[derive(Debug, Clone, Copy)]
-pub struct Door {
+pub struct Route {
     pub upstream: SocketAddr,
-    /// The way from the client to the upstream; answers go the other way.
-    pub way: Way,
+    /// Direction from the client to the upstream. Replies go in the other direction.
+    pub direction: Direction,
 }
 
-/// What went over the link.
+/// Traffic over the wire.
 #[derive(Debug, Clone, Default)]
 pub struct Traffic {
-    /// Put in with the media's direction, what the link then lost included.
+    /// Datagrams sent in the direction of the media, including those that the link dropped.
     pub forward: Count,
-    /// The same against it.
+    /// Datagrams sent in the other direction.
     pub back: Count,
-    /// Lost forward, for whatever cause.
+    /// Datagrams that the forward link dropped, for any reason.
     pub dropped_forward: u64,
-    /// By how much datagrams came out later than they should have, in microseconds.
+    /// How late each datagram was delivered, in microseconds.
     pub lateness: Vec<u32>,
-    /// Datagrams that a socket did not take; not those to a port that nobody listens on.
+    /// Datagrams that failed to send, except to closed ports.
     pub errors: u64,
 }
 
@@ -60,44 +58,45 @@ pub struct Count {
 }
 
 impl Count {
-    /// With the headers of IPv4 and UDP.
-    pub fn on_the_wire(self) -> u64 {
+    /// Bytes with the headers of IPv4 and UDP.
+    pub fn with_headers(self) -> u64 {
         self.bytes + 28 * self.datagrams
     }
 }
 
-/// A running link. Dropping it closes it.
+/// A running wire. It stops when it is dropped.
 #[derive(Debug)]
 pub struct Wire {
-    doors: Vec<SocketAddr>,
+    addresses: Vec<SocketAddr>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Wire {
-    /// `seed` decides every draw of the forward link, and the next number those of the other one.
-    pub fn start(doors: &[Door], clean: &LinkSettings, seed: u64) -> io::Result<Self> {
-        let open = doors.iter().map(OpenDoor::open).collect::<io::Result<Vec<_>>>()?;
+    /// Opens the routes with the link settings `clean`. `seed` seeds the forward link, and `seed` + 1
+    /// the other one.
+    pub fn start(routes: &[Route], clean: &LinkSettings, seed: u64) -> io::Result<Self> {
+        let routes = routes.iter().map(OpenRoute::open).collect::<io::Result<Vec<_>>>()?;
         let addresses =
-            open.iter().map(|door| door.listen.local_addr()).collect::<io::Result<_>>()?;
+            routes.iter().map(|route| route.listen.local_addr()).collect::<io::Result<_>>()?;
         let shared = Arc::<Shared>::default();
         let task = Task {
-            doors: open,
+            routes,
             forward: Link::new(clean.clone(), seed),
             back: Link::new(clean.clone(), seed.wrapping_add(1)),
             shared: shared.clone(),
             buffer: vec![0; 65_536],
         };
         let thread = std::thread::Builder::new().name("wire".into()).spawn(move || task.run())?;
-        Ok(Self { doors: addresses, shared, thread: Some(thread) })
+        Ok(Self { addresses, shared, thread: Some(thread) })
     }
 
-    /// Where clients send to.
-    pub fn door(&self, index: usize) -> SocketAddr {
-        self.doors[index]
+    /// The address that clients of route `index` send to.
+    pub fn address(&self, index: usize) -> SocketAddr {
+        self.addresses[index]
     }
 
-    /// Changes both directions; done when it returns.
+    /// Changes the settings of both links. Returns after the change.
     pub fn set(&self, forward: &LinkSettings, back: &LinkSettings) {
         self.shared.state().change = Some((forward.clone(), back.clone()));
         while self.shared.state().change.is_some() {
@@ -105,7 +104,7 @@ impl Wire {
         }
     }
 
-    /// What happened since the last call.
+    /// Returns the traffic since the last call.
     pub fn take_traffic(&self) -> Traffic {
         std::mem::take(&mut self.shared.state().traffic)
     }
@@ -138,23 +137,23 @@ impl Shared {
     }
 }
 
-struct OpenDoor {
-    way: Way,
+struct OpenRoute {
+    direction: Direction,
     listen: UdpSocket,
     upstream: UdpSocket,
     client: Option<SocketAddr>,
 }
 
-impl OpenDoor {
-    fn open(door: &Door) -> io::Result<Self> {
+impl OpenRoute {
+    fn open(route: &Route) -> io::Result<Self> {
         let upstream = socket()?;
-        upstream.connect(door.upstream)?;
-        Ok(Self { way: door.way, listen: socket()?, upstream, client: None })
+        upstream.connect(route.upstream)?;
+        Ok(Self { direction: route.direction, listen: socket()?, upstream, client: None })
     }
 }
 
 struct Task {
-    doors: Vec<OpenDoor>,
+    routes: Vec<OpenRoute>,
     forward: Link,
     back: Link,
     shared: Arc<Shared>,
@@ -164,9 +163,9 @@ struct Task {
 impl Task {
     fn run(mut self) {
         let mut polled: Vec<_> = self
-            .doors
+            .routes
             .iter()
-            .flat_map(|door| [door.listen.as_raw_fd(), door.upstream.as_raw_fd()])
+            .flat_map(|route| [route.listen.as_raw_fd(), route.upstream.as_raw_fd()])
             .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
             .collect();
         let mut traffic = Traffic::default();
@@ -183,32 +182,32 @@ impl Task {
             self.deliver(&mut traffic);
             let next = [self.forward.next_deadline(), self.back.next_deadline()];
             let next = next.into_iter().flatten().min();
-            let wait = next.map_or(GLANCE, |due| due.saturating_duration_since(Instant::now()));
-            poll(&mut polled, wait.min(GLANCE));
+            let wait = next.map_or(MAX_WAIT, |due| due.saturating_duration_since(Instant::now()));
+            poll(&mut polled, wait.min(MAX_WAIT));
         }
     }
 
-    /// Takes what has come to each socket.
+    /// Reads the sockets and sends the datagrams into the links.
     fn receive(&mut self, traffic: &mut Traffic) {
-        for index in 0..self.doors.len() {
+        for index in 0..self.routes.len() {
             for from_client in [true, false] {
                 for _ in 0..BATCH {
-                    let door = &mut self.doors[index];
+                    let route = &mut self.routes[index];
                     let received = match from_client {
-                        true => door.listen.recv_from(&mut self.buffer).map(|(len, client)| {
-                            door.client = Some(client);
+                        true => route.listen.recv_from(&mut self.buffer).map(|(len, client)| {
+                            route.client = Some(client);
                             len
                         }),
-                        false => door.upstream.recv(&mut self.buffer),
+                        false => route.upstream.recv(&mut self.buffer),
                     };
                     let len = match received {
                         Ok(len) => len,
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                        // Nobody listens there yet, or any more.
+                        // The port of an earlier datagram is closed.
                         Err(_) => continue,
                     };
-                    let forward = (door.way == Way::Forward) == from_client;
-                    // A datagram carries its door's number through the link.
+                    let forward = (route.direction == Direction::Forward) == from_client;
+                    // The first byte in the link is the index of the route.
                     let mut datagram = Vec::with_capacity(len + 1);
                     datagram.push(index as u8);
                     datagram.extend_from_slice(&self.buffer[..len]);
@@ -225,19 +224,21 @@ impl Task {
         traffic.dropped_forward += self.forward.take_stats().dropped();
     }
 
-    /// Passes on what has reached its end.
+    /// Sends the datagrams that have left the links.
     fn deliver(&mut self, traffic: &mut Traffic) {
-        for (link, way) in [(&mut self.forward, Way::Forward), (&mut self.back, Way::Back)] {
+        for (link, direction) in
+            [(&mut self.forward, Direction::Forward), (&mut self.back, Direction::Back)]
+        {
             loop {
                 let now = Instant::now();
                 let Some(due) = link.next_deadline().filter(|due| *due <= now) else { break };
                 let Some(datagram) = link.poll_output(now) else { break };
                 traffic.lateness.push((now - due).as_micros() as u32);
                 let Some((index, payload)) = datagram.split_first() else { continue };
-                let door = &self.doors[usize::from(*index)];
-                let sent = match (door.way == way, door.client) {
-                    (true, _) => door.upstream.send(payload),
-                    (false, Some(client)) => door.listen.send_to(payload, client),
+                let route = &self.routes[usize::from(*index)];
+                let sent = match (route.direction == direction, route.client) {
+                    (true, _) => route.upstream.send(payload),
+                    (false, Some(client)) => route.listen.send_to(payload, client),
                     (false, None) => continue,
                 };
                 if sent.is_err_and(|error| error.kind() != io::ErrorKind::ConnectionRefused) {
@@ -264,8 +265,8 @@ fn poll(polled: &mut [libc::pollfd], wait: Duration) {
         tv_sec: wait.as_secs() as libc::time_t,
         tv_nsec: wait.subsec_nanos() as libc::c_long,
     };
-    // SAFETY: the descriptors are those of sockets that live as long as this loop, the pointers are
-    // to live values, and no signal mask is given. Whatever it answers, the sockets are tried.
+    // SAFETY: the sockets of the descriptors outlive the call, the pointers are to live values, and
+    // a null signal mask is allowed. The result does not matter: all sockets are read.
     unsafe {
         libc::ppoll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, &wait, std::ptr::null());
     }
@@ -280,8 +281,8 @@ fn socket() -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// How long a change waits at most.
-const GLANCE: Duration = Duration::from_millis(2);
-/// Datagrams taken from one socket before the next gets its turn.
+/// Maximum delay of a change of settings.
+const MAX_WAIT: Duration = Duration::from_millis(2);
+/// Maximum number of datagrams read from one socket before the next one.
 const BATCH: usize = 64;
 const SOCKET_BUFFER: usize = 4 << 20;

@@ -1,4 +1,4 @@
-//! Loops of bare system calls, with everything made before that can be.
+//! Loops of bare system calls with everything else prepared in advance.
 
 use std::{
     io,
@@ -12,27 +12,27 @@ use socket2::SockRef;
 
 use crate::{common::cpu, fanout::threads::join};
 
-/// A socket and the addresses that it sends to, as the kernel reads them.
+/// A socket and its target addresses in the kernel's format.
 pub struct Bare {
     socket: UdpSocket,
-    names: Vec<libc::sockaddr_in>,
+    addresses: Vec<libc::sockaddr_in>,
 }
 
 impl Bare {
     pub fn new(targets: &[SocketAddrV4]) -> io::Result<Self> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         SockRef::from(&socket).set_send_buffer_size(4 << 20)?;
-        let name = |addr: &SocketAddrV4| libc::sockaddr_in {
+        let address = |addr: &SocketAddrV4| libc::sockaddr_in {
             sin_family: libc::AF_INET as libc::sa_family_t,
             sin_port: addr.port().to_be(),
             sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(addr.ip().octets()) },
             sin_zero: [0; 8],
         };
-        Ok(Self { socket, names: targets.iter().map(name).collect() })
+        Ok(Self { socket, addresses: targets.iter().map(address).collect() })
     }
 
-    /// One `sendmsg` for as many packets as segmentation allows, to one target after the other;
-    /// seconds of processor time.
+    /// Calls `sendmsg` per target and as many packets as segmentation allows. Returns the seconds of
+    /// processor time.
     pub fn segmented(&mut self, bursts: &[Burst]) -> io::Result<f64> {
         let mut control = Control {
             head: libc::cmsghdr {
@@ -47,17 +47,17 @@ impl Bare {
         for burst in bursts {
             let stride = burst.stride();
             control.segment = stride as u16;
-            for piece in burst.bytes().chunks(at_once(stride) * stride) {
-                let mut bytes = iovec(piece);
+            for message in burst.bytes().chunks(max_segments(stride) * stride) {
+                let mut bytes = iovec(message);
                 let mut header = header(&raw mut bytes);
-                if piece.len() > stride {
+                if message.len() > stride {
                     header.msg_control = (&raw mut control).cast();
                     header.msg_controllen = size_of::<Control>() as _;
                 }
-                for name in &mut self.names {
-                    header.msg_name = ptr::from_mut(name).cast();
-                    // SAFETY: it points to a name, an iovec and a control message of the lengths
-                    // that it gives, all of which outlive the call.
+                for address in &mut self.addresses {
+                    header.msg_name = ptr::from_mut(address).cast();
+                    // SAFETY: the header points to an address, an iovec and a control message of the
+                    // stated lengths, which outlive the call.
                     let sent =
                         unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const header, 0) };
                     if sent < 0 {
@@ -69,21 +69,21 @@ impl Bare {
         Ok(cpu::of_this_thread() - began)
     }
 
-    /// One `sendto` a packet and target.
+    /// Calls `sendto` per packet and target. Returns the seconds of processor time.
     pub fn one_by_one(&mut self, bursts: &[Burst]) -> io::Result<f64> {
         let began = cpu::of_this_thread();
         for burst in bursts {
             for packet in burst.bytes().chunks(burst.stride()) {
-                for name in &self.names {
-                    // SAFETY: both are of the lengths that are given.
+                for address in &self.addresses {
+                    // SAFETY: both pointers are valid for the stated lengths.
                     let sent = unsafe {
                         libc::sendto(
                             self.socket.as_raw_fd(),
                             packet.as_ptr().cast(),
                             packet.len(),
                             0,
-                            ptr::from_ref(name).cast(),
-                            NAME_LEN,
+                            ptr::from_ref(address).cast(),
+                            ADDRESS_LEN,
                         )
                     };
                     if sent < 0 {
@@ -95,7 +95,7 @@ impl Bare {
         Ok(cpu::of_this_thread() - began)
     }
 
-    /// One `sendmmsg` a packet, for up to 1024 targets.
+    /// Calls `sendmmsg` per packet and up to 1024 targets. Returns the seconds of processor time.
     pub fn many(&mut self, bursts: &[Burst]) -> io::Result<f64> {
         let mut bytes = iovec(&[]);
         let mut messages = self.messages(&mut bytes);
@@ -108,9 +108,9 @@ impl Bare {
         Ok(cpu::of_this_thread() - began)
     }
 
-    /// Sends each of `frames` to all targets, for up to 1024 of them in a call, in packets of
-    /// `stride` bytes that the socket cuts (`UDP_SEGMENT`, udp(7)).
-    pub fn cut_each<T: AsRef<[u8]>>(
+    /// Sends each of `frames` to all targets, up to 1024 per call, in packets of `stride` bytes that
+    /// the kernel segments (`UDP_SEGMENT`, udp(7)).
+    pub fn send_frames<T: AsRef<[u8]>>(
         &mut self,
         frames: impl IntoIterator<Item = io::Result<T>>,
         stride: u16,
@@ -120,40 +120,41 @@ impl Bare {
         let mut bytes = iovec(&[]);
         let mut messages = self.messages(&mut bytes);
         for frame in frames {
-            for piece in frame?.as_ref().chunks(at_once(stride) * stride) {
-                messages.send(piece)?;
+            for message in frame?.as_ref().chunks(max_segments(stride) * stride) {
+                messages.send(message)?;
             }
         }
         Ok(())
     }
 
-    /// Messages to all targets, of the same `bytes`, which they say when they are sent.
+    /// One message per target, all with the same `bytes`, which [`Messages::send`] sets.
     fn messages<'a>(&'a mut self, bytes: &'a mut libc::iovec) -> Messages<'a> {
         let bytes = ptr::from_mut(bytes);
-        let message = |name: &mut libc::sockaddr_in| libc::mmsghdr {
-            msg_hdr: libc::msghdr { msg_name: ptr::from_mut(name).cast(), ..header(bytes) },
+        let message = |address: &mut libc::sockaddr_in| libc::mmsghdr {
+            msg_hdr: libc::msghdr { msg_name: ptr::from_mut(address).cast(), ..header(bytes) },
             msg_len: 0,
         };
-        let headers = self.names.iter_mut().map(message).collect();
+        let headers = self.addresses.iter_mut().map(message).collect();
         Messages { socket: &self.socket, headers, bytes }
     }
 }
 
+/// Prepared messages with the same contents, one per target.
 struct Messages<'a> {
     socket: &'a UdpSocket,
     headers: Vec<libc::mmsghdr>,
-    /// What all headers point to, borrowed as long.
+    /// Shared by all headers, and borrowed for `'a`.
     bytes: *mut libc::iovec,
 }
 
 impl Messages<'_> {
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        // SAFETY: it is borrowed, and only the headers refer to it.
+        // SAFETY: the iovec is mutably borrowed for 'a, and nothing else accesses it during this call.
         unsafe { *self.bytes = iovec(bytes) };
         let mut rest = &mut self.headers[..];
         while !rest.is_empty() {
             let count = rest.len().min(1024);
-            // SAFETY: each points to a name and to the iovec, which outlive the call.
+            // SAFETY: each header points to an address and to the iovec, which outlive the call.
             let sent = unsafe {
                 libc::sendmmsg(self.socket.as_raw_fd(), rest.as_mut_ptr(), count as libc::c_uint, 0)
             };
@@ -166,9 +167,9 @@ impl Messages<'_> {
     }
 }
 
-/// [`Bare::many`] of all of them at the same time, each in a thread of its own; seconds of processor
-/// time together.
-pub fn at_once_each(all: &mut [Bare], bursts: &[Burst]) -> io::Result<f64> {
+/// Runs [`Bare::many`] of all of them concurrently, each in a thread. Returns the sum of their seconds
+/// of processor time.
+pub fn many_in_threads(all: &mut [Bare], bursts: &[Burst]) -> io::Result<f64> {
     if let [one] = all {
         return one.many(bursts);
     }
@@ -181,7 +182,7 @@ pub fn at_once_each(all: &mut [Bare], bursts: &[Burst]) -> io::Result<f64> {
 
 /// Sets an option of udp(7).
 pub fn set_udp(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    // SAFETY: it reads the integer that it is given.
+    // SAFETY: the pointer is valid for the stated length.
     let set = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -194,9 +195,9 @@ pub fn set_udp(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> i
     if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Packets that go in one message with segmentation: what every kernel takes (UDP_MAX_SEGMENTS), up to
-/// the longest datagram.
-pub fn at_once(stride: usize) -> usize {
+/// Maximum number of packets of `stride` bytes per message with segmentation: the limit of all kernels
+/// (UDP_MAX_SEGMENTS), and the maximum length of a datagram.
+pub fn max_segments(stride: usize) -> usize {
     SEGMENTS.min(65_507 / stride)
 }
 
@@ -207,7 +208,7 @@ fn iovec(bytes: &[u8]) -> libc::iovec {
 fn header(bytes: *mut libc::iovec) -> libc::msghdr {
     libc::msghdr {
         msg_name: ptr::null_mut(),
-        msg_namelen: NAME_LEN,
+        msg_namelen: ADDRESS_LEN,
         msg_iov: bytes,
         msg_iovlen: 1,
         msg_control: ptr::null_mut(),
@@ -216,7 +217,7 @@ fn header(bytes: *mut libc::iovec) -> libc::msghdr {
     }
 }
 
-/// A control message of a u16.
+/// A control message with a u16.
 #[repr(C)]
 struct Control {
     head: libc::cmsghdr,
@@ -225,5 +226,5 @@ struct Control {
 }
 
 const CONTROL_LEN: usize = size_of::<libc::cmsghdr>() + size_of::<u16>();
-const NAME_LEN: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::socklen_t;
 const SEGMENTS: usize = 64;

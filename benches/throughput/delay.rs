@@ -1,5 +1,5 @@
-//! From an encoder's last byte of a tag to the viewer's: through a real cloud and a real edge, and
-//! through a relay that does nothing else.
+//! The delay of a tag from the encoder's write to the viewer's read of its last byte: through a real
+//! cloud and a real edge, and through a minimal relay.
 
 mod clock;
 mod floor;
@@ -20,9 +20,9 @@ use quinn_udp::{UdpSockRef, UdpSocketState};
 
 use self::{
     clock::{now, sleep_until},
-    load::{Load, Look},
+    load::{CpuSnapshot, Load},
     publisher::{AUDIO_PER_FRAME, Plan},
-    viewer::Seen,
+    viewer::Received,
 };
 use crate::{
     common::{
@@ -36,19 +36,19 @@ use crate::{
 /// Measures both cases, each at a usual rate and at half load.
 pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     let cases = [
-        // The edge in the middle: half of the others are sent each packet before it.
+        // The real edge is in the middle of the list.
         Case { name: "1000 edges, 1 stream", edges: 1000, streams: 1, frames: 25.0, sample: 1 },
         Case { name: "1 edge, 1000 streams", edges: 1, streams: 1000, frames: 12.0, sample: 20 },
     ];
     let mut section = Section::default();
     let mut rows = String::from(
-        "| work | way | video tags | missing | p50 | p90 | p99 | p99.9 | max | audio p50 | p99 | goal: p50 | \
+        "| work | system | video tags | missing | p50 | p90 | p99 | p99.9 | max | audio p50 | p99 | goal: p50 | \
          p99 |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     let mut loads = String::new();
     let mut panels = Vec::new();
     let mut rounds = String::from(
-        "| work, at half load | round | µs a `sendto` | floor: p50 | p99 | Downpour: p50 | p99 |\n\
+        "| work, at half load | round | µs per `sendto` | floor: p50 | p99 | Downpour: p50 | p99 |\n\
          |---|---|---|---|---|---|---|\n",
     );
     for case in &cases {
@@ -64,19 +64,19 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
             panels.push(outcome.panel(case));
         }
     }
-    section.say(
+    section.paragraph(
         "Delays in milliseconds; the ratio is to the floor of the same run. Each line below the \
-         table states how much of the machine other work took; it had the same right to the \
-         processors. Half load is measured several times; the table has the round of the median \
-         p50.",
+         table states how much of the machine other work took, at the same priority. Half load is \
+         measured several times; the table has the round of the median p50.",
     );
-    section.say(&rows);
-    section.say(&loads);
-    section.say(
-        "All rounds at half load, each with what a bare `sendto` of 372 bytes to one of the other edges' \
-         addresses took before and after it (processor time): how fast the machine was then.",
+    section.paragraph(&rows);
+    section.paragraph(&loads);
+    section.paragraph(
+        "All rounds at half load. The speed of the machine at the time is shown by the processor \
+         time of a bare `sendto` of 372 bytes to another edge's address, measured before and after \
+         each round.",
     );
-    section.say(&rounds);
+    section.paragraph(&rounds);
     let ticks = SHARES.iter().map(|(name, _)| (*name).to_owned()).collect();
     let title = "Delay of video tags on loopback, in ms";
     section.plot(
@@ -87,18 +87,18 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
 }
 
 pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
-    let wrong = || io::Error::other(format!("delay-{role} was started wrongly: {arguments:?}"));
+    let wrong = || io::Error::other(format!("wrong arguments for delay-{role}: {arguments:?}"));
     match (role, arguments) {
-        ("publisher", [way, to, run, plan @ ..]) => {
+        ("publisher", [system, to, run, plan @ ..]) => {
             let plan = Plan::parse(plan).ok_or_else(wrong)?;
             let to = to.parse().map_err(io::Error::other)?;
-            publisher::run(Way::parse(way).ok_or_else(wrong)?, to, run, &plan)
+            publisher::run(System::parse(system).ok_or_else(wrong)?, to, run, &plan)
         }
-        ("viewer", [way, from, run, begin, streams @ ..]) => {
+        ("viewer", [system, from, run, begin, streams @ ..]) => {
             let streams: Vec<_> = streams.iter().filter_map(|stream| stream.parse().ok()).collect();
             let from = from.parse().map_err(io::Error::other)?;
             let begin = begin.parse().map_err(io::Error::other)?;
-            viewer::run(Way::parse(way).ok_or_else(wrong)?, from, run, begin, &streams)
+            viewer::run(System::parse(system).ok_or_else(wrong)?, from, run, begin, &streams)
         }
         ("floor", [publishers, viewers, edge, list]) => {
             let parse = |text: &str| text.parse().map_err(io::Error::other);
@@ -108,14 +108,14 @@ pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
     }
 }
 
-/// Through what the tags go.
+/// The system under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum System {
     Downpour,
     Floor,
 }
 
-impl Way {
+impl System {
     fn name(self) -> &'static str {
         match self {
             Self::Downpour => "Downpour",
@@ -124,7 +124,7 @@ impl Way {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        [Self::Downpour, Self::Floor].into_iter().find(|way| way.name() == text)
+        [Self::Downpour, Self::Floor].into_iter().find(|system| system.name() == text)
     }
 }
 
@@ -132,13 +132,14 @@ struct Case {
     name: &'static str,
     edges: usize,
     streams: usize,
-    /// Of each stream in a second, to begin with.
+    /// Video frames per second and stream at the usual rate.
     frames: f64,
-    /// Streams that are watched.
+    /// Number of streams with a viewer.
     sample: usize,
 }
 
 impl Case {
+    /// Measures at the usual rate, and several rounds at half load.
     fn run(&self, quick: bool, program: &str) -> io::Result<(Outcome, Vec<Outcome>)> {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
         self.run_in(dir.path(), quick, program).map_err(|error| {
@@ -153,30 +154,31 @@ impl Case {
         quick: bool,
         program: &str,
     ) -> io::Result<(Outcome, Vec<Outcome>)> {
-        let mut site = Site::start(dir, self, program)?;
+        let mut setup = Setup::start(dir, self, program)?;
         let mut runs = 1..;
         let mut both = |frames: f64, seconds: f64, load: &'static str| -> io::Result<Outcome> {
-            let mut measure = |site: &mut Site<'_>, way: Way| {
-                let run = runs.next().unwrap_or(0);
-                let measured = site.measure(self, way, frames, seconds, run)?;
+            let mut measure = |setup: &mut Setup<'_>, system: System| {
+                let run =
+                    Run { case: self, system, frames, seconds, number: runs.next().unwrap_or(0) };
+                let measured = setup.measure(&run)?;
                 let [p50, p99] = [0.5, 0.99].map(|share| millis(&measured.video, share));
                 eprintln!(
                     "   {}, {load}, {}: p50 {p50:.3} ms, p99 {p99:.3} ms; {}",
                     self.name,
-                    way.name(),
+                    system.name(),
                     measured.load.line()
                 );
                 io::Result::Ok(measured)
             };
-            let before = site.sendto_micros()?;
-            let ours = measure(&mut site, Way::Downpour)?;
-            let sendto = (before + site.sendto_micros()?) / 2.0;
-            let floor = measure(&mut site, Way::Floor)?;
+            let before = setup.sendto_micros()?;
+            let ours = measure(&mut setup, System::Downpour)?;
+            let sendto = (before + setup.sendto_micros()?) / 2.0;
+            let floor = measure(&mut setup, System::Floor)?;
             Ok(Outcome { frames, rate: load, sendto, ours, floor })
         };
         let usual = both(self.frames, if quick { 1.5 } else { 4.0 }, "a usual rate")?;
-        // The load grows with the frames; what it is without any is small.
-        let frames = (self.frames * HALF / usual.ours.load.highest()).clamp(1.0, MOST_FRAMES);
+        // The load is nearly proportional to the frame rate.
+        let frames = (self.frames * HALF / usual.ours.load.highest()).clamp(1.0, MAX_FRAMES);
         let (rounds, seconds) = if quick { (1, 2.0) } else { (ROUNDS, 6.0) };
         let mut halves = Vec::new();
         for _ in 0..rounds {
@@ -185,6 +187,17 @@ impl Case {
         Ok((usual, halves))
     }
 
+    /// The addresses of the edges, with `edge` in the middle. The others are loopback addresses with
+    /// the port of a sink.
+    fn edge_list(&self, edge: SocketAddr, sink_port: u16) -> Vec<String> {
+        let others = (1..self.edges)
+            .map(|n| SocketAddr::from(([127, 1, (n >> 8) as u8, (n & 0xff) as u8], sink_port)));
+        let mut list: Vec<_> = others.collect();
+        list.insert(list.len() / 2, edge);
+        list.iter().map(ToString::to_string).collect()
+    }
+
+    /// Bytes of a frame and of a key frame.
     fn bodies(&self) -> (usize, usize) {
         match self.streams {
             1 => (4_500, 25_000),
@@ -193,8 +206,8 @@ impl Case {
     }
 }
 
-/// Everything that the tags go through, both ways.
-struct Site<'a> {
+/// The processes of both systems.
+struct Setup<'a> {
     dir: &'a Path,
     cloud: Process,
     edge: Process,
@@ -203,31 +216,33 @@ struct Site<'a> {
     flv: SocketAddr,
     floor_in: SocketAddr,
     floor_out: SocketAddr,
-    /// The other edges: takes what comes and gives it to nobody.
+    /// The socket of the other edges. Nothing reads it.
     others: UdpSocket,
 }
 
-impl<'a> Site<'a> {
+/// One measurement.
+struct Run<'a> {
+    case: &'a Case,
+    system: System,
+    /// Video frames per second and stream.
+    frames: f64,
+    seconds: f64,
+    /// Part of the stream names, so that they are new.
+    number: u32,
+}
+
+impl<'a> Setup<'a> {
     fn start(dir: &'a Path, case: &Case, program: &str) -> io::Result<Self> {
         let [rtmp, quic, api, rtp, edge_rtp, flv] = [(); 6].map(|()| free_address());
         let [floor_in, floor_out, floor_rtp, sink] = [(); 4].map(|()| free_address());
         let others = udp::receiver((Ipv4Addr::UNSPECIFIED, sink.port()).into(), None, 1)?;
-        // It takes bursts whole, as a network does: taking them apart would be on the sender's
-        // account, on loopback.
+        // Enables UDP_GRO, so that on loopback the sender does not pay for segmentation.
         UdpSocketState::new(UdpSockRef::from(&others))?;
-        let list = |own: SocketAddr| {
-            let others = (1..case.edges).map(|n| {
-                SocketAddr::from(([127, 1, (n >> 8) as u8, (n & 0xff) as u8], sink.port()))
-            });
-            let mut list: Vec<_> = others.collect();
-            list.insert(list.len() / 2, own);
-            list.iter().map(ToString::to_string).collect::<Vec<_>>()
-        };
         let cloud = format!(
             "rtmp_addr: {rtmp}\nquic_addr: {quic}\napi_addr: {api}\nrtp_port: {}\n\
              max_streams: 10000\nrtp_cache_ms: 3000\nclient_addr_list: [{}]\n",
             rtp.port(),
-            list(edge_rtp).join(", ")
+            case.edge_list(edge_rtp, sink.port()).join(", ")
         );
         let edge = format!(
             "udp_addr: {edge_rtp}\nflv_addr: {flv}\ncloud_host: 127.0.0.1\nquic_addr: {quic}\n\
@@ -235,13 +250,13 @@ impl<'a> Site<'a> {
         );
         fs::write(dir.join("cloud.yaml"), cloud)?;
         fs::write(dir.join("edge.yaml"), edge)?;
-        fs::write(dir.join("floor.list"), list(floor_rtp).join("\n"))?;
+        fs::write(dir.join("floor.list"), case.edge_list(floor_rtp, sink.port()).join("\n"))?;
         let node =
             |role| Process::start(dir, role, program, &[role, "--config", &format!("{role}.yaml")]);
         let cloud = node("cloud")?;
         wait_for("the cloud answers", PATIENCE, || Ok(http_get(api, "/healthz").is_ok()))?;
         let edge = node("edge")?;
-        let mut floor = own(
+        let mut floor = start_role(
             dir,
             "delay-floor",
             &[&floor_in.to_string(), &floor_out.to_string(), &floor_rtp.to_string(), "floor.list"],
@@ -260,124 +275,151 @@ impl<'a> Site<'a> {
         Ok(Self { dir, cloud, edge, floor, rtmp, flv, floor_in, floor_out, others })
     }
 
-    /// Processor time of one `sendto` to another edge: how fast the machine is now.
+    /// Processor time of one `sendto` to another edge, as a measure of the machine's current speed.
     fn sendto_micros(&self) -> io::Result<f64> {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         let to = SocketAddr::from(([127, 1, 0, 1], self.others.local_addr()?.port()));
         let began = cpu::of_this_thread();
-        for _ in 0..SENDTOS {
+        for _ in 0..SENDTO_CALLS {
             socket.send_to(&[0; 372], to)?;
         }
-        Ok((cpu::of_this_thread() - began) / f64::from(SENDTOS) * 1e6)
+        Ok((cpu::of_this_thread() - began) / f64::from(SENDTO_CALLS) * 1e6)
     }
 
-    /// Publishes, watches, and reads what came of it.
-    fn measure(
-        &mut self,
-        case: &Case,
-        way: Way,
-        frames: f64,
-        seconds: f64,
-        run: u32,
-    ) -> io::Result<Measured> {
-        let (frame, key_frame) = case.bodies();
+    /// Publishes and plays the streams of one run, and evaluates the delays.
+    fn measure(&mut self, run: &Run<'_>) -> io::Result<Measured> {
         let nanos = |seconds: f64| (seconds * 1e9) as u64;
-        let begin = now() + nanos(0.5 + case.streams as f64 / 400.0);
-        // Viewers have joined and the nodes' memory is warm.
+        let begin = now() + nanos(0.5 + run.case.streams as f64 / 400.0);
         let from = begin + nanos(WARM_UP);
-        let end = from + nanos(seconds);
-        let plan = Plan { streams: case.streams, frames, frame, key_frame, begin, end };
-        let (to, at) = match way {
-            Way::Downpour => (self.rtmp, self.flv),
-            Way::Floor => (self.floor_in, self.floor_out),
-        };
-        let mut arguments = vec![way.name().to_owned(), to.to_string(), run.to_string()];
-        arguments.extend(plan.arguments());
-        let publisher = own(self.dir, "delay-publisher", &borrowed(&arguments))?;
-        let mut arguments =
-            vec![way.name().to_owned(), at.to_string(), run.to_string(), from.to_string()];
-        let sampled = (0..case.sample).map(|n| n * case.streams / case.sample);
-        arguments.extend(sampled.map(|stream| stream.to_string()));
-        let viewer = own(self.dir, "delay-viewer", &borrowed(&arguments))?;
+        let end = from + nanos(run.seconds);
+        let publisher = self.start_publisher(run, begin, end)?;
+        let viewers = self.start_viewers(run, from)?;
 
         sleep_until(from);
-        let nodes = match way {
-            Way::Downpour => vec![("cloud", self.cloud.id()), ("edge", self.edge.id())],
-            Way::Floor => vec![("floor", self.floor.id())],
+        let mut processes = match run.system {
+            System::Downpour => vec![("cloud", self.cloud.id()), ("edge", self.edge.id())],
+            System::Floor => vec![("floor", self.floor.id())],
         };
-        let mut looked = nodes.clone();
-        looked.extend([("publisher", publisher.id()), ("viewers", viewer.id())]);
-        let before = Look::take(&looked)?;
+        let children = [("publisher", publisher.id()), ("viewers", viewers.id())];
+        processes.extend(children);
+        let before = CpuSnapshot::take(&processes)?;
         sleep_until(end);
-        let load = Look::take(&looked)?.since(&before, looked.len() - nodes.len());
+        let load = CpuSnapshot::take(&processes)?.since(&before, children.len());
+        self.wait_for_end()?;
 
-        let read = |name: &str| fs::read_to_string(self.dir.join(format!("{name}.log")));
-        let done = |name: &str| read(name).is_ok_and(|text| text.ends_with("done\n"));
-        wait_for("the last tags are there", PATIENCE, || {
-            Ok(done("delay-publisher") && done("delay-viewer"))
-        })
-        .map_err(|error| {
-            let [publisher, viewer] = ["delay-publisher", "delay-viewer"].map(|name| {
-                read(name).unwrap_or_default().lines().last().unwrap_or_default().to_owned()
+        let received = viewer::parse(&self.log(VIEWER)?)
+            .ok_or_else(|| io::Error::other("invalid output of the viewers"))?;
+        let missing = missing(run, &self.log(PUBLISHER)?, &received)?;
+        let sorted = |delays: fn(&Received) -> &Vec<f64>| {
+            let mut all: Vec<f64> = received.iter().flat_map(|one| delays(one).clone()).collect();
+            all.sort_by(f64::total_cmp);
+            all
+        };
+        let (video, audio) = (sorted(|one| &one.video_delays), sorted(|one| &one.audio_delays));
+        Ok(Measured { video, audio, missing, load })
+    }
+
+    fn start_publisher(&self, run: &Run<'_>, begin: u64, end: u64) -> io::Result<Process> {
+        let (frame, key_frame) = run.case.bodies();
+        let (streams, frames) = (run.case.streams, run.frames);
+        let plan = Plan { streams, frames, frame, key_frame, begin, end };
+        let to = match run.system {
+            System::Downpour => self.rtmp,
+            System::Floor => self.floor_in,
+        };
+        let mut arguments =
+            vec![run.system.name().to_owned(), to.to_string(), run.number.to_string()];
+        arguments.extend(plan.arguments());
+        start_role(self.dir, PUBLISHER, &borrowed(&arguments))
+    }
+
+    /// Starts the viewers of the sampled streams. They record the delays of tags sent after `from`.
+    fn start_viewers(&self, run: &Run<'_>, from: u64) -> io::Result<Process> {
+        let at = match run.system {
+            System::Downpour => self.flv,
+            System::Floor => self.floor_out,
+        };
+        let mut arguments = vec![
+            run.system.name().to_owned(),
+            at.to_string(),
+            run.number.to_string(),
+            from.to_string(),
+        ];
+        let sampled = (0..run.case.sample).map(|n| n * run.case.streams / run.case.sample);
+        arguments.extend(sampled.map(|stream| stream.to_string()));
+        start_role(self.dir, VIEWER, &borrowed(&arguments))
+    }
+
+    /// Waits until the publisher and the viewers have printed their results.
+    fn wait_for_end(&mut self) -> io::Result<()> {
+        let done = |role: &str| self.log(role).is_ok_and(|text| text.ends_with("done\n"));
+        let result =
+            wait_for(
+                "the last tags have arrived",
+                PATIENCE,
+                || Ok(done(PUBLISHER) && done(VIEWER)),
+            );
+        result.map_err(|error| {
+            let [publisher, viewer] = [PUBLISHER, VIEWER].map(|role| {
+                let log = self.log(role).unwrap_or_default();
+                log.lines().last().unwrap_or_default().to_owned()
             });
             io::Error::other(format!("{error}: publisher: {publisher}; viewer: {viewer}"))
         })?;
         self.cloud.check()?;
         self.edge.check()?;
-        self.floor.check()?;
-        let seen = viewer::parse(&read("delay-viewer")?)
-            .ok_or_else(|| io::Error::other("the viewers wrote something else"))?;
-        let missing = missing(way, &read("delay-publisher")?, &seen, case)?;
-        let sorted = |delays: fn(&Seen) -> &Vec<f64>| {
-            let mut all: Vec<f64> = seen.iter().flat_map(|seen| delays(seen).clone()).collect();
-            all.sort_by(f64::total_cmp);
-            all
-        };
-        let (video, audio) = (sorted(|s| &s.video_delays), sorted(|s| &s.audio_delays));
-        Ok(Measured { video, audio, missing, load })
+        self.floor.check()
+    }
+
+    fn log(&self, role: &str) -> io::Result<String> {
+        fs::read_to_string(self.dir.join(format!("{role}.log")))
     }
 }
 
-/// Tags between the first that a viewer saw, before the measurement, and the last that was sent, that
-/// did not come. The floor repairs nothing, so that a few may be missing; of Downpour's, none.
-fn missing(way: Way, publisher: &str, seen: &[Seen], case: &Case) -> io::Result<u64> {
+/// Returns the number of tags that viewers missed, from the first that each one received to the last
+/// that was sent. The floor repairs nothing and may miss 2 %; Downpour may miss none.
+///
+/// # Errors
+/// If more tags are missing, or a viewer joined too late.
+fn missing(run: &Run<'_>, publisher: &str, received: &[Received]) -> io::Result<u64> {
+    let case = run.case;
     let mut missing = 0;
     let sent: Vec<(u64, u64)> = publisher
         .lines()
         .filter_map(|line| line.split_once(' '))
         .filter_map(|(video, audio)| Some((video.parse().ok()?, audio.parse().ok()?)))
         .collect();
-    if sent.len() != case.streams || seen.len() != case.sample {
+    if sent.len() != case.streams || received.len() != case.sample {
         return Err(io::Error::other(format!(
-            "{} of {} streams were sent and {} of {} seen",
+            "{} of {} streams were sent, and {} of {} received",
             sent.len(),
             case.streams,
-            seen.len(),
+            received.len(),
             case.sample
         )));
     }
-    for one in seen {
-        let (video, audio) = sent[one.stream];
+    for viewer in received {
+        let (video, audio) = sent[viewer.stream];
         for (kind, numbers, sent, measured) in [
-            ("video", one.video, video, one.video_delays.len() as u64),
-            ("audio", one.audio, audio, one.audio_delays.len() as u64),
+            ("video", viewer.video, video, viewer.video_delays.len() as u64),
+            ("audio", viewer.audio, audio, viewer.audio_delays.len() as u64),
         ] {
-            let inside = (numbers.last + 1 - numbers.first).saturating_sub(numbers.count);
-            let behind = sent.saturating_sub(numbers.last + 1);
-            missing += inside + behind;
-            let most = if way == Way::Floor { sent / 50 } else { 0 };
-            if inside + behind > most || numbers.count == 0 {
+            let gaps = (numbers.last + 1 - numbers.first).saturating_sub(numbers.count);
+            let tail = sent.saturating_sub(numbers.last + 1);
+            missing += gaps + tail;
+            let allowed = if run.system == System::Floor { sent / 50 } else { 0 };
+            if gaps + tail > allowed || numbers.count == 0 {
                 return Err(io::Error::other(format!(
-                    "{}, stream {}: of {sent} {kind} tags {inside} are missing inside and {behind} \
-                     at the end",
-                    way.name(),
-                    one.stream
+                    "{}, stream {}: of {sent} {kind} tags, {gaps} are missing in gaps and {tail} at \
+                     the end",
+                    run.system.name(),
+                    viewer.stream
                 )));
             }
             if measured >= numbers.count {
                 return Err(io::Error::other(format!(
-                    "stream {}: the viewer joined after the measurement began",
-                    one.stream
+                    "stream {}: the viewer joined after the start of the measurement",
+                    viewer.stream
                 )));
             }
         }
@@ -385,22 +427,23 @@ fn missing(way: Way, publisher: &str, seen: &[Seen], case: &Case) -> io::Result<
     Ok(missing)
 }
 
-/// What came of a case at one rate.
+/// The results of a case at one rate.
 struct Outcome {
     frames: f64,
-    /// What that rate is.
+    /// Name of the rate.
     rate: &'static str,
-    /// Microseconds of a bare one, around the measurement of ours.
+    /// Microseconds per bare `sendto`, before and after Downpour's measurement.
     sendto: f64,
     ours: Measured,
     floor: Measured,
 }
 
-/// Delays in microseconds, in order of size, and what it cost.
+/// The result of one run.
 struct Measured {
+    /// Sorted delays in microseconds.
     video: Vec<f64>,
     audio: Vec<f64>,
-    /// Tags that did not come.
+    /// Number of lost tags.
     missing: u64,
     load: Load,
 }
@@ -409,25 +452,25 @@ impl Outcome {
     fn rows(&self, case: &Case) -> String {
         let ms = |delays: &[f64], share| format!("{:.3}", millis(delays, share));
         let mut rows = String::new();
-        for (way, measured) in [(Way::Floor, &self.floor), (Way::Downpour, &self.ours)] {
+        for (system, measured) in [(System::Floor, &self.floor), (System::Downpour, &self.ours)] {
             let mut cells = vec![
                 format!("{}, {}", case.name, self.rate),
-                way.name().into(),
+                system.name().into(),
                 measured.video.len().to_string(),
                 measured.missing.to_string(),
             ];
             cells.extend(SHARES.iter().map(|(_, share)| ms(&measured.video, *share)));
             cells.extend([0.5, 0.99].map(|share| ms(&measured.audio, share)));
-            cells.extend(GOALS.map(|(share, goal)| match way {
-                Way::Floor => String::new(),
-                Way::Downpour => {
+            cells.extend(GOALS.map(|(share, goal)| match system {
+                System::Floor => String::new(),
+                System::Downpour => {
                     let meets = |measured: &Measured| millis(&measured.video, share) <= goal;
-                    let told = match (meets(measured), meets(&self.floor)) {
+                    let verdict = match (meets(measured), meets(&self.floor)) {
                         (true, _) => "met",
                         (false, true) => "**missed**",
-                        (false, false) => "**missed**, by the floor too",
+                        (false, false) => "**missed**, also by the floor",
                     };
-                    format!("≤ {goal}: {told}")
+                    format!("≤ {goal}: {verdict}")
                 }
             }));
             rows += &format!("| {} |\n", cells.join(" | "));
@@ -450,8 +493,8 @@ impl Outcome {
     fn load(&self, case: &Case) -> String {
         let (frame, key_frame) = case.bodies();
         format!(
-            "- {}, {}: {:.0} video tags/s of {frame} bytes (key frames {key_frame}) and {:.0} audio tags/s \
-             in all. Downpour: {}. Floor: {}.\n",
+            "- {}, {}: {:.0} video tags/s of {frame} bytes (key frames {key_frame}) and {:.0} audio \
+             tags/s in total. Downpour: {}. Floor: {}.\n",
             case.name,
             self.rate,
             self.frames * case.streams as f64,
@@ -478,8 +521,8 @@ impl Outcome {
     }
 }
 
-/// This program in another role.
-fn own(dir: &Path, role: &str, arguments: &[&str]) -> io::Result<Process> {
+/// Starts this program in another role.
+fn start_role(dir: &Path, role: &str, arguments: &[&str]) -> io::Result<Process> {
     Process::start_child(dir, role, role, arguments)
 }
 
@@ -487,26 +530,29 @@ fn borrowed(arguments: &[String]) -> Vec<&str> {
     arguments.iter().map(String::as_str).collect()
 }
 
-/// The value that this share of all does not exceed.
+/// The quantile `share` of sorted values.
 fn at(sorted: &[f64], share: f64) -> f64 {
     let index = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(index).copied().unwrap_or(f64::NAN)
 }
 
-/// The same of delays in microseconds, in milliseconds.
+/// The quantile of delays in microseconds, in milliseconds.
 fn millis(sorted: &[f64], share: f64) -> f64 {
     at(sorted, share) / 1000.0
 }
 
 const SHARES: [(&str, f64); 5] =
     [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
-/// Milliseconds at a share.
+/// Goals for Downpour: quantile, and milliseconds.
 const GOALS: [(f64, f64); 2] = [(0.5, 0.5), (0.99, 3.0)];
 const HALF: f64 = 0.5;
-/// At half load.
+/// Rounds at half load.
 const ROUNDS: usize = 3;
-const SENDTOS: u32 = 50_000;
-const MOST_FRAMES: f64 = 500.0;
-/// Seconds between the first tag and the first that counts.
+const SENDTO_CALLS: u32 = 50_000;
+const MAX_FRAMES: f64 = 500.0;
+/// Seconds before the first measured tag: viewers join and the nodes' memory gets warm.
 const WARM_UP: f64 = 2.5;
 const PATIENCE: Duration = Duration::from_secs(40);
+/// Roles of child processes, and the names of their logs.
+const PUBLISHER: &str = "delay-publisher";
+const VIEWER: &str = "delay-viewer";

@@ -1,4 +1,4 @@
-//! One packet to many edges: the fan-out beside bare loops of system calls.
+//! The fan-out of packets to many edges, beside bare loops of system calls.
 
 mod sinks;
 mod stream;
@@ -33,23 +33,23 @@ use crate::{
 pub fn run(quick: bool) -> io::Result<Section> {
     let sinks = Sinks::new()?;
     let mut section = Section::default();
-    section.say(
+    section.paragraph(
         "The packets of one stream to the number of edges in the row, as the packetizer makes \
          them: 25 pictures per second, a key frame of six times the others' size every 2 s, 128 \
          kbit/s of audio. The cost is processor time per datagram, in user mode and in the \
          kernel. The floor is a loop of `sendmsg` with segmentation (GSO) of the same bursts, \
          with all addresses and headers prepared. The peers are a loop of one `sendto` per \
-         packet, and of `sendmmsg` for as many packets as it accepts. Ours is the fan-out, queue \
-         and threads included, which gets a picture and its audio at a time. Key frames and the \
-         other pictures are sent and measured separately, the same for all, and added up in the \
+         packet, and of `sendmmsg` for as many packets as it accepts. Downpour is the fan-out, \
+         queue and threads included, which gets a picture and its audio at a time. Key frames and \
+         the other pictures are sent and measured separately, the same for all, and added up in the \
          proportion of a group of 50. All pause for 1 ms after each picture, as a server has to. \
-         The sinks are sockets on loopback with full buffers, so that the kernel need not cut the \
-         messages; each counts the messages that it drops, which must be at least 999 in 1000 of \
+         The sinks are sockets on loopback with full buffers, so that the kernel need not segment \
+         the messages; each counts the messages that it drops, which must be at least 999 in 1000 of \
          those sent.",
     );
     let mut growth = Vec::new();
-    let mut cells = Vec::new();
-    let mut whole = Vec::new();
+    let mut segmented = Vec::new();
+    let mut unsegmented = Vec::new();
     for mbps in RATES {
         let pictures = stream::pictures(Ssrc(mbps), mbps);
         for edges in EDGES {
@@ -57,55 +57,63 @@ pub fn run(quick: bool) -> io::Result<Section> {
             let row = cell.compare(quick)?;
             eprintln!("{}: {:.2}", row.work, row.ratio());
             growth.push((mbps, edges, row.clone()));
-            cells.push(row);
+            segmented.push(row);
             if edges == 1000 || (edges == 10 && !quick) {
-                whole.push(cell.compare_without_segmentation(quick)?);
+                unsegmented.push(cell.compare_without_segmentation(quick)?);
             }
         }
     }
-    section.table(&cells);
-    section.say("At 5 Mbit/s the goal is a fifth of what `sendto` takes, which is the floor here.");
+    section.table(&segmented);
+    section.paragraph(
+        "At 5 Mbit/s, the goal is a fifth of the time of `sendto`, which is the floor of this table.",
+    );
     let five = growth.iter().filter(|(mbps, ..)| *mbps == 5);
     section.table(&five.map(|(_, _, row)| beside_sendto(row)).collect::<Vec<_>>());
-    section.say(
-        "Without segmentation, which is switched off in the fan-out. The floor is `sendmmsg` of \
-         the same packets in as many threads as the fan-out uses workers for that number of \
-         edges, each with its socket and its part of the list; the peer does it all in one \
-         thread. Two threads take more processor time per datagram than one, whatever they run, \
-         and half the time.",
+    section.paragraph(
+        "With segmentation disabled in the fan-out. The floor is `sendmmsg` of the same packets in \
+         as many threads as the fan-out uses workers for that number of edges, each with its socket \
+         and its part of the list; the peer uses one thread. Two threads need more processor time \
+         per datagram than one, whatever they run, and half the wall time.",
     );
-    section.table(&whole);
-    section.say(
-        "A thousand streams to one edge each: 68,000 packets a second of 100 to 1100 bytes, from \
-         four threads, in real time. The floor sends each by `sendto`, in the same threads. Ours is \
-         what it takes to queue them and the fan-out's threads. The delay is from before the packet \
-         is queued or sent to when a thread that waits for one of the streams has read it.",
-    );
-    let streams = many_streams(quick)?;
-    section.table(&[streams.row]);
-    section.say(&format!(
-        "Delay of ours: {}; of the floor: {}. The fan-out made {:.2} calls a packet.",
-        streams.ours, streams.floor, streams.calls,
-    ));
+    section.table(&unsegmented);
+    add_many_streams(&mut section, quick)?;
     section.plot("fanout-growth.svg", plot(&growth));
     Ok(section)
 }
 
-pub fn child(role: &str, _arguments: &[&str]) -> io::Result<()> {
-    Err(io::Error::other(format!("there is no program {role}")))
+/// Measures many small streams and adds the result to the report.
+fn add_many_streams(section: &mut Section, quick: bool) -> io::Result<()> {
+    section.paragraph(
+        "A thousand streams to one edge each: 68,000 packets per second of 100 to 1100 bytes, from \
+         four threads, in real time. The floor sends each by `sendto`, in the same threads. \
+         Downpour's time is that of queueing the packets and of the fan-out's threads. The delay is \
+         from before the packet is queued or sent until a thread that waits for one of the streams \
+         has read it.",
+    );
+    let streams = many_streams(quick)?;
+    section.table(&[streams.row]);
+    section.paragraph(&format!(
+        "Delay of Downpour: {}; of the floor: {}. The fan-out made {:.2} calls per packet.",
+        streams.ours, streams.floor, streams.calls,
+    ));
+    Ok(())
 }
 
-/// One stream to so many edges.
+pub fn child(role: &str, _arguments: &[&str]) -> io::Result<()> {
+    Err(io::Error::other(format!("unknown child process {role}")))
+}
+
+/// One stream to a number of edges.
 struct Case<'a> {
     mbps: u32,
     edges: usize,
-    /// Of each picture, its burst and those of the audio until the next one.
+    /// Per picture, its burst and the bursts of the audio until the next one.
     pictures: &'a [Vec<Burst>],
     sinks: &'a Sinks,
 }
 
 impl Case<'_> {
-    /// Ours beside all loops, in turns.
+    /// Measures Downpour and all loops in turns.
     fn compare(&self, quick: bool) -> io::Result<Comparison> {
         let targets = self.sinks.addresses(self.edges);
         let ours = Ours::start(true)?;
@@ -124,7 +132,7 @@ impl Case<'_> {
             targets.iter().map(|addr| SocketAddr::from(*addr).into()).collect();
         let parts = self.parts(quick);
         let peers_too = |round| round > 0 && round <= if quick { 1 } else { 3 };
-        // In the first round, caches are filled and buffers made.
+        // The first round fills caches and allocates buffers.
         for round in 0..=rounds(quick) {
             let floor = self.measure(&parts, true, |bursts| bare.segmented(bursts))?;
             let mine = self.measure(&parts, true, |bursts| ours.send(bursts, &targets))?;
@@ -143,7 +151,7 @@ impl Case<'_> {
         Ok(row)
     }
 
-    /// Ours without segmentation beside `sendmmsg`, in turns.
+    /// Measures Downpour without segmentation and `sendmmsg` in turns.
     fn compare_without_segmentation(&self, quick: bool) -> io::Result<Comparison> {
         let targets = self.sinks.addresses(self.edges);
         let ours = Ours::start(false)?;
@@ -155,7 +163,7 @@ impl Case<'_> {
             goal: Some(1.15),
             ..Comparison::default()
         };
-        // As many as have something to send there.
+        // The workers that have something to send.
         let threads = ours.workers.len().min(targets.len().div_ceil(WORKERS_SHARE));
         let mut shares = targets
             .chunks(targets.len().div_ceil(threads))
@@ -167,7 +175,7 @@ impl Case<'_> {
         for round in 0..=rounds(quick) {
             let one = self.measure(&parts, false, |bursts| bare.many(bursts))?;
             let floor =
-                self.measure(&parts, false, |bursts| bare::at_once_each(&mut shares, bursts))?;
+                self.measure(&parts, false, |bursts| bare::many_in_threads(&mut shares, bursts))?;
             let mine = self.measure(&parts, false, |bursts| ours.send(bursts, &targets))?;
             if round > 0 {
                 row.peers[0].values.push(one);
@@ -179,20 +187,21 @@ impl Case<'_> {
         Ok(row)
     }
 
-    /// What a round sends: key frames and other pictures, each for itself, so that a round need not
-    /// be whole groups of pictures and still comes to what such a group costs.
+    /// The key frames and the other pictures of a round. They are measured separately, so that a
+    /// round can be shorter than a group of pictures and still yield the cost of a group.
     fn parts(&self, quick: bool) -> [Part<'_>; 2] {
         let budget = if quick { 100_000 } else { 200_000 };
         let (key_frame, others) = self.pictures.split_at(1);
-        [(key_frame, MOST_KEY_FRAMES), (others, MOST_OTHERS)].map(|(pictures, most)| {
+        [(key_frame, MAX_KEY_FRAMES), (others, MAX_OTHERS)].map(|(pictures, max)| {
             let packets = pictures.iter().flatten().map(Burst::count).sum::<usize>();
             let fit = budget * pictures.len() / (packets * self.edges);
-            let sent = pictures.iter().map(Vec::as_slice).cycle().take(fit.clamp(1, most));
+            let sent = pictures.iter().map(Vec::as_slice).cycle().take(fit.clamp(1, max));
             Part { sent: sent.collect(), packets }
         })
     }
 
-    /// Has both parts sent; microseconds of processor time a datagram of a whole group of pictures.
+    /// Sends both parts. Returns the microseconds of processor time per datagram over a group of
+    /// pictures.
     fn measure(
         &self,
         parts: &[Part<'_>],
@@ -207,8 +216,11 @@ impl Case<'_> {
         Ok(all / packets as f64)
     }
 
-    /// Has pictures sent, with a pause after each; microseconds of processor time a datagram. All
-    /// must have come.
+    /// Sends pictures with a pause after each. Returns the microseconds of processor time per
+    /// datagram.
+    ///
+    /// # Errors
+    /// If more than one in 1000 messages did not reach a sink.
     fn measure_part(
         &self,
         pictures: &[&[Burst]],
@@ -221,24 +233,23 @@ impl Case<'_> {
             seconds += send(bursts)?;
             for burst in *bursts {
                 datagrams += burst.count() * self.edges;
-                let at_once = if segmented { bare::at_once(burst.stride()) } else { 1 };
-                messages += burst.count().div_ceil(at_once) * self.edges;
+                let segments = if segmented { bare::max_segments(burst.stride()) } else { 1 };
+                messages += burst.count().div_ceil(segments) * self.edges;
             }
             thread::sleep(PAUSE);
         }
-        // A sink counts what came as one message as one. On a busy machine the kernel may deliver
-        // the last ones a moment later, on a thread of its own.
+        // On a busy machine, a kernel thread may deliver the last messages a moment later.
         let deadline = Instant::now() + Duration::from_secs(2);
-        let mut came = self.sinks.dropped()? - before;
-        while came < messages as u64 && Instant::now() < deadline {
+        let mut arrived = self.sinks.dropped()? - before;
+        while arrived < messages as u64 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
-            came = self.sinks.dropped()? - before;
+            arrived = self.sinks.dropped()? - before;
         }
-        // And those for which a full processor has no room are dropped before they reach a sink.
+        // If a processor's backlog is full, the kernel drops messages before they reach a sink.
         let enough = messages as u64 - messages as u64 / 1000;
-        match (enough..=messages as u64).contains(&came) {
+        match (enough..=messages as u64).contains(&arrived) {
             true => Ok(seconds * 1e6 / datagrams as f64),
-            false => Err(io::Error::other(format!("of {messages} messages, {came} came"))),
+            false => Err(io::Error::other(format!("of {messages} messages, {arrived} arrived"))),
         }
     }
 }
@@ -246,11 +257,11 @@ impl Case<'_> {
 /// Pictures of one size.
 struct Part<'a> {
     sent: Vec<&'a [Burst]>,
-    /// What a group of pictures has of them.
+    /// Packets of these pictures in a group of pictures.
     packets: usize,
 }
 
-/// Ours beside `sendto` for the floor, of the rounds that had it.
+/// A row with `sendto` as the floor, over the rounds that measured it.
 fn beside_sendto(row: &Comparison) -> Comparison {
     let floor = row.peers[0].values.clone();
     Comparison {
@@ -263,12 +274,12 @@ fn beside_sendto(row: &Comparison) -> Comparison {
     }
 }
 
-/// The fan-out with what is known of it.
+/// A running fan-out.
 struct Ours {
     fanout: Fanout,
     metrics: FanoutMetrics,
     workers: Vec<Thread>,
-    /// Their seconds that were counted.
+    /// Processor time of the workers at the end of the last measurement.
     counted: Cell<f64>,
 }
 
@@ -279,8 +290,8 @@ impl Ours {
         let metrics = FanoutMetrics::register(&registry).map_err(io::Error::other)?;
         let routes = Routes::new(&registry).map_err(io::Error::other)?;
         let ignore: OnDatagrams = Arc::new(|_, _| Vec::new());
-        // Those of the fan-out before end with it, but not at once; and a list of threads that is read
-        // while some end may lack others.
+        // The threads of a previous fan-out end asynchronously, and /proc may omit threads while
+        // others end.
         let wait_for = |count| -> io::Result<Vec<Thread>> {
             let deadline = Instant::now() + Duration::from_secs(5);
             loop {
@@ -289,20 +300,20 @@ impl Ours {
                     return Ok(workers);
                 }
                 if Instant::now() > deadline {
-                    return Err(io::Error::other("the fan-out's threads do not begin, or end"));
+                    return Err(io::Error::other("timed out: the fan-out's threads start and end"));
                 }
                 thread::yield_now();
             }
         };
         wait_for(0)?;
         let fanout = Fanout::spawn(&settings, routes, &ignore, metrics.clone())?;
-        // They take their names when they begin to run.
+        // Threads set their names when they start to run.
         let workers = wait_for(fanout.workers())?;
         Ok(Self { fanout, metrics, workers, counted: Cell::new(f64::NAN) })
     }
 
-    /// Queues the bursts and waits until they have left; seconds that it took this thread to queue
-    /// and the workers to send.
+    /// Queues the bursts and waits until they are sent. Returns the seconds of processor time of this
+    /// thread for queueing and of the workers for sending.
     fn send(&self, bursts: &[Burst], targets: &Arc<[Target]>) -> io::Result<f64> {
         if self.counted.get().is_nan() {
             self.counted.set(self.worker_seconds());
@@ -315,12 +326,12 @@ impl Ours {
             queued += cpu::of_this_thread() - began;
             let datagrams = burst.count() * targets.len();
             until += datagrams as u64;
-            // What would wait for half a second behind a burst is dropped, so it comes later here.
-            if datagrams >= LONG || index + 1 == bursts.len() {
+            // The fan-out drops bursts that would wait half a second, so they are queued later.
+            if datagrams >= LONG_BURST || index + 1 == bursts.len() {
                 self.wait_until_sent(until)?;
             }
         }
-        // What they do until they rest counts the next time.
+        // The rest of the workers' time counts in the next measurement.
         let now = self.worker_seconds();
         Ok(queued + now - self.counted.replace(now))
     }
@@ -330,7 +341,7 @@ impl Ours {
         while self.metrics.datagrams() < datagrams {
             self.check()?;
             if Instant::now() > deadline {
-                return Err(io::Error::other("the fan-out does not send all that it has"));
+                return Err(io::Error::other("timed out: the fan-out sends all that is queued"));
             }
             thread::sleep(Duration::from_micros(20));
         }
@@ -349,7 +360,7 @@ impl Ours {
     }
 }
 
-/// What many small streams came to.
+/// The result of many small streams.
 struct ManyStreams {
     row: Comparison,
     ours: String,
@@ -357,7 +368,7 @@ struct ManyStreams {
     calls: f64,
 }
 
-/// Streams to one edge each, in real time.
+/// Measures streams to one edge each, in real time.
 fn many_streams(quick: bool) -> io::Result<ManyStreams> {
     let sinks = Sinks::new()?;
     let ours = Ours::start(true)?;
@@ -367,7 +378,7 @@ fn many_streams(quick: bool) -> io::Result<ManyStreams> {
         .into_iter()
         .map(|addr| Arc::from([SocketAddr::from(addr).into()]))
         .collect();
-    // One of them is read, to see how long its packets take.
+    // The first stream is received, to measure its delay.
     targets[0] = Arc::from([SocketAddr::from(listener.address).into()]);
     let (rounds, seconds) = if quick { (1, 1.0) } else { (5, 1.5) };
     let mut row = Comparison {
@@ -380,12 +391,12 @@ fn many_streams(quick: bool) -> io::Result<ManyStreams> {
     let (mut sent, mut calls) = (0, 0);
     for _ in 0..rounds {
         let floor =
-            stream::in_real_time(listener.turn_to(BARE), &targets, seconds, |_, burst, to| {
+            stream::in_real_time(listener.set_kind(BARE), &targets, seconds, |_, burst, to| {
                 bare.send_to(burst.bytes(), to[0].addr).map(drop)
             })?;
         row.floor.push(floor.cpu / floor.seconds * 100.0);
-        let times = listener.turn_to(OURS);
-        let (of_workers, calls_before) = (ours.worker_seconds(), ours.metrics.calls());
+        let times = listener.set_kind(OURS);
+        let (workers_before, calls_before) = (ours.worker_seconds(), ours.metrics.calls());
         let until = ours.metrics.datagrams();
         let queued = stream::in_real_time(times, &targets, seconds, |ssrc, burst, to| {
             ours.fanout.send(ssrc, burst, to, None);
@@ -395,12 +406,12 @@ fn many_streams(quick: bool) -> io::Result<ManyStreams> {
         while ours.metrics.datagrams() < until + queued.packets && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-        let cpu = queued.cpu + ours.worker_seconds() - of_workers;
+        let cpu = queued.cpu + ours.worker_seconds() - workers_before;
         row.ours.push(cpu / queued.seconds * 100.0);
         sent += ours.metrics.datagrams() - until;
         calls += ours.metrics.calls() - calls_before;
         if sent == 0 || ours.metrics.datagrams() - until != queued.packets {
-            return Err(io::Error::other("not all that was queued was sent"));
+            return Err(io::Error::other("the fan-out did not send all that was queued"));
         }
     }
     ours.check()?;
@@ -412,11 +423,11 @@ fn many_streams(quick: bool) -> io::Result<ManyStreams> {
     })
 }
 
-/// What it takes to send each stream in real time, by the number of edges.
+/// The processor time of a stream in real time, by the number of edges.
 fn plot(growth: &[(u32, usize, Comparison)]) -> Plot {
     let panel = |mbps: u32| {
         let rows: Vec<_> = growth.iter().filter(|(of, ..)| *of == mbps).collect();
-        let a_second = stream::packets_a_second(mbps);
+        let packets_per_second = stream::packets_per_second(mbps);
         let series = |system, colour, dashed, values: &dyn Fn(&Comparison) -> f64| Series {
             system,
             colour,
@@ -424,8 +435,8 @@ fn plot(growth: &[(u32, usize, Comparison)]) -> Plot {
             points: rows
                 .iter()
                 .map(|(_, edges, row)| {
-                    // Microseconds a second, of which a core has a million.
-                    Some(values(row) * a_second * *edges as f64 / 1e4)
+                    // Microseconds per second, in per cent of a core.
+                    Some(values(row) * packets_per_second * *edges as f64 / 1e4)
                         .filter(|share| *share <= 100.0)
                 })
                 .collect(),
@@ -440,33 +451,34 @@ fn plot(growth: &[(u32, usize, Comparison)]) -> Plot {
         }
     };
     Plot {
-        title: "Fan-out of one stream by the number of edges, until a core is full",
+        title: "Fan-out of one stream by the number of edges, up to a full core",
         ticks: EDGES.iter().map(ToString::to_string).collect(),
         scale: Scale::Log { least: 0.01, most: 100.0 },
         panels: RATES.map(panel).into(),
     }
 }
 
-/// Besides the first, which does not count.
+/// Number of rounds after the warm-up round.
 fn rounds(quick: bool) -> usize {
     if quick { 1 } else { 7 }
 }
 
-/// Of a round, at most.
-const MOST_KEY_FRAMES: usize = 20;
-const MOST_OTHERS: usize = 100;
-/// Edges from which on a stream is work for one more worker.
+/// Maximum number of pictures per round.
+const MAX_KEY_FRAMES: usize = 20;
+const MAX_OTHERS: usize = 100;
+/// The fan-out uses one worker per this number of edges.
 const WORKERS_SHARE: usize = 64;
-/// Datagrams of a burst behind which nothing is queued.
-const LONG: usize = 100_000;
-/// After each picture. In a server too, the next one finds threads asleep and caches cold.
+/// After a burst of this many datagrams, the bench waits before it queues the next one.
+const LONG_BURST: usize = 100_000;
+/// Pause after each picture. As in a server, threads are asleep and caches cold for the next one.
 const PAUSE: Duration = Duration::from_millis(1);
-/// Whose packets the listener reads.
+/// Kinds of packets that the listener receives.
 const BARE: usize = 0;
 const OURS: usize = 1;
 /// Mbit/s of video.
 const RATES: [u32; 3] = [1, 5, 20];
 const EDGES: [usize; 4] = [10, 100, 1000, 5000];
+/// Number of small streams.
 const STREAMS: usize = 1000;
-/// Of each stream, a second: 25 pictures and 43 of audio.
+/// Tags per second and stream: 25 pictures and 43 audio frames.
 const TAGS: u32 = 68;

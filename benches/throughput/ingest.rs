@@ -1,7 +1,8 @@
-//! Many publishers at the cloud, each packetized, ringed and sent to one address.
+//! Many publishers at the cloud, which packetizes each stream, keeps it in the history ring and sends
+//! it to one address.
 //!
-//! The floor is nginx-rtmp, which only receives the same publishers, and a bare loop that sends the
-//! same datagrams. All of it is measured in turns.
+//! The floor is the sum of nginx-rtmp, which only receives the same publishers, and a bare loop that
+//! sends the same datagrams. They are measured in turns.
 
 mod datagrams;
 mod media;
@@ -24,7 +25,7 @@ use crate::{
 };
 
 pub fn run(quick: bool, program: &str) -> io::Result<Section> {
-    nginx_is_there()?;
+    check_nginx()?;
     let media = Media::new()?;
     let plan = if quick { &QUICK } else { &FULL };
     let mut rounds = Rounds::default();
@@ -44,8 +45,8 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
     }
     growth.sort_by_key(|(count, _)| *count);
     let mut section = Section::default();
-    section.say(&format!(
-        "{PUBLISHERS} publishers of {:.0} kbit/s and {:.0} tags/s each, {:.0} datagrams/s in all; \
+    section.paragraph(&format!(
+        "{PUBLISHERS} publishers of {:.0} kbit/s and {:.0} tags/s each, {:.0} datagrams/s in total; \
          {} rounds of {} s.",
         media.bit_rate() / 1000.0,
         media.tag_rate(),
@@ -54,9 +55,9 @@ pub fn run(quick: bool, program: &str) -> io::Result<Section> {
         plan.measure.as_secs()
     ));
     section.table(&rounds.comparisons());
-    section.say(&format!(
-        "For each tag the cloud takes {} µs and the floor {} µs. The {PUBLISHERS} publishers, which \
-         connect all at once, were live after {} ms, at nginx after {} ms.",
+    section.paragraph(&format!(
+        "Per tag, the cloud takes {} µs and the floor {} µs. The {PUBLISHERS} publishers, which \
+         connect all at once, were live after {} ms; at nginx after {} ms.",
         short(median(&rounds.ours) * 1e4 / (media.tag_rate() * PUBLISHERS as f64)),
         short(median(&rounds.floor()) * 1e4 / (media.tag_rate() * PUBLISHERS as f64)),
         rounds.ours_connected,
@@ -77,11 +78,11 @@ pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
         "publishers" => publishers::run(address, number()?),
         "send" => datagrams::send(address, number()?),
         "receive" => datagrams::receive(address),
-        _ => Err(io::Error::other(format!("there is no program {role}"))),
+        _ => Err(io::Error::other(format!("unknown child process {role}"))),
     }
 }
 
-/// How long everything is run.
+/// The number and length of the rounds.
 struct Plan {
     rounds: usize,
     measure: Duration,
@@ -89,27 +90,30 @@ struct Plan {
     growth: &'static [usize],
 }
 
-/// What one round came to: processor time in per cent of a core, and bytes of memory.
+/// The result of one round.
 struct Round {
     nginx: Load,
+    /// Processor time of the bare loop, in per cent of a core.
     send: f64,
     ours: Load,
-    /// Media that the cloud's history rings held.
+    /// Bytes of media in the cloud's history rings.
     ring_bytes: f64,
 }
 
 struct Load {
+    /// Processor time, in per cent of a core.
     cpu: f64,
+    /// Bytes of resident memory.
     resident: f64,
-    /// How long the publishers took to connect, in milliseconds.
+    /// Milliseconds until all publishers were connected.
     connected: u64,
 }
 
 impl Round {
     fn run(media: &Media, count: usize, plan: &Plan, program: &str) -> io::Result<Self> {
-        let nginx = patiently(|| nginx(media, count, plan))?;
-        let send = patiently(|| send(media, count, plan))?;
-        let (ours, ring_bytes) = patiently(|| ours(media, count, plan, program))?;
+        let nginx = retry(|| nginx(media, count, plan))?;
+        let send = retry(|| send(media, count, plan))?;
+        let (ours, ring_bytes) = retry(|| ours(media, count, plan, program))?;
         Ok(Self { nginx, send, ours, ring_bytes })
     }
 
@@ -119,7 +123,7 @@ impl Round {
 
     fn line(&self) -> String {
         format!(
-            "nginx {} % + sends {} %, ours {} %: {:.2}; {:.1} MB, nginx {:.1} MB, rings {:.1} MB",
+            "nginx {} % + bare loop {} %, cloud {} %: {:.2}; {:.1} MB, nginx {:.1} MB, rings {:.1} MB",
             short(self.nginx.cpu),
             short(self.send),
             short(self.ours.cpu),
@@ -170,11 +174,11 @@ impl Rounds {
             ours: self.ours.clone(),
             goal: Some(1.5),
         };
-        // 200 MB are the goal, whatever the rings hold.
+        // The goal is 200 MB in total, so the ratio depends on the size of the rings.
         let ring = median(&self.ring);
         let memory = Comparison {
-            work: format!("resident with 3 s in the rings, {RESIDENT_MB} MB at most"),
-            unit: "MB; the floor is the rings' packets",
+            work: format!("resident memory with 3 s in the rings, at most {RESIDENT_MB} MB"),
+            unit: "MB; the floor is the packets in the rings",
             floor: self.ring.clone(),
             peers: vec![
                 Peer { name: "nginx-rtmp, receives", values: self.nginx_resident.clone() },
@@ -187,7 +191,7 @@ impl Rounds {
     }
 }
 
-/// What the cloud costs, and how many bytes its rings hold.
+/// Measures the cloud. Also returns the bytes in its history rings.
 fn ours(media: &Media, count: usize, plan: &Plan, program: &str) -> io::Result<(Load, f64)> {
     let dir = scratch()?;
     let [rtmp, quic, api, target] = [(); 4].map(|()| free_address());
@@ -203,16 +207,16 @@ fn ours(media: &Media, count: usize, plan: &Plan, program: &str) -> io::Result<(
     wait_for("the cloud answers", PATIENCE, || Ok(http_get(api, "/healthz").is_ok()))?;
     let publishers = Publishers::start(dir.path(), rtmp, count)?;
     std::thread::sleep(FILL);
-    let look = || -> io::Result<_> {
+    let snapshot = || -> io::Result<_> {
         let counted = CloudCounts::read(api)?;
         Ok((Instant::now(), counted, last_number(dir.path(), "receive")?))
     };
-    let (began, before, arrived) = look()?;
+    let (began, before, arrived) = snapshot()?;
     let cpu = cloud.cpu_seconds();
     std::thread::sleep(plan.measure);
     let cpu = cloud.cpu_seconds() - cpu;
     let resident = cloud.resident_bytes() as f64;
-    let (ended, after, arrived_then) = look()?;
+    let (ended, after, arrived_at_end) = snapshot()?;
     cloud.check()?;
     sink.check()?;
     let connected = publishers.check()?;
@@ -221,21 +225,21 @@ fn ours(media: &Media, count: usize, plan: &Plan, program: &str) -> io::Result<(
     check.near("tags at the cloud", after.tags - before.tags, media.tag_rate())?;
     let sent = after.datagrams - before.datagrams;
     check.near("datagrams from the cloud", sent, media.datagram_rate())?;
-    check.near("datagrams at the sink", arrived_then - arrived, media.datagram_rate())?;
+    check.near("datagrams at the sink", arrived_at_end - arrived, media.datagram_rate())?;
     if (before.ring_bytes / after.ring_bytes - 1.0).abs() > TOLERANCE {
         return Err(io::Error::other(format!(
-            "the rings were not full: they grew from {:.0} to {:.0} bytes",
+            "the rings were not full: {:.0} bytes grew to {:.0}",
             before.ring_bytes, after.ring_bytes
         )));
     }
     if after.streams != count as f64 || after.skipped > 0.0 || after.errors > 0.0 {
-        return Err(io::Error::other(format!("the cloud did not do it all: {after:?}")));
+        return Err(io::Error::other(format!("the cloud lost streams or packets: {after:?}")));
     }
     let cpu = cpu / plan.measure.as_secs_f64() * 100.0;
     Ok((Load { cpu, resident, connected }, after.ring_bytes))
 }
 
-/// What the cloud counted.
+/// Counters of the cloud.
 #[derive(Debug, Default)]
 struct CloudCounts {
     tags: f64,
@@ -267,11 +271,11 @@ impl CloudCounts {
     }
 }
 
-/// What nginx costs that receives the same.
+/// Measures nginx, which receives the same publishers.
 fn nginx(media: &Media, count: usize, plan: &Plan) -> io::Result<Load> {
     let dir = scratch()?;
     let [rtmp, http] = [(); 2].map(|()| free_address());
-    // One process, which dies with this one.
+    // A single process, which is killed together with the bench.
     let config = format!(
         "load_module {NGINX_MODULE};\ndaemon off;\nmaster_process off;\nworker_processes 1;\n\
          pid nginx.pid;\nerror_log error.log;\nevents {{ worker_connections 8192; }}\n\
@@ -285,42 +289,43 @@ fn nginx(media: &Media, count: usize, plan: &Plan) -> io::Result<Load> {
     wait_for("nginx answers", PATIENCE, || Ok(http_get(http, "/stat").is_ok()))?;
     let publishers = Publishers::start(dir.path(), rtmp, count)?;
     std::thread::sleep(SETTLE);
-    let look = || -> io::Result<_> {
+    let snapshot = || -> io::Result<_> {
         let text = http_get(http, "/stat")?;
         Ok((Instant::now(), bytes_in(&text), publishers_in(&text)))
     };
-    let (began, before, publishing) = look()?;
+    let (began, before, publishing) = snapshot()?;
     let cpu = nginx.cpu_seconds();
     std::thread::sleep(plan.measure);
     let cpu = nginx.cpu_seconds() - cpu;
     let resident = nginx.resident_bytes() as f64;
-    let (ended, after, publishing_then) = look()?;
+    let (ended, after, publishing_at_end) = snapshot()?;
     nginx.check()?;
     let connected = publishers.check()?;
-    if [publishing, publishing_then] != [count; 2] {
+    if [publishing, publishing_at_end] != [count; 2] {
         return Err(io::Error::other(format!(
-            "{publishing} of {count} publish at nginx, and {publishing_then} at the end"
+            "of {count} publishers, nginx has {publishing} at the start and {publishing_at_end} at \
+             the end"
         )));
     }
     let check = Check { seconds: ended.duration_since(began).as_secs_f64(), count };
-    // Its own bytes are those of chunks, a few per cent more.
+    // nginx counts bytes of chunks, a few per cent more.
     check.near("bytes at nginx", after - before, media.bit_rate() / 8.0 * 1.03)?;
     Ok(Load { cpu: cpu / plan.measure.as_secs_f64() * 100.0, resident, connected })
 }
 
-/// All bytes that nginx has received.
+/// Total bytes received by nginx.
 fn bytes_in(stat: &str) -> f64 {
     let number = stat.split_once("<bytes_in>").and_then(|(_, rest)| rest.split_once('<'));
     number.and_then(|(number, _)| number.parse().ok()).unwrap_or(f64::NAN)
 }
 
-/// Connections to nginx that publish. Their streams say so once more.
+/// Publishing connections at nginx. Only `<client>` elements count; streams have the mark, too.
 fn publishers_in(stat: &str) -> usize {
     let clients = stat.split("<client>").skip(1).filter_map(|rest| rest.split("</client>").next());
     clients.filter(|client| client.contains("<publishing/>")).count()
 }
 
-/// What the bare loop costs.
+/// Measures the bare loop.
 fn send(media: &Media, count: usize, plan: &Plan) -> io::Result<f64> {
     let dir = scratch()?;
     let target = free_address();
@@ -332,7 +337,7 @@ fn send(media: &Media, count: usize, plan: &Plan) -> io::Result<f64> {
         "ingest-send",
         &[&target.to_string(), &count.to_string()],
     )?;
-    // Its streams begin one after the other.
+    // The streams start one after the other.
     std::thread::sleep(SETTLE.max(Duration::from_millis(2500)));
     let (began, before) = (Instant::now(), last_number(dir.path(), "receive")?);
     let cpu = sender.cpu_seconds();
@@ -346,27 +351,27 @@ fn send(media: &Media, count: usize, plan: &Plan) -> io::Result<f64> {
     Ok(cpu / plan.measure.as_secs_f64() * 100.0)
 }
 
-/// Publishers in a process of their own.
+/// The process of the publishers.
 struct Publishers {
     process: Process,
     dir: std::path::PathBuf,
 }
 
 impl Publishers {
-    /// Starts them and waits until all of them are connected and send.
+    /// Starts the process and waits until all publishers are connected and send.
     fn start(dir: &Path, server: SocketAddr, count: usize) -> io::Result<Self> {
         let arguments = [server.to_string(), count.to_string()];
         let arguments = [arguments[0].as_str(), arguments[1].as_str()];
         let mut process = Process::start_child(dir, "publishers", "ingest-publishers", &arguments)?;
         wait_for("all publishers send", PATIENCE, || {
             process.check()?;
-            // Connected, and three seconds of sending.
+            // One line for the connection, then one per second.
             Ok(log(dir, "publishers")?.lines().count() > 3)
         })?;
         Ok(Self { process, dir: dir.into() })
     }
 
-    /// How long they took to connect, in milliseconds.
+    /// Checks that the process runs. Returns the milliseconds until all were connected.
     fn check(mut self) -> io::Result<u64> {
         self.process.check()?;
         let text = log(&self.dir, "publishers")?;
@@ -377,20 +382,22 @@ impl Publishers {
     }
 }
 
-/// Whether what should have come, came.
+/// Checks counters against the published media.
 struct Check {
     seconds: f64,
     count: usize,
 }
 
 impl Check {
-    fn near(&self, what: &str, value: f64, rate: f64) -> io::Result<()> {
+    /// # Errors
+    /// If `value` differs from `rate` per second and stream by more than [`TOLERANCE`].
+    fn near(&self, name: &str, value: f64, rate: f64) -> io::Result<()> {
         let expected = rate * self.count as f64 * self.seconds;
         match (value / expected - 1.0).abs() < TOLERANCE {
             true => Ok(()),
             false => Err(io::Error::other(format!(
-                "{what}: {value:.0} instead of {expected:.0} in {:.2} s; the machine is too busy, or \
-                 something is broken",
+                "{name}: {value:.0} instead of {expected:.0} in {:.2} s; the machine is too busy, or \
+                 there is a fault",
                 self.seconds
             ))),
         }
@@ -425,7 +432,7 @@ fn plot(growth: &[(usize, Round)]) -> Plot {
     }
 }
 
-fn nginx_is_there() -> io::Result<()> {
+fn check_nginx() -> io::Result<()> {
     match [NGINX, NGINX_MODULE].iter().find(|path| !Path::new(path).exists()) {
         None => Ok(()),
         Some(path) => Err(io::Error::other(format!(
@@ -438,20 +445,20 @@ fn log(dir: &Path, role: &str) -> io::Result<String> {
     fs::read_to_string(dir.join(format!("{role}.log")))
 }
 
-/// What a child printed last.
+/// The last line of a child process's output, as a number.
 fn last_number(dir: &Path, role: &str) -> io::Result<f64> {
     let text = log(dir, role)?;
     let number = text.lines().last().and_then(|line| line.parse().ok());
-    number.ok_or_else(|| io::Error::other(format!("{role} says {text}")))
+    number.ok_or_else(|| io::Error::other(format!("no number in the output of {role}: {text}")))
 }
 
-/// Tries again where a check fails: on a machine with other work, publishers may fall behind for a
-/// while. A fault of the program fails each time.
-fn patiently<T>(mut measure: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+/// Retries a failed measurement: on a busy machine, publishers may fall behind for a while. A fault of
+/// the program fails every attempt.
+fn retry<T>(mut measure: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     for _ in 1..ATTEMPTS {
         match measure() {
             Ok(measured) => return Ok(measured),
-            Err(error) => eprintln!("once more, since: {error}"),
+            Err(error) => eprintln!("retry: {error}"),
         }
     }
     measure()
@@ -465,11 +472,11 @@ const PUBLISHERS: usize = 1000;
 const RESIDENT_MB: f64 = 200.0;
 const QUICK: Plan = Plan { rounds: 1, measure: Duration::from_secs(2), growth: &[] };
 const FULL: Plan = Plan { rounds: 3, measure: Duration::from_secs(5), growth: &[100, 500, 2000] };
-/// Until the cloud's rings of 3 s are full, from when all publishers have sent for 3 s.
+/// Time until the cloud's rings of 3 s are full, after all publishers have sent for about 2 s.
 const FILL: Duration = Duration::from_millis(1500);
-/// For what starting cost.
+/// Time after the start that is not measured.
 const SETTLE: Duration = Duration::from_millis(500);
-/// The reports that counts are taken from are up to 100 ms apart.
+/// The children print counters only every 100 ms.
 const TOLERANCE: f64 = 0.08;
 const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -1,5 +1,5 @@
-//! What Downpour costs, beside what the kernel could do and what others do, in one run:
-//! `scripts/bench` runs it and `docs/performance.md` says how it measures and holds what came out.
+//! Measures Downpour's processor time, memory and delay beside floors (bare system calls) and other
+//! servers, in one run. Run by `scripts/bench`; `docs/performance.md` has the method and the results.
 
 mod bare;
 #[path = "../common/mod.rs"]
@@ -26,44 +26,44 @@ use common::{
 };
 use table::Section;
 
-/// Measures what Downpour costs beside what the kernel could do and what others do.
+/// Measures Downpour's processor time, memory and delay beside bare system calls and other servers.
 ///
-/// Writes docs/performance.md, unless only a part is run.
+/// Writes docs/performance.md if all parts run.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
 struct Options {
-    /// Only these parts; docs/performance.md is written only with --write then.
+    /// Runs only these parts. Without --write, docs/performance.md stays as it is.
     part: Vec<Part>,
-    /// Few rounds of few seconds, to see that it works; nothing is written.
+    /// Runs few and short rounds, to check that the bench works; writes nothing.
     #[arg(long)]
     quick: bool,
-    /// Writes the parts that are run into docs/performance.md.
+    /// Writes the selected parts into docs/performance.md.
     #[arg(long, conflicts_with = "quick")]
     write: bool,
-    /// Measures this build of downpour, which must know the same settings, in place of the one that
-    /// was built with the bench (not in fanout, which has the code inside); nothing is written.
+    /// Measures this build of downpour instead of the one built with the bench; writes nothing. It
+    /// must accept the same settings. Does not apply to fanout, which links the code.
     #[arg(long, value_name = "PATH", conflicts_with = "write")]
     program: Option<PathBuf>,
-    /// A program that a part of the bench starts for itself, with its arguments.
+    /// A child process of a part, with its arguments.
     #[arg(long, hide = true, num_args = 1.., allow_hyphen_values = true)]
     child: Vec<OsString>,
-    /// What cargo bench passes.
+    /// Passed by cargo bench.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// What can be measured.
+/// A part of the bench.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// One packet to many edges.
+    /// Sending packets to many edges.
     Fanout,
     /// Many publishers at the cloud.
     Ingest,
     /// Many viewers of one stream at an edge.
     Viewers,
-    /// From the encoder's last byte to the viewer's.
+    /// The delay from the encoder's last byte to the viewer's.
     Delay,
-    /// Many streams at an edge.
+    /// Many streams received by an edge.
     Edge,
 }
 
@@ -72,7 +72,7 @@ impl Part {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// `program` is the downpour that is measured.
+    /// Runs the part. `program` is the path of the measured downpour.
     fn run(self, quick: bool, program: &str) -> io::Result<Section> {
         match self {
             Self::Fanout => fanout::run(quick),
@@ -99,9 +99,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs each part, those after one that failed too.
+/// Runs the parts. If one fails, the others still run.
 fn bench(options: &Options) -> io::Result<()> {
-    // Thousands of connections, at both ends; children inherit it.
+    // For both ends of thousands of connections. Child processes inherit the limit.
     let limit = downpour::node::limits::raise_descriptors(u64::MAX)?;
     let all = options.part.is_empty();
     let parts = if all { Part::value_variants() } else { &options.part };
@@ -114,7 +114,8 @@ fn bench(options: &Options) -> io::Result<()> {
         let name = part.name();
         eprintln!("== {name} ({} of {})", number + 1, parts.len());
         let part_began = Instant::now();
-        match part.run(options.quick, &program).and_then(|section| tell(&name, &section, write)) {
+        match part.run(options.quick, &program).and_then(|section| publish(&name, &section, write))
+        {
             Ok(()) => eprintln!("== {name} took {} s", part_began.elapsed().as_secs()),
             Err(error) => {
                 eprintln!("== {name} failed after {} s: {error}", part_began.elapsed().as_secs());
@@ -122,31 +123,31 @@ fn bench(options: &Options) -> io::Result<()> {
             }
         }
     }
-    eprintln!("all took {} s", began.elapsed().as_secs());
+    eprintln!("total: {} s", began.elapsed().as_secs());
     match failed.is_empty() {
         true => Ok(()),
         false => Err(io::Error::other(format!("failed: {}", failed.join(", ")))),
     }
 }
 
-/// What is measured, as a path that holds in every directory.
+/// Returns the absolute path of the measured program.
 fn program(given: Option<&Path>) -> io::Result<String> {
     let path = given.unwrap_or(Path::new(PROGRAM));
     let absolute = path.canonicalize().map_err(|error| {
         io::Error::new(error.kind(), format!("--program {}: {error}", path.display()))
     })?;
-    eprintln!("measured is {}", absolute.display());
+    eprintln!("program: {}", absolute.display());
     Ok(absolute.to_string_lossy().into_owned())
 }
 
-/// Prints what a part came to, and writes it into the document.
-fn tell(name: &str, section: &Section, write: bool) -> io::Result<()> {
+/// Prints the results of a part. If `write` is set, also writes them and the plots into docs/.
+fn publish(name: &str, section: &Section, write: bool) -> io::Result<()> {
     let text = format!("On {}, at {}.\n\n{}", machine(), commit(), section.text());
     println!("\n{text}\n");
     if !write {
         return Ok(());
     }
-    document::put(&root().join("docs/performance.md"), name, &text)?;
+    document::replace_section(&root().join("docs/performance.md"), name, &text)?;
     for plot in section.plots() {
         let svg = common::plot::draw(&plot.plot);
         std::fs::write(root().join("docs").join(plot.file), svg)?;
@@ -154,8 +155,8 @@ fn tell(name: &str, section: &Section, write: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs one of the programs that parts start: floors, sources, sinks. Processes of their own, so that
-/// what they cost is theirs.
+/// Runs a child process of a part: a floor, a source or a sink. They are separate processes so that
+/// their processor time is measured separately.
 fn child(name: &OsString, arguments: &[OsString]) -> io::Result<()> {
     let arguments: Vec<&str> = arguments.iter().filter_map(|text| text.to_str()).collect();
     match name.to_str().and_then(|name| name.split_once('-')) {
@@ -164,7 +165,7 @@ fn child(name: &OsString, arguments: &[OsString]) -> io::Result<()> {
         Some(("viewers", role)) => viewers::child(role, &arguments),
         Some(("delay", role)) => delay::child(role, &arguments),
         Some(("edge", role)) => edge::child(role, &arguments),
-        _ => Err(io::Error::other(format!("there is no program {}", name.display()))),
+        _ => Err(io::Error::other(format!("unknown child process {}", name.display()))),
     }
 }
 

@@ -1,17 +1,17 @@
-//! What a part of the bench came to.
+//! The results of a part: tables, plots and text in Markdown.
 
 use std::fmt::Write;
 
 use crate::common::plot::Plot;
 
-/// One part's tables, plots and words.
+/// The results of a part.
 #[derive(Default)]
 pub struct Section {
     text: String,
     plots: Vec<File>,
 }
 
-/// A plot and the name of its file in `docs/`.
+/// A plot and its file name in `docs/`.
 pub struct File {
     pub file: &'static str,
     pub plot: Plot,
@@ -19,7 +19,7 @@ pub struct File {
 
 impl Section {
     /// Adds a paragraph.
-    pub fn say(&mut self, text: &str) {
+    pub fn paragraph(&mut self, text: &str) {
         let _ = writeln!(self.text, "{}\n", text.trim_end());
     }
 
@@ -40,7 +40,7 @@ impl Section {
         text.push('\n');
     }
 
-    /// Adds a plot.
+    /// Adds a plot and a reference to it.
     pub fn plot(&mut self, file: &'static str, plot: Plot) {
         self.plots.push(File { file, plot });
         let _ = writeln!(self.text, "![]({file})\n");
@@ -55,20 +55,20 @@ impl Section {
     }
 }
 
-/// One row: ours and the floor, measured in turns in one run, one value of each a round.
+/// One row: Downpour and the floor, measured in turns in one run, with one value per round.
 #[derive(Debug, Clone, Default)]
 pub struct Comparison {
-    /// What was done.
+    /// Description of the workload.
     pub work: String,
     pub unit: &'static str,
     pub floor: Vec<f64>,
     pub peers: Vec<Peer>,
     pub ours: Vec<f64>,
-    /// The most that ours may be, in floors; `None` where there is no goal.
+    /// Maximum ratio of Downpour to the floor; `None` means no goal.
     pub goal: Option<f64>,
 }
 
-/// What something else came to at the same work.
+/// Another program's values for the same workload.
 #[derive(Debug, Clone)]
 pub struct Peer {
     pub name: &'static str,
@@ -76,7 +76,7 @@ pub struct Peer {
 }
 
 impl Comparison {
-    /// Ours by the floor, round by round, in order of size.
+    /// Ratio of Downpour to the floor per round, sorted.
     pub fn ratios(&self) -> Vec<f64> {
         let mut ratios: Vec<_> =
             self.ours.iter().zip(&self.floor).map(|(ours, floor)| ours / floor).collect();
@@ -84,7 +84,7 @@ impl Comparison {
         ratios
     }
 
-    /// The middle one of [`Comparison::ratios`].
+    /// The median of [`Comparison::ratios`].
     pub fn ratio(&self) -> f64 {
         median(&self.ratios())
     }
@@ -110,14 +110,14 @@ impl Comparison {
     }
 }
 
-/// The middle one, in order of size; not a number if there is none.
+/// Returns the median; NaN if `values` is empty.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Three digits that count.
+/// Formats `value` with three significant digits.
 pub fn short(value: f64) -> String {
     if value.is_nan() {
         return "–".into();

@@ -1,4 +1,4 @@
-//! One stream to many viewers of an edge, beside a loop that writes the same bytes once a frame.
+//! One stream to many viewers of an edge, beside a loop that writes the same bytes once per frame.
 
 mod floor;
 mod media;
@@ -20,7 +20,7 @@ use crate::{
     },
     table::{Comparison, Section, median},
 };
-use media::{BYTES_A_SECOND, FRAMES_A_SECOND};
+use media::{BYTES_PER_SECOND, FRAMES_PER_SECOND};
 use sink::Sink;
 use source::Source;
 
@@ -46,14 +46,15 @@ pub fn child(role: &str, arguments: &[&str]) -> io::Result<()> {
 
 struct Plan {
     rounds: usize,
-    /// Measured each time: whole groups of pictures.
+    /// Length of a measurement: whole groups of pictures.
     seconds: u64,
-    /// Numbers of viewers in every round, with their goals.
+    /// Numbers of viewers that are measured in every round and have goals.
     goals: &'static [usize],
-    /// And in the first one, for the plot.
+    /// Further numbers of viewers in the first round, for the plot.
     growth: &'static [usize],
-    /// Half of the viewers read slowly for so long before it is measured, and then for so many seconds.
+    /// With slow viewers: time before the measurement.
     slow_settle: Duration,
+    /// With slow viewers: seconds of the measurement.
     slow: u64,
 }
 
@@ -85,23 +86,23 @@ struct Bench {
     _dir: tempfile::TempDir,
 }
 
-/// Something that viewers can come to.
+/// A server of the stream: an edge or the floor.
 struct Server {
     name: &'static str,
     process: Process,
     address: SocketAddr,
-    /// Bytes of memory before there ever was a viewer; `None` of the floor.
+    /// Bytes of memory before the first viewer; `None` for the floor.
     empty: Option<u64>,
 }
 
-/// Processor time as a share of a core, by number of viewers.
+/// Processor time in cores, by number of viewers.
 #[derive(Default)]
 struct Measured {
     plain: BTreeMap<usize, Vec<f64>>,
     merging: BTreeMap<usize, Vec<f64>>,
     floor: BTreeMap<usize, Vec<f64>>,
-    halves: Vec<Halves>,
-    /// Bytes a viewer, by number of viewers.
+    slow: Vec<SlowViewers>,
+    /// Bytes of memory per viewer, by number of viewers.
     memory: BTreeMap<usize, f64>,
 }
 
@@ -134,7 +135,7 @@ impl Bench {
         let floor = Server { name: "floor", process, address, empty: None };
         let (sink_process, sink) = child("sink", "viewers-sink")?;
         for edge in [&mut plain, &mut merging] {
-            wait_for("an edge answers", PATIENCE, || {
+            wait_for("an edge responds", PATIENCE, || {
                 Ok(http_get(edge.address, "/healthz").is_ok())
             })?;
         }
@@ -185,91 +186,92 @@ impl Bench {
                 measured.memory.insert(viewers, grown as f64 / viewers as f64);
             }
         }
-        if round < HALF_ROUNDS {
-            measured.halves.push(self.plain.measure_halves(&mut self.sink, plan)?);
+        if round < SLOW_ROUNDS {
+            measured.slow.push(self.plain.measure_slow(&mut self.sink, plan)?);
         }
         Ok(())
     }
 }
 
-/// What came out for one server and number of viewers.
-struct Taken {
-    /// Of one core.
+/// A measurement of one server with a number of viewers.
+struct Measurement {
+    /// Processor time in cores.
     share: f64,
     resident: u64,
     seconds: f64,
-    /// Bytes that an edge wrote to viewers.
+    /// Bytes that the edge wrote to viewers; 0 for the floor.
     sent: f64,
-    /// Bytes that those got who do not read all.
+    /// Bytes received by stalled or slow viewers.
     slow_bytes: f64,
 }
 
-/// What came out where half of the viewers are slow.
-struct Halves {
-    /// Shares of one core: where they read nothing, and where they read slowly.
+/// A measurement in which half of the viewers are stalled, then slow.
+struct SlowViewers {
+    /// Processor time in cores while they read nothing.
     stalled: f64,
+    /// Processor time in cores while they read slowly.
     slow: f64,
     /// Share of the stream that they read.
     part: f64,
-    /// Viewers that had not caught up at the end.
+    /// Viewers that were behind at the end.
     behind: f64,
 }
 
 impl Server {
-    /// So many viewers, all of whom read.
-    fn measure(&mut self, sink: &mut Sink, viewers: usize, plan: &Plan) -> io::Result<Taken> {
-        self.patiently(sink, |server, sink| {
-            server.gather(sink, viewers, 0, SETTLE)?;
-            server.take(sink, viewers, plan.seconds)
+    /// Measures with `viewers` viewers that read everything.
+    fn measure(&mut self, sink: &mut Sink, viewers: usize, plan: &Plan) -> io::Result<Measurement> {
+        self.retry(sink, |server, sink| {
+            server.connect(sink, viewers, 0, SETTLE)?;
+            server.sample_load(sink, viewers, plan.seconds)
         })
     }
 
-    /// [`HALF`] viewers who read, beside as many who read nothing and then go on slowly.
-    fn measure_halves(&mut self, sink: &mut Sink, plan: &Plan) -> io::Result<Halves> {
-        self.patiently(sink, |server, sink| {
-            server.gather(sink, HALF, HALF, STALL)?;
-            let stalled = server.take(sink, HALF, plan.seconds)?;
-            if stalled.sent > 1.05 * BYTES_A_SECOND * stalled.seconds * HALF as f64 {
-                return Err(invalid("who reads nothing still gets bytes: buffers are not full"));
+    /// Measures with [`HALF`] viewers that read everything and as many that read nothing, then slowly.
+    fn measure_slow(&mut self, sink: &mut Sink, plan: &Plan) -> io::Result<SlowViewers> {
+        self.retry(sink, |server, sink| {
+            server.connect(sink, HALF, HALF, STALL)?;
+            let stalled = server.sample_load(sink, HALF, plan.seconds)?;
+            if stalled.sent > 1.05 * BYTES_PER_SECOND * stalled.seconds * HALF as f64 {
+                return Err(invalid("stalled viewers still get bytes: the buffers are not full"));
             }
-            sink.go_on(SLOW * BYTES_A_SECOND)?;
+            sink.read_slowly(SLOW * BYTES_PER_SECOND)?;
             std::thread::sleep(plan.slow_settle);
-            let slow = server.take(sink, HALF, plan.slow)?;
-            let part = slow.slow_bytes / slow.seconds / BYTES_A_SECOND / HALF as f64;
+            let slow = server.sample_load(sink, HALF, plan.slow)?;
+            let part = slow.slow_bytes / slow.seconds / BYTES_PER_SECOND / HALF as f64;
             let behind = server.sample("downpour_http_viewers_behind")?;
-            eprintln!("the slow ones read {:.0} % of the rate; {behind} were behind", part * 100.0);
+            eprintln!("slow viewers read {:.0} % of the rate; {behind} were behind", part * 100.0);
             if (part / SLOW - 1.0).abs() > 0.1 {
                 return Err(invalid(&format!("slow viewers read {part:.2} of the stream's rate")));
             }
-            Ok(Halves { stalled: stalled.share, slow: slow.share, part, behind })
+            Ok(SlowViewers { stalled: stalled.share, slow: slow.share, part, behind })
         })
     }
 
-    /// Again if it was disturbed: other work on the machine can keep anyone from its time. An error
-    /// of invalid data is one of what was measured.
-    fn patiently<T>(
+    /// Retries if other work on the machine disturbed the measurement, which is reported as an error
+    /// of kind `InvalidData`.
+    fn retry<T>(
         &mut self,
         sink: &mut Sink,
         mut measure: impl FnMut(&mut Self, &mut Sink) -> io::Result<T>,
     ) -> io::Result<T> {
-        for left in (0..TRIES).rev() {
+        for left in (0..ATTEMPTS).rev() {
             self.process.check()?;
             let result = measure(self, sink);
             sink.leave()?;
-            // The next one finds the server without viewers.
+            // The next measurement starts after the server has closed all viewers.
             std::thread::sleep(SETTLE);
             match result {
                 Err(error) if error.kind() == io::ErrorKind::InvalidData && left > 0 => {
-                    eprintln!("again, for {}: {error}", self.name);
+                    eprintln!("retry of {}: {error}", self.name);
                 }
                 result => return result,
             }
         }
-        Err(io::Error::other("no tries"))
+        Err(io::Error::other("no attempts"))
     }
 
-    /// Has viewers come, and waits for `settle` and until those that read have caught up.
-    fn gather(
+    /// Connects viewers, and waits for `settle` and until the reading ones have caught up.
+    fn connect(
         &self,
         sink: &mut Sink,
         reading: usize,
@@ -278,17 +280,22 @@ impl Server {
     ) -> io::Result<()> {
         sink.join(self.address, reading + stalled, stalled)?;
         std::thread::sleep(settle);
-        // Those who came first have much to read when the last one has come.
+        // The first viewers have a backlog after the last one has connected.
         wait_for("the viewers have caught up", PATIENCE, || {
             sink.begin()?;
             std::thread::sleep(SETTLE);
             let speed = sink.count()?.all as f64 / reading as f64 / SETTLE.as_secs_f64();
-            Ok((speed / BYTES_A_SECOND - 1.0).abs() < 0.4)
+            Ok((speed / BYTES_PER_SECOND - 1.0).abs() < 0.4)
         })
     }
 
-    /// Measures for so many seconds, in which `reading` viewers are to get all.
-    fn take(&self, sink: &mut Sink, reading: usize, seconds: u64) -> io::Result<Taken> {
+    /// Measures for `seconds`, in which `reading` viewers must receive the whole stream.
+    fn sample_load(
+        &self,
+        sink: &mut Sink,
+        reading: usize,
+        seconds: u64,
+    ) -> io::Result<Measurement> {
         let is_edge = self.empty.is_some();
         let sent = || if is_edge { self.sample(SENT) } else { Ok(0.0) };
         let before = sent()?;
@@ -299,34 +306,34 @@ impl Server {
         let count = sink.count()?;
         let sent = sent()? - before;
         let speed = count.all as f64 / reading as f64 / seconds;
-        // By the media that came, lest one that is held up seem cheap.
-        let share = cpu / seconds * BYTES_A_SECOND / speed;
+        // Relative to the received media, so that a server that falls behind does not seem cheap.
+        let share = cpu / seconds * BYTES_PER_SECOND / speed;
         eprintln!(
-            "{}: {reading} viewers that read: {:.1} % of a core, {:.2} µs a viewer and frame, \
+            "{}: {reading} reading viewers: {:.1} % of a core, {:.2} µs per viewer and frame, \
              {:.0} kbit/s each ({} to {} bytes)",
             self.name,
             share * 100.0,
-            share * 1e6 / reading as f64 / FRAMES_A_SECOND,
+            share * 1e6 / reading as f64 / FRAMES_PER_SECOND,
             speed * 8.0 / 1000.0,
             count.least,
             count.most,
         );
-        if (speed / BYTES_A_SECOND - 1.0).abs() > 0.15 {
-            let what = format!("{speed:.0} bytes/s a viewer instead of {BYTES_A_SECOND:.0}");
+        if (speed / BYTES_PER_SECOND - 1.0).abs() > 0.15 {
+            let what = format!("{speed:.0} bytes/s per viewer instead of {BYTES_PER_SECOND:.0}");
             return Err(invalid(&what));
         }
         if count.most - count.least > SPREAD {
             return Err(invalid(&format!("viewers got {} to {} bytes", count.least, count.most)));
         }
         let resident = self.process.resident_bytes();
-        Ok(Taken { share, resident, seconds, sent, slow_bytes: count.slow as f64 })
+        Ok(Measurement { share, resident, seconds, sent, slow_bytes: count.slow as f64 })
     }
 
-    /// A sample of an edge's metrics.
+    /// Reads a sample of the edge's metrics.
     fn sample(&self, name: &str) -> io::Result<f64> {
         let text = http_get(self.address, "/metrics")?;
         let value = samples(&text).find(|(other, _)| *other == name).map(|(_, value)| value);
-        value.ok_or_else(|| io::Error::other(format!("an edge has no {name}")))
+        value.ok_or_else(|| io::Error::other(format!("the edge has no metric {name}")))
     }
 }
 
@@ -336,71 +343,80 @@ fn invalid(what: &str) -> io::Error {
 
 fn report(plan: &Plan, measured: &Measured) -> Section {
     let mut section = Section::default();
-    let each = |shares: &[f64], viewers: usize| -> Vec<f64> {
-        shares.iter().map(|share| share * 1e6 / viewers as f64 / FRAMES_A_SECOND).collect()
-    };
-    let mut rows = Vec::new();
-    for (of, what, goal) in [
-        (&measured.plain, String::new(), 1.4),
-        (&measured.merging, format!(", merge_write_ms: {MERGE_MS}"), 0.5),
-    ] {
-        for viewers in plan.goals {
-            rows.push(Comparison {
-                work: format!("one stream to {viewers} viewers{what}"),
-                unit: "µs a viewer and frame",
-                floor: each(&measured.floor[viewers], *viewers),
-                ours: each(&of[viewers], *viewers),
-                goal: Some(goal),
-                ..Comparison::default()
-            });
-        }
-    }
-    let per_cent = |shares: &[f64]| shares.iter().map(|share| share * 100.0).collect::<Vec<_>>();
-    let slow_rate = SLOW * 100.0;
-    for (what, of) in [
-        ("have stopped reading".into(), (|halves| halves.stalled) as fn(&Halves) -> f64),
-        (format!("read {slow_rate} % of the rate, after a stall"), |halves| halves.slow),
-    ] {
-        rows.push(Comparison {
-            work: format!(
-                "{} viewers of which {HALF} {what}; in place of the floor, Downpour where all read",
-                HALF * 2
-            ),
-            unit: "% of a core",
-            floor: per_cent(&measured.plain[&(HALF * 2)]),
-            ours: per_cent(&measured.halves.iter().map(of).collect::<Vec<_>>()),
-            goal: Some(1.0),
-            ..Comparison::default()
-        });
-    }
+    let mut rows = goal_rows(plan, measured);
+    rows.extend(slow_rows(measured));
     section.table(&rows);
     let memory: Vec<_> = measured
         .memory
         .iter()
         .map(|(viewers, bytes)| format!("{:.1} KB with {viewers}", bytes / 1000.0))
         .collect();
-    section.say(&format!(
-        "Memory of the edge's process for each viewer, its growth from no viewer by their number: {} \
-         (goal: at most 60 KB). The edge without viewers, which receives the stream: {:.1} % of a \
-         core, which is in its figures.",
+    section.paragraph(&format!(
+        "Memory of the edge's process per viewer, compared with no viewers: {} (goal: at most 60 KB). \
+         The edge without viewers, which receives the stream, uses {:.1} % of a core; its figures \
+         include that.",
         memory.join(", "),
         median(&measured.plain[&0]) * 100.0,
     ));
-    let halves: Vec<_> = measured
-        .halves
+    let slow: Vec<_> = measured
+        .slow
         .iter()
-        .map(|h| format!("{:.0} % of the stream, and {} were behind", h.part * 100.0, h.behind))
+        .map(|one| {
+            format!("{:.0} % of the stream, and {} were behind", one.part * 100.0, one.behind)
+        })
         .collect();
-    section.say(&format!(
-        "Those who read slowly got {} at the end; the others all of it. Slow viewers ask for segments \
-         of 536 bytes: with those of loopback, 64 KB, the kernel would hold megabytes for each, which \
+    section.paragraph(&format!(
+        "Slow viewers got {} at the end; the others got all of it. Slow viewers request segments of \
+         536 bytes: with those of loopback, 64 KB, the kernel would buffer megabytes for each, which \
          take long to fill.",
-        halves.join("; ")
+        slow.join("; ")
     ));
     if !plan.growth.is_empty() {
         section.plot("throughput-viewers.svg", growth(measured));
     }
     section
+}
+
+/// Viewers that read everything, per number of viewers with a goal.
+fn goal_rows(plan: &Plan, measured: &Measured) -> Vec<Comparison> {
+    let per_frame = |shares: &[f64], viewers: usize| -> Vec<f64> {
+        shares.iter().map(|share| share * 1e6 / viewers as f64 / FRAMES_PER_SECOND).collect()
+    };
+    let mut rows = Vec::new();
+    for (of, settings, goal) in [
+        (&measured.plain, String::new(), 1.4),
+        (&measured.merging, format!(", merge_write_ms: {MERGE_MS}"), 0.5),
+    ] {
+        for viewers in plan.goals {
+            rows.push(Comparison {
+                work: format!("one stream to {viewers} viewers{settings}"),
+                unit: "µs per viewer and frame",
+                floor: per_frame(&measured.floor[viewers], *viewers),
+                ours: per_frame(&of[viewers], *viewers),
+                goal: Some(goal),
+                ..Comparison::default()
+            });
+        }
+    }
+    rows
+}
+
+/// Stalled and slow viewers, compared with an edge whose viewers all read.
+fn slow_rows(measured: &Measured) -> [Comparison; 2] {
+    let per_cent = |shares: &[f64]| shares.iter().map(|share| share * 100.0).collect::<Vec<_>>();
+    let row = |what: &str, of: fn(&SlowViewers) -> f64| Comparison {
+        work: format!(
+            "{} viewers of which {HALF} {what}; in place of the floor, Downpour where all read",
+            HALF * 2
+        ),
+        unit: "% of a core",
+        floor: per_cent(&measured.plain[&(HALF * 2)]),
+        ours: per_cent(&measured.slow.iter().map(of).collect::<Vec<_>>()),
+        goal: Some(1.0),
+        ..Comparison::default()
+    };
+    let slow = format!("read {} % of the rate, after a stall", SLOW * 100.0);
+    [row("have stopped reading", |one| one.stalled), row(&slow, |one| one.slow)]
 }
 
 fn growth(measured: &Measured) -> Plot {
@@ -431,19 +447,18 @@ fn growth(measured: &Measured) -> Plot {
 
 /// Milliseconds.
 const MERGE_MS: u64 = 350;
-/// Viewers of whom the other half stop reading, or go on slowly.
+/// Number of reading viewers, and of stalled or slow ones.
 const HALF: usize = 500;
-/// Rounds in which they do, for it takes long.
-const HALF_ROUNDS: usize = 1;
-/// Share of the stream's rate at which they go on.
+/// Rounds with slow viewers, which take long.
+const SLOW_ROUNDS: usize = 1;
+/// Read speed of slow viewers, as a share of the stream's rate.
 const SLOW: f64 = 0.8;
-/// Until those who read nothing have their buffers full.
+/// Time until the buffers of stalled viewers are full.
 const STALL: Duration = Duration::from_secs(8);
 const SENT: &str = "downpour_http_viewer_bytes_total";
-/// Bytes that one viewer may be ahead of another when they are counted: what is written within 350 ms
-/// and a key frame.
+/// Maximum difference in bytes between two viewers: the media of 350 ms and a key frame.
 const SPREAD: u64 = 20_000;
 const WARM_UP: Duration = Duration::from_secs(2);
 const SETTLE: Duration = Duration::from_millis(500);
-const TRIES: usize = 4;
+const ATTEMPTS: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(20);

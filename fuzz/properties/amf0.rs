@@ -5,10 +5,10 @@ use downpour_media::amf0::{Amf0Error, Decoder, MAX_VALUES, Value, leading_string
 
 use super::{Random, memory};
 
-/// Decoding ends, holds no more than the limits allow, and what it gives can be encoded again to
-/// the same; input that breaks off gives the same values up to there.
+/// Decoding terminates, its memory stays within the limits, and the decoded values survive a round
+/// trip. Truncated input yields a prefix of the values.
 pub fn check(data: &[u8]) {
-    // A longer name may grow over 65,535 bytes when bytes that are not UTF-8 are replaced.
+    // A longer name may exceed 65,535 bytes after invalid UTF-8 is replaced.
     let data = &data[..data.len().min(20_000)];
     let ((values, error), held) = memory::peak(|| decode(data));
     let most = 4 * MAX_VALUES * size_of::<(String, Value)>() + 16 * data.len();
@@ -16,17 +16,17 @@ pub fn check(data: &[u8]) {
 
     let mut encoded = BytesMut::new();
     for value in &values {
-        value.encode(&mut encoded).expect("what was decoded can be encoded");
+        value.encode(&mut encoded).expect("a decoded value can be encoded");
         for (name, _) in value.properties().unwrap_or_default() {
             assert!(value.property(name).is_some(), "{name}");
         }
     }
-    // Not the values themselves: a number that is not one equals nothing.
+    // Compares encodings, because NaN is not equal to itself.
     let mut again = BytesMut::new();
     let (decoded, nothing) = decode(&encoded);
     assert_eq!((decoded.len(), nothing), (values.len(), None));
     for value in decoded {
-        value.encode(&mut again).expect("what was decoded can be encoded");
+        value.encode(&mut again).expect("a decoded value can be encoded");
     }
     assert_eq!(again, encoded);
 
@@ -38,7 +38,7 @@ pub fn check(data: &[u8]) {
 
     if let Some((text, rest)) = leading_string(data) {
         let mut decoder = Decoder::new(data);
-        let first = decoder.next().expect("there is a string");
+        let first = decoder.next().expect("the input starts with a string");
         assert_eq!(first, Ok(Value::String(String::from_utf8_lossy(text).into_owned())));
         assert_eq!(decoder.remaining(), rest);
     }

@@ -4,8 +4,8 @@ use std::{fmt::Debug, path::Path};
 
 use downpour::config::{CloudConfig, ConfigError, EdgeConfig, Loaded, Role, Settings};
 
-/// A text is a configuration, which is the same when written and read again, or an error of one line
-/// with a place in the text.
+/// A valid configuration survives a round trip; an invalid one yields an error of one line with a
+/// position in the text.
 pub fn check(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     Role::detect(text);
@@ -36,7 +36,7 @@ fn check_as<T: Settings + PartialEq + Debug>(
             let line = error.to_string();
             assert!(!line.contains('\n') && line.starts_with("fuzz.yaml:"), "{line:?}");
             if let Some((line, column)) = error.position() {
-                // YAML's line breaks are more than ours.
+                // YAML has more kinds of line breaks.
                 let breaks = text.matches(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']).count();
                 assert!((1..=breaks + 2).contains(&line), "line {line}");
                 assert!((1..=text.len() + 1).contains(&column), "column {column}");

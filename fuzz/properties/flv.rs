@@ -4,8 +4,8 @@ use downpour_media::flv::{FlvError, FlvReader, FlvTags, FlvWriter, Tag};
 
 use super::{memory, pieces};
 
-/// The tags do not depend on how the input is cut, a file reader sees the same, and a file made of
-/// them holds them again. No more is held than came.
+/// The tags do not depend on the split of the input, the file reader yields the same tags, and a file
+/// written from them contains them again. Memory is proportional to the input.
 pub fn check(data: &[u8]) {
     let (whole, held) = memory::peak(|| read([data]));
     assert!(held <= 8 * data.len() + (16 << 10), "{held} bytes held for {}", data.len());
@@ -19,20 +19,20 @@ pub fn check(data: &[u8]) {
     assert_eq!(from_file.iter().filter(|tag| tag.is_err()).count(), usize::from(error.is_some()));
     assert!(error.is_some() || file.is_truncated() == inside);
 
-    let mut writer = FlvWriter::new(Vec::new()).expect("memory takes all");
+    let mut writer = FlvWriter::new(Vec::new()).expect("writing to memory");
     for tag in &tags {
         check_tag(tag);
-        writer.write(tag).expect("memory takes all");
+        writer.write(tag).expect("writing to memory");
     }
     let again = read([&writer.into_inner()[..]]);
     assert_eq!(again, (tags, None, false));
 }
 
-/// What holds for every tag, wherever it came from.
+/// Checks the invariants of any tag.
 pub fn check_tag(tag: &Tag) {
-    let same = Tag::new(tag.kind(), tag.timestamp(), tag.body()).expect("the length is as it was");
+    let same = Tag::new(tag.kind(), tag.timestamp(), tag.body()).expect("the same length");
     assert_eq!(same.framed(), tag.framed());
-    let same = Tag::from_unit(tag.unit().into()).expect("a tag's unit is one");
+    let same = Tag::from_unit(tag.unit().into()).expect("the unit of a tag is valid");
     assert_eq!(&same, tag);
     let later = tag.with_timestamp(tag.timestamp().wrapping_add(1 << 24));
     assert_eq!((later.kind(), later.body()), (tag.kind(), tag.body()));

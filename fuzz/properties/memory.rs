@@ -1,11 +1,12 @@
-//! How much memory a piece of work holds.
+//! Measures the peak memory of a function.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
 };
 
-/// Runs `work` and says how many bytes this thread held at the most, beyond those it held before.
+/// Runs `work`. Returns its result and the peak of this thread's allocated bytes during the call, in
+/// addition to those allocated before.
 pub fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);
@@ -13,14 +14,14 @@ pub fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     (result, usize::try_from(PEAK.get() - before).unwrap_or(0))
 }
 
-/// The system's allocator, counting by thread.
+/// The system allocator with a counter per thread.
 struct Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
 thread_local! {
-    // Constant and without a destructor: safe to use from inside an allocator.
+    // Const-initialised and without a destructor, which is safe inside an allocator.
     static HELD: Cell<isize> = const { Cell::new(0) };
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
@@ -31,18 +32,18 @@ fn count(bytes: isize) {
     PEAK.set(PEAK.get().max(held));
 }
 
-// SAFETY: every call goes to `System` unchanged. `realloc` is left to its default, which allocates,
-// copies and frees, so that a buffer's growth counts with both buffers held.
+// SAFETY: every call is passed to `System` unchanged. The default `realloc` allocates, copies and
+// frees, so the growth of a buffer counts both buffers.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
-        // SAFETY: the caller keeps to `alloc`'s contract.
+        // SAFETY: the caller upholds the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
-        // SAFETY: the caller keeps to `dealloc`'s contract, and the block came from `System`.
+        // SAFETY: the caller upholds the contract of `dealloc`, and the block is from `System`.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

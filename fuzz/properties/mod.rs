@@ -1,7 +1,7 @@
-//! What must hold for any bytes: each property takes an input and panics if it does not hold.
+//! Properties that must hold for any input. A property is a function that panics if it is violated.
 //!
-//! The targets of `fuzz/fuzz_targets` search for an input that breaks one; `tests/fuzz_corpus.rs`
-//! holds them to the committed corpus. They use Downpour's public API only.
+//! The targets of `fuzz/fuzz_targets` search for inputs that violate one; `tests/fuzz_corpus.rs`
+//! checks them on the committed corpus. They use only Downpour's public API.
 #![allow(dead_code, reason = "each fuzz target uses one property")]
 
 pub mod amf0;
@@ -11,15 +11,16 @@ pub mod memory;
 pub mod repair_control;
 pub mod repair_datagram;
 pub mod repair_receiver;
+mod rtmp;
 pub mod rtmp_chunks;
 pub mod rtmp_client;
 pub mod rtmp_server;
 pub mod rtp;
 
-/// Panics if the property does not hold for the input.
+/// A property. Panics if the input violates it.
 pub type Check = fn(&[u8]);
 
-/// Every property, by the name of its target and of its directory in the corpus.
+/// All properties, with the name of the target and of the corpus directory.
 pub const ALL: [(&str, Check); 10] = [
     ("amf0", amf0::check),
     ("config", config::check),
@@ -33,12 +34,12 @@ pub const ALL: [(&str, Check); 10] = [
     ("rtp", rtp::check),
 ];
 
-/// Pseudorandom numbers (xorshift64*): the same for the same bytes, so that an input alone says
-/// all that is done with it.
+/// A pseudorandom generator (xorshift64*), seeded with the input, so that a check is reproducible from
+/// its input.
 pub struct Random(u64);
 
 impl Random {
-    /// Seeded with the bytes' FNV-1a hash.
+    /// Returns a generator seeded with the FNV-1a hash of `data`.
     pub fn of(data: &[u8]) -> Self {
         let hash = data.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, &byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -46,7 +47,7 @@ impl Random {
         Self(hash | 1)
     }
 
-    /// A number below `limit`, which is not 0.
+    /// Returns a number below `limit`, which must not be 0.
     pub fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -55,7 +56,7 @@ impl Random {
     }
 }
 
-/// `data` in pieces as a network might cut it: by the byte, by a few, or by the packet.
+/// Splits `data` as a network might: into single bytes, a few bytes, or packets.
 pub fn pieces(data: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut random = Random::of(data);
     let longest = [1, 4, 40, 1500][random.below(4)];
@@ -70,14 +71,14 @@ pub fn pieces(data: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Takes the first `N` bytes off `data`.
+/// Removes and returns the first `N` bytes of `data`.
 pub fn take<const N: usize>(data: &mut &[u8]) -> Option<[u8; N]> {
     let (head, rest) = data.split_first_chunk()?;
     *data = rest;
     Some(*head)
 }
 
-/// Takes `len` bytes off `data`, or what is left.
+/// Removes and returns up to `len` bytes of `data`.
 pub fn take_up_to<'a>(data: &mut &'a [u8], len: usize) -> &'a [u8] {
     let (head, rest) = data.split_at(data.len().min(len));
     *data = rest;

@@ -9,8 +9,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{flv::check_tag, memory, pieces};
 
-/// Messages do not depend on how the stream is cut, memory is bounded by the input, and every message
-/// round-trips.
+/// Messages do not depend on the split of the stream, memory is proportional to the input, and every
+/// message survives a round trip.
 pub fn check(data: &[u8]) {
     check_as::<EdgeMessage>(data);
     for message in check_as::<CloudMessage>(data) {

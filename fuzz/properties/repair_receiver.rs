@@ -13,11 +13,11 @@ use downpour_repair::{
 
 use super::take;
 
-/// Sequence numbers are handed on in order, each as a received packet or as a loss, and none remains at
-/// the end. The window stays within its limit, only missing packets are requested, and timers lie in
+/// Sequence numbers are delivered in order, each as a received packet or as a loss, and none remains at
+/// the end. The window stays within its limit, only missing packets are requested, and timers are in
 /// the future.
 ///
-/// The first four bytes are the settings. Every further four are an event: kind, variant, and two bytes
+/// The first four bytes are the settings. Each further group of four is an event: kind, variant, and two bytes
 /// for sequence number or time.
 pub fn check(mut data: &[u8]) {
     let Some([window, latency, join, first]) = take(&mut data) else { return };
@@ -35,7 +35,7 @@ pub fn check(mut data: &[u8]) {
     };
     let window = settings.window;
     let mut run = Run { receiver, now: Instant::now(), window, next, received: HashSet::new() };
-    let (mut passed, mut number) = (0, 0);
+    let (mut packets, mut number) = (0, 0);
     while let Some([kind, variant, high, low]) = take(&mut data) {
         let argument = u16::from_be_bytes([high, low]);
         // Near the newest number, or anywhere.
@@ -51,10 +51,10 @@ pub fn check(mut data: &[u8]) {
                     newest = seq;
                 }
                 run.received.insert((seq.0, number));
-                passed += 1;
+                packets += 1;
                 let offer = path == Path::Live(0) && variant & 2 != 0;
                 match offer && run.receiver.handle_next(run.now, seq, 0) {
-                    true => run.handed_on(&packet(seq, number)),
+                    true => run.delivered(&packet(seq, number)),
                     false => run.receiver.handle_packet(run.now, packet(seq, number), path),
                 }
             }
@@ -73,7 +73,7 @@ pub fn check(mut data: &[u8]) {
             }
         }
         run.poll();
-        assert_eq!(run.receiver.stats().received, passed);
+        assert_eq!(run.receiver.stats().received, packets);
     }
     run.now += settings.latency.max(settings.join_latency) + Duration::from_secs(1);
     run.finish();
@@ -83,25 +83,25 @@ struct Run {
     receiver: Receiver,
     now: Instant,
     window: usize,
-    /// The next sequence number to be handed on, once it is known.
+    /// The next sequence number to deliver, once it is known.
     next: Option<Seq>,
-    /// Sequence number and content of packets passed in and not handed on yet.
+    /// Sequence number and content of the packets that are not delivered yet.
     received: HashSet<(u16, u32)>,
 }
 
 impl Run {
-    fn handed_on(&mut self, packet: &Packet) {
+    fn delivered(&mut self, packet: &Packet) {
         let seq = packet.header.seq;
         assert!(self.next.is_none_or(|next| next == seq), "{seq} is out of order");
         let known = (seq.0, packet.header.timestamp);
-        assert!(self.received.remove(&known), "{seq} was not passed in, or is handed on twice");
+        assert!(self.received.remove(&known), "{seq} was never received, or is delivered twice");
         self.next = Some(seq.plus(1));
     }
 
     fn poll(&mut self) {
         while let Some(event) = self.receiver.poll_event() {
             match event {
-                Event::Packet(packet) => self.handed_on(&packet),
+                Event::Packet(packet) => self.delivered(&packet),
                 Event::Lost(count) => {
                     assert!(count > 0);
                     self.next = self.next.map(|next| next.plus(count as usize));
@@ -127,7 +127,7 @@ impl Run {
         }
     }
 
-    /// Checks that nothing is left once all latencies have passed.
+    /// Checks that nothing is left once all latencies have packets.
     fn finish(&mut self) {
         self.receiver.handle_timeout(self.now);
         self.poll();

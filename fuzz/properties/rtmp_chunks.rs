@@ -8,17 +8,20 @@ use downpour_rtmp::chunk::{
 
 use super::{Random, memory, pieces};
 
-/// The messages do not depend on how the input is cut, memory grows with what came and not with
-/// what is claimed, and messages written again in other chunks are the same.
+/// The messages do not depend on the split of the input, memory is proportional to the received bytes
+/// and not to claimed lengths, and messages survive a round trip in other chunks.
 pub fn check(data: &[u8]) {
     let (whole, held) = memory::peak(|| read([data]));
-    assert!(held <= most_held(data.len()), "{held} bytes held for {}", data.len());
+    assert!(held <= max_memory(data.len()), "{held} bytes held for {}", data.len());
     assert_eq!(read(pieces(data)), whole);
 
     let (messages, _) = whole;
     for message in &messages {
         assert!(message.body().len() <= data.len());
-        assert!(![SET_CHUNK_SIZE, ABORT].contains(&message.kind), "these are not yielded");
+        assert!(
+            ![SET_CHUNK_SIZE, ABORT].contains(&message.kind),
+            "the reader handles these itself"
+        );
     }
     let (written, order) = write(&messages, Random::of(data));
     let (again, error) = read([&written[..]]);
@@ -27,16 +30,16 @@ pub fn check(data: &[u8]) {
     assert_eq!(again, expected);
 }
 
-/// Bytes that a reader, and the messages it gave, may hold for `len` bytes of input: 4 KiB of
-/// credit for each chunk stream, and what came, during the growth of a buffer.
-pub fn most_held(len: usize) -> usize {
+/// Maximum memory of a reader and its messages for `len` bytes of input: 4 KiB of preallocation per
+/// chunk stream, and the received bytes, twice while a buffer grows.
+pub fn max_memory(len: usize) -> usize {
     MAX_CHUNK_STREAMS * (4096 + 1024) + 8 * len + 64 * len
 }
 
 /// Reads a chunk stream to its end or first error.
 pub fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<Message>, Option<ChunkError>) {
-    // So much that no input of a fuzzer's length gets near the limit on unfinished messages, which
-    // may take a little more or less with the way the input is cut.
+    // A limit that no input of the fuzzer reaches. The size of unfinished messages depends slightly
+    // on the split of the input.
     let mut reader = ChunkReader::new(1 << 20);
     let mut messages = Vec::new();
     for mut piece in pieces {
@@ -47,13 +50,13 @@ pub fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<Message>, Op
                 Err(error) => return (messages, Some(error)),
             }
         }
-        assert!(piece.is_empty(), "nothing is left behind");
+        assert!(piece.is_empty(), "the input is consumed");
     }
     (messages, None)
 }
 
-/// Writes the messages, two at a time side by side, with chunk sizes changing in between. Yields
-/// the order in which they became whole.
+/// Writes the messages as interleaved pairs, with changes of the chunk size in between. Returns the
+/// order in which they are complete.
 fn write(messages: &[Message], mut random: Random) -> (BytesMut, Vec<usize>) {
     let (mut writer, mut out, mut order) = (ChunkWriter::new(), BytesMut::new(), Vec::new());
     let indices: Vec<usize> = (0..messages.len()).collect();
@@ -61,7 +64,7 @@ fn write(messages: &[Message], mut random: Random) -> (BytesMut, Vec<usize>) {
         if random.below(3) == 0 {
             let largest = [8, 200, 100_000][random.below(3)];
             let size = 1 + random.below(largest);
-            writer.set_chunk_size(size as u32, &mut out).expect("any size can be told");
+            writer.set_chunk_size(size as u32, &mut out).expect("any size can be announced");
         }
         let mut open: Vec<_> = pair
             .iter()
@@ -71,7 +74,7 @@ fn write(messages: &[Message], mut random: Random) -> (BytesMut, Vec<usize>) {
                 let head = MessageHead { kind, stream_id, timestamp };
                 let len = messages[index].body().len();
                 let csid = csids[random.below(3)];
-                (index, writer.begin(csid, head, len).expect("it is as long as it came"))
+                (index, writer.begin(csid, head, len).expect("a parsed message can be written"))
             })
             .collect();
         while !open.is_empty() {

@@ -92,8 +92,8 @@ impl DownstreamConfig {
     /// Parity for a target goes to another port of its host, which must be free for it.
     fn check_parity(&self) -> Result<(), Conflict> {
         let fail = |message: String| Err(Conflict::new(TARGETS_AND_FEC, message));
-        // Whatever their hosts: a socket on all addresses of a host gets what is sent to a group that
-        // anybody there has joined (Linux, IP_MULTICAST_ALL).
+        // Hosts do not matter: a wildcard socket receives packets of every group that any process of
+        // its host has joined (Linux, IP_MULTICAST_ALL).
         let ports: HashSet<_> = self.targets.iter().map(|target| target.addr.port()).collect();
         let mut matrices = Vec::new();
         for ClientAddr { addr, fec } in &self.targets {

@@ -11,7 +11,7 @@ pub struct Invalid {
     pub at: Place,
     /// The way from the key to the part at fault, such as `[1].addr`; "" for the value itself.
     pub path: String,
-    /// What is wrong and what to do about it.
+    /// The fault and the remedy.
     pub message: String,
 }
 
@@ -21,7 +21,7 @@ impl Invalid {
         Self { at, path: String::new(), message: message.into() }
     }
 
-    /// The value is not valid; `usable` says what would be, as in `true or false`.
+    /// The value is not valid; `usable` describes valid values, such as `true or false`.
     pub fn value(node: &Node, usable: impl fmt::Display) -> Self {
         let problem =
             if node.is_null() { "has no value".into() } else { format!("{node} is not valid") };
@@ -46,7 +46,7 @@ impl fmt::Display for Node {
 
 fn show(node: &Node, out: &mut String) {
     match &node.value {
-        // What comes after is cut anyway.
+        // The rest is cut off.
         _ if out.len() > 4 * SHOWN_MAX => {}
         Value::Scalar { .. } if node.is_null() => *out += "nothing",
         Value::Scalar { text, plain: true } if !is_text(text) => *out += text,

@@ -95,8 +95,7 @@ pub struct Loaded<T> {
     pub warnings: Vec<String>,
 }
 
-/// What is wrong with a configuration, on one line: file, line and column, key, and what would be
-/// right.
+/// A fault of a configuration on one line: file, line and column, key, and valid values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
     file: PathBuf,

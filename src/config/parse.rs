@@ -1,4 +1,4 @@
-//! From a file's text to checked settings, or to one line that says what is wrong and where.
+//! Parses a file's text into checked settings, or returns an error of one line with a position.
 
 use std::{
     collections::{HashMap, HashSet},

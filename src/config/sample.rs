@@ -2,7 +2,7 @@
 
 use super::schema::{Key, Reload, Settings};
 
-/// Returns the file that says the same as `settings`, every key with its meaning.
+/// Returns a file with the values of `settings` and the description of every key.
 pub(super) fn sample<T: Settings>(settings: &T) -> String {
     let mut text = format!(
         "# The {} node's settings, each at its default; docs/configuration.md says more.\n\

@@ -163,7 +163,7 @@ impl<T: Setting + Number + PartialOrd + fmt::Display> Slot for Bounded<'_, T> {
 pub struct Conflict {
     /// The paths of the keys, the one most likely at fault first.
     pub keys: &'static [&'static str],
-    /// What is wrong and what to do about it.
+    /// The fault and the remedy.
     pub message: String,
 }
 
@@ -278,7 +278,7 @@ macro_rules! settings {
             /// and that file is missing, the defaults are used and written there.
             ///
             /// # Errors
-            /// One line: the file, line and column, the key, and what would be right.
+            /// One line: the file, line and column, the key, and valid values.
             pub fn load(
                 path: Option<&std::path::Path>,
             ) -> Result<$crate::config::Loaded<Self>, $crate::config::ConfigError> {

@@ -1,4 +1,4 @@
-//! Whole files: what loads, what is refused and where, and what is shipped.
+//! Whole files: valid ones, refused ones with the position of the fault, and the shipped samples.
 
 use proptest::prelude::*;
 
@@ -27,7 +27,7 @@ fn written<T: Settings>(config: &T) -> String {
 }
 
 #[test]
-fn an_empty_file_is_the_defaults() {
+fn empty_file_means_defaults() {
     for text in ["", "\n", "# nothing\n", "---\n", "rtmp:\nhttp: {}\nstreams: ~\n"] {
         assert_eq!(cloud(text).unwrap().config, CloudConfig::default(), "{text:?}");
     }
@@ -276,7 +276,7 @@ fn settings_that_contradict_each_other_are_refused() {
 }
 
 #[test]
-fn no_file_means_defaults_and_a_sample_that_says_the_same() {
+fn missing_file_means_defaults_and_the_sample_has_them() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("config.yaml");
     let first = load::<CloudConfig>(None, &file).unwrap();
@@ -304,7 +304,7 @@ fn a_named_file_must_exist() {
 }
 
 #[test]
-fn the_keys_decide_whose_file_it_is() {
+fn keys_decide_the_role_of_a_file() {
     for (text, role) in [
         (&CloudConfig::sample()[..], Some(Role::Cloud)),
         (&EdgeConfig::sample(), Some(Role::Edge)),

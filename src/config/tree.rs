@@ -1,10 +1,9 @@
 //! A YAML text as a tree in which every key and every value knows its line and column.
 //!
 //! Errors must point into the file, inside nested sections and list items too, and serde's data
-//! model carries no positions. The tree is built from the events of a YAML 1.2 parser, and serde_yaml
-//! says what its scalars are. It reads
-//! what a configuration needs: one document, keys that are words, the core schema's scalars,
-//! anchors and aliases.
+//! model carries no positions. The tree is built from the events of a YAML 1.2 parser; serde_yaml
+//! resolves the scalars. Supported are one document, plain keys, the core schema's scalars, anchors and
+//! aliases.
 
 use std::{collections::HashMap, fmt};
 
@@ -140,7 +139,7 @@ pub(super) fn is_text(text: &str) -> bool {
 
 /// What `text` without quotes stands for, as serde_yaml reads it.
 fn resolve(text: &str) -> Scalar {
-    // The parser has found that it is one scalar; what serde_yaml takes for more is a text.
+    // The parser has found one scalar. If serde_yaml parses a collection, the scalar is a string.
     match serde_yaml::from_str(text) {
         Ok(Scalar::Sequence(_) | Scalar::Mapping(_) | Scalar::Tagged(_)) | Err(_) => {
             Scalar::String(text.to_owned())

@@ -18,7 +18,7 @@ pub trait Setting: Sized {
     /// Reads a value from a file.
     ///
     /// # Errors
-    /// Where the value is not valid, and what would be.
+    /// The position of an invalid value, and valid values.
     fn read(node: &Node) -> Result<Self, Invalid>;
 
     /// Writes the value as YAML, on one line.
@@ -262,7 +262,7 @@ pub(super) fn read_within<T: Setting + Number + PartialOrd + Display>(
     })
 }
 
-/// Reads a text that parses as a `T`; `usable` says what would.
+/// Reads a text that parses as a `T`; `usable` describes valid texts.
 pub(super) fn parsed<T: FromStr>(node: &Node, usable: impl Display) -> Result<T, Invalid> {
     node.as_str().and_then(|text| text.parse().ok()).ok_or_else(|| Invalid::value(node, usable))
 }

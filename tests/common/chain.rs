@@ -1,4 +1,4 @@
-//! A cloud and a row of edges, each below the one before: parents by their configuration alone.
+//! A cloud and a chain of edges, each of which is the parent of the next by its configuration.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -25,10 +25,10 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Starts a cloud and `edges` edges, with the same kind of path on each hop, for RTP and both
-    /// ways for QUIC, and waits until each edge is connected and its address is proven.
+    /// Starts a cloud and `edges` edges, with the same kind of path on each hop for RTP and QUIC, and
+    /// waits until each edge is connected and its address is validated.
     ///
-    /// `seed` decides what the paths lose. `lines` are for each edge's configuration.
+    /// `seed` determines the losses. `lines` are added to each edge's configuration.
     #[track_caller]
     pub fn start(edges: usize, path: &LinkSettings, seed: u64, lines: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("no directory for the test");
@@ -107,14 +107,14 @@ impl Chain {
         (0..)
             .map(|number| self.dir.path().join(format!("{name}-{number}.log")))
             .find(|path| !path.exists())
-            .expect("there are numbers enough")
+            .expect("a free number")
     }
 }
 
-/// Where the node above an edge listens.
+/// Addresses of the node above an edge.
 struct Above {
     quic: SocketAddr,
-    /// Where its RTP comes from.
+    /// Source address of its RTP.
     rtp: SocketAddr,
     http: SocketAddr,
 }

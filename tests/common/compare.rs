@@ -1,10 +1,10 @@
-//! Whether what came out is what went in.
+//! Compares pushed and pulled tags.
 
 use std::{fs::File, path::Path};
 
 use downpour_media::flv::{FlvTags, Tag, TagKind};
 
-/// All tags of a file, which must end at a whole one.
+/// Reads all tags of a file, which must not end inside a tag.
 #[track_caller]
 pub fn read_flv(path: &Path) -> Vec<Tag> {
     let (tags, truncated) = read_flv_prefix(path);
@@ -12,7 +12,7 @@ pub fn read_flv(path: &Path) -> Vec<Tag> {
     tags
 }
 
-/// The whole tags of a file, and whether it goes on with a part of another.
+/// Reads the whole tags of a file. Also returns whether it ends inside a tag.
 #[track_caller]
 pub fn read_flv_prefix(path: &Path) -> (Vec<Tag>, bool) {
     let file = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -24,7 +24,7 @@ pub fn read_flv_prefix(path: &Path) -> (Vec<Tag>, bool) {
     (tags, reader.is_truncated())
 }
 
-/// What to demand of timestamps.
+/// How timestamps must match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Timestamps {
     /// They are the same.
@@ -36,7 +36,7 @@ pub enum Timestamps {
 /// Asserts that `pulled` is codec headers and then every audio and video tag of `pushed`, byte for
 /// byte and in order, from a key frame (without video: from an audio tag) to the end.
 ///
-/// Gives the index in `pushed`, script tags not counted, at which `pulled` begins.
+/// Returns the index in `pushed`, without script tags, at which `pulled` begins.
 #[track_caller]
 pub fn assert_same_to_the_end(pushed: &[Tag], pulled: &[Tag], timestamps: Timestamps) -> usize {
     let joined = Joined::new(pushed, pulled);
@@ -61,36 +61,36 @@ pub fn assert_same_while_it_lasted(pushed: &[Tag], pulled: &[Tag], timestamps: T
     let from = joined.find(timestamps);
     let pushed = &joined.pushed[from..];
     let pulled = joined.body();
-    assert!(pulled.len() <= pushed.len(), "more came out than went in");
+    assert!(pulled.len() <= pushed.len(), "more tags pulled than pushed");
     if let Some(at) = first_difference(&pushed[..pulled.len()], pulled, timestamps) {
         panic!("tag {at} after the first key frame differs:\n{}", excerpt(pushed, pulled, at));
     }
     joined.assert_headers(from);
 }
 
-/// Asserts that what was pulled is headers and then whole tags of `pushed` in their order, with
-/// holes; gives the length of each hole in tags.
+/// Asserts that `pulled` is headers and then tags of `pushed` in order, with gaps. Returns the length
+/// of each gap in tags.
 #[track_caller]
-pub fn assert_same_with_holes(pushed: &[Tag], pulled: &[Tag]) -> Vec<usize> {
+pub fn assert_same_with_gaps(pushed: &[Tag], pulled: &[Tag]) -> Vec<usize> {
     let joined = Joined::new(pushed, pulled);
     let mut next = joined.find(Timestamps::Exact);
-    let mut holes = Vec::new();
+    let mut gaps = Vec::new();
     for tag in joined.body() {
         let skipped = joined.pushed[next..].iter().position(|pushed| pushed == tag);
         let skipped = skipped.unwrap_or_else(|| panic!("{tag:?} is out of order or damaged"));
         if skipped > 0 {
-            holes.push(skipped);
+            gaps.push(skipped);
         }
         next += skipped + 1;
     }
-    holes
+    gaps
 }
 
-/// Audio and video of what was pushed and of what one viewer pulled.
+/// Pushed tags and one viewer's pulled tags, without script tags.
 struct Joined {
     pushed: Vec<Tag>,
     pulled: Vec<Tag>,
-    /// Index in `pulled` of the first tag that is no codec header.
+    /// Index in `pulled` of the first tag that is not a codec header.
     start: usize,
 }
 
@@ -110,8 +110,8 @@ impl Joined {
         &self.pulled[self.start..]
     }
 
-    /// Where in `pushed` the first frame of `pulled` is. Equal bodies may occur more than once
-    /// (silence does), so of all places the one counts from which most is equal.
+    /// Returns the index in `pushed` of the first frame of `pulled`. Bodies may repeat (silence), so
+    /// this is the index with the longest match.
     #[track_caller]
     fn find(&self, timestamps: Timestamps) -> usize {
         let body = self.body();
@@ -129,27 +129,27 @@ impl Joined {
             })
     }
 
-    /// The headers in front are those in effect at `from`, each once.
+    /// Asserts that the leading headers are those in effect at `from`, each once.
     #[track_caller]
     fn assert_headers(&self, from: usize) {
         for kind in [TagKind::Video, TagKind::Audio] {
             let of_kind = |tag: &&Tag| tag.kind() == kind && tag.is_sequence_header();
             let pulled: Vec<_> = self.pulled[..self.start].iter().filter(of_kind).collect();
             let pushed = self.pushed[..from].iter().rev().find(of_kind);
-            assert!(pulled.len() <= 1, "{} {kind:?} headers in front", pulled.len());
+            assert!(pulled.len() <= 1, "{} leading {kind:?} headers", pulled.len());
             assert_eq!(
                 pulled.first().map(|tag| tag.body()),
                 pushed.map(|tag| tag.body()),
-                "the {kind:?} header in front"
+                "the leading {kind:?} header"
             );
         }
     }
 }
 
-/// Asserts that `received` holds the video bodies of `sent` and its audio bodies, each kind in
-/// order: what stays of a file when an encoder sends it, which may interleave and time tags anew.
-/// Audio from before the first key frame may be missing, since a recording begins at one; and tags
-/// that end a sequence are left out, since encoders add and drop them.
+/// Asserts that `received` has the video and the audio bodies of `sent`, each kind in order. An encoder
+/// may change the interleaving and the timestamps of a file. Audio from before the first key frame may
+/// be missing, because a recording starts there. End-of-sequence tags are ignored, because encoders add
+/// and drop them.
 #[track_caller]
 pub fn assert_same_bodies(sent: &[Tag], received: &[Tag]) {
     let of_kind = |tags: &[Tag], kind: TagKind| -> Vec<Tag> {
@@ -172,12 +172,12 @@ pub fn assert_same_bodies(sent: &[Tag], received: &[Tag]) {
     }
 }
 
-/// The first script tag's body.
+/// Returns the body of the first script tag.
 pub fn metadata(tags: &[Tag]) -> Option<&[u8]> {
     tags.iter().find(|tag| tag.kind() == TagKind::Script).map(Tag::body)
 }
 
-/// Audio and video tags.
+/// Returns the audio and video tags.
 pub fn media(tags: &[Tag]) -> Vec<Tag> {
     tags.iter().filter(|tag| tag.kind() != TagKind::Script).cloned().collect()
 }
@@ -195,8 +195,8 @@ fn first_difference(pushed: &[Tag], pulled: &[Tag], timestamps: Timestamps) -> O
     let longest = pushed.len().max(pulled.len());
     (0..longest).find(|at| match (pushed.get(*at), pulled.get(*at)) {
         (Some(pushed), Some(pulled)) => {
-            let moved = if timestamps == Timestamps::Exact { 0 } else { offset };
-            !same(pushed, pulled, Timestamps::Exact, moved)
+            let offset = if timestamps == Timestamps::Exact { 0 } else { offset };
+            !same(pushed, pulled, Timestamps::Exact, offset)
         }
         _ => true,
     })

@@ -1,4 +1,4 @@
-//! A small HTTP client, and the metrics that it reads.
+//! A small HTTP client and a parser of metrics.
 
 use std::{
     io::{self, Read, Write},
@@ -8,13 +8,13 @@ use std::{
 
 use serde_json::Value;
 
-/// An answer with its whole body.
+/// A response with its whole body.
 pub struct Answer {
     pub status: u16,
     pub body: String,
 }
 
-/// Asks for `path` and reads the whole answer.
+/// Requests `path` and reads the whole response.
 pub fn get(addr: SocketAddr, path: &str) -> io::Result<Answer> {
     let mut socket = request(addr, path)?;
     let head = read_head(&mut socket)?;
@@ -23,14 +23,14 @@ pub fn get(addr: SocketAddr, path: &str) -> io::Result<Answer> {
     Ok(Answer { status: head.status, body })
 }
 
-/// Asks for a JSON answer.
+/// Requests `path` and parses the JSON body.
 pub fn get_json(addr: SocketAddr, path: &str) -> io::Result<(u16, Value)> {
     let Answer { status, body } = get(addr, path)?;
     let value = serde_json::from_str(&body).map_err(io::Error::other)?;
     Ok((status, value))
 }
 
-/// Connects and sends the request; the answer is still to be read.
+/// Connects and sends a request. The caller reads the response.
 pub fn request(addr: SocketAddr, path: &str) -> io::Result<TcpStream> {
     let mut socket = TcpStream::connect_timeout(&addr, TIMEOUT)?;
     socket.set_read_timeout(Some(TIMEOUT))?;
@@ -39,19 +39,19 @@ pub fn request(addr: SocketAddr, path: &str) -> io::Result<TcpStream> {
     Ok(socket)
 }
 
-/// The part of an answer in front of its body.
+/// The head of a response.
 pub struct Head {
     pub status: u16,
     pub fields: String,
 }
 
-/// Reads up to the empty line and no byte of the body.
+/// Reads the head of a response and no byte of its body.
 pub fn read_head(socket: &mut TcpStream) -> io::Result<Head> {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() > HEAD_MAX || socket.read(&mut byte)? == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "no whole head"));
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "truncated head"));
         }
         head.push(byte[0]);
     }
@@ -69,7 +69,7 @@ impl Metrics {
         get(addr, "/metrics").map(|answer| Self(answer.body))
     }
 
-    /// The sum over all series of this name that carry all of these labels; 0 if there is none.
+    /// The sum of all series with this name and these labels; 0 if there is none.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let series = self.0.lines().filter_map(|line| {
             let (series, value) = line.rsplit_once(' ')?;
@@ -80,8 +80,7 @@ impl Metrics {
         series.sum()
     }
 
-    /// Whether any series of this name is there at all: a test must not pass because a metric was
-    /// renamed.
+    /// `true` if a series with this name exists: a test must not pass because a metric was renamed.
     pub fn has(&self, name: &str) -> bool {
         self.0.lines().any(|line| line.split(['{', ' ']).next() == Some(name))
     }

@@ -1,4 +1,4 @@
-//! An HTTP server with a hub behind it, viewers that see every tag, and tags to publish.
+//! An HTTP server with a hub, viewers that read tag by tag, and tags to publish.
 
 use std::{
     net::SocketAddr,
@@ -75,18 +75,18 @@ impl HttpNode {
         self.connect_with(request, 0).await
     }
 
-    /// The same with a receive buffer of this many bytes, if not 0. A small one makes the server
-    /// notice soon that nobody reads.
+    /// The same with a receive buffer of this many bytes, if not 0. With a small one, the server soon
+    /// notices that the viewer does not read.
     pub async fn connect_with(&self, request: &str, receive_buffer: u32) -> TcpStream {
         connect(self.address, request, receive_buffer).await
     }
 
-    /// The whole answer to a request, until the server closes.
+    /// Sends a request, and reads the response until the server closes.
     pub async fn ask(&self, request: &str) -> String {
         let request = request.replacen(" HTTP/1.1\r\n", " HTTP/1.1\r\nConnection: close\r\n", 1);
         let mut socket = self.connect(&request).await;
         let mut answer = Vec::new();
-        timeout(SOON, socket.read_to_end(&mut answer)).await.expect("an answer").unwrap();
+        timeout(SOON, socket.read_to_end(&mut answer)).await.expect("a response").unwrap();
         String::from_utf8(answer).unwrap()
     }
 
@@ -125,7 +125,7 @@ pub async fn connect(address: SocketAddr, request: &str, receive_buffer: u32) ->
     socket
 }
 
-/// A connection that was asked for HTTP-FLV, tag by tag.
+/// An HTTP-FLV connection that is read tag by tag.
 pub struct FlvViewer {
     /// The response up to its body.
     pub head: String,
@@ -164,7 +164,7 @@ impl FlvViewer {
         }
     }
 
-    /// Asserts that these tags come next.
+    /// Asserts that the next tags are `tags`.
     pub async fn expect(&mut self, tags: &[Tag]) {
         for tag in tags {
             assert_eq!(self.next().await.as_ref(), Some(tag));
@@ -202,7 +202,7 @@ fn frame(first: u8, timestamp: u32, len: usize) -> Tag {
     Tag::new(TagKind::Video, timestamp, &body).unwrap()
 }
 
-/// Asks for the stream that [`HttpNode::publish`] publishes.
+/// A request for the stream of [`HttpNode::publish`].
 pub const WATCH: &str = "GET /live/movie.flv HTTP/1.1\r\nHost: edge\r\n\r\n";
-/// How long connections may stay after the shutdown.
+/// Time that connections may stay open after the shutdown.
 const DRAIN: Duration = Duration::from_millis(300);

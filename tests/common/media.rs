@@ -1,4 +1,4 @@
-//! Test streams, encoders that push them, and ffmpeg's verdict on what came out.
+//! Test streams, encoders that push them, and checks by ffmpeg.
 
 use std::{
     fs::File,
@@ -26,8 +26,8 @@ pub fn full() -> &'static Media {
     full_at(4)
 }
 
-/// The same stream at another speed. At 1 it is the file in `assets`, with a group of pictures a
-/// second; at 2 and 4 all timestamps are divided, for tests that need not see much while it runs.
+/// The same stream at another speed. At 1 it is the file in `assets`, with one group of pictures per
+/// second; at 2 and 4 all timestamps are divided.
 pub fn full_at(speed: u32) -> &'static Media {
     static MEDIA: [OnceLock<Media>; 3] = [const { OnceLock::new() }; 3];
     let name = match speed {
@@ -57,7 +57,7 @@ pub fn audio_only() -> &'static Media {
 }
 
 /// 14 s of video at 8 Mbit/s, more than the kernel buffers for a viewer that does not read. The
-/// pictures are noise, which no decoder would take.
+/// pictures are noise that cannot be decoded.
 pub fn heavy() -> &'static Media {
     static MEDIA: OnceLock<Media> = OnceLock::new();
     MEDIA.get_or_init(|| {
@@ -96,7 +96,7 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// ffmpeg, sending a file as it is, in real time.
+    /// Starts ffmpeg, which sends a file without transcoding in real time.
     pub fn ffmpeg(media: &Media, url: &str, log: PathBuf) -> Self {
         let mut command = Command::new("ffmpeg");
         command.args(["-hide_banner", "-loglevel", "error", "-nostdin", "-re", "-i"]);
@@ -104,7 +104,7 @@ impl Encoder {
         Self::spawn(command, "ffmpeg", log)
     }
 
-    /// `downpour push`.
+    /// Starts `downpour push`.
     pub fn downpour(media: &Media, url: &str, options: &[&str], log: PathBuf) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_downpour"));
         command.arg("push").arg(&media.path).arg(url).args(options).env_remove("RUST_LOG");
@@ -122,7 +122,7 @@ impl Encoder {
         Self { child, name: name.into(), log }
     }
 
-    /// Waits until it has sent everything.
+    /// Waits until the encoder has sent everything.
     #[track_caller]
     pub fn until_done(mut self, deadline: Duration) {
         let status = wait_for(&format!("{} ends", self.name), deadline, || {
@@ -131,32 +131,32 @@ impl Encoder {
         assert!(status.success(), "{} failed: {status}\n{}", self.name, tail(&self.log, 20));
     }
 
-    /// Waits until it has given up.
+    /// Waits until the encoder has failed.
     #[track_caller]
     pub fn until_failed(mut self, deadline: Duration) {
-        let status = wait_for(&format!("{} gives up", self.name), deadline, || {
+        let status = wait_for(&format!("{} fails", self.name), deadline, || {
             self.child.try_wait().expect("cannot wait for an encoder")
         });
         assert!(!status.success(), "{} was not refused", self.name);
     }
 
-    /// Stops it where it is: its connection stays and nothing comes any more.
+    /// Stops the process: its connection stays open, but it sends nothing.
     pub fn freeze(&self) {
         process::signal(self.child.id(), "STOP");
     }
 
-    /// Whether it has ended.
+    /// `true` if the process has ended.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("cannot wait for an encoder").is_some()
     }
 
-    /// Kills it without a word of farewell to the cloud.
+    /// Kills the process without an end of the publication.
     pub fn kill(self) {}
 }
 
 impl Drop for Encoder {
     fn drop(&mut self) {
-        // Both fail if it has ended, which is as well.
+        // Both fail if the process has ended, which is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
@@ -165,8 +165,8 @@ impl Drop for Encoder {
     }
 }
 
-/// Asserts that ffprobe and a full decode by ffmpeg have nothing to complain about, and that there
-/// is exactly one stream of each of `codecs`.
+/// Asserts that ffprobe and a full decode by ffmpeg report no error, and that the file has exactly one
+/// stream per entry of `codecs`.
 #[track_caller]
 pub fn assert_decodes(path: &Path, codecs: &[&str]) {
     let mut probe = Command::new("ffprobe");
@@ -184,7 +184,7 @@ pub fn assert_decodes(path: &Path, codecs: &[&str]) {
     run(decode);
 }
 
-/// Runs a program that must succeed and say nothing on standard error; gives what it printed.
+/// Runs a program that must succeed without output on standard error. Returns its standard output.
 #[track_caller]
 pub fn run(mut command: Command) -> String {
     let output = command
@@ -202,7 +202,7 @@ impl Media {
     }
 }
 
-/// Writes a file, under another name first: test processes may run at the same time.
+/// Writes a file atomically: test processes may run at the same time.
 fn made(name: &str, tags: Vec<Tag>) -> Media {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     std::fs::create_dir_all(dir).expect("cannot make the directory for test media");

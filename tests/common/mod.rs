@@ -1,10 +1,10 @@
-//! What the end-to-end tests share: nodes as processes of the real binary, encoders, viewers, a bad
-//! network between, and the comparison of what went in with what came out.
+//! Shared by the tests: nodes as processes, encoders, viewers, an emulated network, and comparisons of
+//! pushed with pulled streams.
 //!
-//! Everything is on loopback, and nothing waits by sleeping for luck: [`wait_for`] polls a
-//! condition until a deadline, which is generous because test machines are busy.
+//! Everything is on loopback. Tests do not sleep for a fixed time: [`wait_for`] polls a condition until
+//! a deadline, which is long because test machines are busy.
 
-// Each test binary compiles this for itself and uses a part of it.
+// Each test binary compiles this module and uses a part of it.
 #![allow(dead_code)]
 
 pub mod chain;
@@ -23,10 +23,10 @@ pub mod viewer;
 
 use std::time::{Duration, Instant};
 
-/// How long anything that should happen at once may take on a busy machine.
+/// Deadline on a busy machine for events that should happen at once.
 pub const SOON: Duration = Duration::from_secs(20);
 
-/// Polls until `condition` gives something. Panics with `what` when `deadline` has passed.
+/// Polls until `condition` returns a value. Panics with `what` after `deadline`.
 #[track_caller]
 pub fn wait_for<T>(what: &str, deadline: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
     let until = Instant::now() + deadline;

@@ -1,4 +1,4 @@
-//! The bad network between cloud and edges.
+//! The emulated network between cloud and edges.
 
 use std::net::SocketAddr;
 
@@ -7,11 +7,11 @@ use tokio::runtime::Runtime;
 
 use super::ports;
 
-/// Relays between a cloud and its edges, on a runtime of their own.
+/// Relays between a cloud and its edges, on a separate runtime.
 pub struct Network {
     rtp: Vec<UdpRelay>,
     quic: Vec<UdpRelay>,
-    /// Dropped last: the relays' tasks live on it.
+    /// Dropped last: the relays' tasks run on it.
     runtime: Runtime,
 }
 
@@ -25,8 +25,8 @@ impl Network {
         Self { rtp: Vec::new(), quic: Vec::new(), runtime }
     }
 
-    /// Adds a path for RTP: to an edge, and gives the address that the cloud is to send to; or to
-    /// the cloud as from behind a NAT, and gives the address that the edge is to probe.
+    /// Adds a path for RTP. With an edge as upstream, returns the address for the cloud to send to.
+    /// With the cloud as upstream, acts as a NAT and returns the address for the edge to probe.
     pub fn add_rtp(&mut self, upstream: SocketAddr, settings: RelaySettings) -> SocketAddr {
         let relay = self.relay(upstream, settings);
         let addr = relay.local_addr();
@@ -34,8 +34,8 @@ impl Network {
         addr
     }
 
-    /// Adds a path for RTP to an edge, and one of the same kind for its parity; gives the address
-    /// that the cloud is to send to.
+    /// Adds a path for RTP to an edge, and one of the same kind for its parity. Returns the address for
+    /// the cloud to send to.
     pub fn add_rtp_and_parity(&mut self, edge: SocketAddr, settings: RelaySettings) -> SocketAddr {
         let parity = |addr: SocketAddr| SocketAddr::new(addr.ip(), addr.port() + 2);
         let listen = SocketAddr::new(edge.ip(), ports::free_for_rtp());
@@ -50,14 +50,14 @@ impl Network {
         listen
     }
 
-    /// Makes every path of RTP another one, both ways.
+    /// Changes all paths of RTP, in both directions.
     pub fn set_rtp(&self, path: &LinkSettings) {
         for relay in &self.rtp {
             relay.set_settings(path.clone(), path.clone());
         }
     }
 
-    /// Adds a path for an edge's QUIC; gives the address that the edge is to connect to.
+    /// Adds a path for an edge's QUIC. Returns the address for the edge to connect to.
     pub fn add_quic(&mut self, cloud: SocketAddr, settings: RelaySettings) -> SocketAddr {
         let relay = self.relay(cloud, settings);
         let addr = relay.local_addr();
@@ -65,20 +65,20 @@ impl Network {
         addr
     }
 
-    /// Cuts QUIC off for good.
+    /// Cuts QUIC permanently.
     pub fn cut_quic(&self) {
         for relay in &self.quic {
             relay.set_settings(LinkSettings::lossy(1.0), LinkSettings::lossy(1.0));
         }
     }
 
-    /// What happened to RTP on its way to the edges, and to probes on their way to the cloud.
+    /// Counters of RTP to the edges, and of probes to the cloud.
     pub fn rtp_stats(&self) -> LinkStats {
         let both = |relay: &UdpRelay| [relay.stats().to_upstream, relay.stats().to_client];
         total(self.rtp.iter().flat_map(both))
     }
 
-    /// What happened to the edges' QUIC packets, and to the cloud's.
+    /// Counters of the edges' QUIC packets, and of the cloud's.
     pub fn quic_stats(&self) -> (LinkStats, LinkStats) {
         let stats = || self.quic.iter().map(UdpRelay::stats);
         (total(stats().map(|stats| stats.to_upstream)), total(stats().map(|stats| stats.to_client)))

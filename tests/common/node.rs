@@ -1,4 +1,4 @@
-//! Clouds and edges as processes of the real binary.
+//! Clouds and edges as processes.
 
 use std::{
     fs::File,
@@ -13,7 +13,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::{
-    SOON, http,
+    SOON,
+    compare::{Timestamps, assert_same_to_the_end},
+    http,
     http::Metrics,
     media::{Encoder, Media},
     network::Network,
@@ -22,12 +24,12 @@ use super::{
     wait_for,
 };
 
-/// A cloud, its edges and the network between.
+/// A cloud, its edges and the network between them.
 pub struct Site {
     pub cloud: Cloud,
     pub edges: Vec<Edge>,
     pub network: Network,
-    /// Where the cloud sends to unasked.
+    /// Configured targets of the cloud.
     pub destinations: Vec<SocketAddr>,
     dir: TempDir,
 }
@@ -52,7 +54,7 @@ impl Site {
         Encoder::ffmpeg(media, &self.cloud.url(key), self.file("ffmpeg", "log"))
     }
 
-    /// Waits until the cloud sends to this many addresses of edges that are in no list.
+    /// Waits until the cloud sends to this many addresses of dynamic edges.
     #[track_caller]
     pub fn until_targets(&self, count: usize) {
         wait_for("the cloud sends to the edges", SOON, || {
@@ -60,7 +62,7 @@ impl Site {
         });
     }
 
-    /// Addresses of edges in no list to which the cloud sends.
+    /// Number of addresses of dynamic edges to which the cloud sends.
     #[track_caller]
     pub fn dynamic_targets(&self) -> f64 {
         let metrics = self.cloud.node.metrics();
@@ -68,22 +70,47 @@ impl Site {
         metrics.sum("downpour_fanout_dynamic_targets", &[])
     }
 
-    /// The first edge's packets of one fate.
+    /// The first edge's packets with this `fate` label.
     #[track_caller]
     pub fn packets(&self, fate: &str) -> f64 {
         self.edges[0].packets(fate)
     }
 
-    /// Watches a stream at the first edge.
+    /// Pushes `sent`, and asserts that a viewer of the first edge gets it up to its end.
+    #[track_caller]
+    pub fn assert_plays(&self, sent: &Media, key: &str) {
+        let viewer = self.watch(key);
+        let push = self.push(sent, key);
+        let pulled = viewer.until_end(PLAY);
+        push.until_done(PLAY);
+        assert_same_to_the_end(&sent.tags, &pulled, Timestamps::Exact);
+    }
+
+    /// Returns a function that is `true` once `count` has not changed while the cloud packetized more
+    /// than `packets` packets.
+    pub fn has_stopped(&self, packets: f64, count: impl Fn() -> f64) -> impl FnMut() -> bool {
+        let packetized = || self.cloud.node.metrics().sum("downpour_rtp_packets_total", &[]);
+        let mut before = (count(), packetized());
+        move || {
+            let now = (count(), packetized());
+            let stopped = now.0 == before.0 && now.1 > before.1 + packets;
+            if now.0 != before.0 {
+                before = now;
+            }
+            stopped
+        }
+    }
+
+    /// Plays a stream at the first edge.
     pub fn watch(&self, key: &str) -> Viewer {
         self.edges[0].watch(key)
     }
 
-    /// Starts one more edge, which asks the cloud for RTP itself and has no bad network before it.
+    /// Starts another edge, which is dynamic and connects to the cloud directly.
     #[track_caller]
     pub fn start_edge(&self) -> Edge {
         let dir = self.file("more", "edge");
-        let name = dir.file_name().expect("it has a name").to_string_lossy().into_owned();
+        let name = dir.file_name().expect("a file name").to_string_lossy().into_owned();
         let lines = ["rtp_subscribe: true".to_owned()];
         let rtp = loopback(ports::free_for_rtp());
         let api = self.cloud.node.http;
@@ -95,26 +122,26 @@ impl Site {
         (0..)
             .map(|number| self.dir.path().join(format!("{name}-{number}.{extension}")))
             .find(|path| !path.exists())
-            .expect("there are numbers enough")
+            .expect("a free number")
     }
 }
 
-/// How to build a [`Site`].
+/// Settings of a [`Site`].
 pub struct SiteSettings {
     pub edges: usize,
     /// The path of RTP to each edge; `None` sends directly.
     pub rtp: Option<LinkSettings>,
     /// The path of RTP to a second address of each edge, which is sent the same packets.
     pub second: Option<LinkSettings>,
-    /// The path of QUIC between each edge and the cloud, both ways; `None` connects directly.
+    /// The path of QUIC between each edge and the cloud in both directions; `None` connects directly.
     pub quic: Option<LinkSettings>,
-    /// Decides what those paths lose.
+    /// Determines the losses of the paths.
     pub seed: u64,
     /// Relays parity beside the RTP to each edge's first address.
     pub parity: bool,
     /// Sends to a multicast group that all edges join, not to each edge.
     pub multicast: bool,
-    /// Sends to nobody who has not said hello; where there is a path of RTP, it is a NAT.
+    /// The cloud has no targets in its configuration, and edges subscribe to RTP. A path of RTP is a NAT.
     pub dynamic: bool,
     /// Lines for the cloud's configuration.
     pub cloud: Vec<String>,
@@ -123,7 +150,7 @@ pub struct SiteSettings {
 }
 
 impl SiteSettings {
-    /// The same bad path for RTP and, both ways, for QUIC.
+    /// The same path for RTP and, in both directions, for QUIC.
     pub fn over(path: LinkSettings, seed: u64) -> Self {
         Self { rtp: Some(path.clone()), quic: Some(path), seed, ..Self::default() }
     }
@@ -138,13 +165,13 @@ impl SiteSettings {
         self
     }
 
-    /// Starts everything and waits until it answers.
+    /// Starts all processes and waits until they respond.
     #[track_caller]
     pub fn start(self) -> Site {
         let dir = tempfile::tempdir().expect("no directory for the test");
         let mut network = Network::new();
         let path = |settings: &LinkSettings, edge: usize| RelaySettings {
-            // A hundred apart: a relay derives its clients' seeds from its own.
+            // Far apart, because a relay derives its clients' seeds from its own.
             ..RelaySettings::symmetric(settings.clone(), self.seed + 100 * edge as u64)
         };
         let group = SocketAddr::from((group(), ports::free_for_rtp()));
@@ -177,7 +204,7 @@ impl SiteSettings {
                 None => cloud.quic,
             };
             let udp = if self.multicast { group } else { rtp[edge] };
-            // Through a relay the cloud would take an edge that asks for another than the listed.
+            // A listed edge behind a relay must not subscribe: it would count as a second target.
             let mut lines = vec![format!("rtp_subscribe: {}", self.dynamic)];
             if let (true, Some(settings)) = (self.dynamic, &self.rtp) {
                 let nat = network.add_rtp(cloud.rtp, path(settings, edge));
@@ -221,7 +248,7 @@ pub struct Cloud {
     pub node: Node,
     pub rtmp: SocketAddr,
     pub quic: SocketAddr,
-    /// Where its RTP comes from.
+    /// Source address of its RTP.
     pub rtp: SocketAddr,
 }
 
@@ -247,7 +274,7 @@ impl Cloud {
         format!("rtmp://{}/{key}", self.rtmp)
     }
 
-    /// What `/stat/livestat` lists: key and SSRC of each publication.
+    /// Key and SSRC of each publication in `/stat/livestat`.
     pub fn publications(&self) -> Vec<(String, u64)> {
         self.node.publications()
     }
@@ -261,13 +288,12 @@ impl Cloud {
 /// An edge node.
 pub struct Edge {
     pub node: Node,
-    /// Where it takes RTP.
+    /// Receives RTP at this address.
     pub rtp: SocketAddr,
 }
 
 impl Edge {
-    /// Starts an edge below a cloud or a parent whose QUIC is reached at `quic` and whose HTTP
-    /// listens at `api`.
+    /// Starts an edge of a cloud or a parent with the QUIC address `quic` and the HTTP address `api`.
     #[track_caller]
     pub(super) fn start(
         dir: &Path,
@@ -297,7 +323,7 @@ impl Edge {
         Viewer::watch(self.node.http, key)
     }
 
-    /// The edge's packets of one fate.
+    /// The edge's packets with this `fate` label.
     #[track_caller]
     pub fn packets(&self, fate: &str) -> f64 {
         let metrics = self.node.metrics();
@@ -305,7 +331,7 @@ impl Edge {
         metrics.sum("downpour_edge_packets_total", &[("fate", fate)])
     }
 
-    /// Waits until the edge has its connection to the cloud: before, nobody repairs anything.
+    /// Waits until the edge is connected to the cloud: before that, it cannot request repairs.
     #[track_caller]
     pub fn until_connected(&self) {
         wait_for("the edge is connected to the cloud", SOON, || {
@@ -314,18 +340,18 @@ impl Edge {
     }
 }
 
-/// Adds a test's own lines, which replace those of the same key.
+/// Adds `lines` to a configuration, replacing lines with the same key.
 fn overlay(config: &mut Vec<String>, lines: &[String]) {
     let key = |line: &str| line.split(':').next().map(str::to_owned);
     config.retain(|line| !lines.iter().any(|own| key(own) == key(line)));
     config.extend_from_slice(lines);
 }
 
-/// One process of the binary, with its configuration, directory and log.
+/// A process with its configuration, directory and log.
 pub struct Node {
     role: &'static str,
     dir: PathBuf,
-    /// Where `/healthz` and `/metrics` are.
+    /// Address of `/healthz` and `/metrics`.
     pub http: SocketAddr,
     child: Option<Child>,
 }
@@ -340,7 +366,7 @@ impl Node {
         node
     }
 
-    /// Starts it (again) with the same configuration and waits until it answers.
+    /// Starts the process with the same configuration and waits until it responds.
     #[track_caller]
     pub fn restart(&mut self) {
         assert!(self.child.is_none(), "the {} still runs", self.role);
@@ -356,24 +382,24 @@ impl Node {
             .spawn()
             .expect("cannot run downpour");
         self.child = Some(child);
-        wait_for(&format!("the {} answers", self.role), SOON, || {
+        wait_for(&format!("the {} responds", self.role), SOON, || {
             self.assert_running();
             self.health()
         });
     }
 
-    /// Ends it as a power cut would.
+    /// Kills the process, as a power failure would.
     #[track_caller]
     pub fn kill(&mut self) {
-        let mut child = self.child.take().expect("it does not run");
+        let mut child = self.child.take().expect("the node runs");
         child.kill().expect("cannot kill a node");
         child.wait().expect("cannot wait for a node");
     }
 
-    /// Sends SIGTERM; gives how it ended and how long that took.
+    /// Sends SIGTERM. Returns the exit status and the time until the exit.
     #[track_caller]
     pub fn terminate(&mut self) -> (ExitStatus, Duration) {
-        let mut child = self.child.take().expect("it does not run");
+        let mut child = self.child.take().expect("the node runs");
         let start = Instant::now();
         process::signal(child.id(), "TERM");
         while start.elapsed() < SOON {
@@ -383,25 +409,25 @@ impl Node {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.child = Some(child);
-        panic!("the {} runs on after SIGTERM", self.role);
+        panic!("the {} still runs after SIGTERM", self.role);
     }
 
     #[track_caller]
     pub fn assert_running(&mut self) {
-        let child = self.child.as_mut().expect("it does not run");
+        let child = self.child.as_mut().expect("the node runs");
         if let Some(status) = child.try_wait().expect("cannot wait for a node") {
             self.child = None;
             panic!("the {} ended: {status}\n{}", self.role, tail(&self.log(), 40));
         }
     }
 
-    /// The answer of `/healthz`, unless it does not answer.
+    /// The response of `/healthz`; `None` if the node does not respond.
     pub fn health(&self) -> Option<Value> {
         let (status, health) = http::get_json(self.http, "/healthz").ok()?;
         (status == 200).then_some(health)
     }
 
-    /// How many streams `/healthz` tells.
+    /// The number of streams in `/healthz`.
     #[track_caller]
     pub fn streams(&self) -> u64 {
         let health = self.health().unwrap_or_else(|| panic!("the {} does not answer", self.role));
@@ -434,13 +460,13 @@ impl Node {
             .unwrap_or_else(|error| panic!("no metrics of the {}: {error}", self.role))
     }
 
-    /// The most memory that it had so far, in bytes (`VmHWM`).
+    /// Peak memory in bytes (`VmHWM`).
     #[track_caller]
     pub fn peak_memory(&self) -> u64 {
         self.status("VmHWM") * 1024
     }
 
-    /// What it holds now.
+    /// Current usage.
     #[track_caller]
     pub fn usage(&self) -> Usage {
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
@@ -451,7 +477,7 @@ impl Node {
         }
     }
 
-    /// A number of `/proc/PID/status`.
+    /// A number in `/proc/PID/status`.
     #[track_caller]
     fn status(&self, name: &str) -> u64 {
         let path = format!("/proc/{}/status", self.pid());
@@ -463,7 +489,7 @@ impl Node {
 
     #[track_caller]
     fn pid(&self) -> u32 {
-        self.child.as_ref().expect("it does not run").id()
+        self.child.as_ref().expect("the node runs").id()
     }
 
     /// The files under `record_dir`, sorted by name.
@@ -474,7 +500,7 @@ impl Node {
         files
     }
 
-    /// What it has logged so far.
+    /// The log so far.
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(self.log()).expect("no log")
     }
@@ -484,7 +510,7 @@ impl Node {
     }
 }
 
-/// What a process holds.
+/// Resources of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
     /// Bytes of memory (`VmRSS`).
@@ -496,7 +522,7 @@ pub struct Usage {
 impl Drop for Node {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // Both fail if it has ended, which is as well.
+            // Both fail if the process has ended, which is fine.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -537,3 +563,6 @@ fn group() -> Ipv4Addr {
 fn quoted(items: &[String]) -> String {
     items.iter().map(|item| format!("\"{item}\"")).collect::<Vec<_>>().join(", ")
 }
+
+/// Time for a stream to be pushed and played.
+const PLAY: Duration = Duration::from_secs(60);

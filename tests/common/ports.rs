@@ -12,23 +12,22 @@ use std::{
     },
 };
 
-/// A port that nobody listens on, neither TCP nor UDP, and that no other test gets while this
-/// process runs.
+/// Returns a free TCP and UDP port, reserved for this test process.
 ///
-/// The ports lie below the range from which the kernel takes ports for outgoing connections: a node
-/// that is killed must find its port free when it restarts, and some tests open 10,000 connections.
+/// The port is below the kernel's range of ephemeral ports: it must be free when a killed node restarts,
+/// and some tests open 10,000 connections.
 pub fn free() -> u16 {
     free_run(1)
 }
 
-/// A port for RTP. The port of its parity, two above, is reserved too.
+/// Returns a port for RTP, and also reserves its parity port, two above.
 pub fn free_for_rtp() -> u16 {
     free_run(3)
 }
 
-/// The first of `count` free ports in a row.
+/// Returns the first of `count` consecutive free ports.
 fn free_run(count: u16) -> u16 {
-    // Test processes that run at the same time begin at different places.
+    // Concurrent test processes start at different ports.
     let start = (std::process::id() % u32::from(PORTS / SPREAD)) as u16 * SPREAD;
     for _ in 0..PORTS {
         let offset = NEXT.fetch_add(count, Ordering::Relaxed) % PORTS;
@@ -42,10 +41,10 @@ fn free_run(count: u16) -> u16 {
     panic!("no port is free");
 }
 
-/// Reserves a port among all test processes, if nobody uses it.
+/// Reserves a port among all test processes. Returns `None` if it is in use.
 ///
-/// The claim is a socket in the abstract namespace (unix(7)): one process can bind a name, and the
-/// kernel releases it when that process ends, however it ends.
+/// The reservation is a socket in the abstract namespace (unix(7)): one process can bind a name, and the
+/// kernel releases it when that process ends.
 fn claim(port: u16) -> Option<UnixListener> {
     let name = SocketAddr::from_abstract_name(format!("downpour-test-port-{port}")).ok()?;
     let claim = UnixListener::bind_addr(&name).ok()?;
@@ -54,7 +53,7 @@ fn claim(port: u16) -> Option<UnixListener> {
     is_free.then_some(claim)
 }
 
-/// Held until the process ends.
+/// Reservations of this process.
 static CLAIMS: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
 static NEXT: AtomicU16 = AtomicU16::new(0);
 const FIRST: u16 = 12_000;

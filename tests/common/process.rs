@@ -1,9 +1,9 @@
-//! Tests that change or measure their whole process, and what a process of ours holds.
+//! Processes: tests that need a separate one, child processes, signals and memory.
 
 use std::process::{Child, Command, Output, Stdio};
 
-/// Runs the calling test in a process of its own. Returns `true` in that process, where the test
-/// continues, and `false` in the other, where it is done.
+/// Runs the calling test in a separate process. Returns `true` in that process, where the test
+/// continues, and `false` in the original one, where it is done.
 ///
 /// `cargo nextest` runs each test in its own process anyway; plain `cargo test` runs all tests of a
 /// binary in one. `descriptors` also sets the limit of open files there (`RLIMIT_NOFILE`, soft and
@@ -33,7 +33,7 @@ pub fn alone(module: &str, test: &str, descriptors: Option<u32>) -> bool {
         .expect("cannot start a process for the test");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (out, errors) = (text(&output.stdout), text(&output.stderr));
-    // A name that is wrong runs no test, which is a success too.
+    // With a wrong name no test runs, which cargo reports as a success.
     let passed = output.status.success() && out.contains("test result: ok. 1 passed");
     assert!(passed, "{name} failed in its own process: {}\n{out}\n{errors}", output.status);
     print!("{out}");
@@ -61,14 +61,14 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(mut child) = self.0.take() {
-            // Both fail if it has ended, which is as well.
+            // Both fail if the process has ended, which is fine.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// Sends a signal, by the name that kill(1) gives it, to a process that has not been waited for.
+/// Sends a signal, by its name in kill(1), to a process that has not been waited for.
 #[track_caller]
 pub fn signal(pid: u32, name: &str) {
     let command = format!("kill -s {name} {pid}");
@@ -83,5 +83,5 @@ pub fn resident_bytes() -> usize {
     pages.expect("no count of pages") * 4096
 }
 
-/// Environment: set in a process that [`alone`] started.
+/// Environment variable that is set in processes of [`alone`].
 const INSIDE: &str = "DOWNPOUR_TEST_ALONE";

@@ -1,4 +1,4 @@
-//! A cloud's repair service on loopback, fed by hand.
+//! A repair server and repair clients on loopback, with streams that tests publish packet by packet.
 
 use std::{
     future::Future,
@@ -60,7 +60,7 @@ impl Cloud {
         Self::run(server, origin, identity, metrics)
     }
 
-    /// The same, where a cloud was just stopped: its socket may take a moment to close.
+    /// The same at the address of a stopped cloud, whose socket may take a moment to close.
     pub async fn restart_at(
         addr: SocketAddr,
         identity: Arc<Identity>,
@@ -99,7 +99,7 @@ impl Cloud {
     }
 }
 
-/// A stream that is published by hand.
+/// A stream that a test publishes.
 pub struct Feed {
     pub stream: Arc<OutgoingStream>,
     packetizer: Packetizer,
@@ -134,7 +134,7 @@ impl Feed {
     }
 }
 
-/// A [`RepairClient`] and what it tells.
+/// A [`RepairClient`] and its events.
 pub struct Edge {
     pub handle: RepairHandle,
     pub events: mpsc::Receiver<RepairEvent>,
@@ -152,7 +152,7 @@ impl Edge {
         Self { handle, events, metrics, shutdown }
     }
 
-    /// The next event for which `pick` has an answer.
+    /// Waits for an event for which `pick` returns a value.
     pub async fn wait<T>(&mut self, mut pick: impl FnMut(RepairEvent) -> Option<T>) -> T {
         within(async {
             loop {
@@ -226,7 +226,7 @@ pub async fn dial(
     within(endpoint.connect_with(config, addr, "localhost").unwrap()).await
 }
 
-/// A deadline for what should be quick.
+/// Awaits `future` with a deadline of 15 s.
 pub async fn within<F: Future>(future: F) -> F::Output {
     timeout(Duration::from_secs(15), future).await.expect("in time")
 }

@@ -1,4 +1,4 @@
-//! RTMP by hand, for peers that the product's own client would never be.
+//! RTMP peers that can violate the protocol.
 //!
 //! Source: *Adobe's Real Time Messaging Protocol* 1.0, §5.
 
@@ -8,13 +8,13 @@ use std::{
     time::Duration,
 };
 
-/// A connection that sends whatever it likes.
+/// A connection that sends arbitrary bytes.
 pub struct Peer {
     socket: TcpStream,
 }
 
 impl Peer {
-    /// Connects and says nothing.
+    /// Connects without sending anything.
     pub fn connect(addr: SocketAddr) -> io::Result<Self> {
         let socket = TcpStream::connect_timeout(&addr, TIMEOUT)?;
         socket.set_read_timeout(Some(TIMEOUT))?;
@@ -23,8 +23,8 @@ impl Peer {
         Ok(Self { socket })
     }
 
-    /// Connects and shakes hands (§5.2).
-    pub fn shaken(addr: SocketAddr) -> io::Result<Self> {
+    /// Connects and completes the handshake (§5.2).
+    pub fn handshaken(addr: SocketAddr) -> io::Result<Self> {
         let mut peer = Self::connect(addr)?;
         peer.send(&client_hello())?;
         let mut answer = vec![0; 1 + 2 * HANDSHAKE_LEN];
@@ -49,8 +49,8 @@ impl Peer {
         self.send(&message(kind, stream, body, chunk_size))
     }
 
-    /// Goes through `connect`, `createStream` and `publish` without looking at the answers, as a
-    /// pipelining encoder does, and takes care only that they do not pile up.
+    /// Sends `connect`, `createStream` and `publish` without reading the answers, as a pipelining
+    /// encoder does.
     pub fn publish(&mut self, app: &str, name: &str, chunk_size: usize) -> io::Result<()> {
         let mut connect = string("connect");
         connect.extend(number(1.0));
@@ -68,7 +68,7 @@ impl Peer {
         self.message(COMMAND, 1, &publish, chunk_size)
     }
 
-    /// Reads until the node answers with this text, as in a status code.
+    /// Reads until an answer contains `text`, such as a status code.
     pub fn until_answer(&mut self, text: &str) -> io::Result<()> {
         let mut seen = Vec::new();
         let mut buffer = [0; 4096];
@@ -142,12 +142,12 @@ pub fn number(value: f64) -> Vec<u8> {
     bytes
 }
 
-/// `depth` objects, each the only property of the one around it, and no end to any.
+/// `depth` nested objects without ends, each the only property of its parent.
 pub fn nested_objects(depth: usize) -> Vec<u8> {
     [&[OBJECT][..], &property("a")].concat().repeat(depth)
 }
 
-/// `depth` strict arrays of one item, each inside the one before.
+/// `depth` nested strict arrays of one item.
 pub fn nested_arrays(depth: usize) -> Vec<u8> {
     [10, 0, 0, 0, 1].repeat(depth)
 }
@@ -168,7 +168,7 @@ pub const VIDEO: u8 = 9;
 pub const DATA: u8 = 18;
 /// Command Message in AMF0 (§7.1.1).
 pub const COMMAND: u8 = 20;
-/// Bytes of C1, S1, C2 and S2 each.
+/// Length of C1, S1, C2 and S2 each.
 pub const HANDSHAKE_LEN: usize = 1536;
 
 const OBJECT: u8 = 3;

@@ -1,4 +1,4 @@
-//! An RTMP server that keeps what it is sent, and an encoder that sends whatever a test wants.
+//! An RTMP server that records its publications, and an encoder that sends arbitrary messages.
 
 use std::{
     collections::HashMap,
@@ -88,7 +88,7 @@ impl Drop for RtmpServer {
     }
 }
 
-/// Takes one publisher per key and keeps what it sends.
+/// Records the publications of each key.
 #[derive(Default)]
 pub struct Recorder {
     streams: Mutex<HashMap<String, Vec<Recorded>>>,
@@ -129,10 +129,10 @@ impl Recorder {
     }
 }
 
-/// What the server asks and where tags go.
+/// The policy and the sink of the server.
 struct Handler(Arc<Recorder>);
 
-/// A publication's place in the node.
+/// The tap of a publication.
 struct Recording(Arc<Recorder>, StreamKey, usize);
 
 impl Policy for Handler {
@@ -141,7 +141,7 @@ impl Policy for Handler {
             true => Err(Refusal::Unauthorized("not you".into())),
             false => Ok(()),
         };
-        assert!(!request.key.name().starts_with("panic"), "a test asks for it");
+        assert!(!request.key.name().starts_with("panic"), "a panic for a test");
         let revoked = request.revoked.clone().expect("encoders can be revoked");
         let asked = (request.query.clone(), revoked);
         self.0.requests.lock().unwrap().insert(request.key.to_string(), asked);
@@ -227,7 +227,7 @@ pub async fn make_flv(path: &Path) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A client that writes its own chunks.
+/// A client that writes chunks directly.
 pub struct RawEncoder {
     pub stream: TcpStream,
     pub writer: ChunkWriter,
@@ -235,7 +235,7 @@ pub struct RawEncoder {
 }
 
 impl RawEncoder {
-    /// Connected, and through with the handshake.
+    /// Connects and completes the handshake.
     pub fn connect(addr: SocketAddr) -> Self {
         let mut stream = TcpStream::connect(addr).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
@@ -245,7 +245,7 @@ impl RawEncoder {
         Self { stream, writer: ChunkWriter::new(), out: BytesMut::new() }
     }
 
-    /// Publishing, with all answers read.
+    /// Publishes, and reads all answers.
     pub fn publish(addr: SocketAddr, app: &str, name: &str) -> Self {
         let mut encoder = Self::connect(addr);
         encoder.command(0, "connect", 1.0, &[Value::object([("app", app.into())])]);
@@ -274,12 +274,12 @@ impl RawEncoder {
         self.writer.write(4, head, body, &mut self.out).unwrap();
     }
 
-    /// Sends what has been written.
+    /// Sends the written chunks.
     pub fn send(&mut self) -> io::Result<()> {
         self.stream.write_all(&self.out.split())
     }
 
-    /// The codes of the `onStatus` messages that come until the server closes.
+    /// The codes of the `onStatus` messages until the server closes.
     pub fn statuses(&mut self) -> impl Iterator<Item = String> {
         let mut reader = ChunkReader::new(Tag::MAX_BODY_LEN);
         let mut buffer = BytesMut::new();
@@ -305,7 +305,7 @@ impl RawEncoder {
         })
     }
 
-    /// Whether the server closes, within [`SOON`].
+    /// `true` if the server closes the connection within [`SOON`].
     pub fn is_closed(&mut self) -> bool {
         let mut bytes = [0; 4096];
         loop {

@@ -1,4 +1,4 @@
-//! Players of HTTP-FLV.
+//! HTTP-FLV viewers.
 
 use std::{
     collections::HashSet,
@@ -21,7 +21,7 @@ use super::{
     wait_for,
 };
 
-/// A viewer of one stream, from when the stream is there until it ends.
+/// A viewer of one stream, from the time it is live until its end.
 pub struct Viewer {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<io::Result<()>>>,
@@ -35,12 +35,12 @@ struct Shared {
 }
 
 impl Viewer {
-    /// Asks an edge for `/{key}.flv` until the stream is there, and reads until it ends.
+    /// Requests `/{key}.flv` until the stream is live, and reads it to its end.
     pub fn watch(edge: SocketAddr, key: &str) -> Self {
         Self::watch_sharing(edge, key, &Memory::default())
     }
 
-    /// The same, for a crowd that shares the memory of what it sees.
+    /// The same for many viewers, which share the memory of equal tags.
     pub fn watch_sharing(edge: SocketAddr, key: &str, memory: &Memory) -> Self {
         let shared = Arc::<Shared>::default();
         let path = format!("/{key}.flv");
@@ -53,7 +53,7 @@ impl Viewer {
         Self { shared, thread: Some(thread) }
     }
 
-    /// Waits until at least `count` tags have come.
+    /// Waits until at least `count` tags were received.
     #[track_caller]
     pub fn wait_tags(&self, count: usize, deadline: Duration) {
         wait_for(&format!("a viewer gets {count} tags"), deadline, || {
@@ -61,7 +61,7 @@ impl Viewer {
         });
     }
 
-    /// Waits for the stream's end and gives everything that came.
+    /// Waits for the stream's end. Returns all received tags.
     #[track_caller]
     pub fn until_end(mut self, deadline: Duration) -> Vec<Tag> {
         let Some(thread) = self.thread.take() else { return self.tags() };
@@ -70,22 +70,22 @@ impl Viewer {
         self.tags()
     }
 
-    /// Leaves, and gives what came so far.
+    /// Disconnects. Returns the tags received so far.
     pub fn leave(mut self) -> Vec<Tag> {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // How the connection ended does not matter to one who left.
+            // An error after the disconnect does not matter.
             let _ = thread.join();
         }
         self.tags()
     }
 
-    /// Whether the stream's end has been seen.
+    /// `true` if the stream has ended.
     pub fn has_ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Whether the stream was there.
+    /// `true` if the viewer has joined the stream.
     pub fn has_joined(&self) -> bool {
         self.shared.joined.load(Ordering::Relaxed)
     }
@@ -135,7 +135,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Asks until the stream is there; a node that is restarting may refuse.
+    /// Requests the stream until it is live. A restarting node may refuse.
     fn join(&self, edge: SocketAddr, path: &str) -> io::Result<Option<TcpStream>> {
         let until = Instant::now() + JOIN_DEADLINE;
         while !self.stop.load(Ordering::Relaxed) {
@@ -166,7 +166,7 @@ impl Shared {
     }
 }
 
-/// Equal tags of many viewers, held once.
+/// Shares equal tags of many viewers.
 #[derive(Clone, Default)]
 pub struct Memory(Arc<Mutex<HashSet<Held>>>);
 
@@ -203,7 +203,7 @@ impl PartialEq for Held {
 
 impl Eq for Held {}
 
-/// Writes tags as an FLV file for ffmpeg to read.
+/// Writes tags as an FLV file.
 pub fn save(tags: &[Tag], path: &Path) {
     let mut bytes = FILE_HEADER.to_vec();
     for tag in tags {

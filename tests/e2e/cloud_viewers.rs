@@ -1,4 +1,4 @@
-//! The cloud serves HTTP-FLV where its API is, as an edge does.
+//! The cloud serves HTTP-FLV at its API address, as an edge does.
 
 use std::{
     io::{Read, Write},
@@ -23,7 +23,7 @@ const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(40);
 
 #[test]
-fn viewers_of_the_cloud_get_every_tag() {
+fn cloud_sends_viewers_every_tag() {
     let site = cloud().start();
     let early = [(); 3].map(|()| watch(&site));
     let push = site.push(media::short(), KEY);
@@ -51,7 +51,7 @@ fn viewers_of_the_cloud_get_every_tag() {
 }
 
 #[test]
-fn viewers_of_the_cloud_end_with_their_publisher() {
+fn cloud_ends_viewers_with_their_publisher() {
     let site = cloud().start();
     let viewers = [(); 2].map(|()| watch(&site));
     let push = site.push(media::full_at(2), KEY);
@@ -72,7 +72,7 @@ fn viewers_of_the_cloud_end_with_their_publisher() {
 }
 
 #[test]
-fn one_connection_asks_for_health_statistics_and_streams() {
+fn connection_serves_health_statistics_and_a_stream() {
     let site = cloud().start();
     let viewer = watch(&site);
     let _push = site.push(media::full_at(2), KEY);
@@ -86,7 +86,7 @@ fn one_connection_asks_for_health_statistics_and_streams() {
         let head = client.request("HEAD", "/live/none.flv");
         assert_eq!(head.status, 404, "{}", head.fields);
     }
-    // The same connection becomes a viewer's.
+    // The last request of the connection plays the stream.
     let head = client.request("GET", &format!("/{KEY}.flv"));
     assert_eq!(head.status, 200, "{}", head.fields);
     let mut signature = [0; 3];
@@ -95,13 +95,13 @@ fn one_connection_asks_for_health_statistics_and_streams() {
 }
 
 #[test]
-fn head_and_get_say_whether_a_stream_is_live() {
+fn head_and_get_return_whether_a_stream_is_live() {
     let site = cloud().start();
     let viewer = watch(&site);
     let _push = site.push(media::full_at(2), KEY);
     viewer.wait_tags(10, SOON);
     let api = site.cloud.node.http;
-    // A stream's end is its connection's, so HEAD closes the connection as GET would.
+    // A stream ends with its connection, so HEAD closes the connection as GET does.
     let head = Client::connect(api).request("HEAD", &format!("/{KEY}.flv"));
     assert_eq!(head.status, 200, "{}", head.fields);
     assert!(head.fields.contains("content-type: video/x-flv"), "{}", head.fields);
@@ -112,7 +112,7 @@ fn head_and_get_say_whether_a_stream_is_live() {
 }
 
 #[test]
-fn cloud_without_flv_has_nothing_at_the_streams_path() {
+fn cloud_without_flv_returns_404_for_streams() {
     let site = cloud().with_cloud("http: {flv: false}").start();
     let edge = site.start_edge();
     edge.until_connected();
@@ -160,7 +160,7 @@ impl Client {
         head
     }
 
-    /// Reads a body whose length the head gives.
+    /// Reads a body with the length of the head's `content-length`.
     #[track_caller]
     fn body(&mut self, head: &Head) -> Vec<u8> {
         let len = head.fields.lines().find_map(|line| line.strip_prefix("content-length: "));

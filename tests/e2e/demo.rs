@@ -1,4 +1,4 @@
-//! `downpour demo`, the first thing that a newcomer runs.
+//! `downpour demo`.
 
 use std::{
     io::{BufRead, BufReader},
@@ -13,7 +13,7 @@ use crate::common::{
 };
 
 #[test]
-fn it_says_where_to_watch_and_the_stream_is_whole() {
+fn demo_prints_urls_of_a_whole_stream() {
     let mut demo = Command::new(env!("CARGO_BIN_EXE_downpour"))
         .args(["demo", "--edges", "2", "--loss", "10"])
         .stdout(Stdio::piped())
@@ -29,7 +29,7 @@ fn it_says_where_to_watch_and_the_stream_is_whole() {
         .filter_map(|line| Some(line.split_once("http://")?.1.to_owned()))
         .collect();
     assert_eq!(urls.len(), 2, "{urls:?}");
-    // Somebody has to go on reading what it reports.
+    // The reports must be read, or the pipe fills.
     let reports = std::thread::spawn(move || lines.collect::<Vec<_>>());
 
     let dir = tempfile::tempdir().unwrap();
@@ -39,7 +39,7 @@ fn it_says_where_to_watch_and_the_stream_is_whole() {
         let addr = addr.parse().expect("no address in the URL");
         Viewer::watch(addr, key)
     });
-    // All of them begin before the first is waited for.
+    // All viewers start before the test waits for the first.
     let viewers: Vec<_> = viewers.collect();
     for (number, viewer) in viewers.into_iter().enumerate() {
         viewer.wait_tags(200, Duration::from_secs(30));

@@ -1,4 +1,4 @@
-//! An edge that is told nothing about its cloud, and a cloud that is told to keep quiet.
+//! An edge without the address of its cloud, and a cloud in debug mode.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use crate::common::{
 };
 
 #[test]
-fn the_announcement_says_where_the_cloud_is() {
-    // The ports are wrong, so that only the announcement can have told the right ones.
+fn edge_finds_the_cloud_by_its_announcement() {
+    // The configured ports are wrong, so the edge must use those of the announcement.
     let site = SiteSettings::default()
         .with_edge("cloud_host: \"\"")
         .with_edge("quic_addr: :9")
@@ -27,18 +27,18 @@ fn the_announcement_says_where_the_cloud_is() {
 }
 
 #[test]
-fn an_edge_without_repair_takes_names_from_the_api() {
+fn edge_without_repair_reads_names_from_the_api() {
     let site = SiteSettings::default().with_edge("disable_quic: true").start();
     let viewer = site.watch("live/movie");
     let push = site.push(media::short(), "live/movie");
     push.until_done(Duration::from_secs(60));
-    // Nothing tells it of the end but silence, or the API's list.
+    // The edge detects the end by silence or by the API's list.
     let pulled = viewer.until_end(Duration::from_secs(60));
     assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
 }
 
 #[test]
-fn a_cloud_in_debug_mode_lists_the_stream_and_sends_nothing() {
+fn cloud_in_debug_mode_lists_streams_without_sending() {
     let settings = SiteSettings::default().with_cloud("debug: true");
     let site = settings.with_edge("disable_quic: true").start();
     let push = site.push(media::short(), "live/movie");

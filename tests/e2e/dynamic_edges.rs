@@ -1,4 +1,5 @@
-//! Edges that are in no list: they say hello, prove where they are, and get what they asked for.
+//! Edges that are not in the cloud's list: they subscribe, validate their address, and receive the
+//! streams that they subscribed to.
 
 use std::{
     net::UdpSocket,
@@ -35,22 +36,18 @@ const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);
 
 #[test]
-fn an_edge_says_hello_and_gets_its_stream() {
+fn edge_subscribes_and_receives_its_stream() {
     let site = dynamic().start();
     until_targets(&site, 1);
-    let viewer = site.watch(KEY);
-    let push = site.push(media::short(), KEY);
-    let pulled = viewer.until_end(PUSH);
-    push.until_done(PUSH);
-    assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
-    // It is RTP that brought the stream, not repair.
+    site.assert_plays(media::short(), KEY);
+    // The stream arrived over RTP, not as repairs.
     assert_eq!(fanned_out(&site), packet_count(&media::short().tags));
     assert!(site.packets("repaired_1") < 50.0);
 }
 
-/// What the edge reports is in the cloud's API and metrics, and goes when the edge goes.
+/// The API and the metrics show the reports of an edge until it leaves.
 #[test]
-fn the_cloud_tells_how_its_edges_fare() {
+fn cloud_shows_the_reports_of_its_edges() {
     let mut site = dynamic().with_edge("pack_loss: 0.05").start();
     until_targets(&site, 1);
     let viewer = site.watch(KEY);
@@ -61,7 +58,7 @@ fn the_cloud_tells_how_its_edges_fare() {
         assert_eq!(status, 200);
         list["edges"].as_array().cloned().unwrap()
     };
-    let edge = wait_for("the edge's report is there", SOON, || {
+    let edge = wait_for("the edge has reported", SOON, || {
         let edges = edges();
         assert_eq!(edges.len(), 1, "{edges:?}");
         let repaired = edges[0]["streams"][0]["repaired"][0].as_u64();
@@ -86,25 +83,21 @@ fn the_cloud_tells_how_its_edges_fare() {
 }
 
 #[test]
-fn behind_a_nat_that_loses_packets_of_either_kind() {
+fn edge_behind_a_lossy_nat_receives_every_tag() {
     let path = LinkSettings { delay: Duration::from_millis(10), ..LinkSettings::lossy(0.05) };
     let settings = SiteSettings { dynamic: true, ..SiteSettings::over(path, 7) };
     let site = settings.with_edge("latency_ms: 1000").start();
     until_targets(&site, 1);
-    let viewer = site.watch(KEY);
-    let push = site.push(media::full(), KEY);
-    let pulled = viewer.until_end(PUSH);
-    push.until_done(PUSH);
-    assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
+    site.assert_plays(media::full(), KEY);
     let rtp = site.network.rtp_stats();
     assert!(rtp.sent > 1000 && rtp.dropped() > 20, "{rtp:?}");
     assert!(site.packets("repaired_1") > 20.0);
     assert_eq!(site.packets("lost"), 0.0);
 }
 
-/// Of two streams the edge wants one; the other's packets never leave the cloud.
+/// The edge subscribes to one of two streams. The cloud does not send packets of the other.
 #[test]
-fn an_edge_gets_no_packets_of_streams_that_it_did_not_ask_for() {
+fn edge_receives_only_subscribed_streams() {
     let site = dynamic().with_edge("streams: [\"live/*\"]").start();
     until_targets(&site, 1);
     let viewer = site.watch(KEY);
@@ -116,15 +109,15 @@ fn an_edge_gets_no_packets_of_streams_that_it_did_not_ask_for() {
     other.until_done(PUSH);
     assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
     assert_eq!(fanned_out(&site), packet_count(&media::short().tags), "one stream was sent");
-    assert!(site.packets("received") >= fanned_out(&site), "and came");
-    // A few stragglers of the ended stream count as unknown; the other stream would be 562.
+    assert!(site.packets("received") >= fanned_out(&site), "the stream was received");
+    // A few late packets of the ended stream count as unknown; the other stream has 562.
     let unknown = site.edges[0].node.metrics().sum("downpour_edge_unknown_packets_total", &[]);
     assert!(unknown < 50.0, "{unknown}");
 }
 
-/// An edge changes its mind while the stream runs.
+/// The edge changes its subscriptions during the stream.
 #[test]
-fn unsubscribing_stops_the_packets_and_subscribing_brings_them_back() {
+fn unsubscribing_stops_the_packets_until_the_next_subscription() {
     let site = SiteSettings { edges: 0, ..dynamic() }.start();
     let mut client = Client::start(&site, &["other/*"]);
     client.until_up();
@@ -133,25 +126,17 @@ fn unsubscribing_stops_the_packets_and_subscribing_brings_them_back() {
     assert_eq!(fanned_out(&site), 0.0);
 
     client.handle.subscribe(&["live/*".parse().unwrap()]).unwrap();
-    client.wait("packets come", |client| client.rtp > 20);
+    client.wait("packets arrive", |client| client.rtp > 20);
     client.handle.unsubscribe(&["live/*".parse().unwrap()]);
-    let built = || site.cloud.node.metrics().sum("downpour_rtp_packets_total", &[]);
-    let mut before = (fanned_out(&site), built());
-    client.wait("no more packets leave, while the stream goes on", |_| {
-        let now = (fanned_out(&site), built());
-        let stopped = now.0 == before.0 && now.1 > before.1 + 20.0;
-        if now.0 != before.0 {
-            before = now;
-        }
-        stopped
-    });
-    let came = client.rtp;
+    let mut stopped = site.has_stopped(20.0, || fanned_out(&site));
+    client.wait("the cloud sends no more packets of the live stream", |_| stopped());
+    let received = client.rtp;
     client.handle.subscribe(&["live/movie".parse().unwrap()]).unwrap();
-    client.wait("packets come again", |client| client.rtp > came + 20);
+    client.wait("packets arrive again", |client| client.rtp > received + 20);
 }
 
 #[test]
-fn with_a_wrong_token_there_is_no_rtp_and_a_plain_message() {
+fn wrong_token_prevents_rtp_and_is_logged() {
     let site = dynamic().with_cloud("edge_token: secret").with_edge("token: wrong").start();
     let refused = || {
         let metrics = site.cloud.node.metrics();
@@ -165,9 +150,9 @@ fn with_a_wrong_token_there_is_no_rtp_and_a_plain_message() {
     assert!(log.contains("the token is wrong or missing"), "{log}");
 }
 
-/// An edge that lost its power says nothing; the cloud stops sending by itself.
+/// An edge that loses power does not unsubscribe. The cloud stops sending after a timeout.
 #[test]
-fn an_edge_that_is_killed_is_sent_nothing_more() {
+fn cloud_stops_sending_to_a_killed_edge() {
     let settings = SiteSettings { edges: 2, ..dynamic() };
     let mut site = settings.start();
     until_targets(&site, 2);
@@ -177,18 +162,20 @@ fn an_edge_that_is_killed_is_sent_nothing_more() {
         (site.dynamic_targets() == 1.0).then_some(())
     });
     assert!(killed.elapsed() < Duration::from_secs(22), "it took {:?}", killed.elapsed());
-    // The other one is served as before.
+    // The other edge is served as before.
     let viewer = site.edges[1].watch(KEY);
     let push = site.push(media::short(), KEY);
     let pulled = viewer.until_end(PUSH);
     push.until_done(PUSH);
     assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
     site.edges[1].node.terminate();
-    wait_for("who leaves is dropped", SOON, || (site.dynamic_targets() == 0.0).then_some(()));
+    wait_for("the terminated edge is dropped", SOON, || {
+        (site.dynamic_targets() == 0.0).then_some(())
+    });
 }
 
 #[test]
-fn an_edge_that_comes_back_gets_its_stream_again() {
+fn restarted_edge_receives_its_stream_again() {
     let mut site = dynamic().start();
     until_targets(&site, 1);
     let viewer = site.watch(KEY);
@@ -201,14 +188,17 @@ fn an_edge_that_comes_back_gets_its_stream_again() {
     let pulled = viewer.until_end(PUSH);
     push.until_done(PUSH);
     assert_same_to_the_end(&media::full_at(2).tags, &pulled, Timestamps::Exact);
-    // From the same port as before, while its old connection was still thought alive: once each,
-    // but for what came while it was asked for.
+    // The cloud has not dropped the old connection yet, and the port is the same. Packets still arrive
+    // once, except for those that arrived while they were requested.
     assert!(site.packets("duplicate") < 100.0, "{}", site.packets("duplicate"));
-    assert!(site.packets("received") > 2.0 * site.packets("repaired_1"), "not repair alone");
+    assert!(
+        site.packets("received") > 2.0 * site.packets("repaired_1"),
+        "most packets arrive without repair"
+    );
 }
 
 #[test]
-fn a_cloud_that_comes_back_sends_again() {
+fn restarted_cloud_sends_again() {
     let mut site = dynamic().start();
     until_targets(&site, 1);
     let viewer = site.watch(KEY);
@@ -219,30 +209,26 @@ fn a_cloud_that_comes_back_sends_again() {
     site.cloud.node.restart();
     viewer.until_end(SOON);
     until_targets(&site, 1);
-    let viewer = site.watch(KEY);
-    let push = site.push(media::short(), KEY);
-    let pulled = viewer.until_end(PUSH);
-    push.until_done(PUSH);
-    assert_same_to_the_end(&media::short().tags, &pulled, Timestamps::Exact);
+    site.assert_plays(media::short(), KEY);
 }
 
-/// One edge, in no list.
+/// One edge, which is not in the cloud's list.
 fn dynamic() -> SiteSettings {
     SiteSettings { dynamic: true, ..SiteSettings::default() }
 }
 
-/// Waits until so many addresses are proven, and the edges know.
+/// Waits until the cloud has validated `count` addresses and the edges know it.
 #[track_caller]
 fn until_targets(site: &Site, count: usize) {
     site.until_targets(count);
-    wait_for("the edges know", SOON, || {
+    wait_for("the paths of the edges are up", SOON, || {
         let up = |edge: &Edge| edge.node.metrics().sum("downpour_edge_path_up", &[]);
         let up: f64 = site.edges.iter().map(up).sum();
         (up == count as f64).then_some(())
     });
 }
 
-/// Datagrams that left the cloud; nobody is in a list, so all of them are media.
+/// Datagrams that the cloud sent. The list of targets is empty, so all of them are media.
 #[track_caller]
 fn fanned_out(site: &Site) -> f64 {
     let metrics = site.cloud.node.metrics();
@@ -250,13 +236,13 @@ fn fanned_out(site: &Site) -> f64 {
     metrics.sum("downpour_fanout_datagrams_total", &[])
 }
 
-/// Packets of RTP that a stream makes.
+/// Number of RTP packets of a stream.
 fn packet_count(tags: &[Tag]) -> f64 {
     let packets = |tag: &Tag| tag.unit().len().div_ceil(1120);
     without_script(tags).iter().map(packets).sum::<usize>() as f64
 }
 
-/// The library's own half of an edge: a repair connection and an RTP socket.
+/// The network part of an edge: a repair connection and an RTP socket.
 struct Client {
     handle: RepairHandle,
     events: mpsc::Receiver<RepairEvent>,
@@ -264,10 +250,10 @@ struct Client {
     prober: Prober,
     cloud: std::net::SocketAddr,
     up: bool,
-    /// Packets of RTP that came.
+    /// Received RTP packets.
     rtp: usize,
     shutdown: CancellationToken,
-    /// Dropped last: the client's task lives on it.
+    /// Dropped last: the client's task runs on it.
     _runtime: Runtime,
 }
 
@@ -317,7 +303,7 @@ impl Client {
         self.wait("the path is up", |client| client.up);
     }
 
-    /// Does its part until `condition` holds.
+    /// Runs the client until `condition` holds.
     #[track_caller]
     fn wait(&mut self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
         wait_for(what, SOON, || {
@@ -349,7 +335,10 @@ impl Client {
                 let proof = self.prober.handle_challenge(message).expect("a challenge");
                 self.socket.send_to(&proof.encode(), self.cloud).unwrap();
             } else {
-                assert!(self.up || self.prober.poll_timeout().is_some(), "RTP before any proof");
+                assert!(
+                    self.up || self.prober.poll_timeout().is_some(),
+                    "RTP before path validation"
+                );
                 self.rtp += 1;
             }
         }

@@ -1,5 +1,5 @@
-//! Peers that lie, stall, break off or come in thousands: the cloud lives, its memory stays
-//! bounded, and the one honest stream does not notice.
+//! Peers that violate the protocol, stall, disconnect or connect in thousands. The cloud keeps running,
+//! its memory is bounded, and a well-behaved stream is not affected.
 
 use std::{
     io,
@@ -20,19 +20,19 @@ use downpour::node::limits::raise_descriptors;
 
 const KEY: &str = "live/honest";
 const PUSH: Duration = Duration::from_secs(60);
-/// What the cloud may take, at any time since it started, while it is lied to.
+/// Maximum memory of the cloud since its start.
 const MEMORY_BOUND: u64 = 64 << 20;
-/// With 8192 connections: some 10 KiB for each.
+/// The same with 8192 connections of some 10 KiB each.
 const CROWDED_MEMORY_BOUND: u64 = 128 << 20;
 
-/// 400 connections of 4 chunk streams each that claim 16 MB a message: 25 GB.
+/// 400 connections with 4 chunk streams each, whose messages claim 16 MB: 25 GB.
 #[test]
-fn bodies_that_claim_sixteen_megabytes() {
+fn claimed_message_lengths_do_not_allocate_memory() {
     let honest = Honest::start();
     let peers: Vec<_> = (0..400)
         .map(|number| {
-            let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
-            // Half of them as publishers, from whom a message may be long.
+            let mut peer = Peer::handshaken(honest.site.cloud.rtmp).unwrap();
+            // Half of them publish, so that long messages are allowed.
             if number % 2 == 0 {
                 peer.publish("live", &format!("liar{number}"), 128).unwrap();
                 peer.until_answer("NetStream.Publish.Start").unwrap();
@@ -50,9 +50,9 @@ fn bodies_that_claim_sixteen_megabytes() {
 }
 
 #[test]
-fn amf_nested_a_hundred_thousand_deep() {
+fn cloud_closes_connections_with_deeply_nested_amf() {
     let honest = Honest::start();
-    // The shorter ones fit the limit of a command's length, so that depth alone is what stops them.
+    // The shorter ones are within the limit of a command's length, so only the depth exceeds a limit.
     for nested in [
         rtmp::nested_objects(100_000),
         rtmp::nested_arrays(100_000),
@@ -60,7 +60,7 @@ fn amf_nested_a_hundred_thousand_deep() {
         rtmp::nested_arrays(12_000),
     ] {
         let lies = [
-            // Before anything else, as a command's object, and as metadata of a publisher.
+            // As the first message, as the object of a command, and as metadata of a publisher.
             (rtmp::COMMAND, [&nested[..]].concat(), false),
             (
                 rtmp::COMMAND,
@@ -76,12 +76,12 @@ fn amf_nested_a_hundred_thousand_deep() {
             (rtmp::DATA, [rtmp::string("onMetaData"), nested.clone()].concat(), true),
         ];
         for (kind, body, publishes) in lies {
-            let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+            let mut peer = Peer::handshaken(honest.site.cloud.rtmp).unwrap();
             if publishes {
                 peer.publish("live", "deep", 128).unwrap();
                 peer.until_answer("NetStream.Publish.Start").unwrap();
             }
-            // An error is the node closing the connection half way, as it may.
+            // Fails if the node closes the connection early, which is allowed.
             let _ = peer.message(kind, u32::from(publishes), &body, 128);
             let _ = peer.socket().shutdown(Shutdown::Write);
             peer.until_closed(SOON).unwrap();
@@ -90,23 +90,23 @@ fn amf_nested_a_hundred_thousand_deep() {
     honest.until_done(MEMORY_BOUND);
 }
 
-/// §5.4.1 allows 1 to 2³¹-1. What lies outside ends the connection; what is legal works.
+/// §5.4.1 allows 1 to 2³¹-1. Other sizes end the connection.
 #[test]
-fn absurd_chunk_sizes() {
+fn cloud_closes_connections_with_invalid_chunk_sizes() {
     let honest = Honest::start();
     for size in [0_u32, 1 << 31, u32::MAX] {
-        let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+        let mut peer = Peer::handshaken(honest.site.cloud.rtmp).unwrap();
         peer.message(rtmp::SET_CHUNK_SIZE, 0, &size.to_be_bytes(), 128).unwrap();
         peer.until_closed(SOON).unwrap_or_else(|error| panic!("chunk size {size}: {error}"));
     }
     for size in [1_u32, 0x7fff_ffff] {
-        let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+        let mut peer = Peer::handshaken(honest.site.cloud.rtmp).unwrap();
         peer.message(rtmp::SET_CHUNK_SIZE, 0, &size.to_be_bytes(), 128).unwrap();
         let name = format!("chunks{size}");
         peer.publish("live", &name, size as usize).unwrap();
         peer.until_answer("NetStream.Publish.Start").unwrap();
         if size > 1 {
-            // A chunk as long as the longest message, of which hardly anything comes.
+            // A chunk of the maximum message length, of which only a few bytes are sent.
             let header = rtmp::header(4, rtmp::VIDEO, 1, 0xff_ffff);
             peer.send(&[&header[..], &[0x17; 10]].concat()).unwrap();
         }
@@ -114,16 +114,16 @@ fn absurd_chunk_sizes() {
     honest.until_done(MEMORY_BOUND);
 }
 
-/// A window of 0 asks for an acknowledgement of every byte, or for a division by zero.
+/// A window of 0 must not cause a division by zero or an acknowledgement per byte.
 #[test]
-fn a_window_of_zero() {
+fn cloud_accepts_an_acknowledgement_window_of_zero() {
     let honest = Honest::start();
     for window in [0_u32, 1, u32::MAX] {
-        let mut peer = Peer::shaken(honest.site.cloud.rtmp).unwrap();
+        let mut peer = Peer::handshaken(honest.site.cloud.rtmp).unwrap();
         peer.message(rtmp::WINDOW_SIZE, 0, &window.to_be_bytes(), 128).unwrap();
         peer.publish("live", &format!("window{window}"), 128).unwrap();
         peer.until_answer("NetStream.Publish.Start").unwrap();
-        // As a reader that never reads the acknowledgements that it asked for.
+        // The peer does not read the acknowledgements.
         for _ in 0..2000 {
             if peer.message(rtmp::VIDEO, 1, &[0x27, 1, 0, 0, 0, 1, 2, 3], 128).is_err() {
                 break;
@@ -135,18 +135,18 @@ fn a_window_of_zero() {
 
 /// A connection that ends after each byte of the handshake, in order and with a reset.
 #[test]
-fn a_handshake_that_breaks_off_at_every_byte() {
+fn cloud_releases_connections_with_a_partial_handshake() {
     let honest = Honest::start();
     let whole = [rtmp::client_hello(), vec![7; rtmp::HANDSHAKE_LEN]].concat();
     for len in 0..=whole.len() {
         let mut peer = Peer::connect(honest.site.cloud.rtmp).unwrap();
         peer.send(&whole[..len]).unwrap();
         if len % 2 == 0 {
-            // A reset: closing throws away what has not been delivered.
+            // A reset, which discards undelivered data.
             socket2::SockRef::from(peer.socket()).set_linger(Some(Duration::ZERO)).unwrap();
         }
     }
-    // None of them is still held by the node.
+    // The node has released all of them.
     let cloud = &honest.site.cloud.node;
     wait_for("the broken connections are gone", SOON, || {
         (cloud.metrics().sum("downpour_rtmp_connections", &[]) <= 1.0).then_some(())
@@ -154,12 +154,12 @@ fn a_handshake_that_breaks_off_at_every_byte() {
     honest.until_done(MEMORY_BOUND);
 }
 
-/// Ten thousand connections that say nothing, of which 8192 may stay.
+/// Ten thousand connections without data, of which the cloud keeps 8192.
 #[test]
 fn ten_thousand_idle_connections() {
     // The cloud inherits the limit.
     let files = raise_descriptors(65_536).unwrap().soft as usize;
-    // This process and the cloud each need one file a connection, and some to live.
+    // This process and the cloud each need one descriptor per connection and some others.
     let count = 10_000.min(files.saturating_sub(1500));
     let honest = Honest::start();
     let node = &honest.site.cloud.node;
@@ -174,8 +174,8 @@ fn ten_thousand_idle_connections() {
             Err(error) => panic!("connection {}: {error}", peers.len()),
         }
     }
-    // As many as exceed the limit are closed: the longest idle ones for the new ones, or for saying
-    // nothing, if connecting took so long that their time was over.
+    // Those that exceed the limit are closed: the longest idle ones in favour of new ones, or by the
+    // idle timeout if connecting took long.
     let beyond = count.saturating_sub(8192 - 1);
     wait_for("as many connections as exceed the limit are closed", SOON, || {
         let metrics = node.metrics();
@@ -184,7 +184,7 @@ fn ten_thousand_idle_connections() {
         (closed >= beyond && (beyond == 0 || displaced > 0.0)).then_some(())
     });
     assert!(node.metrics().sum("downpour_rtmp_connections", &[]) <= 8192.0);
-    // Whoever says nothing is let go in time.
+    // Silent connections are closed by the timeout.
     let mut last = Peer::connect(addr).unwrap();
     last.until_closed(SOON).unwrap();
     drop(peers);
@@ -194,7 +194,7 @@ fn ten_thousand_idle_connections() {
     honest.until_done(CROWDED_MEMORY_BOUND);
 }
 
-/// A stream that behaves, and somebody who watches it.
+/// A well-behaved stream and its viewer.
 struct Honest {
     site: Site,
     push: Encoder,
@@ -202,7 +202,7 @@ struct Honest {
 }
 
 impl Honest {
-    /// Gives it once media flows.
+    /// Starts both and waits for media.
     fn start() -> Self {
         let site = Site::start();
         site.edges[0].until_connected();
@@ -212,7 +212,8 @@ impl Honest {
         Self { site, push, viewer }
     }
 
-    /// The stream came whole, the cloud lives within bounds, and takes another publisher.
+    /// Asserts that the viewer received the whole stream, that the cloud runs within its memory bound,
+    /// and that it accepts another publisher.
     #[track_caller]
     fn until_done(self, memory_bound: u64) {
         let Self { mut site, push, viewer } = self;
@@ -221,11 +222,11 @@ impl Honest {
         assert_same_to_the_end(&media::full_at(2).tags, &pulled, Timestamps::Exact);
         site.cloud.node.assert_running();
         site.edges[0].node.assert_running();
-        assert!(site.cloud.node.health().is_some(), "the cloud does not answer");
+        assert!(site.cloud.node.health().is_some(), "the cloud does not respond");
         let peak = site.cloud.node.peak_memory();
-        println!("the cloud took {} MiB", peak >> 20);
-        assert!(peak < memory_bound, "the cloud took {} MiB", peak >> 20);
-        let mut next = Peer::shaken(site.cloud.rtmp).unwrap();
+        println!("the cloud used {} MiB", peak >> 20);
+        assert!(peak < memory_bound, "the cloud used {} MiB", peak >> 20);
+        let mut next = Peer::handshaken(site.cloud.rtmp).unwrap();
         next.publish("live", "next", 128).unwrap();
         next.until_answer("NetStream.Publish.Start").unwrap();
     }

@@ -1,14 +1,14 @@
-//! Whatever the network does to RTP and to its repair, no tag is missing at the viewer.
+//! Loss, reordering, duplicates and cuts on the RTP and repair paths: viewers receive every tag.
 //!
 //! Each test pushes the stream, whose sequence numbers wrap from 65535 to 0 half way, over a seeded
-//! relay on the RTP path and another one on the QUIC path, both ways. It is sent in 2.5 s where
-//! nothing is measured in seconds.
+//! relay on the RTP path and another one on the QUIC path, in both directions. Unless a test depends on
+//! real time, it is sent in 2.5 s.
 
 use std::time::Duration;
 
 use crate::common::{
     compare::{
-        Timestamps, assert_same_to_the_end, assert_same_while_it_lasted, assert_same_with_holes,
+        Timestamps, assert_same_to_the_end, assert_same_while_it_lasted, assert_same_with_gaps,
         media as without_script,
     },
     http::Metrics,
@@ -21,28 +21,28 @@ use downpour_netem::{Blackout, Bursts, LinkSettings};
 const PUSH: Duration = Duration::from_secs(60);
 
 #[test]
-fn five_percent_loss() {
+fn viewer_receives_every_tag_at_five_percent_loss() {
     let outcome = push_over(SiteSettings::over(near(LinkSettings::lossy(0.05)), 5), 1000);
     outcome.assert_repaired(20);
 }
 
 #[test]
-fn twenty_percent_loss() {
+fn viewer_receives_every_tag_at_twenty_percent_loss() {
     let outcome = push_over(SiteSettings::over(near(LinkSettings::lossy(0.2)), 20), 2000);
     outcome.assert_repaired(100);
-    assert!(outcome.quic_lost > 20, "QUIC lost {} only", outcome.quic_lost);
+    assert!(outcome.quic_lost > 20, "QUIC lost only {}", outcome.quic_lost);
 }
 
 #[test]
-fn loss_in_bursts() {
+fn viewer_receives_every_tag_with_burst_loss() {
     let bursts = Bursts::covering(0.08, Duration::from_millis(40));
     let path = near(LinkSettings { bursts: Some(bursts), ..LinkSettings::default() });
     push_over(SiteSettings::over(path, 3), 2000).assert_repaired(10);
 }
 
-/// Plain reordering is waited out: nothing is lost, and hardly anything asked for.
+/// The edge waits for reordered packets: none is lost, and few are requested.
 #[test]
-fn ten_percent_reordering() {
+fn viewer_receives_every_tag_with_reordering() {
     let path = near(LinkSettings {
         reorder: 0.1,
         reorder_delay: Duration::from_millis(3),
@@ -54,21 +54,21 @@ fn ten_percent_reordering() {
 }
 
 #[test]
-fn duplicates() {
+fn viewer_receives_every_tag_once_with_duplicates() {
     let path = near(LinkSettings { duplicate: 0.1, ..LinkSettings::lossy(0.02) });
     let outcome = push_over(SiteSettings::over(path, 11), 1000);
     assert!(outcome.edge("duplicate") > 50.0, "the edge saw few duplicates");
 }
 
-/// 100 ms of round trip: a repair is late by that much, and by twice as much when it is lost too.
+/// A round trip of 100 ms: a repair takes that long, and twice as long if it is lost, too.
 #[test]
-fn five_percent_loss_at_fifty_milliseconds_each_way() {
+fn viewer_receives_every_tag_over_a_long_path() {
     let path = LinkSettings { delay: Duration::from_millis(50), ..LinkSettings::lossy(0.05) };
     push_over(SiteSettings::over(path, 50), 2000).assert_repaired(20);
 }
 
 #[test]
-fn everything_at_once() {
+fn viewer_receives_every_tag_with_all_impairments() {
     let path = LinkSettings {
         bursts: Some(Bursts::covering(0.02, Duration::from_millis(40))),
         duplicate: 0.05,
@@ -81,9 +81,9 @@ fn everything_at_once() {
     push_over(SiteSettings::over(path, 99), 3000).assert_repaired(20);
 }
 
-/// Nothing at all gets through for a second, which is less than the edge may wait.
+/// A total loss of one second, which is shorter than the edge's latency.
 #[test]
-fn a_cut_that_is_shorter_than_the_deadline() {
+fn viewer_receives_every_tag_after_a_cut_within_the_deadline() {
     let outcome = push_over(
         SiteSettings::over(cut(Duration::from_millis(800), Duration::from_secs(1)), 1),
         6000,
@@ -91,10 +91,10 @@ fn a_cut_that_is_shorter_than_the_deadline() {
     outcome.assert_repaired(100);
 }
 
-/// For 3 s nothing can be repaired, and the edge waits for half a second: media is lost, but what
-/// comes is whole and in order, and all of it once repair works again.
+/// Repair is cut for 3 s, and the edge's latency is half a second. Media is lost, but the rest is whole
+/// and in order, and complete again after the cut.
 #[test]
-fn repair_is_cut_for_longer_than_the_deadline() {
+fn stream_recovers_after_a_cut_beyond_the_deadline() {
     let quic = Some(cut(Duration::from_secs(3), Duration::from_secs(3)));
     let site = SiteSettings { quic, ..SiteSettings::over(LinkSettings::lossy(0.05), 1) }.start();
     site.edges[0].until_connected();
@@ -102,8 +102,8 @@ fn repair_is_cut_for_longer_than_the_deadline() {
     let push = site.push(media::full_at(1), "live/movie");
     let pulled = viewer.until_end(PUSH);
     push.until_done(PUSH);
-    let holes = assert_same_with_holes(&media::full_at(1).tags, &pulled);
-    assert!(!holes.is_empty(), "nothing was lost");
+    let gaps = assert_same_with_gaps(&media::full_at(1).tags, &pulled);
+    assert!(!gaps.is_empty(), "nothing was lost");
     let last_second = |tags: &[Tag]| -> Vec<Tag> {
         without_script(tags).into_iter().filter(|tag| tag.timestamp() >= 9000).collect()
     };
@@ -112,8 +112,8 @@ fn repair_is_cut_for_longer_than_the_deadline() {
     assert!(metrics.sum("downpour_edge_packets_total", &[("fate", "lost")]) > 0.0);
 }
 
-/// An edge that is told to speak v0, as it would against an existing cloud: one answer for each
-/// packet asked for, names from the HTTP API, and nobody to tell where the stream ends.
+/// An edge that uses v0, as with an existing cloud: one answer per request, names from the HTTP API, and
+/// no notification of the end of a stream.
 #[test]
 fn five_percent_loss_repaired_over_v0() {
     let site = SiteSettings::over(near(LinkSettings::lossy(0.05)), 4)
@@ -124,9 +124,9 @@ fn five_percent_loss_repaired_over_v0() {
     site.push(media::full_at(1), "live/movie").until_done(PUSH);
     let pulled = viewer.until_end(PUSH);
     assert_same_while_it_lasted(&media::full_at(1).tags, &pulled, Timestamps::Exact);
-    // What is lost behind the last packet that came is never missed.
-    let (sent, came) = (media::full_at(1).tags.len(), pulled.len());
-    assert!(came + 20 > sent, "{came} of {sent} tags");
+    // Losses after the last received packet are not detected.
+    let (sent, received) = (media::full_at(1).tags.len(), pulled.len());
+    assert!(received + 20 > sent, "{received} of {sent} tags");
     let metrics = site.edges[0].node.metrics();
     let connected = metrics.sum("downpour_repair_client_connected", &[("protocol", "v0")]);
     assert_eq!(connected, 1.0, "connections over v0");
@@ -135,9 +135,9 @@ fn five_percent_loss_repaired_over_v0() {
     assert!(packets("repaired_1") > 20.0, "{} repaired", packets("repaired_1"));
 }
 
-/// Each stream has sequence numbers, gaps and requests of its own.
+/// Sequence numbers, gaps and requests are separate per stream.
 #[test]
-fn three_streams_under_ten_percent_loss() {
+fn viewers_of_three_streams_receive_every_tag_at_ten_percent_loss() {
     let site = SiteSettings::over(near(LinkSettings::lossy(0.1)), 33)
         .with_edge("latency_ms: 2000")
         .start();
@@ -157,27 +157,27 @@ struct Outcome {
     rtp: downpour_netem::LinkStats,
     quic_lost: u64,
     edge: Metrics,
-    /// Packets that the cloud sent again, in all.
+    /// Repairs that the cloud sent.
     cloud_sent: f64,
-    /// The stream's own count of the same, which leaves with the stream: as last seen.
+    /// The last value of the stream's counter of repairs, which ends with the stream.
     stream_served: f64,
 }
 
 impl Outcome {
-    /// The edge's packets of one fate.
+    /// The edge's packets with this `fate` label.
     fn edge(&self, fate: &str) -> f64 {
         self.edge.sum("downpour_edge_packets_total", &[("fate", fate)])
     }
 
-    /// Packets were lost on the way, at least so many, and it was repair that brought them.
+    /// Asserts that at least `at_least` packets were lost, and that the edge repaired them.
     #[track_caller]
     fn assert_repaired(&self, at_least: u64) {
         assert!(self.rtp.dropped() >= at_least, "the relay lost {}", self.rtp.dropped());
         let repaired: f64 =
             ["repaired_1", "repaired_2", "repaired_3"].iter().map(|fate| self.edge(fate)).sum();
-        // What was lost before the edge knew of the stream came with its first request.
+        // Packets from before the edge knew the stream are part of its first request.
         assert!(repaired >= at_least as f64 / 2.0, "{repaired} repaired");
-        assert!(self.cloud_sent >= repaired, "{} sent again", self.cloud_sent);
+        assert!(self.cloud_sent >= repaired, "{} repairs sent", self.cloud_sent);
         assert!(self.stream_served > 0.0, "the stream's own count of repairs stayed 0");
     }
 }
@@ -204,10 +204,7 @@ fn push_over(settings: SiteSettings, latency_ms: u32) -> Outcome {
         stream_served,
     };
     assert_eq!(outcome.edge("lost"), 0.0, "packets given up");
-    println!(
-        "{:?}, QUIC lost {}, sent again {}",
-        outcome.rtp, outcome.quic_lost, outcome.cloud_sent
-    );
+    println!("{:?}, QUIC lost {}, repairs {}", outcome.rtp, outcome.quic_lost, outcome.cloud_sent);
     for fate in ["received", "reordered", "duplicate", "repaired_1", "repaired_2", "repaired_3"] {
         println!("{fate} {}", outcome.edge(fate));
     }
@@ -216,7 +213,7 @@ fn push_over(settings: SiteSettings, latency_ms: u32) -> Outcome {
     outcome
 }
 
-/// The last that the cloud's metrics told of repairs served.
+/// Polls the stream's counter of repairs until the stream ends. Returns its last value.
 fn served_until_the_end(site: &Site, viewer: &crate::common::viewer::Viewer) -> f64 {
     let mut served = 0.0_f64;
     crate::common::wait_for("the stream ends", PUSH, || {
@@ -227,13 +224,13 @@ fn served_until_the_end(site: &Site, viewer: &crate::common::viewer::Viewer) -> 
     served
 }
 
-/// Cut off for a while, from `start` after the first packet on.
+/// A total loss of `length`, from `start` after the first packet.
 fn cut(start: Duration, length: Duration) -> LinkSettings {
     let blackout = Blackout { start, length, period: None };
     near(LinkSettings { blackouts: vec![blackout], ..LinkSettings::default() })
 }
 
-/// A short way: 10 ms each.
+/// `path` with a delay of 10 ms.
 fn near(path: LinkSettings) -> LinkSettings {
     LinkSettings { delay: Duration::from_millis(10), ..path }
 }

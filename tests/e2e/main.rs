@@ -1,4 +1,4 @@
-//! Clouds and edges as processes of the real binary, encoders, viewers and a bad network.
+//! End-to-end tests: clouds and edges as processes, encoders, viewers and an emulated network.
 
 #[path = "../common/mod.rs"]
 mod common;

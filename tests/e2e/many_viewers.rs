@@ -1,4 +1,4 @@
-//! Viewers do not feel each other, however many they are and however badly one behaves.
+//! Many viewers, some of which do not read: they do not affect each other.
 
 use std::{
     io::Read,
@@ -17,32 +17,31 @@ use downpour_media::flv::{FlvReader, Tag};
 
 const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);
-/// What an edge of this size may take at most: its log is bounded by 32 MiB, the kernel's buffers
-/// are not counted here.
+/// Maximum memory of the edge: its log is bounded by 32 MiB, and the kernel's buffers do not count.
 const MEMORY_BOUND: u64 = 160 << 20;
 
 #[test]
-fn a_hundred_viewers_one_of_which_never_reads() {
+fn viewers_are_not_affected_by_one_that_never_reads() {
     let site = Site::start();
     let memory = Memory::default();
     let edge = site.edges[0].node.http;
-    let crowd: Vec<_> = (0..99).map(|_| Viewer::watch_sharing(edge, KEY, &memory)).collect();
+    let viewers: Vec<_> = (0..99).map(|_| Viewer::watch_sharing(edge, KEY, &memory)).collect();
     let push = site.push(media::full(), KEY);
     let silent = join(&site);
-    for viewer in crowd {
+    for viewer in viewers {
         let pulled = viewer.until_end(PUSH);
         assert_same_to_the_end(&media::full().tags, &pulled, Timestamps::Exact);
     }
     push.until_done(PUSH);
     let peak = site.edges[0].node.peak_memory();
-    assert!(peak < MEMORY_BOUND, "the edge took {} MiB", peak >> 20);
+    assert!(peak < MEMORY_BOUND, "the edge used {} MiB", peak >> 20);
     let metrics = site.edges[0].node.metrics();
     assert_eq!(metrics.sum("downpour_http_viewers_total", &[]), 100.0);
     assert_eq!(metrics.sum("downpour_http_skipped_tags_total", &[]), 0.0);
     drop(silent);
 }
 
-/// More media than the kernel buffers: one viewer stops reading for seconds and one for good.
+/// More media than the kernel buffers: one viewer stops reading for seconds, and one permanently.
 #[test]
 fn a_stalled_viewer_skips_to_a_key_frame_and_a_dead_one_is_closed() {
     let site = Site::start();
@@ -52,13 +51,13 @@ fn a_stalled_viewer_skips_to_a_key_frame_and_a_dead_one_is_closed() {
     // The kernel's buffers take about 3 MB for each, as much as 3 s of media.
     let mut stalled = join(&site);
     let dead = join(&site);
-    // The stalled one reads on when the newest media is 13 s old, which is over its backlog of 5 s
-    // and what the kernel holds for it.
+    // The stalled viewer continues when 13 s of media have been sent, more than its backlog of 5 s and
+    // the kernel's buffers.
     let late = sent.iter().filter(|tag| tag.timestamp() < 13_000).count();
     good.wait_tags(late, PUSH);
     let resumed = read_all(&mut stalled);
     let from = assert_same_to_the_end(sent, &good.until_end(PUSH), Timestamps::Exact);
-    assert!(from < sent.len() / 4, "the good viewer came late");
+    assert!(from < sent.len() / 4, "the good viewer joined late");
     push.until_done(PUSH);
     assert_skips_to_a_key_frame(&without_script(sent), &without_script(&resumed));
     let node = &site.edges[0].node;
@@ -70,15 +69,15 @@ fn a_stalled_viewer_skips_to_a_key_frame_and_a_dead_one_is_closed() {
             .then_some(())
     });
     let peak = node.peak_memory();
-    assert!(peak < MEMORY_BOUND, "the edge took {} MiB", peak >> 20);
+    assert!(peak < MEMORY_BOUND, "the edge used {} MiB", peak >> 20);
     drop(dead);
 }
 
-/// Joins and reads nothing of the body.
+/// Joins without reading the body.
 fn join(site: &Site) -> TcpStream {
     let until = Instant::now() + PUSH;
     loop {
-        assert!(Instant::now() < until, "the stream did not come up");
+        assert!(Instant::now() < until, "the stream is not live");
         let Ok(mut socket) = http::request(site.edges[0].node.http, &format!("/{KEY}.flv")) else {
             continue;
         };
@@ -88,7 +87,7 @@ fn join(site: &Site) -> TcpStream {
     }
 }
 
-/// Everything up to the end of the stream; each tag must be whole.
+/// Reads to the end of the stream, which must be the end of a tag.
 fn read_all(socket: &mut TcpStream) -> Vec<Tag> {
     let mut body = Vec::new();
     socket.read_to_end(&mut body).expect("the stalled viewer was closed");
@@ -99,20 +98,20 @@ fn read_all(socket: &mut TcpStream) -> Vec<Tag> {
     tags
 }
 
-/// `received` is `sent` with holes, and goes on with a key frame behind each.
+/// Asserts that `received` is `sent` with gaps, each followed by a key frame.
 #[track_caller]
 fn assert_skips_to_a_key_frame(sent: &[Tag], received: &[Tag]) {
     let frames: Vec<_> = received.iter().filter(|tag| !tag.is_sequence_header()).collect();
-    let mut holes = 0;
+    let mut gaps = 0;
     let mut next = sent.iter().position(|tag| tag == frames[0]).expect("never sent");
     for frame in frames {
         if sent[next] != *frame {
             let ahead = sent[next..].iter().position(|tag| tag == frame).expect("out of order");
             assert!(frame.is_key_frame(), "resumed at {frame:?}");
             next += ahead;
-            holes += 1;
+            gaps += 1;
         }
         next += 1;
     }
-    assert!(holes > 0, "nothing was skipped");
+    assert!(gaps > 0, "nothing was skipped");
 }

@@ -1,4 +1,4 @@
-//! One multicast group, two edges: each repairs what it alone has lost.
+//! Two edges of one multicast group, each with its own losses.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::common::{
 };
 
 #[test]
-fn two_edges_on_one_group() {
+fn edges_of_a_group_repair_their_own_losses() {
     let settings = SiteSettings { edges: 2, multicast: true, ..SiteSettings::default() };
     let site = settings.with_edge("pack_loss: 0.05").with_edge("latency_ms: 1000").start();
     for edge in &site.edges {

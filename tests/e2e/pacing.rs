@@ -1,4 +1,5 @@
-//! A cloud that paces: bursts come spread and in order, and nobody asks for what is on its way.
+//! A cloud with pacing: bursts are spread and in order, and edges do not request packets that are still
+//! queued.
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
@@ -17,12 +18,12 @@ const KEY: &str = "live/movie";
 const PUSH: Duration = Duration::from_secs(60);
 
 #[test]
-fn bursts_come_spread_and_in_order_and_edges_ask_for_next_to_nothing() {
+fn cloud_spreads_bursts_without_causing_requests() {
     let port = ports::free_for_rtp();
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
     socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-    // Both edges, the real one by its hello.
+    // A listener in the list, and a dynamic edge.
     let site = SiteSettings { dynamic: true, ..SiteSettings::default() }
         .with_cloud("pacing: {factor: 1.5}")
         .with_cloud(&format!("client_addr_list: [\"127.0.0.1:{port}\"]"))
@@ -31,21 +32,21 @@ fn bursts_come_spread_and_in_order_and_edges_ask_for_next_to_nothing() {
     site.until_targets(1);
     let listener = thread::spawn(move || listen(&socket));
     let viewer = site.watch(KEY);
-    // 8 Mbit/s at 25 frames a second: 36 packets each.
+    // 8 Mbit/s at 25 frames per second: 36 packets per frame.
     let push = site.push(media::heavy(), KEY);
     let pulled = viewer.until_end(PUSH);
     push.until_done(PUSH);
     assert_same_to_the_end(&media::heavy().tags, &pulled, Timestamps::Exact);
     let metrics = site.edges[0].node.metrics();
-    let asked = metrics.sum("downpour_repair_client_asked_total", &[]);
+    let requested = metrics.sum("downpour_repair_client_asked_total", &[]);
 
     let packets = listener.join().unwrap();
     assert!(packets.len() > 10_000, "{} packets", packets.len());
-    // A processor's queue for loopback is short, and all tests share it, so a few may be lost, and
-    // asked for. Heartbeats of what has not left had 543 asked for.
+    // The kernel's queue for loopback is short and shared by all tests, so a few may be lost and
+    // requested. Heartbeats that include queued packets caused 543 requests.
     let few = packets.len() / 100;
-    println!("{} packets, {asked} asked for", packets.len());
-    assert!(asked <= few as f64, "{asked} asked for");
+    println!("{} packets, {requested} requested", packets.len());
+    assert!(requested <= few as f64, "{requested} requested");
     let mut missing = 0;
     for pair in packets.windows(2) {
         let ahead = pair[1].seq.wrapping_sub(pair[0].seq);
@@ -56,31 +57,31 @@ fn bursts_come_spread_and_in_order_and_edges_ask_for_next_to_nothing() {
     let mut spans: Vec<_> = packets
         .chunk_by(|a, b| a.timestamp == b.timestamp)
         .filter(|burst| burst.len() >= 24)
-        .map(|burst| burst[burst.len() - 1].came - burst[0].came)
+        .map(|burst| burst[burst.len() - 1].at - burst[0].at)
         .collect();
     spans.sort();
-    // Two thirds of 40 ms, less the last group's; a machine that is busy makes them longer.
+    // Two thirds of 40 ms, minus the last group of packets. On a busy machine they are longer.
     let median = spans[spans.len() / 2];
-    println!("{} bursts, half of them longer than {median:?}", spans.len());
+    println!("{} bursts, median length {median:?}", spans.len());
     assert!(spans.len() > 300 && median >= Duration::from_millis(12), "{median:?}");
 }
 
-struct Came {
-    came: Instant,
+struct Received {
+    at: Instant,
     seq: u16,
     timestamp: u32,
 }
 
-/// All RTP until none comes.
-fn listen(socket: &UdpSocket) -> Vec<Came> {
+/// Receives RTP until none arrives for 3 s.
+fn listen(socket: &UdpSocket) -> Vec<Received> {
     let (mut packets, mut buffer) = (Vec::new(), [0; 2000]);
     let mut begun = false;
     loop {
         match socket.recv(&mut buffer) {
             Ok(12..) if buffer[0] == 0x80 => {
                 begun = true;
-                packets.push(Came {
-                    came: Instant::now(),
+                packets.push(Received {
+                    at: Instant::now(),
                     seq: u16::from_be_bytes([buffer[2], buffer[3]]),
                     timestamp: u32::from_be_bytes([buffer[4], buffer[5], buffer[6], buffer[7]]),
                 });
@@ -93,6 +94,6 @@ fn listen(socket: &UdpSocket) -> Vec<Came> {
     }
 }
 
-fn ended(last: &Came) -> bool {
-    last.came.elapsed() > Duration::from_secs(3)
+fn ended(last: &Received) -> bool {
+    last.at.elapsed() > Duration::from_secs(3)
 }

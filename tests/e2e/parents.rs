@@ -63,7 +63,7 @@ fn every_tag_passes(edges: usize) {
         let repaired: f64 =
             ["repaired_1", "repaired_2", "repaired_3"].map(|fate| edge.packets(fate)).iter().sum();
         println!("hop {number}: {lost} lost, {repaired} repaired");
-        assert!(lost > 10, "hop {number} lost {lost} only");
+        assert!(lost > 10, "hop {number} lost only {lost}");
         assert!(repaired > 5.0, "hop {number} repaired {repaired}");
         assert_eq!(edge.packets("lost"), 0.0, "packets given up on hop {number}");
     }
@@ -101,7 +101,7 @@ fn viewers_of_the_child_get_the_publication_of_a_restarted_encoder() {
     assert_no_stream(&chain);
 }
 
-/// The child learns of the streams' end from the draining parent, and finds the parent again.
+/// The draining parent notifies the child of the streams' end. The child reconnects to it.
 #[test]
 fn child_recovers_when_the_parent_restarts() {
     let mut chain = Chain::start(2, &lossy(), 1300, &[PATIENT]);
@@ -130,7 +130,7 @@ fn child_recovers_when_the_parent_restarts() {
     assert_no_stream(&chain);
 }
 
-/// A parent that dies notifies nobody.
+/// A killed parent does not notify its child.
 #[test]
 fn child_recovers_when_the_parent_is_killed() {
     let mut chain = Chain::start(2, &LinkSettings::default(), 1700, &[]);
@@ -201,13 +201,13 @@ fn assert_no_stream(chain: &Chain) {
     }
 }
 
-/// For a viewer that was there before the stream. A group of pictures is half a second long; a busy
-/// machine may cost another.
+/// Asserts that a viewer that joined before the stream got it from its start. A group of pictures is
+/// half a second long; on a busy machine, one more may be missing.
 #[track_caller]
 fn assert_from_the_start(sent: &Media, pulled: &[Tag]) {
     let from = assert_same_to_the_end(&sent.tags, pulled, Timestamps::Exact);
     let joined = without_script(&sent.tags)[from].timestamp();
-    assert!(joined <= 1000, "it was there from the start and saw nothing before {joined} ms");
+    assert!(joined <= 1000, "an early viewer was served from {joined} ms on");
 }
 
 #[track_caller]

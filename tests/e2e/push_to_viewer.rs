@@ -1,4 +1,4 @@
-//! What an encoder pushes to the cloud, a viewer gets from the edge: every tag, byte for byte.
+//! A viewer of the edge gets every tag that an encoder pushes to the cloud, byte for byte.
 
 use std::{process::Command, time::Duration};
 
@@ -18,38 +18,38 @@ const AAC: &[&str] = &["aac"];
 const PUSH: Duration = Duration::from_secs(40);
 
 #[test]
-fn ffmpeg_with_video_and_audio() {
+fn viewer_gets_every_tag_of_ffmpeg_with_video_and_audio() {
     ffmpeg(media::short(), H264_AAC);
 }
 
 #[test]
-fn ffmpeg_with_video_only() {
+fn viewer_gets_every_tag_of_ffmpeg_with_video_only() {
     ffmpeg(media::video_only(), H264);
 }
 
 #[test]
-fn ffmpeg_with_audio_only() {
+fn viewer_gets_every_tag_of_ffmpeg_with_audio_only() {
     ffmpeg(media::audio_only(), AAC);
 }
 
 #[test]
-fn our_push_with_video_and_audio() {
+fn viewer_gets_every_tag_of_downpour_push_with_video_and_audio() {
     our_push(media::short(), H264_AAC);
 }
 
 #[test]
-fn our_push_with_video_only() {
+fn viewer_gets_every_tag_of_downpour_push_with_video_only() {
     our_push(media::video_only(), H264);
 }
 
 #[test]
-fn our_push_with_audio_only() {
+fn viewer_gets_every_tag_of_downpour_push_with_audio_only() {
     our_push(media::audio_only(), AAC);
 }
 
 /// `downpour push --count` names the streams by number.
 #[test]
-fn three_streams_at_once() {
+fn push_publishes_three_streams() {
     let site = Site::start();
     let keys = ["live/cam0", "live/cam1", "live/cam2"];
     let viewers = keys.map(|key| site.watch(key));
@@ -61,10 +61,9 @@ fn three_streams_at_once() {
     push.until_done(PUSH);
 }
 
-/// A viewer that comes late starts at the newest key frame and not at the beginning, with the
-/// headers that it needs.
+/// A late viewer starts with the headers and the newest key frame.
 #[test]
-fn a_late_viewer_starts_at_the_newest_key_frame() {
+fn late_viewer_starts_at_the_newest_key_frame() {
     let site = Site::start();
     let first = site.watch("live/movie");
     let push = site.push(media::short(), "live/movie");
@@ -78,8 +77,8 @@ fn a_late_viewer_starts_at_the_newest_key_frame() {
     push.until_done(PUSH);
 }
 
-/// ffmpeg times and interleaves anew what it reads, so what it sent is known from the cloud's
-/// recording; that in turn must hold the file's frames.
+/// ffmpeg changes timestamps and interleaving, so the reference is the cloud's recording, which must
+/// contain the file's frames.
 fn ffmpeg(sent: &Media, codecs: &[&str]) {
     let site = SiteSettings::default().with_cloud("enable_record: true").start();
     let viewer = site.watch("live/movie");
@@ -92,13 +91,13 @@ fn ffmpeg(sent: &Media, codecs: &[&str]) {
     assert_same_bodies(&sent.tags, &recorded);
     assert_same_to_the_end(&recorded, &pulled, Timestamps::Rebased);
     assert_eq!(metadata(&pulled), metadata(&recorded), "metadata");
-    assert!(metadata(&pulled).is_some(), "no metadata came");
+    assert!(metadata(&pulled).is_some(), "no metadata received");
     let file = site.file("pulled", "flv");
     viewer::save(&pulled, &file);
     assert_decodes(&file, codecs);
 }
 
-/// Our own push sends a file's tags as they are, and our own pull writes them down.
+/// `downpour push` sends a file's tags unchanged, and `downpour pull` records them.
 fn our_push(sent: &Media, codecs: &[&str]) {
     let site = Site::start();
     let viewer = site.watch("live/movie");
@@ -117,7 +116,7 @@ fn our_push(sent: &Media, codecs: &[&str]) {
     assert_eq!(metadata(&pulled), metadata(&sent.tags), "metadata");
 }
 
-/// For a viewer that was there before the stream.
+/// Asserts that a viewer that joined before the stream got it from its start.
 #[track_caller]
 fn assert_from_the_start(
     sent: &Media,
@@ -126,6 +125,6 @@ fn assert_from_the_start(
 ) {
     let from = assert_same_to_the_end(&sent.tags, pulled, timestamps);
     let joined = without_script(&sent.tags)[from].timestamp();
-    // A group of pictures is half a second long; a busy machine may cost another.
-    assert!(joined <= 1000, "it was there from the start and saw nothing before {joined} ms");
+    // A group of pictures is half a second long; on a busy machine, one more may be missing.
+    assert!(joined <= 1000, "an early viewer was served from {joined} ms on");
 }

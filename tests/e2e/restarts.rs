@@ -1,4 +1,4 @@
-//! Whatever is killed comes back by itself, and leaves nothing of its old self behind.
+//! Killed encoders, edges and clouds recover after a restart, without leftovers of the old process.
 
 use std::time::{Duration, Instant};
 
@@ -13,13 +13,13 @@ use crate::common::{
     wait_for,
 };
 
-/// "The viewers' URL works again within seconds", on a busy machine.
+/// Time until viewers can play again, on a busy machine.
 const SECONDS: Duration = Duration::from_secs(10);
 const PUSH: Duration = Duration::from_secs(40);
 const KEY: &str = "live/movie";
 
 #[test]
-fn an_encoder_is_killed_and_comes_back() {
+fn stream_recovers_from_a_killed_encoder() {
     let site = Site::start();
     site.edges[0].until_connected();
     let viewer = site.watch(KEY);
@@ -42,10 +42,10 @@ fn an_encoder_is_killed_and_comes_back() {
     assert_no_stream(&site);
 }
 
-/// An encoder whose machine lost its power says nothing, not even goodbye. As long as it may still
-/// be there, nobody takes its stream over; then the next one may.
+/// An encoder that loses power does not close its connection. Until its timeout, no other encoder can
+/// publish the stream.
 #[test]
-fn a_second_encoder_is_refused_until_the_first_falls_silent() {
+fn cloud_refuses_a_second_encoder_until_the_first_is_silent() {
     let site = SiteSettings::default().with_cloud("publisher_silence_ms: 2000").start();
     site.edges[0].until_connected();
     let viewer = site.watch(KEY);
@@ -53,7 +53,7 @@ fn a_second_encoder_is_refused_until_the_first_falls_silent() {
     viewer.wait_tags(50, SOON);
     let ssrc = only_publication(&site);
     site.push(media::short(), KEY).until_failed(SOON);
-    assert_eq!(only_publication(&site), ssrc, "the first one's stream goes on");
+    assert_eq!(only_publication(&site), ssrc, "the first encoder's stream is still live");
     let refused = site.cloud.node.metrics();
     let reason = [("reason", "already_live")];
     assert_eq!(refused.sum("downpour_rtmp_refused_total", &reason), 1.0);
@@ -79,7 +79,7 @@ fn a_second_encoder_is_refused_until_the_first_falls_silent() {
 }
 
 #[test]
-fn an_edge_is_killed_mid_gop_and_comes_back() {
+fn edge_recovers_from_a_kill_within_a_gop() {
     let mut site = Site::start();
     site.edges[0].until_connected();
     let viewer = site.watch(KEY);
@@ -98,14 +98,14 @@ fn an_edge_is_killed_mid_gop_and_comes_back() {
     assert!(killed.elapsed() < SECONDS, "back after {:?}", killed.elapsed());
     assert_one_stream(&site);
     push.until_done(PUSH);
-    // All that was sent from then on, with headers that were sent before the edge was there.
+    // The rest of the stream, with headers that were sent before the edge started.
     assert_same_to_the_end(&media::full_at(2).tags, &viewer.until_end(PUSH), Timestamps::Exact);
     assert_no_stream(&site);
 }
 
 /// The recording of the killed cloud must be whole up to its last tag, too.
 #[test]
-fn a_cloud_is_killed_and_comes_back() {
+fn cloud_recovers_from_a_kill() {
     let mut site = SiteSettings::default().with_cloud("enable_record: true").start();
     site.edges[0].until_connected();
     let viewer = site.watch(KEY);
@@ -119,7 +119,7 @@ fn a_cloud_is_killed_and_comes_back() {
     let killed = Instant::now();
     site.cloud.node.restart();
     let push = site.push(media::full_at(2), KEY);
-    // The old publication's viewers are let go, so that players come back for the new one.
+    // The viewers of the old publication are closed, so that players reconnect.
     let old = viewer.until_end(SECONDS);
     assert_same_while_it_lasted(&media::full_at(2).tags, &old, Timestamps::Exact);
     let viewer = site.watch(KEY);
@@ -128,14 +128,14 @@ fn a_cloud_is_killed_and_comes_back() {
     assert_ne!(only_publication(&site), first, "the SSRC of a restarted cloud");
     assert_one_stream(&site);
 
-    // The first file was not written over.
+    // The first file was not overwritten.
     let recordings = wait_for("there is a second recording", SOON, || {
         Some(site.cloud.recordings()).filter(|recordings| recordings.len() == 2)
     });
     let (recorded, _) = read_flv_prefix(&recordings[0]);
     assert_same_while_it_lasted(&media::full_at(2).tags, &recorded, Timestamps::Rebased);
     let recorded = without_script(&recorded);
-    // What a viewer has seen was written, but for what the writer gathers (a second of media).
+    // The recording has all tags that the viewer received, except for one second of buffered media.
     assert!(recorded.len() + 200 >= seen, "{} tags recorded, {seen} seen", recorded.len());
 
     let pulled = viewer.until_end(PUSH);
@@ -148,7 +148,7 @@ fn a_cloud_is_killed_and_comes_back() {
 
 /// SIGTERM while a stream runs: the viewers see its end, files are whole, the exit code is 0.
 #[test]
-fn sigterm_drains() {
+fn sigterm_drains_cloud_and_edge() {
     let grace = Duration::from_millis(5000);
     let settings = SiteSettings { edges: 2, ..SiteSettings::default() };
     let mut site =
@@ -178,7 +178,7 @@ fn sigterm_drains() {
     assert_decodes(&recordings[0], &["aac", "h264"]);
     let recorded = read_flv(&recordings[0]);
     assert_same_while_it_lasted(&media::full_at(2).tags, &recorded, Timestamps::Rebased);
-    // The edge was told where the stream ended, and had all of it.
+    // The cloud notified the edge of the end, and the edge had the whole stream.
     assert_same_to_the_end(&recorded, &pulled, Timestamps::Rebased);
     for edge in &site.edges {
         let files = edge.node.recordings();
@@ -189,7 +189,7 @@ fn sigterm_drains() {
     }
 }
 
-/// The SSRC of the one stream that is live.
+/// The SSRC of the only live stream.
 #[track_caller]
 fn only_publication(site: &Site) -> u64 {
     let publications = site.cloud.publications();
@@ -198,7 +198,7 @@ fn only_publication(site: &Site) -> u64 {
     *ssrc
 }
 
-/// Cloud and edge show one stream everywhere, the live one.
+/// Asserts that all lists and metrics of cloud and edge show exactly one stream.
 #[track_caller]
 fn assert_one_stream(site: &Site) {
     for node in [&site.cloud.node, &site.edges[0].node] {
@@ -212,7 +212,7 @@ fn assert_one_stream(site: &Site) {
     });
 }
 
-/// Nothing of a stream is left anywhere once the packets that edges may ask for have expired.
+/// Waits until no list or metric shows the stream, which takes until its history has expired.
 #[track_caller]
 fn assert_no_stream(site: &Site) {
     for node in [&site.cloud.node, &site.edges[0].node] {

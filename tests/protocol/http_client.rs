@@ -1,4 +1,4 @@
-//! Receiving HTTP-FLV from servers that do it in other ways than ours.
+//! The HTTP-FLV client with servers that behave differently from ours.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::{
 };
 
 #[tokio::test]
-async fn a_chunked_body_is_the_same_stream() {
+async fn client_reads_a_chunked_body() {
     let tags = tags();
     let mut flv = FILE_HEADER.to_vec();
     tags.iter().for_each(|tag| flv.extend_from_slice(tag.framed()));
@@ -29,7 +29,7 @@ async fn a_chunked_body_is_the_same_stream() {
 }
 
 #[tokio::test]
-async fn a_connection_that_closes_inside_a_tag_is_an_error() {
+async fn client_reports_a_close_inside_a_tag() {
     let tags = tags();
     let mut answer = b"HTTP/1.0 200 OK\r\n\r\n".to_vec();
     answer.extend_from_slice(&FILE_HEADER);
@@ -41,7 +41,7 @@ async fn a_connection_that_closes_inside_a_tag_is_an_error() {
 }
 
 #[tokio::test]
-async fn what_is_no_stream_is_a_clear_error() {
+async fn client_reports_other_responses() {
     let refused = b"HTTP/1.1 404 Not Found\r\nContent-Length: 8\r\n\r\nnot\x07here".to_vec();
     let error = FlvClient::connect(&serve(refused).await, IDLE).await.unwrap_err();
     assert_eq!(error.to_string(), "the server answered 404 Not Found: nothere");
@@ -63,13 +63,13 @@ async fn what_is_no_stream_is_a_clear_error() {
 }
 
 #[tokio::test]
-async fn a_server_that_falls_silent_is_given_up() {
+async fn client_closes_a_silent_server() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url: FlvUrl = format!("http://{}/a/b.flv", listener.local_addr().unwrap()).parse().unwrap();
     let server = tokio::spawn(async move {
         let mut socket = accept(&listener).await;
         socket.write_all(b"HTTP/1.1 200 OK\r\n\r\nFLV").await.unwrap();
-        // Until the client gives up.
+        // Until the client closes.
         socket.read_to_end(&mut Vec::new()).await
     });
     let mut client = FlvClient::connect(&url, Duration::from_millis(50)).await.unwrap();

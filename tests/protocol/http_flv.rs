@@ -13,7 +13,7 @@ use downpour_hub::MaxLag;
 use tokio::{task::JoinHandle, time::timeout};
 
 #[tokio::test]
-async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
+async fn viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
     let node = HttpNode::start(settings()).await;
     let mut publisher = node.publish();
     let mut pushed = Vec::new();
@@ -30,7 +30,7 @@ async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
     {
         assert!(viewer.head.lines().any(|have| have == line), "{}", viewer.head);
     }
-    // At any other time than 0, FFmpeg takes metadata for a stream of text.
+    // With a timestamp other than 0, FFmpeg treats metadata as a text stream.
     viewer.expect(&[metadata(0), video_header(80), audio_header(80)]).await;
     viewer.expect(&pushed).await;
     assert_eq!(node.metrics.viewers.get(), 1);
@@ -45,7 +45,7 @@ async fn a_viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
 }
 
 #[tokio::test]
-async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again() {
+async fn early_viewer_waits_for_its_stream() {
     let node = HttpNode::start_with(settings(), Duration::from_secs(20)).await;
     let mut early = node.connect("GET /live/movie.flv HTTP/1.0\r\n\r\n").await;
     for round in 0..2 {
@@ -60,7 +60,7 @@ async fn a_viewer_that_comes_early_waits_for_its_stream_and_the_url_serves_again
 }
 
 #[tokio::test]
-async fn a_slow_viewer_skips_to_key_frames_and_holds_nobody_up() {
+async fn slow_viewer_skips_to_key_frames_without_delaying_others() {
     let settings = ViewerSettings {
         backlog: MaxLag { max_ms: 1_000, max_bytes: u64::MAX },
         send_buffer: Some(16 * 1024),
@@ -105,7 +105,7 @@ async fn a_slow_viewer_skips_to_key_frames_and_holds_nobody_up() {
 }
 
 #[tokio::test]
-async fn a_hundred_viewers_see_all_while_one_never_reads() {
+async fn viewers_receive_every_tag_while_one_never_reads() {
     let settings = ViewerSettings {
         write_timeout: Duration::from_millis(500),
         send_buffer: Some(16 * 1024),
@@ -153,7 +153,7 @@ async fn a_hundred_viewers_see_all_while_one_never_reads() {
 }
 
 #[tokio::test]
-async fn a_viewer_that_leaves_is_noticed_without_any_tag() {
+async fn server_detects_a_closed_viewer_without_tags() {
     let node = HttpNode::start(settings()).await;
     let publisher = node.publish();
     let viewer = node.watch().await;
@@ -167,20 +167,20 @@ async fn a_viewer_that_leaves_is_noticed_without_any_tag() {
 }
 
 #[tokio::test]
-async fn one_viewer_too_many_is_told_so() {
+async fn server_refuses_too_many_viewers() {
     let node = HttpNode::start(ViewerSettings { max_viewers: 1, ..settings() }).await;
     let _publisher = node.publish();
     let first = node.watch().await;
     let refused = node.ask("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     drop(first);
-    node.eventually("there is room again", |node| node.metrics.viewers.get() == 0).await;
+    node.eventually("a viewer can join again", |node| node.metrics.viewers.get() == 0).await;
     let again = node.watch().await;
     assert!(again.head.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]
-async fn what_is_no_viewer_gets_a_clear_answer() {
+async fn server_answers_other_requests() {
     let settings = ViewerSettings { head_timeout: Duration::from_millis(300), ..settings() };
     let node = HttpNode::start(settings).await;
     let _publisher = node.publish();
@@ -218,7 +218,7 @@ async fn what_is_no_viewer_gets_a_clear_answer() {
 }
 
 #[tokio::test]
-async fn shutting_down_lets_viewers_finish_and_cuts_the_rest() {
+async fn shutdown_drains_viewers_and_closes_the_rest() {
     let mut node = HttpNode::start(settings()).await;
     let mut publisher = node.publish();
     publisher.push(key_frame(0, 10));

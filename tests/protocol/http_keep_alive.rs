@@ -1,4 +1,4 @@
-//! HTTP connections that serve one request after the other, and many that send none.
+//! HTTP keep-alive, and idle connections.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test]
-async fn one_connection_serves_many_requests() {
+async fn connection_serves_many_requests() {
     let node = Node::start(settings()).await;
     let mut client = node.connect().await;
     for _ in 0..5 {
@@ -34,7 +34,7 @@ async fn one_connection_serves_many_requests() {
 }
 
 #[tokio::test]
-async fn a_viewer_may_be_the_second_request() {
+async fn second_request_may_play_a_stream() {
     let node = Node::start(settings()).await;
     let mut publisher = node.publish();
     publisher.push(key_frame(0));
@@ -53,7 +53,7 @@ async fn a_viewer_may_be_the_second_request() {
 }
 
 #[tokio::test]
-async fn pipelined_requests_are_answered_in_order() {
+async fn server_answers_pipelined_requests_in_order() {
     let requests = "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n\
         POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 34\r\n\r\n\
         GET /healthz HTTP/1.1\r\nHost: y\r\n\r\n\
@@ -79,19 +79,19 @@ async fn pipelined_requests_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn a_slowly_read_answer_is_written_before_the_next_request_is_read() {
+async fn server_reads_the_next_request_after_a_slowly_read_response() {
     let node = Node::start(settings()).await;
     let mut client = node.connect().await;
     client.send("GET /large HTTP/1.1\r\nHost: x\r\n\r\n").await;
     client.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await;
-    // The server has written what the sockets hold.
+    // The server has filled the socket buffers.
     client.socket.readable().await.unwrap();
     assert_eq!(client.answer().await, (200, large()));
     assert_eq!(client.answer().await, (200, "well".into()));
 }
 
 #[tokio::test]
-async fn a_client_that_wants_the_connection_closed_has_it_closed() {
+async fn server_closes_the_connection_on_request() {
     let node = Node::start(settings()).await;
     for request in [
         "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
@@ -107,7 +107,7 @@ async fn a_client_that_wants_the_connection_closed_has_it_closed() {
         let read = timeout(DEADLINE, client.socket.read_to_end(&mut answer));
         read.await.unwrap_or_else(|_| panic!("not closed: {request}")).unwrap();
         let answer = String::from_utf8(answer).unwrap().to_lowercase();
-        // HTTP/1.0 closes unless it says otherwise.
+        // HTTP/1.0 closes unless the client requests keep-alive.
         let says = answer.contains("connection: close\r\n") || request.contains("HTTP/1.0");
         assert!(says && answer.starts_with("http/1."), "{request}: {answer}");
     }
@@ -115,12 +115,12 @@ async fn a_client_that_wants_the_connection_closed_has_it_closed() {
 }
 
 #[tokio::test]
-async fn a_body_that_nobody_reads_is_not_taken_for_a_request() {
+async fn server_does_not_parse_an_unread_body_as_a_request() {
     let node = Node::start(settings()).await;
     let mut client = node.connect().await;
     client.send("GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 46\r\n\r\n").await;
     assert_eq!(client.answer().await, (200, "well".into()));
-    // The answer came before the body, so that the connection has no use any longer.
+    // The response was sent before the body, so the connection cannot be reused.
     client.socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: y\r\nContent-A: b\r\n").await.unwrap();
     let mut rest = Vec::new();
     timeout(DEADLINE, client.socket.read_to_end(&mut rest)).await.unwrap().unwrap();
@@ -128,7 +128,7 @@ async fn a_body_that_nobody_reads_is_not_taken_for_a_request() {
 }
 
 #[tokio::test]
-async fn a_second_request_that_stops_half_way_is_answered_408() {
+async fn server_answers_408_to_a_partial_second_request() {
     let head_timeout = Duration::from_millis(100);
     let node = Node::start(ViewerSettings { head_timeout, ..settings() }).await;
     let mut client = node.connect().await;
@@ -139,7 +139,7 @@ async fn a_second_request_that_stops_half_way_is_answered_408() {
 }
 
 #[tokio::test]
-async fn a_shutdown_closes_idle_connections_at_once() {
+async fn shutdown_closes_idle_connections_at_once() {
     let node = Node::start(settings()).await;
     let mut client = node.connect().await;
     client.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await;
@@ -151,7 +151,7 @@ async fn a_shutdown_closes_idle_connections_at_once() {
 }
 
 #[tokio::test]
-async fn eleven_hundred_idle_connections_of_one_client_do_not_refuse_healthz() {
+async fn idle_connections_of_a_client_do_not_block_healthz() {
     raise_descriptors();
     // As at a cloud: 1024 connections at one time.
     let node = Node::start(ViewerSettings { max_viewers: 0, ..settings() }).await;
@@ -167,15 +167,15 @@ async fn eleven_hundred_idle_connections_of_one_client_do_not_refuse_healthz() {
             idle.push(client);
         }
         let mut client = node.connect().await;
-        let asked = Instant::now();
+        let sent = Instant::now();
         client.send("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await;
         assert_eq!(client.answer().await, (200, "well".into()));
-        assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+        assert!(sent.elapsed() < Duration::from_secs(2), "{:?}", sent.elapsed());
     }
     assert!(node.metrics.displaced.get() >= 3 * (1101 - 1024), "{}", node.metrics.displaced.get());
 }
 
-/// Admits everybody who plays, at once or never.
+/// A policy that admits every player, or never decides.
 fn admission(hub: &Hub, max_players: usize, stream_wait: Duration) -> Admission {
     let settings = admission::Settings { max_players, stream_wait, ..Default::default() };
     Admission::new(hub.clone(), settings)
@@ -232,7 +232,7 @@ impl Client {
         self.socket.write_all(bytes.as_bytes()).await.unwrap();
     }
 
-    /// Reads up to the empty line.
+    /// Reads the head of a response.
     async fn head(&mut self) -> String {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -242,7 +242,7 @@ impl Client {
         String::from_utf8(head).unwrap()
     }
 
-    /// Reads an answer whose length is known: its status and its body.
+    /// Reads a response with a content length. Returns its status and body.
     async fn answer(&mut self) -> (u16, String) {
         let head = self.head().await.to_lowercase();
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap();
@@ -284,7 +284,7 @@ fn key_frame(timestamp: u32) -> Tag {
     Tag::new(TagKind::Video, timestamp, &[0x17, 1, 0, 0, 0, 9]).unwrap()
 }
 
-/// More than sockets hold.
+/// More than the socket buffers hold.
 fn large() -> String {
     "large".repeat(2_500_000)
 }

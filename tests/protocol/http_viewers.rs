@@ -1,5 +1,5 @@
-//! Viewers of one stream that share a group, fall out of it and come back: what each one gets is the
-//! log, byte by byte, but for skips that are counted.
+//! Viewers of one stream that share a group, leave it when they fall behind, and rejoin. Each one
+//! receives the log byte by byte, except for skips, which are counted.
 
 use std::{
     net::SocketAddr,
@@ -21,18 +21,18 @@ use tokio::{
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn viewers_of_every_speed_get_what_the_log_holds() {
+async fn viewers_of_every_speed_receive_the_log() {
     every_speed(ViewerSettings::default(), 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn and_so_they_do_where_writes_are_merged() {
+async fn viewers_of_every_speed_receive_the_log_with_merged_writes() {
     let merge_write = Duration::from_millis(30);
     every_speed(ViewerSettings { merge_write, ..ViewerSettings::default() }, 2).await;
 }
 
-/// 300 viewers, more than a group, with receive buffers and speeds by chance, come one after the other
-/// while the source goes on.
+/// 300 viewers, more than a group, with random receive buffers and speeds, join one after the other
+/// during the stream.
 async fn every_speed(settings: ViewerSettings, seed: u64) {
     let settings = ViewerSettings {
         backlog: MaxLag { max_ms: 2_000, max_bytes: u64::MAX },
@@ -69,12 +69,12 @@ async fn every_speed(settings: ViewerSettings, seed: u64) {
     assert_eq!(node.metrics.viewers_total.get(), 300);
     assert_eq!(node.metrics.skipped_tags.get(), skipped);
     assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"ended\"}"), 300);
-    // Some are slow and some are not, or nothing was tried.
+    // The test needs both slow and fast viewers.
     assert!(skipped > 0 && whole > 50, "{skipped} skipped, {whole} whole");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
+async fn server_releases_thousands_of_closed_viewers() {
     let node = HttpNode::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
@@ -109,7 +109,7 @@ async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
     assert_eq!(node.metrics.viewers.get(), 0);
     let stream = node.hub.stream("live/movie").unwrap();
     assert_eq!(stream.counters().viewers.load(Ordering::Relaxed), 0);
-    // One more finds the stream as the first did.
+    // Another viewer receives the stream like the first.
     let mut last = node.connect(WATCH).await;
     let mut buffer = [0; 64];
     assert!(timeout(DEADLINE, last.read(&mut buffer)).await.unwrap().unwrap() > 0);
@@ -117,7 +117,7 @@ async fn viewers_that_come_and_go_by_the_thousand_leave_nothing_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_last_audio_before_a_stall_is_not_kept() {
+async fn server_sends_the_last_audio_before_a_stall() {
     let mut node = HttpNode::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
@@ -126,7 +126,7 @@ async fn the_last_audio_before_a_stall_is_not_kept() {
     for tag in [video_header(0), key_frame(0, 100)] {
         assert_eq!(viewer.next().await, Some(tag));
     }
-    // Who is up with the stream belongs to a group, which is woken by the frame and not by the audio.
+    // A viewer that has caught up belongs to a group, which wakes for video frames and not for audio.
     let in_a_group =
         |node: &HttpNode| node.metrics.viewers.get() == 1 && node.metrics.viewers_behind.get() == 0;
     node.eventually("it is in a group", in_a_group).await;
@@ -137,7 +137,7 @@ async fn the_last_audio_before_a_stall_is_not_kept() {
     assert_eq!(viewer.next().await, Some(audio(45)));
     assert!(in_a_group(&node), "it left the group");
     assert!(began.elapsed() < Duration::from_secs(5));
-    // Shutting down cuts who is in a group, too.
+    // A shutdown closes viewers of a group, too.
     node.shutdown.cancel();
     timeout(DEADLINE, &mut node.server).await.expect("the server stops").unwrap();
     assert_eq!(node.metrics.viewers.get(), 0);
@@ -145,7 +145,7 @@ async fn the_last_audio_before_a_stall_is_not_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn viewers_end_with_a_server_that_is_dropped() {
+async fn dropped_server_closes_its_viewers() {
     let node = HttpNode::start(ViewerSettings::default()).await;
     let mut publisher = node.publish();
     publisher.push(video_header(0));
@@ -156,12 +156,12 @@ async fn viewers_end_with_a_server_that_is_dropped() {
     }
     node.server.abort();
     assert_eq!(viewer.next().await, None);
-    node.eventually("nobody is counted", |node| node.metrics.viewers.get() == 0).await;
+    node.eventually("no viewer is counted", |node| node.metrics.viewers.get() == 0).await;
     assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"cut\"}"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn merged_writes_are_few_and_the_end_does_not_wait_for_them() {
+async fn merged_writes_are_few_and_do_not_delay_the_end() {
     let merge_write = Duration::from_secs(2);
     let node = HttpNode::start(ViewerSettings { merge_write, ..ViewerSettings::default() }).await;
     let mut publisher = node.publish();
@@ -175,7 +175,7 @@ async fn merged_writes_are_few_and_the_end_does_not_wait_for_them() {
         }
         viewers.push(viewer);
     }
-    // For less than a period, so that there is at most one write for all of it, and that of the end.
+    // Less than a period, so there is at most one write for it and one at the end.
     let began = Instant::now();
     for i in 1..=100 {
         publisher.push(inter(i * 40, 100));
@@ -194,7 +194,7 @@ async fn merged_writes_are_few_and_the_end_does_not_wait_for_them() {
     }
 }
 
-/// What a viewer of some speed gets until the end.
+/// Reads as a viewer of some speed until the end.
 async fn watch(address: SocketAddr, seed: u64) -> Vec<Tag> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let slow = rng.random_bool(0.4);
@@ -219,8 +219,8 @@ async fn watch(address: SocketAddr, seed: u64) -> Vec<Tag> {
     tags
 }
 
-/// Follows what a viewer got in what was pushed, to its very end; tells how many tags are missing
-/// since it joined.
+/// Asserts that a viewer received the pushed tags up to the end, with skips to key frames. Returns the
+/// number of tags that it missed since it joined.
 fn follow(pushed: &[Tag], got: &[Tag]) -> u64 {
     let mut got = got.iter().skip_while(|tag| tag.is_sequence_header());
     let first = got.next().expect("a key frame");
@@ -233,12 +233,12 @@ fn follow(pushed: &[Tag], got: &[Tag]) -> u64 {
         missing += ahead as u64;
         next += ahead + 1;
     }
-    // The end may come while it is over its backlog, and nothing to skip to comes any more.
+    // The stream may end while the viewer is over its backlog, without another key frame to skip to.
     assert_eq!(next, pushed.len(), "the end is missing");
     missing
 }
 
-/// A frame's tags: every 25th is a key frame, the audio is in front.
+/// The tags of a frame, audio first. Every 25th frame is a key frame.
 fn tags_of(number: u32, rng: &mut SmallRng) -> Vec<Tag> {
     let at = number * 40 + 1;
     let mut tags: Vec<_> = (0..rng.random_range(0..4)).map(|i| audio(at + i)).collect();

@@ -1,5 +1,5 @@
-//! One admission for all sources of a node: a key that any of them holds is taken for the others,
-//! and a decision that takes its time delays nobody else.
+//! One admission for all sources of a node: a key of one source is refused to the others, and a slow
+//! decision does not delay other connections.
 
 use std::{
     sync::{
@@ -40,7 +40,7 @@ async fn encoder_is_refused_a_key_that_another_source_holds() {
     drop(held);
     let mut publisher = Publisher::connect(&url, SOON).await.unwrap();
     let error = hub.publish("live/x".parse().unwrap()).unwrap_err();
-    assert_eq!(error.0.as_str(), "live/x", "and the other way round");
+    assert_eq!(error.0.as_str(), "live/x", "the reverse direction");
     publisher.send(&audio(1)).await.unwrap();
     publisher.close().await.unwrap();
     assert_eq!(server.recorder.ended("live/x", 1).await, [audio(1)]);
@@ -86,7 +86,7 @@ async fn node_with_rtmp_and_an_upstream_refuses_a_key_from_above() {
     };
     let mut encoder = Publisher::connect(&url(addrs.rtmp, "live/x"), SOON).await.unwrap();
     encoder.send(&audio(0)).await.unwrap();
-    eventually("the stream comes from above", || hub.stream("live/x").is_some()).await;
+    eventually("the stream arrives from upstream", || hub.stream("live/x").is_some()).await;
 
     let url_below = url(Some(rtmp_below), "live/x");
     let refused = Publisher::connect(&url_below, SOON).await.unwrap_err();
@@ -95,7 +95,7 @@ async fn node_with_rtmp_and_an_upstream_refuses_a_key_from_above() {
     let other = Publisher::connect(&url(Some(rtmp_below), "live/y"), SOON).await.unwrap();
     other.close().await.unwrap();
 
-    // Once the stream from above has ended, the key is free.
+    // After the end of the upstream's stream, the key is free.
     encoder.close().await.unwrap();
     eventually("the stream has ended", || hub.stream("live/x").is_none()).await;
     Publisher::connect(&url_below, SOON).await.unwrap().close().await.unwrap();
@@ -113,7 +113,7 @@ async fn slow_decision_about_one_encoder_delays_no_other() {
     let mut live = Publisher::connect(&server.url("live/fast"), SOON).await.unwrap();
     let url = server.url("live/slow");
     let slow = tokio::spawn(async move { Publisher::connect(&url, SOON).await });
-    eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
+    eventually("the decision is awaited", || gate.requested.load(Ordering::Relaxed)).await;
 
     // One thread serves both connections: each tag must pass while the decision is open.
     let received = |count: usize| {
@@ -150,7 +150,7 @@ async fn encoder_that_leaves_during_the_decision_holds_no_key() {
     server.admission.add_policy(gate.clone());
     let url = server.url("live/slow");
     let gone = tokio::spawn(async move { Publisher::connect(&url, SOON).await });
-    eventually("the decision is awaited", || gate.asked.load(Ordering::Relaxed)).await;
+    eventually("the decision is awaited", || gate.requested.load(Ordering::Relaxed)).await;
     gone.abort();
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
     gate.open.add_permits(1);
@@ -158,15 +158,15 @@ async fn encoder_that_leaves_during_the_decision_holds_no_key() {
     next.close().await.unwrap();
 }
 
-/// Decides about encoders of `slow` when a permit is there.
+/// A policy that decides about encoders of `slow` only with a permit.
 struct Gate {
-    asked: AtomicBool,
+    requested: AtomicBool,
     open: Semaphore,
 }
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { asked: AtomicBool::new(false), open: Semaphore::new(0) }
+        Self { requested: AtomicBool::new(false), open: Semaphore::new(0) }
     }
 }
 
@@ -174,7 +174,7 @@ impl Policy for Gate {
     fn decide<'a>(&'a self, request: &'a Request) -> Decision<'a> {
         Box::pin(async move {
             if request.key.name() == "slow" {
-                self.asked.store(true, Ordering::Relaxed);
+                self.requested.store(true, Ordering::Relaxed);
                 self.open.acquire().await.expect("the gate is never closed").forget();
             }
             Ok(())

@@ -1,4 +1,4 @@
-//! `downpour push` and `downpour pull`, with an RTMP server, a hub and an HTTP server between.
+//! `downpour push` and `downpour pull` through an RTMP server, a hub and an HTTP server.
 
 use std::{
     fs::File,
@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_pushed_is_pulled_tag_by_tag() {
+async fn pull_receives_every_pushed_tag() {
     let node = PushPull::start().await;
     let tags = clip(25);
     let file = node.write("in.flv", &tags);
@@ -31,12 +31,12 @@ async fn what_is_pushed_is_pulled_tag_by_tag() {
     assert_eq!(read(&output), tags);
     assert_eq!(totals.tags, pushed.0.tags);
     assert_eq!(totals.bytes, pushed.0.bytes);
-    // The file's own pace: 24 frames of 40 ms.
+    // Real time: 24 frames of 40 ms.
     assert!(pushed.0.elapsed >= Duration::from_millis(960), "{:?}", pushed.0.elapsed);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_loop_goes_on_in_time_over_several_connections() {
+async fn looped_push_continues_the_timeline_on_every_connection() {
     let node = PushPull::start().await;
     let tags = clip(5);
     let file = node.write("in.flv", &tags);
@@ -61,7 +61,7 @@ async fn a_loop_goes_on_in_time_over_several_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_are_told() {
+async fn push_and_pull_report_failures() {
     let node = PushPull::start_waiting(Duration::ZERO).await;
     let file = node.write("in.flv", &clip(5));
     let taken = node.hub.publish("live/movie".parse().unwrap()).unwrap();
@@ -86,7 +86,7 @@ async fn failures_are_told() {
     assert!(matches!(error, Failure::Usage(_)), "{error}");
 }
 
-/// RTMP in, HTTP-FLV out, and a hub between.
+/// A node with RTMP input and HTTP-FLV output.
 struct PushPull {
     hub: Hub,
     dir: tempfile::TempDir,
@@ -147,7 +147,7 @@ impl PushPull {
     }
 }
 
-/// Headers, then a frame every 40 ms with audio behind each.
+/// Headers, then one frame per 40 ms, each followed by audio.
 fn clip(frames: u32) -> Vec<Tag> {
     let tag = |kind, timestamp, body: &[u8]| Tag::new(kind, timestamp, body).unwrap();
     let metadata = b"\x02\0\x0aonMetaData\x08\0\0\0\0\0\0\x09";

@@ -1,4 +1,4 @@
-//! A process that ran out of file descriptors accepts again once some are free.
+//! A server without free file descriptors accepts again once some are free.
 
 use std::{net::TcpStream, time::Duration};
 
@@ -6,12 +6,12 @@ use crate::common::{SOON, eventually, process, rtmp_node::RtmpServer};
 use downpour::rtmp::{client::Publisher, listener::ServerSettings};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn running_out_of_descriptors_passes() {
-    if !process::alone(module_path!(), "running_out_of_descriptors_passes", Some(120)) {
+async fn server_recovers_from_a_lack_of_descriptors() {
+    if !process::alone(module_path!(), "server_recovers_from_a_lack_of_descriptors", Some(120)) {
         return;
     }
     let server = RtmpServer::start(ServerSettings::default());
-    // Clients first, in one go, until there is no descriptor for the server's end.
+    // Clients connect until the server has no descriptor for its end.
     let addr = server.addr;
     let clients = tokio::task::spawn_blocking(move || {
         std::iter::from_fn(|| TcpStream::connect(addr).ok()).collect::<Vec<_>>()
@@ -19,7 +19,7 @@ async fn running_out_of_descriptors_passes() {
     let clients = clients.await.unwrap();
     let name = "downpour_rtmp_accept_errors_total";
     eventually("a failure to accept", || server.metric(name) >= 2.0).await;
-    // The pauses grow from 10 ms, so half a second has room for six more; a loop that spins makes
+    // The pauses grow from 10 ms, so half a second allows six more attempts. A busy loop makes
     // thousands.
     let errors = server.metric(name);
     tokio::time::sleep(Duration::from_millis(500)).await;

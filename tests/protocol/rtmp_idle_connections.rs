@@ -1,4 +1,4 @@
-//! Thousands of connections that do nothing cost little, and do not keep an encoder out.
+//! Thousands of idle connections need little memory, and do not block encoders.
 
 use std::{io::Write, net::TcpStream, time::Duration};
 
@@ -15,7 +15,7 @@ async fn idle_connections_are_small_and_counted() {
     if !process::alone(module_path!(), "idle_connections_are_small_and_counted", None) {
         return;
     }
-    // Both ends are in this process.
+    // This process has both ends.
     let count = (descriptor_limit().saturating_sub(500) / 2).min(10_000);
     let server = RtmpServer::start(ServerSettings {
         max_connections: count,
@@ -48,9 +48,9 @@ async fn idle_connections_are_small_and_counted() {
     .unwrap();
     server.metric_reaches("downpour_rtmp_connections", count as f64).await;
     let each = resident_bytes().saturating_sub(before) / count;
-    assert!(each < 10_000, "{each} bytes a connection");
+    assert!(each < 10_000, "{each} bytes per connection");
 
-    // One more than allowed: an idle connection makes room for it.
+    // Beyond the limit, a new connection displaces an idle one.
     let publisher = Publisher::connect(&server.url("live/one-more"), SOON).await.unwrap();
     server.metric_reaches("downpour_rtmp_closed_total{reason=\"displaced\"}", 1.0).await;
     assert_eq!(server.metric("downpour_rtmp_displaced_total"), 1.0);

@@ -1,4 +1,4 @@
-//! Our RTMP player receives what another program serves.
+//! The RTMP player with other servers.
 
 use std::{net::TcpListener, time::Instant};
 
@@ -10,7 +10,7 @@ use crate::common::{
 use downpour::rtmp::client::{ClientError, Player};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ffmpeg_serves_and_every_tag_arrives() {
+async fn player_receives_every_tag_from_ffmpeg() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("in.flv");
     make_flv(&file).await;
@@ -42,7 +42,7 @@ async fn ffmpeg_serves_and_every_tag_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_says_nothing_is_a_timeout() {
+async fn player_times_out_with_a_silent_server() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("rtmp://{}/live/x", listener.local_addr().unwrap()).parse().unwrap();
     let error = Player::connect(&url, std::time::Duration::from_millis(100)).await.unwrap_err();

@@ -1,4 +1,4 @@
-//! Encoders push to the RTMP server: every tag arrives, and a refusal says why.
+//! Encoders publish to the RTMP server: every tag arrives, and refusals have a reason.
 
 use std::{
     net::TcpListener,
@@ -19,7 +19,7 @@ use downpour_media::flv::{Tag, TagKind};
 use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ffmpeg_pushes_h264_and_aac_and_every_tag_arrives() {
+async fn server_receives_every_tag_from_ffmpeg() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("in.flv");
     make_flv(&file).await;
@@ -41,7 +41,7 @@ async fn ffmpeg_pushes_h264_and_aac_and_every_tag_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ffmpegs_handshake_check_as_a_player_passes_and_it_is_told_that_there_is_no_play() {
+async fn server_refuses_ffmpeg_as_a_player_after_its_handshake() {
     let server = RtmpServer::start(ServerSettings::default());
     let url = server.url("live/x").to_string();
     let output = ffmpeg(&["-loglevel", "debug", "-i", &url, "-f", "null", "-"]).await;
@@ -53,7 +53,7 @@ async fn ffmpegs_handshake_check_as_a_player_passes_and_it_is_told_that_there_is
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_publisher_delivers_every_tag_unchanged() {
+async fn publisher_delivers_every_tag_unchanged() {
     let server = RtmpServer::start(ServerSettings::default());
     let mut publisher = Publisher::connect(&server.url("live/eu/ours?k=1"), SOON).await.unwrap();
     let mut sent = vec![
@@ -63,7 +63,7 @@ async fn our_publisher_delivers_every_tag_unchanged() {
     for i in 0..300u32 {
         let kind = if i % 3 == 0 { TagKind::Video } else { TagKind::Audio };
         let len = if i % 50 == 0 { 200_000 } else { 1 + i as usize * 37 };
-        // Across the extended timestamp's threshold.
+        // Across the threshold of extended timestamps.
         let body = vec![i as u8 | 1; len];
         sent.push(Tag::new(kind, 0xff_ffff - 1000 + i * 10, &body).unwrap());
     }
@@ -76,7 +76,7 @@ async fn our_publisher_delivers_every_tag_unchanged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn our_publisher_feeds_ffmpeg() {
+async fn publisher_publishes_to_ffmpeg() {
     let directory = tempfile::tempdir().unwrap();
     let (file, copy) = (directory.path().join("in.flv"), directory.path().join("out.flv"));
     make_flv(&file).await;
@@ -111,7 +111,7 @@ async fn our_publisher_feeds_ffmpeg() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_publisher_sees_the_error_status_and_the_first_goes_on() {
+async fn server_refuses_a_second_publisher_with_a_status() {
     let server = RtmpServer::start(ServerSettings::default());
     let url = server.url("live/x");
     let mut first = Publisher::connect(&url, SOON).await.unwrap();
@@ -120,7 +120,7 @@ async fn a_second_publisher_sees_the_error_status_and_the_first_goes_on() {
     assert_eq!(code, "NetStream.Publish.BadName");
     assert_eq!(description, "live/x already has a live publisher");
 
-    // ffmpeg shows its user the words too.
+    // ffmpeg shows the description to its user.
     let text = url.to_string();
     let push = ["-f", "lavfi", "-i", "sine", "-t", "5", "-c:a", "aac", "-f", "flv", &text];
     let output = ffmpeg(&push).await;
@@ -140,7 +140,7 @@ async fn a_second_publisher_sees_the_error_status_and_the_first_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn audio_chunks_inside_a_video_message_are_put_together() {
+async fn server_reassembles_audio_chunks_within_a_video_message() {
     let server = RtmpServer::start(ServerSettings::default());
     let mut encoder = RawEncoder::publish(server.addr, "live", "x");
     let mut writer = ChunkWriter::new();
@@ -167,14 +167,14 @@ async fn audio_chunks_inside_a_video_message_are_put_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_that_is_taken_is_an_error() {
+async fn server_reports_an_address_in_use() {
     let server = RtmpServer::start(ServerSettings::default());
     let error = Server::bind(server.addr, ServerSettings::default()).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_node_can_end_a_publication() {
+async fn node_ends_a_publication() {
     let server = RtmpServer::start(ServerSettings::default());
     let mut publisher = Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
     publisher.send(&Tag::new(TagKind::Audio, 0, &[0xaf, 1]).unwrap()).await.unwrap();
@@ -186,21 +186,21 @@ async fn the_node_can_end_a_publication() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_publication_ends_before_its_encoder_hangs_up() {
+async fn publication_ends_before_its_connection_closes() {
     let server = RtmpServer::start(ServerSettings::default());
     let mut encoder = RawEncoder::publish(server.addr, "live", "x");
     encoder.message(AUDIO, 3, &[0xaf, 1]);
     encoder.send().unwrap();
     server.recorder.kick("live/x").await;
     server.recorder.ended("live/x", 1).await;
-    // It is given a second to read why.
+    // The encoder has one second to read the reason.
     assert_eq!(server.metric("downpour_rtmp_connections"), 1.0);
     drop(encoder);
     server.metric_reaches("downpour_rtmp_connections", 0.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn shutting_down_tells_the_encoders_and_ends() {
+async fn shutdown_notifies_encoders() {
     let mut server = RtmpServer::start(ServerSettings::default());
     let mut publisher = Publisher::connect(&server.url("live/x"), SOON).await.unwrap();
     let mut silent = RawEncoder::connect(server.addr);
@@ -216,7 +216,7 @@ async fn shutting_down_tells_the_encoders_and_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn silence_is_not_waited_for() {
+async fn server_closes_silent_encoders() {
     let server = RtmpServer::start(ServerSettings {
         publish_timeout: Duration::from_millis(300),
         idle_timeout: Duration::from_millis(900),
@@ -238,7 +238,7 @@ async fn silence_is_not_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_can_be_published_again_on_the_same_connection() {
+async fn connection_publishes_a_key_again() {
     let server = RtmpServer::start(ServerSettings {
         publish_timeout: Duration::from_millis(400),
         ..ServerSettings::default()
@@ -252,19 +252,19 @@ async fn a_key_can_be_published_again_on_the_same_connection() {
     encoder.command(0, "FCUnpublish", 6.0, &name());
     encoder.send().unwrap();
     assert_eq!(server.recorder.ended("live/x", 2).await.len(), 1);
-    // And without a third publication it is closed, as at the start.
+    // Without a third publication the connection is closed by the same timeout as at its start.
     assert!(tokio::task::spawn_blocking(move || encoder.is_closed()).await.unwrap());
     server.metric_reaches("downpour_rtmp_closed_total{reason=\"publish_timeout\"}", 1.0).await;
 }
 
-/// Sends until the server's reason comes back.
+/// Sends until the publisher reports the server's reason.
 async fn closed_error(publisher: &mut Publisher) -> ClientError {
     let deadline = Instant::now() + SOON;
     loop {
         if let Err(error) = publisher.flush().await {
             return error;
         }
-        assert!(Instant::now() < deadline, "the server says nothing");
+        assert!(Instant::now() < deadline, "no reason from the server");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

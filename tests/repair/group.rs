@@ -18,7 +18,7 @@ use downpour_distribution::{
 use downpour_repair::message::Nack;
 use prometheus::Registry;
 
-const OURS: &str = "239.0.0.1:5222";
+const GROUP: &str = "239.0.0.1:5222";
 
 /// Accepts one group and records the packets sent to it.
 #[derive(Default)]
@@ -26,11 +26,11 @@ struct Sent(Mutex<Vec<Bytes>>);
 
 impl GroupSender for Sent {
     fn send(&self, group: SocketAddr, packet: Bytes) -> bool {
-        let ours = group == OURS.parse().unwrap();
-        if ours {
+        let known = group == GROUP.parse().unwrap();
+        if known {
             self.0.lock().unwrap().push(packet);
         }
-        ours
+        known
     }
 }
 
@@ -64,11 +64,11 @@ async fn edges(cloud: &Cloud, count: usize, group: Option<&str>) -> Vec<Edge> {
 }
 
 #[tokio::test]
-async fn eight_edges_of_a_group_with_the_same_loss_are_answered_once() {
+async fn cloud_answers_a_group_once() {
     let sent = Arc::new(Sent::default());
     let cloud = start(&sent);
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
-    let members = edges(&cloud, 8, Some(OURS)).await;
+    let members = edges(&cloud, 8, Some(GROUP)).await;
     let mut alone = edges(&cloud, 1, None).await.remove(0);
     let seqs = feed.push(3);
     let nack = Nack { ssrc: feed.ssrc(), copies: 2, slack_ms: 500, seqs: seqs.clone() };
@@ -98,7 +98,7 @@ async fn eight_edges_of_a_group_with_the_same_loss_are_answered_once() {
 }
 
 #[tokio::test]
-async fn a_group_unknown_to_the_cloud_gets_no_repairs() {
+async fn cloud_sends_no_repairs_to_an_unknown_group() {
     let sent = Arc::new(Sent::default());
     let cloud = start(&sent);
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);

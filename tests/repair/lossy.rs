@@ -16,8 +16,8 @@ use tokio::{net::UdpSocket, sync::mpsc, time::sleep_until};
 const ONE_WAY: Duration = Duration::from_millis(50);
 const ROUND_TRIP: Duration = Duration::from_millis(100);
 
-/// Forwards between one client and `cloud`, each datagram [`ONE_WAY`] later or, in `percent` of
-/// cases, never.
+/// Forwards datagrams between one client and `cloud` with a delay of [`ONE_WAY`], and drops `percent`
+/// of them.
 async fn lossy_path(cloud: SocketAddr, percent: u32) -> SocketAddr {
     let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
     let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
@@ -57,8 +57,8 @@ async fn lossy_path(cloud: SocketAddr, percent: u32) -> SocketAddr {
     addr
 }
 
-/// Asks for a packet each 3 ms, for each again 1.1 round trips later until it is there; how long
-/// each took.
+/// Requests one packet per 3 ms, and each again every 1.1 round trips until it arrives. Returns the
+/// time that each took.
 async fn repair_times(percent: u32) -> Vec<Duration> {
     const PACKETS: usize = 1000;
     let cloud = Cloud::start();
@@ -69,30 +69,30 @@ async fn repair_times(percent: u32) -> Vec<Duration> {
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
 
     let mut fresh = seqs.into_iter();
-    let mut first_asked: HashMap<Seq, Instant> = HashMap::new();
+    let mut first_requested: HashMap<Seq, Instant> = HashMap::new();
     let mut retries: VecDeque<(Instant, Seq)> = VecDeque::new();
     let mut times = Vec::new();
     let mut ticks = tokio::time::interval(Duration::from_millis(3));
     let deadline = Instant::now() + Duration::from_secs(30);
     while times.len() < PACKETS {
-        assert!(Instant::now() < deadline, "{} of {PACKETS} came back", times.len());
+        assert!(Instant::now() < deadline, "{} of {PACKETS} arrived", times.len());
         tokio::select! {
             _ = ticks.tick() => {
                 let now = Instant::now();
-                let mut ask: Vec<_> = fresh.next().into_iter().collect();
-                first_asked.extend(ask.iter().map(|seq| (*seq, now)));
-                while retries.front().is_some_and(|(due, _)| *due <= now) {
-                    ask.extend(retries.pop_front().map(|(_, seq)| seq));
+                let mut due: Vec<_> = fresh.next().into_iter().collect();
+                first_requested.extend(due.iter().map(|seq| (*seq, now)));
+                while retries.front().is_some_and(|(at, _)| *at <= now) {
+                    due.extend(retries.pop_front().map(|(_, seq)| seq));
                 }
-                ask.retain(|seq| first_asked.contains_key(seq));
-                retries.extend(ask.iter().map(|seq| (now + ROUND_TRIP * 11 / 10, *seq)));
-                if !ask.is_empty() {
-                    edge.handle.nack(Nack { ssrc: feed.ssrc(), copies: 1, slack_ms: 500, seqs: ask });
+                due.retain(|seq| first_requested.contains_key(seq));
+                retries.extend(due.iter().map(|seq| (now + ROUND_TRIP * 11 / 10, *seq)));
+                if !due.is_empty() {
+                    edge.handle.nack(Nack { ssrc: feed.ssrc(), copies: 1, slack_ms: 500, seqs: due });
                 }
             }
             event = edge.events.recv() => if let Some(RepairEvent::Repair(packet)) = event {
                 let seq = Seq(u16::from_be_bytes([packet[2], packet[3]]));
-                times.extend(first_asked.remove(&seq).map(|asked| asked.elapsed()));
+                times.extend(first_requested.remove(&seq).map(|at| at.elapsed()));
             },
         }
     }
@@ -106,8 +106,8 @@ fn late(times: &[Duration], limit: Duration) -> f64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_loss_does_not_starve_repairs() {
-    // At 10 % each way 19 % of tries fail, and 4.5 round trips hold four tries. With Cubic, half
-    // of the packets are not back after 30 s.
+    // At 10 % loss per direction, 19 % of attempts fail, and 4.5 round trips allow four attempts.
+    // With Cubic, half of the packets had not arrived after 30 s.
     let times = repair_times(10).await;
     let late = late(&times, ROUND_TRIP * 9 / 2);
     assert!(late < 0.05, "{late}");

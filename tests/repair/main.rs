@@ -1,4 +1,4 @@
-//! Loss recovery between nodes: clients and servers of repair over loopback.
+//! Loss recovery between nodes: repair clients and servers over loopback.
 
 #[path = "../common/mod.rs"]
 mod common;

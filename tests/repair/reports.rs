@@ -27,7 +27,7 @@ use downpour_repair::{
 };
 use prometheus::Registry;
 
-/// What was reported of each stream, and in how many reports.
+/// The last report of each stream, and the number of reports.
 #[derive(Clone, Default)]
 struct Ledger(Arc<Mutex<(HashMap<u32, u64>, usize)>>);
 
@@ -52,10 +52,9 @@ impl EdgeSession for Ledger {
     }
 }
 
-/// Together with the cloud telling of all of them at the same time, which is more than either end
-/// takes in before it must be read.
+/// The cloud announces all streams at the same time. Both directions exceed the flow-control window.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_edge_with_thousands_of_streams_reports_all_of_them() {
+async fn edge_reports_thousands_of_streams() {
     let origin = OutgoingStreams::new();
     let body = Bytes::from(vec![0x17; 1000]);
     let headers =
@@ -89,7 +88,7 @@ async fn an_edge_with_thousands_of_streams_reports_all_of_them() {
         until(|| all(&ledger.0.lock().unwrap().0)).await;
         assert_eq!(ledger.0.lock().unwrap().1, round as usize * parts);
     }
-    // Nor does a report of nothing say nothing.
+    // An empty report is sent, too.
     edge.handle.report(Report::default());
     until(|| ledger.0.lock().unwrap().1 == 3 * parts + 1).await;
     let mut ups = 0;

@@ -1,5 +1,4 @@
-//! An edge that loses its connection is back within one round trip, and no less careful about whom
-//! it trusts.
+//! An edge that loses its connection resumes within one round trip, with the same trust checks.
 
 use std::{
     fs,
@@ -18,7 +17,7 @@ use downpour_repair::control::{DelayReport, MAX_EDGE_MESSAGE, Report, StreamRepo
 
 const ROUND_TRIP: Duration = Duration::from_millis(400);
 
-/// Has the cloud close the connection: a report that no edge makes, too long for it. Waits until it did.
+/// Makes the cloud close the connection, by a report that exceeds its limit. Returns the reason.
 async fn cut(edge: &mut Edge) -> String {
     let counts = vec![1; MAX_EDGE_MESSAGE / 2];
     let delays = DelayReport { counts, sum_us: 0 };
@@ -37,7 +36,7 @@ fn distant(cloud: &Cloud) -> UdpRelay {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_edge_is_back_within_one_round_trip() {
+async fn edge_resumes_within_one_round_trip() {
     let dir = tempfile::tempdir().unwrap();
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
@@ -50,10 +49,13 @@ async fn an_edge_is_back_within_one_round_trip() {
     });
     let began = Instant::now();
     welcome(&mut edge).await;
-    assert!(began.elapsed() >= ROUND_TRIP * 2, "the first time takes a handshake and a hello");
+    assert!(
+        began.elapsed() >= ROUND_TRIP * 2,
+        "the first connection takes a handshake and a hello"
+    );
     assert_eq!((edge.metrics.early_hellos.get(), cloud.metrics.early_hellos.get()), (0, 0));
 
-    // A busy machine may take its time with one of them, not with all.
+    // A busy machine may delay some of the attempts, but not all.
     let mut fastest = Duration::MAX;
     let mut cuts = 0;
     while fastest > ROUND_TRIP * 7 / 4 && cuts < 5 {
@@ -69,11 +71,11 @@ async fn an_edge_is_back_within_one_round_trip() {
     println!(
         "welcome {fastest:?} after the cut, at {ROUND_TRIP:?}, pause before dialling included"
     );
-    // With the pause of up to 100 ms before it dials.
+    // Includes the pause of up to 100 ms before the client dials.
     assert!(fastest <= ROUND_TRIP * 7 / 4, "{fastest:?}");
     assert_eq!(fs::read_to_string(&known).unwrap().lines().count(), 1);
 
-    // The resumed connection is as good as any.
+    // The resumed connection works.
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
     edge.handle.nack(downpour_repair::message::Nack {
         ssrc: feed.ssrc(),
@@ -86,7 +88,7 @@ async fn an_edge_is_back_within_one_round_trip() {
 }
 
 #[tokio::test]
-async fn a_cloud_that_forgot_the_session_takes_the_hello_again() {
+async fn edge_repeats_the_hello_to_a_restarted_cloud() {
     let cloud = Cloud::start();
     let (addr, identity, origin) = (cloud.addr, cloud.identity.clone(), cloud.origin.clone());
     Feed::start(&origin, "live/a", 7);
@@ -101,19 +103,19 @@ async fn a_cloud_that_forgot_the_session_takes_the_hello_again() {
     cloud.stop().await;
     edge.disconnected().await;
 
-    // The same certificate, but a process that knows no session.
+    // The same certificate, but a process without sessions.
     let cloud = Cloud::restart_at(addr, identity, origin, RepairServerSettings::default()).await;
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
     assert_eq!((edge.metrics.early_hellos.get(), cloud.metrics.early_hellos.get()), (1, 0));
     assert_eq!(edge.metrics.malformed.get(), 0);
-    // And what it was given now counts again.
+    // The new session can be resumed.
     cut(&mut edge).await;
     welcome(&mut edge).await;
     assert_eq!(edge.metrics.early_hellos.get(), 2);
 }
 
 #[tokio::test]
-async fn a_session_does_not_outlive_the_trust_it_began_with() {
+async fn changed_trust_prevents_resumption() {
     let dir = tempfile::tempdir().unwrap();
     let known = dir.path().join("known");
     let cloud = Cloud::start();
@@ -122,7 +124,7 @@ async fn a_session_does_not_outlive_the_trust_it_began_with() {
         ..edge_settings(cloud.addr)
     });
     welcome(&mut edge).await;
-    // Someone decided that the cloud's certificate is another one.
+    // The operator has replaced the known certificate.
     let other = Identity::generate().unwrap().fingerprint();
     fs::write(&known, format!("{} {other}\n", cloud.addr)).unwrap();
     cut(&mut edge).await;
@@ -133,7 +135,7 @@ async fn a_session_does_not_outlive_the_trust_it_began_with() {
 }
 
 #[tokio::test]
-async fn a_changed_certificate_is_refused_though_there_was_a_session() {
+async fn edge_refuses_a_changed_certificate_despite_a_session() {
     let cloud = Cloud::start();
     let addr = cloud.addr;
     let mut edge = Edge::start(RepairClientSettings {
@@ -157,7 +159,7 @@ async fn a_changed_certificate_is_refused_though_there_was_a_session() {
         .await;
     assert!(refusal.contains("has the fingerprint"), "{refusal}");
     until(|| cloud.metrics.refused_handshake.get() > 0).await;
-    // What the edge said at once was for the old cloud alone to read.
+    // Early data is encrypted for the old cloud only.
     assert_eq!((cloud.metrics.early_hellos.get(), cloud.metrics.downpour.accepted.get()), (0, 0));
     assert!(edge.metrics.refused_certificate.get() >= 1);
 }

@@ -1,5 +1,5 @@
-//! The retransmission service of wire v0, against a client written from `docs/wire.md` alone, and
-//! our client against a cloud that behaves as the existing one.
+//! The retransmission service of wire v0: our server with a client written from `docs/wire.md` alone,
+//! and our client with a server that behaves like the existing cloud.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use downpour_repair::{
 use quinn::{Connection, RecvStream, SendStream, TransportConfig};
 use tokio::{sync::mpsc, time::sleep};
 
-/// What an existing edge does, step by step.
+/// An existing edge, step by step.
 struct V0Edge {
     connection: Connection,
     info: SendStream,
@@ -38,7 +38,7 @@ impl V0Edge {
         Self { connection, info, lengths, data: None, _endpoint: endpoint }
     }
 
-    async fn ask(&mut self, requests: &[(u32, u16)]) {
+    async fn request(&mut self, requests: &[(u32, u16)]) {
         self.info.write_all(&encode(requests)).await.unwrap();
     }
 
@@ -73,7 +73,7 @@ fn encode(requests: &[(u32, u16)]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn found_and_not_found() {
+async fn cloud_answers_known_and_unknown_packets() {
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 1020304);
     let seqs = feed.push(700);
@@ -81,14 +81,14 @@ async fn found_and_not_found() {
 
     let mut edge = V0Edge::connect(&cloud).await;
     for seq in [seqs[0], seqs[535], seqs[536], seqs[699]] {
-        edge.ask(&[(1020304, seq.0)]).await;
+        edge.request(&[(1020304, seq.0)]).await;
         assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
     }
     for missing in [(1020304, 164), (1020304, 64999), (1020305, 65000), (0, 0)] {
-        edge.ask(&[missing]).await;
+        edge.request(&[missing]).await;
         assert_eq!(edge.answer().await, None);
     }
-    edge.ask(&[(1020304, 65000)]).await;
+    edge.request(&[(1020304, 65000)]).await;
     assert_eq!(edge.answer().await.unwrap(), feed.packet(Seq(65000)), "still in step");
 
     let metrics = &cloud.metrics;
@@ -105,7 +105,7 @@ async fn found_and_not_found() {
 }
 
 #[tokio::test]
-async fn requests_split_anywhere() {
+async fn cloud_parses_requests_split_anywhere() {
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
     let seqs = feed.push(4);
@@ -114,7 +114,7 @@ async fn requests_split_anywhere() {
     for piece in [1, 2, 4, 5, 7] {
         for bytes in encode(&requests).chunks(piece) {
             edge.info.write_all(bytes).await.unwrap();
-            // Gives each piece a packet of its own; the answer is right with or without.
+            // Makes separate packets of the pieces. The answer does not depend on it.
             sleep(Duration::from_millis(2)).await;
         }
         for &seq in &seqs {
@@ -124,14 +124,14 @@ async fn requests_split_anywhere() {
 }
 
 #[tokio::test]
-async fn five_hundred_requests_in_flight_for_two_streams() {
+async fn cloud_answers_hundreds_of_requests_in_order() {
     let cloud = Cloud::start();
     let mut feeds = [7, 8].map(|ssrc| Feed::start(&cloud.origin, &format!("live/{ssrc}"), ssrc));
     let seqs = feeds[0].push(250);
     assert_eq!(feeds[1].push(250), seqs);
     let mut edge = V0Edge::connect(&cloud).await;
     let requests: Vec<_> = seqs.iter().flat_map(|seq| [(7, seq.0), (8, seq.0), (8, 1)]).collect();
-    edge.ask(&requests).await;
+    edge.request(&requests).await;
     for &seq in &seqs {
         assert_eq!(edge.answer().await.unwrap(), feeds[0].packet(seq));
         assert_eq!(edge.answer().await.unwrap(), feeds[1].packet(seq));
@@ -140,12 +140,12 @@ async fn five_hundred_requests_in_flight_for_two_streams() {
 }
 
 #[tokio::test]
-async fn an_edge_that_reads_lengths_first_is_not_stuck() {
+async fn edge_may_read_all_lengths_first() {
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
     let seqs = feed.push(300);
     let mut edge = V0Edge::connect(&cloud).await;
-    edge.ask(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
+    edge.request(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
     let mut lengths = Vec::new();
     for _ in &seqs {
         lengths.push(edge.length().await);
@@ -156,13 +156,13 @@ async fn an_edge_that_reads_lengths_first_is_not_stuck() {
 }
 
 #[tokio::test]
-async fn a_single_read_brings_the_whole_packet() {
-    // An existing edge reads each packet with one read and takes what that brings.
+async fn single_read_returns_a_whole_packet() {
+    // An existing edge reads each packet with a single read and does not check its length.
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
     let mut edge = V0Edge::connect(&cloud).await;
     for seq in feed.push(200) {
-        edge.ask(&[(7, seq.0)]).await;
+        edge.request(&[(7, seq.0)]).await;
         if edge.data.is_none() {
             edge.data = Some(within(edge.connection.accept_bi()).await.unwrap());
         }
@@ -175,7 +175,7 @@ async fn a_single_read_brings_the_whole_packet() {
 }
 
 #[tokio::test]
-async fn garbage_is_unknown_packets_and_hurts_nobody() {
+async fn cloud_survives_garbage_requests() {
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
     let seq = feed.push(1)[0];
@@ -188,29 +188,33 @@ async fn garbage_is_unknown_packets_and_hurts_nobody() {
         assert_eq!(bad.answer().await, None);
     }
     bad.info.finish().unwrap();
-    assert_eq!(within(bad.lengths.read(&mut [0])).await.unwrap(), None, "half a request is none");
+    assert_eq!(
+        within(bad.lengths.read(&mut [0])).await.unwrap(),
+        None,
+        "half a request has no answer"
+    );
     assert_eq!(cloud.metrics.unknown_ssrc.get(), 1000);
-    good.ask(&[(7, seq.0)]).await;
+    good.request(&[(7, seq.0)]).await;
     assert_eq!(good.answer().await.unwrap(), feed.packet(seq));
 
     // The next info stream of the same connection is served too.
     (bad.info, bad.lengths) = bad.connection.open_bi().await.unwrap();
-    bad.ask(&[(7, seq.0)]).await;
+    bad.request(&[(7, seq.0)]).await;
     assert_eq!(bad.answer().await.unwrap(), feed.packet(seq));
 }
 
 #[tokio::test]
-async fn an_edge_that_waits_for_a_data_stream_in_vain_is_freed() {
+async fn cloud_closes_an_edge_without_packets() {
     let cloud = Cloud::start();
     let mut edge = V0Edge::connect(&cloud).await;
-    edge.ask(&[(7, 1)]).await;
-    // An existing edge looks for the data stream before it reads the length.
+    edge.request(&[(7, 1)]).await;
+    // An existing edge accepts the data stream before it reads the length.
     let error = within(edge.connection.accept_bi()).await.unwrap_err();
     assert!(matches!(error, quinn::ConnectionError::ApplicationClosed(_)), "{error}");
 }
 
 #[tokio::test]
-async fn v0_can_be_switched_off() {
+async fn cloud_refuses_v0_if_disabled() {
     let cloud = Cloud::start_with(RepairServerSettings { v0: false, ..Default::default() });
     let dialled =
         dial(&quic_client(), cloud.addr, b"quic-echo-server", TransportConfig::default()).await;
@@ -225,7 +229,7 @@ async fn v0_can_be_switched_off() {
 }
 
 #[tokio::test]
-async fn v0_edges_may_be_named_by_address() {
+async fn cloud_admits_v0_edges_by_address() {
     let start = |ranges: &[&str]| {
         Cloud::start_with(RepairServerSettings {
             v0_allow: ranges.iter().map(|range| range.parse().unwrap()).collect(),
@@ -248,7 +252,7 @@ async fn v0_edges_may_be_named_by_address() {
     edge.handle.nack(nack.clone());
     assert_eq!(edge.disconnected().await, "v0 repair is not allowed from this address");
     assert!(edge.metrics.refused_edge.get() >= 1);
-    // It binds nobody else.
+    // The list does not apply to other protocols.
     let mut edge = Edge::start(edge_settings(cloud.addr));
     edge.wait(|event| matches!(event, RepairEvent::StreamUp(_)).then_some(())).await;
     edge.handle.nack(nack);
@@ -258,12 +262,12 @@ async fn v0_edges_may_be_named_by_address() {
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
     let seq = feed.push(1)[0];
     let mut edge = V0Edge::connect(&cloud).await;
-    edge.ask(&[(7, seq.0)]).await;
+    edge.request(&[(7, seq.0)]).await;
     assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
 }
 
 #[tokio::test]
-async fn too_many_connections_are_refused_and_counted() {
+async fn cloud_refuses_too_many_connections() {
     let cloud =
         Cloud::start_with(RepairServerSettings { max_connections: 4, ..Default::default() });
     let mut edges = Vec::new();
@@ -281,18 +285,18 @@ async fn too_many_connections_are_refused_and_counted() {
 }
 
 #[tokio::test]
-async fn a_budget_slows_v0_edges_down() {
+async fn budget_delays_repairs_to_v0_edges() {
     let cloud = Cloud::start_with(RepairServerSettings {
         repair_budget: 1,
         repair_burst: 5_000,
         ..Default::default()
     });
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
-    // 16 KiB a second is the least, and ten seconds of that come at once: 144 packets.
+    // The minimum budget is 16 KiB per second with a burst of ten seconds: 144 packets.
     let seqs = feed.push(155);
     let mut edge = V0Edge::connect(&cloud).await;
     let began = std::time::Instant::now();
-    edge.ask(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
+    edge.request(&seqs.iter().map(|seq| (7, seq.0)).collect::<Vec<_>>()).await;
     for &seq in &seqs {
         assert_eq!(edge.answer().await.unwrap(), feed.packet(seq));
     }
@@ -305,7 +309,7 @@ fn v0_settings(addr: std::net::SocketAddr) -> RepairClientSettings {
 }
 
 #[tokio::test]
-async fn our_edge_asks_our_cloud() {
+async fn edge_repairs_over_v0() {
     let cloud = Cloud::start();
     let mut feed = Feed::start(&cloud.origin, "live/a", 7);
     let seqs = feed.push(400);
@@ -333,7 +337,7 @@ async fn our_edge_asks_our_cloud() {
 }
 
 #[tokio::test]
-async fn our_edge_comes_back_after_the_cloud_closed() {
+async fn edge_reconnects_over_v0() {
     let cloud = Cloud::start();
     let (addr, identity, origin) = (cloud.addr, cloud.identity.clone(), cloud.origin.clone());
     let mut feed = Feed::start(&origin, "live/a", 7);
@@ -349,10 +353,10 @@ async fn our_edge_comes_back_after_the_cloud_closed() {
     assert_eq!(edge.repair().await, feed.packet(seq));
 }
 
-/// The existing cloud: single reads for each half of a request, no answer for an unknown SSRC.
+/// A model of the existing cloud: one read per half of a request, and no answer for an unknown SSRC.
 struct OldCloud {
     addr: std::net::SocketAddr,
-    /// SSRC and sequence number of every request, or the reason why it would have failed.
+    /// SSRC and sequence number of each request, or the reason why the existing cloud would fail.
     requests: mpsc::UnboundedReceiver<Result<(u32, u16), &'static str>>,
     _endpoint: quinn::Endpoint,
 }
@@ -409,7 +413,7 @@ async fn serve_old(
 }
 
 #[tokio::test]
-async fn our_edge_is_gentle_with_an_existing_cloud() {
+async fn edge_does_not_crash_an_existing_cloud() {
     let origin = OutgoingStreams::new();
     let mut feed = Feed::start(&origin, "live/a", 7);
     let seqs = feed.push(300);
@@ -419,10 +423,10 @@ async fn our_edge_is_gentle_with_an_existing_cloud() {
         matches!(event, RepairEvent::Connected { protocol: Protocol::V0 }).then_some(())
     })
     .await;
-    // The info stream shows before anything is missing.
+    // The edge opens the info stream before a packet is missing.
     assert_eq!(within(cloud.requests.recv()).await.unwrap(), Ok((0, 0)));
 
-    // A stream that the cloud does not know is not answered, and does not put the rest out of step.
+    // The cloud does not answer for an unknown stream. The following answers still match.
     edge.handle.nack(Nack { ssrc: Ssrc(99), copies: 1, slack_ms: 500, seqs: vec![Seq(5)] });
     edge.handle.nack(Nack { ssrc: Ssrc(7), copies: 1, slack_ms: 500, seqs: seqs.clone() });
     let gone = edge.wait(|event| match event {
@@ -442,15 +446,15 @@ async fn our_edge_is_gentle_with_an_existing_cloud() {
 
     edge.shutdown.cancel();
     for _ in 0..302 {
-        within(cloud.requests.recv()).await.unwrap().expect("requests come whole");
+        within(cloud.requests.recv()).await.unwrap().expect("requests arrive whole");
     }
     edge.wait_closed().await;
-    assert!(cloud.requests.try_recv().is_err(), "the edge left without harm");
+    assert!(cloud.requests.try_recv().is_err(), "the edge closed without an error at the cloud");
 }
 
 #[tokio::test]
-async fn a_cloud_out_of_step_is_left() {
-    // It answers what was never asked.
+async fn edge_closes_a_cloud_with_unrequested_answers() {
+    // The cloud answers without a request.
     let config = Identity::generate().unwrap().server_config(&[b"quic-echo-server"]).unwrap();
     let endpoint = quinn::Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
     let addr = endpoint.local_addr().unwrap();

@@ -1,7 +1,7 @@
-//! Streams, viewers and edges come and go, many of them rudely; when all have left, cloud and edge
-//! hold what they held before.
+//! Soak test: streams, viewers and edges connect and disconnect, many of them without a proper end.
+//! Afterwards, cloud and edge must use as much memory, descriptors and threads as before.
 //!
-//! A short one by default. `scripts/soak` makes it ten minutes long and keeps the table.
+//! It is short by default. `scripts/soak` runs it for ten minutes and keeps the table.
 
 #[path = "../../benches/common/mod.rs"]
 mod bench;
@@ -32,42 +32,43 @@ use downpour_netem::LinkSettings;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 #[test]
-fn nothing_is_left_of_those_who_came_and_went() {
+fn nodes_release_all_resources_of_closed_connections() {
     let seconds = std::env::var(SECONDS).map_or(SHORT, |text| text.parse().expect(SECONDS));
     let whole = Duration::from_secs(seconds);
     let warm_up = (whole / 3).min(Duration::from_secs(60));
-    // Over a lossy path, so that repair is a part of it.
+    // The path is lossy, so that repair takes part.
     let site =
         SiteSettings { dynamic: true, ..SiteSettings::over(LinkSettings::lossy(0.02), 4) }.start();
     site.edges[0].until_connected();
 
     let nodes = [&site.cloud.node, &site.edges[0].node];
-    let began = settled(nodes);
+    let began = settled_usage(nodes);
     let counts = Arc::<Counts>::default();
     let start = Instant::now();
-    let live = churn(&site, &counts, warm_up, 1, start);
-    let warm = at_rest(&site, &began, None);
-    tell(start, "all have left", &site, &counts);
-    let live = live.max(churn(&site, &counts, whole - warm_up, 2, start));
-    let end = at_rest(&site, &began, Some((&warm, warm_up)));
-    tell(start, "all have left", &site, &counts);
+    let peak = churn(&site, &counts, warm_up, 1, start);
+    let warm = wait_until_idle(&site, &began, None);
+    print_progress(start, "idle", &site, &counts);
+    let peak = peak.max(churn(&site, &counts, whole - warm_up, 2, start));
+    let end = wait_until_idle(&site, &began, Some((&warm, warm_up)));
+    print_progress(start, "idle", &site, &counts);
 
-    counts.assert_all_came();
-    let table = table(whole, &counts, [began, live.0, warm, end]);
+    counts.assert_all_kinds();
+    let table = table(whole, &counts, [began, peak.0, warm, end]);
     println!("{table}");
     if let Some(document) = std::env::var_os(DOCUMENT) {
-        bench::document::put(Path::new(&document), "soak", &table).expect("no document");
+        bench::document::replace_section(Path::new(&document), "soak", &table)
+            .expect("the document is written");
     }
 }
 
-/// What the nodes hold once two looks agree, memory apart: those that waited for the site to come up
-/// have just closed connections, of which a node may still have its end.
+/// Returns the usage of the nodes once descriptors and threads are the same in two samples: nodes may
+/// still have open connections of the start-up.
 #[track_caller]
-fn settled(nodes: [&Node; 2]) -> [Usage; 2] {
+fn settled_usage(nodes: [&Node; 2]) -> [Usage; 2] {
     let mut last: Option<[Usage; 2]> = None;
-    wait_for("the nodes to hold the same at two looks", SETTLE, || {
+    wait_for("the same usage of the nodes in two samples", SETTLE, || {
         if last.is_some() {
-            sleep(BETWEEN_LOOKS);
+            sleep(SAMPLE_INTERVAL);
         }
         let now = nodes.map(Node::usage);
         let before = last.replace(now)?;
@@ -78,11 +79,11 @@ fn settled(nodes: [&Node; 2]) -> [Usage; 2] {
     })
 }
 
-/// The most that cloud and edge held at any look.
+/// Maximum usage of the cloud and the edge over all samples.
 #[derive(Clone, Copy)]
-struct Most([Usage; 2]);
+struct Peak([Usage; 2]);
 
-impl Most {
+impl Peak {
     fn max(self, other: Self) -> Self {
         let [a, b] = [0, 1].map(|node| Usage {
             resident: self.0[node].resident.max(other.0[node].resident),
@@ -93,7 +94,7 @@ impl Most {
     }
 }
 
-/// How many came.
+/// Numbers of connections of each kind.
 #[derive(Default)]
 struct Counts {
     streams: AtomicU64,
@@ -103,13 +104,13 @@ struct Counts {
     viewer_bytes: AtomicU64,
     edges: AtomicU64,
     edges_killed: AtomicU64,
-    rude: AtomicU64,
+    hostile: AtomicU64,
 }
 
 impl Counts {
-    /// A soak in which nothing happened would find no leak.
+    /// Asserts that each kind of connection occurred: otherwise the test would find no leak.
     #[track_caller]
-    fn assert_all_came(&self) {
+    fn assert_all_kinds(&self) {
         let kinds = [
             ("streams", &self.streams),
             ("streams cut", &self.streams_cut),
@@ -118,7 +119,7 @@ impl Counts {
             ("bytes to viewers", &self.viewer_bytes),
             ("edges", &self.edges),
             ("edges killed", &self.edges_killed),
-            ("rude connections", &self.rude),
+            ("hostile connections", &self.hostile),
         ];
         for (kind, count) in kinds {
             assert!(count.load(Relaxed) > 0, "no {kind}");
@@ -126,43 +127,54 @@ impl Counts {
     }
 }
 
-/// Everything comes and goes for so long, and then leaves.
-fn churn(site: &Site, counts: &Arc<Counts>, lasts: Duration, seed: u64, start: Instant) -> Most {
-    let crowd = Crowd {
-        rtmp: site.cloud.rtmp,
-        quic: site.cloud.quic,
-        cloud_rtp: site.cloud.rtp,
-        api: site.cloud.node.http,
-        edge_rtp: site.edges[0].rtp,
-        edges: Arc::new(RwLock::new(vec![site.edges[0].node.http])),
-        stop: Arc::default(),
-        counts: counts.clone(),
-    };
-    let mut threads = Vec::new();
-    for slot in 0..PUBLISHERS {
-        threads.push(crowd.spawn(seed * 1000 + slot, move |crowd, rng| crowd.publish(slot, rng)));
-    }
-    for slot in 0..VIEWERS {
-        threads.push(crowd.spawn(seed * 1000 + 100 + slot, Crowd::watch));
-    }
-    for slot in 0..RUDE {
-        threads.push(crowd.spawn(seed * 1000 + 900 + slot, Crowd::be_rude));
-    }
-
+/// Connects and disconnects clients and edges for `length`, then waits until all clients have ended.
+/// Returns the peak usage.
+fn churn(site: &Site, counts: &Arc<Counts>, length: Duration, seed: u64, start: Instant) -> Peak {
+    let clients = Clients::new(site, counts);
+    let threads = clients.start_all(seed);
+    let mut edges = EdgeChurn { site, clients: &clients, running: Vec::new() };
     let mut rng = SmallRng::seed_from_u64(seed);
-    let mut most = Most([site.cloud.node.usage(), site.edges[0].node.usage()]);
-    let mut edges: Vec<(Edge, Instant)> = Vec::new();
-    let (until, mut told) = (Instant::now() + lasts, Instant::now());
+    let usage = || Peak([site.cloud.node.usage(), site.edges[0].node.usage()]);
+    let mut peak = usage();
+    let (until, mut printed) = (Instant::now() + length, Instant::now());
     while Instant::now() < until {
-        if edges.len() < EDGES {
-            let edge = site.start_edge();
-            crowd.edges.write().unwrap().push(edge.node.http);
-            counts.edges.fetch_add(1, Relaxed);
-            edges.push((edge, Instant::now() + pause(&mut rng, 2_000, 9_000)));
+        edges.step(&mut rng);
+        peak = peak.max(usage());
+        if printed.elapsed() >= PRINT_INTERVAL {
+            printed = Instant::now();
+            print_progress(start, "busy", site, counts);
         }
-        if let Some(index) = edges.iter().position(|(_, leaves)| Instant::now() > *leaves) {
-            let (mut edge, _) = edges.swap_remove(index);
-            crowd.edges.write().unwrap().retain(|addr| *addr != edge.node.http);
+        sleep(Duration::from_millis(250));
+    }
+    clients.stop.store(true, Relaxed);
+    for thread in threads {
+        thread.join().expect("a client panicked");
+    }
+    edges.kill_all();
+    peak
+}
+
+/// Edges that start and end.
+struct EdgeChurn<'a> {
+    site: &'a Site,
+    clients: &'a Clients,
+    /// Running edges and the time when each one ends.
+    running: Vec<(Edge, Instant)>,
+}
+
+impl EdgeChurn<'_> {
+    /// Starts an edge if there are fewer than [`EDGES`], and kills or terminates one that is due.
+    fn step(&mut self, rng: &mut SmallRng) {
+        let counts = &self.clients.counts;
+        if self.running.len() < EDGES {
+            let edge = self.site.start_edge();
+            self.clients.edges.write().unwrap().push(edge.node.http);
+            counts.edges.fetch_add(1, Relaxed);
+            self.running.push((edge, Instant::now() + pause(rng, 2_000, 9_000)));
+        }
+        if let Some(index) = self.running.iter().position(|(_, end)| Instant::now() > *end) {
+            let (mut edge, _) = self.running.swap_remove(index);
+            self.clients.edges.write().unwrap().retain(|addr| *addr != edge.node.http);
             if rng.random_bool(0.6) {
                 edge.node.kill();
                 counts.edges_killed.fetch_add(1, Relaxed);
@@ -170,70 +182,92 @@ fn churn(site: &Site, counts: &Arc<Counts>, lasts: Duration, seed: u64, start: I
                 edge.node.terminate();
             }
         }
-        most = most.max(Most([site.cloud.node.usage(), site.edges[0].node.usage()]));
-        if told.elapsed() >= TELL {
-            told = Instant::now();
-            tell(start, "coming and going", site, counts);
+    }
+
+    fn kill_all(self) {
+        for (mut edge, _) in self.running {
+            edge.node.assert_running();
+            edge.node.kill();
+            self.clients.counts.edges_killed.fetch_add(1, Relaxed);
         }
-        sleep(Duration::from_millis(250));
     }
-    crowd.stop.store(true, Relaxed);
-    for thread in threads {
-        thread.join().expect("one of the crowd panicked");
-    }
-    for (mut edge, _) in edges {
-        edge.node.assert_running();
-        edge.node.kill();
-        counts.edges_killed.fetch_add(1, Relaxed);
-    }
-    most
 }
 
-/// All who come and go, and where to.
+/// The clients and the addresses that they connect to.
 #[derive(Clone)]
-struct Crowd {
+struct Clients {
     rtmp: SocketAddr,
     quic: SocketAddr,
     cloud_rtp: SocketAddr,
     api: SocketAddr,
     edge_rtp: SocketAddr,
-    /// Where viewers may come now; the first one stays.
+    /// HTTP addresses of the running edges. The first one runs during the whole test.
     edges: Arc<RwLock<Vec<SocketAddr>>>,
     stop: Arc<AtomicBool>,
     counts: Arc<Counts>,
 }
 
-impl Crowd {
-    /// Does something again and again until it is time to leave.
+impl Clients {
+    fn new(site: &Site, counts: &Arc<Counts>) -> Self {
+        Self {
+            rtmp: site.cloud.rtmp,
+            quic: site.cloud.quic,
+            cloud_rtp: site.cloud.rtp,
+            api: site.cloud.node.http,
+            edge_rtp: site.edges[0].rtp,
+            edges: Arc::new(RwLock::new(vec![site.edges[0].node.http])),
+            stop: Arc::default(),
+            counts: counts.clone(),
+        }
+    }
+
+    /// Starts the threads of all publishers, viewers and hostile clients.
+    fn start_all(&self, seed: u64) -> Vec<JoinHandle<()>> {
+        let seed = seed * 1000;
+        let mut threads = Vec::new();
+        for slot in 0..PUBLISHERS {
+            let publish = move |clients: &Self, rng: &mut SmallRng| clients.publish(slot, rng);
+            threads.push(self.spawn(seed + slot, publish));
+        }
+        for slot in 0..VIEWERS {
+            threads.push(self.spawn(seed + 100 + slot, Self::watch));
+        }
+        for slot in 0..HOSTILE {
+            threads.push(self.spawn(seed + 900 + slot, Self::attack));
+        }
+        threads
+    }
+
+    /// Starts a thread that repeats `act` until the clients stop.
     fn spawn(
         &self,
         seed: u64,
         act: impl Fn(&Self, &mut SmallRng) -> io::Result<()> + Send + 'static,
     ) -> JoinHandle<()> {
-        let crowd = self.clone();
+        let clients = self.clone();
         std::thread::spawn(move || {
             let mut rng = SmallRng::seed_from_u64(seed);
-            while !crowd.left() {
-                // Connections that fail are part of it: edges are killed, keys are taken.
-                let _ = act(&crowd, &mut rng);
-                crowd.wait(pause(&mut rng, 50, 1_000));
+            while !clients.stopped() {
+                // Failures are expected: edges are killed, and stream keys may be in use.
+                let _ = act(&clients, &mut rng);
+                clients.wait(pause(&mut rng, 50, 1_000));
             }
         })
     }
 
-    fn left(&self) -> bool {
+    fn stopped(&self) -> bool {
         self.stop.load(Relaxed)
     }
 
-    /// Waits, but not beyond the end.
+    /// Waits for `duration`, or until the clients stop.
     fn wait(&self, duration: Duration) {
         let until = Instant::now() + duration;
-        while !self.left() && Instant::now() < until {
+        while !self.stopped() && Instant::now() < until {
             sleep(Duration::from_millis(20));
         }
     }
 
-    /// Publishes for some seconds, and ends the publication or just goes.
+    /// Publishes for some seconds, then ends the publication or only closes the connection.
     fn publish(&self, slot: u64, rng: &mut SmallRng) -> io::Result<()> {
         let clip = Clip::open(&media::short().path)?;
         let url = format!("rtmp://{}/live/s{slot}", self.rtmp);
@@ -248,7 +282,7 @@ impl Crowd {
             let start = Instant::now();
             for (due, tag) in clip.play(true) {
                 tokio::time::sleep_until((start + due).into()).await;
-                if self.left() || start.elapsed() > lasts {
+                if self.stopped() || start.elapsed() > lasts {
                     break;
                 }
                 publisher.send(&tag).await.map_err(io::Error::other)?;
@@ -261,7 +295,7 @@ impl Crowd {
         })
     }
 
-    /// Watches for some seconds, or only seems to.
+    /// Plays a stream for some seconds, or stays connected without reading.
     fn watch(&self, rng: &mut SmallRng) -> io::Result<()> {
         let edge = {
             let edges = self.edges.read().unwrap();
@@ -282,7 +316,7 @@ impl Crowd {
         socket.set_read_timeout(Some(Duration::from_millis(200)))?;
         let until = Instant::now() + lasts;
         let mut buffer = vec![0; 64 * 1024];
-        while !self.left() && Instant::now() < until {
+        while !self.stopped() && Instant::now() < until {
             match socket.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(count) => _ = self.counts.viewer_bytes.fetch_add(count as u64, Relaxed),
@@ -293,9 +327,9 @@ impl Crowd {
         Ok(())
     }
 
-    /// One of the things that nobody should do.
-    fn be_rude(&self, rng: &mut SmallRng) -> io::Result<()> {
-        self.counts.rude.fetch_add(1, Relaxed);
+    /// Violates a protocol in a random way.
+    fn attack(&self, rng: &mut SmallRng) -> io::Result<()> {
+        self.counts.hostile.fetch_add(1, Relaxed);
         let lasts = pause(rng, 100, 3_000);
         let edge = self.edges.read().unwrap()[0];
         let mut noise = vec![0; rng.random_range(1..1400)];
@@ -309,14 +343,14 @@ impl Crowd {
                 self.wait(lasts);
             }
             2 => {
-                let mut peer = Peer::shaken(self.rtmp)?;
+                let mut peer = Peer::handshaken(self.rtmp)?;
                 peer.send(&noise)?;
                 self.wait(lasts);
             }
             3 => {
-                // Publishes nothing, and is gone without a word.
-                let mut peer = Peer::shaken(self.rtmp)?;
-                peer.publish("live", &format!("rude{}", rng.random_range(0..4)), 128)?;
+                // Starts a publication without media, then resets the connection.
+                let mut peer = Peer::handshaken(self.rtmp)?;
+                peer.publish("live", &format!("hostile{}", rng.random_range(0..4)), 128)?;
                 self.wait(lasts);
                 reset(peer.socket())?;
             }
@@ -340,7 +374,7 @@ impl Crowd {
                 let socket = UdpSocket::bind("127.0.0.1:0")?;
                 for to in [self.quic, self.cloud_rtp, self.edge_rtp] {
                     socket.send_to(&noise, to)?;
-                    // The same with the head of RTP: version 2, payload type 100.
+                    // The next one starts like RTP: version 2, payload type 100.
                     if let [b0, b1, ..] = &mut noise[..] {
                         (*b0, *b1) = (0x80, 100);
                     }
@@ -351,28 +385,32 @@ impl Crowd {
     }
 }
 
-/// Waits until both nodes say that nobody is there and hold what they held; gives that.
+/// Waits until the gauges of both nodes are back at their initial values, and their usage is that of the
+/// start and of the warm-up. Returns the usage.
 #[track_caller]
-fn at_rest(site: &Site, began: &[Usage; 2], warm: Option<(&[Usage; 2], Duration)>) -> [Usage; 2] {
+fn wait_until_idle(
+    site: &Site,
+    began: &[Usage; 2],
+    warm: Option<(&[Usage; 2], Duration)>,
+) -> [Usage; 2] {
     let (cloud, edge) = (&site.cloud.node, &site.edges[0].node);
-    // Gone edges are told by the timeout of their connections, and those of a rude publisher by
-    // silence.
-    wait_for("nobody is there any more", LEAVE, || {
+    // Connections of killed edges and of silent publishers end by a timeout.
+    wait_for("no connections, viewers, streams and edges", LEAVE, || {
         let (cloud, edge) = (cloud.metrics(), edge.metrics());
-        let here = |metrics: &http::Metrics, gauges: &[&str]| {
+        let is_zero = |metrics: &http::Metrics, gauges: &[&str]| {
             gauges.iter().all(|gauge| {
-                assert!(metrics.has(gauge), "there is no {gauge}");
-                // The look at the metrics is itself a connection.
+                assert!(metrics.has(gauge), "no metric {gauge}");
+                // The request for the metrics is a connection, too.
                 let own = f64::from(u8::from(*gauge == "downpour_http_connections"));
                 metrics.sum(gauge, &[]) <= own
             })
         };
-        let alone = cloud.sum("downpour_repair_server_connections", &[]) == 1.0
+        let no_edges = cloud.sum("downpour_repair_server_connections", &[]) == 1.0
             && cloud.sum("downpour_fanout_dynamic_targets", &[]) == 1.0
-            // These series go with their streams.
+            // These series end with their streams.
             && cloud.sum("downpour_ring_packets", &[]) == 0.0
             && edge.sum("downpour_stream_log_tags", &[]) == 0.0;
-        (alone && here(&cloud, &CLOUD_GAUGES) && here(&edge, &EDGE_GAUGES)).then_some(())
+        (no_edges && is_zero(&cloud, &CLOUD_GAUGES) && is_zero(&edge, &EDGE_GAUGES)).then_some(())
     });
     let mut last = [cloud.usage(), edge.usage()];
     let until = Instant::now() + SETTLE;
@@ -390,45 +428,44 @@ fn at_rest(site: &Site, began: &[Usage; 2], warm: Option<(&[Usage; 2], Duration)
         }
         assert!(
             Instant::now() < until,
-            "more is held than before: cloud and edge began with {began:?}, held {warm:?} when all \
-             had left once, and hold {now:?}",
+            "leak: cloud and edge used {began:?} at the start, {warm:?} after the warm-up, and {now:?} \
+             now",
             warm = warm.map(|(warm, _)| warm)
         );
         last = now;
-        sleep(BETWEEN_LOOKS);
+        sleep(SAMPLE_INTERVAL);
     }
 }
 
-/// Bytes that a node may hold more at the end than after the warm-up: the allocator keeps what the
-/// most who came at one time needed, and after a short warm-up that is still to come.
+/// Bytes by which the memory of a node may grow after the warm-up. The allocator keeps the memory of the
+/// peak load, which a short warm-up may not reach.
 fn slack(warm: &Usage, warm_up: Duration) -> u64 {
     let short = if warm_up < Duration::from_secs(60) { 8 << 20 } else { 2 << 20 };
     warm.resident / 20 + short
 }
 
-fn tell(start: Instant, what: &str, site: &Site, counts: &Counts) {
+fn print_progress(start: Instant, phase: &str, site: &Site, counts: &Counts) {
     let [cloud, edge] = [&site.cloud.node, &site.edges[0].node].map(|node| {
         let Usage { resident, descriptors, threads } = node.usage();
         format!("{:.1} MiB, {descriptors} fds, {threads} threads", mib(resident))
     });
     println!(
-        "{:4} s, {what}: cloud {cloud}; edge {edge}; so far {} streams, {} viewers, {} edges, \
-         {} rude ones",
+        "{:4} s, {phase}: cloud {cloud}; edge {edge}; so far {} streams, {} viewers, {} edges, \
+         {} hostile connections",
         start.elapsed().as_secs(),
         counts.streams.load(Relaxed),
         counts.viewers.load(Relaxed),
         counts.edges.load(Relaxed),
-        counts.rude.load(Relaxed),
+        counts.hostile.load(Relaxed),
     );
-    // Who reads along wants it now.
     let _ = io::stdout().flush();
 }
 
 fn table(whole: Duration, counts: &Counts, states: [[Usage; 2]; 4]) -> String {
     let count = |count: &AtomicU64| count.load(Relaxed);
     let mut text = format!(
-        "On {}, at {}: {} s in which {} streams came and went ({} of them cut), {} viewers (of whom \
-         {} did not read; {} MB to the others), {} edges ({} killed) and {} rude connections.\n\n\
+        "On {}, at {}: {} s with {} streams ({} of them without a proper end), {} viewers ({} did not \
+         read; {} MB to the others), {} edges ({} killed) and {} hostile connections.\n\n\
          | | memory: cloud | edge | descriptors: cloud | edge | threads: cloud | edge |\n\
          |---|---|---|---|---|---|---|\n",
         bench::machine::machine(),
@@ -441,9 +478,9 @@ fn table(whole: Duration, counts: &Counts, states: [[Usage; 2]; 4]) -> String {
         count(&counts.viewer_bytes) / 1_000_000,
         count(&counts.edges),
         count(&counts.edges_killed),
-        count(&counts.rude),
+        count(&counts.hostile),
     );
-    let names = ["at the start", "most", "after the warm-up, all gone", "at the end, all gone"];
+    let names = ["start", "peak", "idle after the warm-up", "idle at the end"];
     for (name, [cloud, edge]) in names.iter().zip(states) {
         let _ = writeln!(
             text,
@@ -459,7 +496,7 @@ fn table(whole: Duration, counts: &Counts, states: [[Usage; 2]; 4]) -> String {
     text
 }
 
-/// Closes with a reset, whatever is on its way.
+/// Makes the close of `socket` a reset.
 fn reset(socket: &TcpStream) -> io::Result<()> {
     socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO))
 }
@@ -472,25 +509,24 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-/// Environment: how long to run, in seconds, and the document that is to hold the table.
+/// Environment variables: the length in seconds, and the document for the table.
 const SECONDS: &str = "DOWNPOUR_SOAK_SECONDS";
 const DOCUMENT: &str = "DOWNPOUR_SOAK_DOCUMENT";
 const SHORT: u64 = 15;
 const PUBLISHERS: u64 = 6;
 const VIEWERS: u64 = 24;
-const RUDE: u64 = 4;
-/// Besides the one that stays.
+const HOSTILE: u64 = 4;
+/// In addition to the permanent one.
 const EDGES: usize = 2;
-const TELL: Duration = Duration::from_secs(10);
+const PRINT_INTERVAL: Duration = Duration::from_secs(10);
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection of an edge that was killed is given up after 10 s, a stream that fell silent after
-/// as long, an encoder's that says nothing after 30 s.
+/// Longer than the timeouts: 10 s for killed edges and silent streams, 30 s for silent encoders.
 const LEAVE: Duration = Duration::from_secs(60);
 /// Longer than a connection takes to close.
-const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
-/// Threads for blocking work end 10 s after it.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
+/// Threads for blocking work end after 10 s without work.
 const SETTLE: Duration = Duration::from_secs(40);
-/// What is to be 0 when all have left, the lasting edge's own apart.
+/// Gauges that are 0 without clients.
 const CLOUD_GAUGES: [&str; 3] =
     ["downpour_streams", "downpour_rtmp_connections", "downpour_http_connections"];
 const EDGE_GAUGES: [&str; 3] =

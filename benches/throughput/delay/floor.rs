@@ -1,7 +1,7 @@
-//! The least that could be done: a thread for each encoder reads whole frames, sends them on over UDP,
-//! to all edges in turn, and a thread reads that and writes it to the viewers. Where there are many
-//! edges, as many threads send as the machine has processors, each to its part of them. No RTMP, no
-//! RTP, no repair.
+//! The floor: a minimal relay. One thread per encoder reads whole frames and sends them over UDP to
+//! each edge; one thread receives them at one of the edges and writes them to the viewers. If there
+//! are many edges, there is one sending thread per processor, each with a part of the edges. No
+//! RTMP, RTP or repair.
 
 use std::{
     collections::HashMap,
@@ -18,8 +18,8 @@ use socket2::{Domain, Socket, Type};
 
 use crate::bare::Bare;
 
-/// Takes encoders and viewers, who say their stream's number first, until it is ended. `list` names a
-/// file of the addresses to send to, of which `edge` is the one that is read here.
+/// Accepts encoders and viewers, which first send the number of their stream. Runs until it is killed.
+/// `list` is a file of the edges' addresses, of which `edge` is received here.
 pub fn run(
     publishers: SocketAddr,
     viewers: SocketAddr,
@@ -31,12 +31,12 @@ pub fn run(
         .map(|line| line.parse().map_err(io::Error::other))
         .collect::<io::Result<_>>()?;
     let received = udp::receiver(edge, None, BUFFER)?;
-    let watching = Arc::<Watching>::default();
+    let viewer_sockets = Arc::<Viewers>::default();
     let publishers = listen(publishers)?;
     let viewers = listen(viewers)?;
-    let shared = watching.clone();
+    let shared = viewer_sockets.clone();
     thread::spawn(move || receive(&received, &shared));
-    let shared = watching.clone();
+    let shared = viewer_sockets.clone();
     thread::spawn(move || -> io::Result<()> {
         for socket in viewers.incoming() {
             let mut socket = socket?;
@@ -50,20 +50,21 @@ pub fn run(
     io::stdout().flush()?;
     let senders = Arc::new(Senders::new(list)?);
     for socket in publishers.incoming() {
-        let (mut socket, senders, watching) = (socket?, senders.clone(), watching.clone());
+        let (mut socket, senders) = (socket?, senders.clone());
+        let viewer_sockets = viewer_sockets.clone();
         thread::Builder::new().stack_size(128 << 10).spawn(move || -> io::Result<()> {
             let stream = stream_number(&mut socket)?;
             senders.relay(Frames::of(&mut socket, stream))?;
-            // What is on its way over UDP is there first.
+            // The last datagrams arrive before the viewer is closed.
             thread::sleep(std::time::Duration::from_millis(200));
-            watching.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&stream);
+            viewer_sockets.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&stream);
             Ok(())
         })?;
     }
     Ok(())
 }
 
-/// All encoders may come at once.
+/// Listens with a backlog for all encoders at once.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -74,7 +75,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// The viewer of each stream.
 #[derive(Default)]
-struct Watching(Mutex<HashMap<u32, TcpStream>>);
+struct Viewers(Mutex<HashMap<u32, TcpStream>>);
 
 fn stream_number(socket: &mut TcpStream) -> io::Result<u32> {
     let mut number = [0; 4];
@@ -82,11 +83,11 @@ fn stream_number(socket: &mut TcpStream) -> io::Result<u32> {
     Ok(u32::from_be_bytes(number))
 }
 
-/// Who sends to the edges.
+/// The threads that send to the edges.
 enum Senders {
-    /// Each encoder's own thread, to this list.
-    Own(Vec<SocketAddrV4>),
-    /// Threads that are given each frame.
+    /// The encoder's thread sends to this list.
+    Encoder(Vec<SocketAddrV4>),
+    /// Separate threads, which get each frame.
     Threads(Vec<mpsc::Sender<Arc<[u8]>>>),
 }
 
@@ -94,29 +95,29 @@ impl Senders {
     fn new(list: Vec<SocketAddrV4>) -> io::Result<Self> {
         let count = thread::available_parallelism()?.get().min(list.len() / SHARE);
         if count < 2 {
-            return Ok(Self::Own(list));
+            return Ok(Self::Encoder(list));
         }
         let threads = (0..count).map(|first| {
             let chunks = list.chunks(SHARE).skip(first).step_by(count);
             let mut bare = Bare::new(&chunks.flatten().copied().collect::<Vec<_>>())?;
-            let (give, frames) = mpsc::channel::<Arc<[u8]>>();
-            let run = move || bare.cut_each(frames.into_iter().map(Ok), STRIDE as u16);
+            let (sender, frames) = mpsc::channel::<Arc<[u8]>>();
+            let run = move || bare.send_frames(frames.into_iter().map(Ok), STRIDE as u16);
             thread::Builder::new().name(format!("floor-{first}")).spawn(run)?;
-            Ok(give)
+            Ok(sender)
         });
         Ok(Self::Threads(threads.collect::<io::Result<_>>()?))
     }
 
-    /// Sends each frame once it is whole.
+    /// Sends each frame as soon as it is complete.
     fn relay(&self, frames: Frames<'_>) -> io::Result<()> {
         match self {
-            Self::Own(list) => Bare::new(list)?.cut_each(frames, STRIDE as u16),
+            Self::Encoder(list) => Bare::new(list)?.send_frames(frames, STRIDE as u16),
             Self::Threads(threads) => {
                 for frame in frames {
                     let frame = Arc::<[u8]>::from(frame?);
                     for thread in threads {
-                        let given = thread.send(frame.clone());
-                        given.map_err(|_| io::Error::other("a thread that sends has failed"))?;
+                        let sent = thread.send(frame.clone());
+                        sent.map_err(|_| io::Error::other("a sending thread has failed"))?;
                     }
                 }
                 Ok(())
@@ -125,11 +126,11 @@ impl Senders {
     }
 }
 
-/// The frames of an encoder, as they come, in datagrams one behind the other.
+/// Iterator over an encoder's frames, each as consecutive datagrams.
 struct Frames<'a> {
     socket: &'a mut TcpStream,
     stream: u32,
-    /// Of the next one.
+    /// Number of the next frame.
     number: u32,
     held: Vec<u8>,
     buffer: Vec<u8>,
@@ -149,7 +150,7 @@ impl Iterator for Frames<'_> {
             if let Some(length) = self.held.first_chunk::<4>() {
                 let whole = 4 + u32::from_be_bytes(*length) as usize;
                 if self.held.len() >= whole {
-                    let frame = cut(self.stream, self.number, &self.held[..whole]);
+                    let frame = datagrams(self.stream, self.number, &self.held[..whole]);
                     self.number += 1;
                     self.held.drain(..whole);
                     return Some(Ok(frame));
@@ -164,8 +165,8 @@ impl Iterator for Frames<'_> {
     }
 }
 
-/// A frame's datagrams.
-fn cut(stream: u32, number: u32, frame: &[u8]) -> Vec<u8> {
+/// Splits a frame into datagrams.
+fn datagrams(stream: u32, number: u32, frame: &[u8]) -> Vec<u8> {
     let mut datagrams = Vec::new();
     let slices = frame.chunks(STRIDE - HEAD);
     let count = slices.len() as u16;
@@ -179,14 +180,14 @@ fn cut(stream: u32, number: u32, frame: &[u8]) -> Vec<u8> {
     datagrams
 }
 
-/// Writes each frame that is whole to its stream's viewer. One of which a datagram was dropped, it
-/// leaves out: the kernel does that where more than `net.core.netdev_max_backlog` wait.
-fn receive(socket: &UdpSocket, watching: &Watching) -> io::Result<()> {
+/// Writes each complete frame to its stream's viewer. It skips frames with a lost datagram: the kernel
+/// drops datagrams when more than `net.core.netdev_max_backlog` are queued.
+fn receive(socket: &UdpSocket, viewers: &Viewers) -> io::Result<()> {
     let state = UdpSocketState::new(UdpSockRef::from(socket))?;
     socket.set_nonblocking(false)?;
     let size = (state.gro_segments() * 1500).min(usize::from(u16::MAX));
     let mut bytes = vec![0; size];
-    // One at a time: for several, a socket that blocks waits until all of them are there.
+    // One message per call: a blocking socket would wait for several.
     let mut meta = [RecvMeta::default()];
     let mut frames: HashMap<u32, Frame> = HashMap::new();
     loop {
@@ -210,11 +211,11 @@ fn receive(socket: &UdpSocket, watching: &Watching) -> io::Result<()> {
                 frame.bytes.extend_from_slice(slice);
                 frame.next += 1;
                 if frame.next == count {
-                    let mut watching = watching.0.lock().unwrap_or_else(PoisonError::into_inner);
-                    if let Some(viewer) = watching.get_mut(&stream)
+                    let mut viewers = viewers.0.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(viewer) = viewers.get_mut(&stream)
                         && viewer.write_all(&frame.bytes).is_err()
                     {
-                        watching.remove(&stream);
+                        viewers.remove(&stream);
                     }
                 }
             }
@@ -222,19 +223,19 @@ fn receive(socket: &UdpSocket, watching: &Watching) -> io::Result<()> {
     }
 }
 
-/// A stream's frame of which more is to come.
+/// An incomplete frame of a stream.
 #[derive(Default)]
 struct Frame {
     number: u32,
-    /// Index of the datagram that is next.
+    /// Index of the next datagram.
     next: u16,
     bytes: Vec<u8>,
 }
 
-/// Bytes in front of a datagram's slice: stream, frame, index and count.
+/// Length of a datagram's header: stream, frame, index and count.
 const HEAD: usize = 12;
-/// Bytes of a datagram, as large as Downpour's RTP packets.
+/// Length of a datagram, the same as of Downpour's RTP packets.
 const STRIDE: usize = 1132;
-/// Addresses in a row that are one thread's, as Downpour's workers share theirs.
+/// Consecutive addresses per thread, as in Downpour's fan-out.
 const SHARE: usize = 64;
 const BUFFER: usize = 4 << 20;

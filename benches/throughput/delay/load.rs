@@ -1,25 +1,27 @@
-//! How busy the processes under measurement and the machine are.
+//! Processor load of the measured processes and of the machine.
 
 use std::{collections::HashMap, fs, io, thread, time::Instant};
 
-/// What processes used between two looks.
+/// Load between two snapshots.
 #[derive(Debug, Clone)]
 pub struct Load {
-    /// Name and share of a core, of each process.
+    /// Name and load in cores of each process.
     processes: Vec<(&'static str, f64)>,
-    /// The busiest thread of the nodes, and its share of a core.
+    /// The busiest thread of the nodes, and its load in cores.
     thread: (String, f64),
-    /// Shares of all cores that these processes used, and all others.
+    /// Share of the machine that the measured processes used.
     ours: f64,
+    /// Share of the machine that all other processes used.
     others: f64,
 }
 
 impl Load {
-    /// What is to be at half: the busiest thread or the machine.
+    /// The load that limits the throughput: of the busiest thread or of the machine.
     pub fn highest(&self) -> f64 {
         self.thread.1.max(self.ours).max(0.001)
     }
 
+    /// Formats the load for the report.
     pub fn line(&self) -> String {
         let percent = |share: f64| share * 100.0;
         let processes: Vec<_> = self
@@ -28,7 +30,7 @@ impl Load {
             .map(|(name, share)| format!("{name} {:.0} %", percent(*share)))
             .collect();
         format!(
-            "of a core {}; busiest thread {} {:.0} %; of the machine {:.0} %, others' work {:.0} %",
+            "per core {}; busiest thread {} {:.0} %; of the machine {:.0} %, other work {:.0} %",
             processes.join(", "),
             self.thread.0,
             percent(self.thread.1),
@@ -39,14 +41,14 @@ impl Load {
 }
 
 /// Processor time used so far, in seconds.
-pub struct Look {
+pub struct CpuSnapshot {
     at: Instant,
-    /// Of all processes of the machine.
+    /// All processes of the machine.
     machine: f64,
     processes: Vec<(&'static str, Threads)>,
 }
 
-impl Look {
+impl CpuSnapshot {
     pub fn take(processes: &[(&'static str, u32)]) -> io::Result<Self> {
         let processes = processes
             .iter()
@@ -55,7 +57,8 @@ impl Look {
         Ok(Self { at: Instant::now(), machine: machine_seconds()?, processes })
     }
 
-    /// The last `children` processes are no nodes.
+    /// The load since `before`. The last `children` processes are not nodes: their threads do not
+    /// count as the busiest.
     pub fn since(&self, before: &Self, children: usize) -> Load {
         let seconds = self.at.duration_since(before.at).as_secs_f64();
         let cores = thread::available_parallelism().map_or(1, |count| count.get()) as f64;
@@ -80,16 +83,16 @@ impl Look {
     }
 }
 
-/// Name and seconds of processor time of each thread, by its number.
+/// Name and seconds of processor time per thread id.
 type Threads = HashMap<u32, (String, f64)>;
 
-/// Reads them (`schedstat`, in nanoseconds).
+/// Reads the threads of a process (`schedstat`, in nanoseconds).
 fn threads(process: u32) -> io::Result<Threads> {
     let mut threads = Threads::new();
     for entry in fs::read_dir(format!("/proc/{process}/task"))? {
         let entry = entry?;
         let read = |name| fs::read_to_string(entry.path().join(name));
-        // It may have ended since.
+        // The thread may have ended meanwhile.
         let (Ok(stat), Ok(name)) = (read("schedstat"), read("comm")) else { continue };
         let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse::<f64>().ok());
         let id = entry.file_name().to_string_lossy().parse().ok();
@@ -100,7 +103,7 @@ fn threads(process: u32) -> io::Result<Threads> {
     Ok(threads)
 }
 
-/// Seconds in which the machine's processors were not idle (`/proc/stat`, proc(5)).
+/// Busy seconds of the machine's processors (`/proc/stat`, proc(5)).
 fn machine_seconds() -> io::Result<f64> {
     let stat = fs::read_to_string("/proc/stat")?;
     let numbers: Vec<f64> = stat
@@ -115,5 +118,5 @@ fn machine_seconds() -> io::Result<f64> {
     Ok(busy / TICKS)
 }
 
-/// `USER_HZ`, which Linux holds at this.
+/// `USER_HZ`, a constant in Linux.
 const TICKS: f64 = 100.0;

@@ -1,4 +1,4 @@
-//! The encoders: tags that say when they were handed to the kernel.
+//! The encoders: they publish tags stamped with the time of the write.
 
 use std::{
     cmp::Reverse,
@@ -13,22 +13,22 @@ use downpour_media::flv::{Tag, TagKind};
 use downpour_rtmp::session::{ClientEvent, ClientSession, Purpose};
 
 use super::{
-    Way,
+    System,
     clock::{now, sleep_until},
     stamp::{self, Stamp},
 };
 
-/// How many streams, of what.
+/// The streams to publish.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     pub streams: usize,
-    /// Frames of each a second.
+    /// Video frames per second and stream.
     pub frames: f64,
     /// Bytes of a frame's body.
     pub frame: usize,
-    /// Bytes of a key frame's, of which there is one in [`GOP`] frames.
+    /// Bytes of a key frame's body. One frame in [`GOP`] is a key frame.
     pub key_frame: usize,
-    /// Nanoseconds of the monotonic clock at which the first frame is due, and the last.
+    /// Times of the first frame and of the end, in nanoseconds of the monotonic clock.
     pub begin: u64,
     pub end: u64,
 }
@@ -58,14 +58,15 @@ impl Plan {
     }
 }
 
-/// Publishes by the plan, and prints for each stream how many video and audio tags it sent.
-pub fn run(way: Way, to: SocketAddr, run: &str, plan: &Plan) -> io::Result<()> {
-    let mut outlets =
-        (0..plan.streams).map(|n| Outlet::open(way, to, run, n)).collect::<io::Result<Vec<_>>>()?;
+/// Publishes the streams of `plan`, and prints the numbers of video and audio tags per stream.
+pub fn run(system: System, to: SocketAddr, run: &str, plan: &Plan) -> io::Result<()> {
+    let mut encoders = (0..plan.streams)
+        .map(|n| Encoder::connect(system, to, run, n))
+        .collect::<io::Result<Vec<_>>>()?;
     let frame_time = 1e9 / plan.frames;
     let mut due = BinaryHeap::new();
     for stream in 0..plan.streams {
-        // Encoders do not run in step.
+        // The phases of the encoders differ.
         let phase = plan.begin + (frame_time * stream as f64 / plan.streams as f64) as u64;
         due.push(Reverse((phase, stream, TagKind::Video as u8)));
         due.push(Reverse((phase + frame_time as u64 / 3, stream, TagKind::Audio as u8)));
@@ -75,32 +76,32 @@ pub fn run(way: Way, to: SocketAddr, run: &str, plan: &Plan) -> io::Result<()> {
             continue;
         }
         sleep_until(at);
-        let outlet = &mut outlets[stream];
+        let encoder = &mut encoders[stream];
         let timestamp = ((at - plan.begin) / 1_000_000) as u32;
         let next = if kind == TagKind::Video as u8 {
-            let key = outlet.video % GOP == 0;
+            let key = encoder.video % GOP == 0;
             let len = if key { plan.key_frame } else { plan.frame };
-            outlet.send(TagKind::Video, key, len, timestamp)?;
+            encoder.send(TagKind::Video, key, len, timestamp)?;
             at + frame_time as u64
         } else {
-            outlet.send(TagKind::Audio, false, AUDIO_LEN, timestamp)?;
+            encoder.send(TagKind::Audio, false, AUDIO_LEN, timestamp)?;
             at + (frame_time / AUDIO_PER_FRAME) as u64
         };
         due.push(Reverse((next, stream, kind)));
     }
-    let mut told = String::new();
-    for outlet in &mut outlets {
-        outlet.finish()?;
-        let _ = writeln!(told, "{} {}", outlet.video, outlet.audio);
+    let mut counts = String::new();
+    for encoder in &mut encoders {
+        encoder.finish()?;
+        let _ = writeln!(counts, "{} {}", encoder.video, encoder.audio);
     }
-    // The tail must be through before the connections break.
+    // The last tags are delivered before the connections close.
     std::thread::sleep(Duration::from_millis(500));
-    println!("{told}done");
+    println!("{counts}done");
     io::stdout().flush()
 }
 
-/// One stream's connection.
-struct Outlet {
+/// The connection of one stream.
+struct Encoder {
     socket: TcpStream,
     /// `None` without RTMP.
     session: Option<ClientSession>,
@@ -108,26 +109,26 @@ struct Outlet {
     audio: u64,
 }
 
-impl Outlet {
-    fn open(way: Way, to: SocketAddr, run: &str, number: usize) -> io::Result<Self> {
+impl Encoder {
+    fn connect(system: System, to: SocketAddr, run: &str, number: usize) -> io::Result<Self> {
         let mut socket = TcpStream::connect(to)?;
         socket.set_nodelay(true)?;
-        let session = match way {
-            Way::Floor => {
+        let session = match system {
+            System::Floor => {
                 socket.write_all(&(number as u32).to_be_bytes())?;
                 None
             }
-            Way::Downpour => Some(publish(&mut socket, to, run, number)?),
+            System::Downpour => Some(publish(&mut socket, to, run, number)?),
         };
-        let mut outlet = Self { socket, session, video: 0, audio: 0 };
-        if let Some(session) = &mut outlet.session {
+        let mut encoder = Self { socket, session, video: 0, audio: 0 };
+        if let Some(session) = &mut encoder.session {
             for (kind, body) in [(TagKind::Video, VIDEO_HEADER), (TagKind::Audio, AUDIO_HEADER)] {
                 let tag = Tag::new(kind, 0, body).map_err(io::Error::other)?;
                 session.send(&tag).map_err(io::Error::other)?;
             }
-            outlet.socket.write_all(&session.take_output())?;
+            encoder.socket.write_all(&session.take_output())?;
         }
-        Ok(outlet)
+        Ok(encoder)
     }
 
     fn send(&mut self, kind: TagKind, key: bool, len: usize, timestamp: u32) -> io::Result<()> {
@@ -135,7 +136,7 @@ impl Outlet {
         let stamp = Stamp { number: *count, sent: now() };
         *count += 1;
         let body = stamp::body(kind, key, len, stamp);
-        // The time is that before the write: what the kernel takes to copy is a part of the way.
+        // The stamp is from before the write, so the delay includes the copy into the kernel.
         match &mut self.session {
             None => {
                 let mut bytes = ((body.len() as u32).to_be_bytes()).to_vec();
@@ -159,7 +160,7 @@ impl Outlet {
     }
 }
 
-/// Goes through RTMP's beginning.
+/// Performs the RTMP handshake and starts to publish.
 fn publish(
     socket: &mut TcpStream,
     to: SocketAddr,
@@ -185,9 +186,9 @@ fn publish(
     }
 }
 
-/// Frames from one key frame to the next.
+/// Frames per key frame.
 pub const GOP: u64 = 50;
-/// 43 AAC frames beside 25 of video.
+/// 43 AAC frames per 25 video frames.
 pub const AUDIO_PER_FRAME: f64 = 43.0 / 25.0;
 /// An AAC frame of 64 kbit/s.
 const AUDIO_LEN: usize = 186;

@@ -1,17 +1,17 @@
-//! What a tag's body says of itself.
+//! The stamp in a tag's body.
 
 use downpour_media::flv::TagKind;
 
-/// When a tag was handed to the kernel, and which of its kind it is in its stream.
+/// The number of a tag and the time of its write to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
-    /// From 0.
+    /// From 0, per stream and kind of tag.
     pub number: u64,
-    /// Nanoseconds of the monotonic clock, which all processes share.
+    /// Nanoseconds of the monotonic clock.
     pub sent: u64,
 }
 
-/// A body of `len` bytes that begins as H.264 or AAC does, and then says the stamp.
+/// Returns a body of at least `len` bytes: the header of an H.264 or AAC frame, then the stamp.
 pub fn body(kind: TagKind, key: bool, len: usize, stamp: Stamp) -> Vec<u8> {
     let mut body = vec![0; len.max(HEAD + 16)];
     let head = match (kind, key) {
@@ -25,7 +25,7 @@ pub fn body(kind: TagKind, key: bool, len: usize, stamp: Stamp) -> Vec<u8> {
     body
 }
 
-/// What the body of a frame says; `None` for a sequence header.
+/// Reads the kind and the stamp of a frame; `None` for a sequence header.
 pub fn read(body: &[u8]) -> Option<(TagKind, Stamp)> {
     let kind = match body.get(..2)? {
         [0x17 | 0x27, 1] => TagKind::Video,

@@ -1,4 +1,4 @@
-//! The viewers: note when each tag's last byte was there.
+//! The viewers: they record when they have read the last byte of each tag.
 
 use std::{
     io::{self, Read, Write},
@@ -9,21 +9,20 @@ use std::{
 
 use downpour_media::flv::{FlvReader, TagKind};
 
-use super::{Way, clock::now, stamp};
+use super::{System, clock::now, stamp};
 
-/// What one viewer saw.
+/// The tags that one viewer received.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct Received {
     pub stream: usize,
-    /// Number of the first and the last tag and how many there were, of video and of audio.
     pub video: Numbers,
     pub audio: Numbers,
-    /// Microseconds, of those that were sent from `begin` on.
+    /// Delays in microseconds of the tags sent from `begin` on.
     pub video_delays: Vec<f64>,
     pub audio_delays: Vec<f64>,
 }
 
-/// Numbers of tags.
+/// The first and the last tag number, and the number of tags.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Numbers {
     pub first: u64,
@@ -41,26 +40,33 @@ impl Numbers {
     }
 }
 
-/// Watches the streams to their end and prints what was seen: a line a stream, then its delays.
-pub fn run(way: Way, from: SocketAddr, run: &str, begin: u64, streams: &[usize]) -> io::Result<()> {
+/// Plays the streams to their end. Prints three lines per stream: the numbers, the delays of video
+/// and the delays of audio.
+pub fn run(
+    system: System,
+    from: SocketAddr,
+    run: &str,
+    begin: u64,
+    streams: &[usize],
+) -> io::Result<()> {
     let viewers: Vec<_> = streams
         .iter()
         .map(|stream| {
             let (stream, run) = (*stream, run.to_owned());
-            thread::spawn(move || watch(way, from, &run, begin, stream))
+            thread::spawn(move || watch(system, from, &run, begin, stream))
         })
         .collect();
     let mut out = io::BufWriter::new(io::stdout().lock());
     for viewer in viewers {
-        let seen = viewer.join().map_err(|_| io::Error::other("a viewer panicked"))??;
-        let Numbers { first, last, count } = seen.video;
-        let audio = seen.audio;
+        let received = viewer.join().map_err(|_| io::Error::other("a viewer panicked"))??;
+        let Numbers { first, last, count } = received.video;
+        let audio = received.audio;
         writeln!(
             out,
             "{} {first} {last} {count} {} {} {}",
-            seen.stream, audio.first, audio.last, audio.count
+            received.stream, audio.first, audio.last, audio.count
         )?;
-        for delays in [&seen.video_delays, &seen.audio_delays] {
+        for delays in [&received.video_delays, &received.audio_delays] {
             let delays: Vec<_> = delays.iter().map(|delay| format!("{delay:.1}")).collect();
             writeln!(out, "{}", delays.join(" "))?;
         }
@@ -69,8 +75,8 @@ pub fn run(way: Way, from: SocketAddr, run: &str, begin: u64, streams: &[usize])
     out.flush()
 }
 
-/// Reads what [`run`] printed; `None` until it is whole.
-pub fn parse(text: &str) -> Option<Vec<Seen>> {
+/// Parses the output of [`run`]; `None` until it is complete.
+pub fn parse(text: &str) -> Option<Vec<Received>> {
     let mut lines = text.strip_suffix("done\n")?.lines();
     let mut all = Vec::new();
     while let Some(line) = lines.next() {
@@ -83,7 +89,7 @@ pub fn parse(text: &str) -> Option<Vec<Seen>> {
             let words = lines.next()?.split_whitespace();
             words.map(|word| word.parse().ok()).collect::<Option<Vec<f64>>>()
         };
-        all.push(Seen {
+        all.push(Received {
             stream: stream as usize,
             video: Numbers { first, last, count },
             audio: Numbers { first: audio_first, last: audio_last, count: audio_count },
@@ -94,14 +100,20 @@ pub fn parse(text: &str) -> Option<Vec<Seen>> {
     Some(all)
 }
 
-fn watch(way: Way, from: SocketAddr, run: &str, begin: u64, stream: usize) -> io::Result<Seen> {
-    let mut socket = join(way, from, run, stream)?;
-    let mut seen = Seen { stream, ..Seen::default() };
-    let mut note = |body: &[u8], at: u64| {
+fn watch(
+    system: System,
+    from: SocketAddr,
+    run: &str,
+    begin: u64,
+    stream: usize,
+) -> io::Result<Received> {
+    let mut socket = join(system, from, run, stream)?;
+    let mut received = Received { stream, ..Received::default() };
+    let mut record = |body: &[u8], at: u64| {
         let Some((kind, stamp)) = stamp::read(body) else { return };
         let (numbers, delays) = match kind {
-            TagKind::Video => (&mut seen.video, &mut seen.video_delays),
-            _ => (&mut seen.audio, &mut seen.audio_delays),
+            TagKind::Video => (&mut received.video, &mut received.video_delays),
+            _ => (&mut received.audio, &mut received.audio_delays),
         };
         numbers.add(stamp.number);
         if stamp.sent >= begin {
@@ -109,8 +121,8 @@ fn watch(way: Way, from: SocketAddr, run: &str, begin: u64, stream: usize) -> io
         }
     };
     let mut buffer = vec![0; 256 << 10];
-    match way {
-        Way::Downpour => {
+    match system {
+        System::Downpour => {
             let mut reader = FlvReader::new();
             loop {
                 let count = socket.read(&mut buffer)?;
@@ -120,11 +132,11 @@ fn watch(way: Way, from: SocketAddr, run: &str, begin: u64, stream: usize) -> io
                 }
                 reader.push(&buffer[..count]);
                 while let Some(tag) = reader.next_tag().map_err(io::Error::other)? {
-                    note(tag.body(), at);
+                    record(tag.body(), at);
                 }
             }
         }
-        Way::Floor => {
+        System::Floor => {
             let mut held = Vec::new();
             loop {
                 let count = socket.read(&mut buffer)?;
@@ -133,31 +145,34 @@ fn watch(way: Way, from: SocketAddr, run: &str, begin: u64, stream: usize) -> io
                     break;
                 }
                 held.extend_from_slice(&buffer[..count]);
-                let mut rest = &held[..];
-                while let Some((length, tail)) = rest.split_first_chunk::<4>() {
-                    let Some((body, tail)) =
-                        tail.split_at_checked(u32::from_be_bytes(*length) as usize)
-                    else {
-                        break;
-                    };
-                    note(body, at);
-                    rest = tail;
-                }
-                let used = held.len() - rest.len();
+                let used = read_frames(&held, |body| record(body, at));
                 held.drain(..used);
             }
         }
     }
-    Ok(seen)
+    Ok(received)
 }
 
-/// Asks until the stream is there.
-fn join(way: Way, from: SocketAddr, run: &str, stream: usize) -> io::Result<TcpStream> {
+/// Calls `record` with the body of each whole frame, which follows its length in four bytes. Returns the
+/// number of bytes read.
+fn read_frames(bytes: &[u8], mut record: impl FnMut(&[u8])) -> usize {
+    let mut rest = bytes;
+    while let Some((length, tail)) = rest.split_first_chunk::<4>() {
+        let length = u32::from_be_bytes(*length) as usize;
+        let Some((body, tail)) = tail.split_at_checked(length) else { break };
+        record(body);
+        rest = tail;
+    }
+    bytes.len() - rest.len()
+}
+
+/// Requests the stream until it is live.
+fn join(system: System, from: SocketAddr, run: &str, stream: usize) -> io::Result<TcpStream> {
     let until = Instant::now() + JOIN;
     loop {
         let attempt = || -> io::Result<TcpStream> {
             let mut socket = TcpStream::connect(from)?;
-            if way == Way::Floor {
+            if system == System::Floor {
                 socket.write_all(&(stream as u32).to_be_bytes())?;
                 return Ok(socket);
             }
@@ -166,7 +181,7 @@ fn join(way: Way, from: SocketAddr, run: &str, stream: usize) -> io::Result<TcpS
             let mut byte = [0];
             while !head.ends_with(b"\r\n\r\n") {
                 if socket.read(&mut byte)? == 0 || head.len() > 4096 {
-                    return Err(io::Error::other("no answer"));
+                    return Err(io::Error::other("no response"));
                 }
                 head.push(byte[0]);
             }

@@ -1,4 +1,4 @@
-//! The least that an edge could do: read what is there, many datagrams a call, and count.
+//! The floor: reads many datagrams per call and counts them.
 
 use std::{
     io::{self, Write},
@@ -13,10 +13,10 @@ use std::{
 use downpour_sys::udp;
 use quinn_udp::{UdpSockRef, UdpSocketState};
 
-/// Reads at `address` until it is asked how many datagrams there were, and prints that.
+/// Counts the datagrams at `address` until a [`QUESTION`] arrives, then prints the number and returns.
 pub fn run(address: SocketAddr) -> io::Result<()> {
     let socket = udp::receiver(address, None, BUFFER)?;
-    // Has the kernel put datagrams together (UDP_GRO).
+    // Enables UDP_GRO.
     UdpSocketState::new(UdpSockRef::from(&socket))?;
     socket.set_nonblocking(false)?;
     let mut buffers = vec![[0; LARGEST]; BATCH];
@@ -33,10 +33,10 @@ pub fn run(address: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Waits for one datagram, and takes what else is there; the length of each read, and of the
+/// Waits for one datagram and reads all that are queued. Returns the length of each read and of the
 /// datagrams in it.
 ///
-/// quinn-udp's would wait until the batch is full, which no edge can do.
+/// quinn-udp's receive function would wait for a full batch, which an edge cannot do.
 fn read(
     socket: &UdpSocket,
     buffers: &mut [[u8; LARGEST]],
@@ -46,7 +46,7 @@ fn read(
         iov_base: buffers[i].as_mut_ptr().cast(),
         iov_len: buffers[i].len(),
     });
-    // SAFETY: it is plain data, for which zeros are valid.
+    // SAFETY: plain data, for which all zeros are valid.
     let mut messages: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
     for ((message, slice), control) in messages.iter_mut().zip(&mut slices).zip(&mut controls) {
         message.msg_hdr.msg_iov = slice;
@@ -54,7 +54,7 @@ fn read(
         message.msg_hdr.msg_control = control.as_mut_ptr().cast();
         message.msg_hdr.msg_controllen = mem::size_of_val(control) as _;
     }
-    // SAFETY: the messages point to buffers of the lengths that they tell, which outlive the call.
+    // SAFETY: the messages point to buffers of the stated lengths, which outlive the call.
     let count = unsafe {
         libc::recvmmsg(
             socket.as_raw_fd(),
@@ -69,7 +69,7 @@ fn read(
     for (read, message) in reads.iter_mut().zip(&messages).take(count) {
         let len = message.msg_len as usize;
         let mut stride = len;
-        // SAFETY: the kernel wrote the control messages that the header tells of.
+        // SAFETY: the kernel has written the control messages that the header describes.
         unsafe {
             let mut control = libc::CMSG_FIRSTHDR(&message.msg_hdr);
             while let Some(head) = control.as_ref() {
@@ -84,12 +84,13 @@ fn read(
     Ok(reads)
 }
 
-/// Asks the floor at `address`, which writes to `log`, how many datagrams it read. It ends then.
+/// Asks the floor at `address` for the number of datagrams, reads the answer from `log`, and thereby
+/// ends the floor.
 pub fn ask_count(address: SocketAddr, log: &Path) -> io::Result<u64> {
     let socket = UdpSocket::bind((address.ip(), 0))?;
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
-        // Refused once the floor has ended.
+        // Fails after the floor has ended.
         let _ = socket.send_to(QUESTION, address);
         std::thread::sleep(Duration::from_millis(100));
         if let Some(count) =
@@ -104,6 +105,6 @@ pub fn ask_count(address: SocketAddr, log: &Path) -> io::Result<u64> {
 const QUESTION: &[u8] = b"how many";
 const BUFFER: usize = 8 << 20;
 const BATCH: usize = 32;
-/// Bytes that the kernel puts together at most.
+/// Maximum length of a GRO read.
 const LARGEST: usize = u16::MAX as usize;
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! Publications in real time, as a cloud's fan-out sends them.
+//! Publishes streams in real time and sends them as a cloud's fan-out does.
 
 use std::{
     cmp::Reverse,
@@ -38,7 +38,7 @@ struct Shared {
     sent: [AtomicU64; 2],
 }
 
-/// Whose turn it is to get what is sent.
+/// The receiver whose turn it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     Edge = 0,
@@ -46,8 +46,8 @@ pub enum Target {
 }
 
 impl Source {
-    /// Publishes `count` streams at `origin` and sends them to the edge, the first of `targets`;
-    /// when it is the floor's turn, the same to the floor, while the publications stand still.
+    /// Publishes `count` streams at `origin`, and sends them to the edge or to the floor, whose
+    /// addresses are `targets`. During the floor's turn, the publications at `origin` pause.
     pub fn start(
         count: u32,
         origin: &OutgoingStreams,
@@ -68,7 +68,7 @@ impl Source {
             origin.insert(stream.clone());
             let packetizer = || Packetizer::new(Ssrc(number + 1), PAYLOAD);
             streams.push((stream, [packetizer(), packetizer()]));
-            // Encoders do not run in step.
+            // The phases of the encoders differ.
             let phase = GOP.mul_f64(phases.random());
             due.push(Reverse((phase, number, Kind::Video, 0)));
             due.push(Reverse((phase, number, Kind::Audio, 0)));
@@ -81,9 +81,9 @@ impl Source {
                 }
                 let now = Instant::now();
                 std::thread::sleep((start + at).saturating_duration_since(now));
-                // A machine that stood still does not make encoders send all at once.
+                // After a stall of the machine, the schedule shifts instead of catching up.
                 let late = now.saturating_duration_since(start + at);
-                if late > STOOD_STILL {
+                if late > STALL {
                     start += late;
                 }
                 let (stream, packetizers) = &mut streams[number as usize];
@@ -101,22 +101,22 @@ impl Source {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Leaves out so many per cent from now on.
+    /// Sets the loss for the next packets.
     pub fn set_loss(&self, percent: u8) {
         self.shared.loss.store(percent, Ordering::Relaxed);
     }
 
-    /// Sends to this one from now on.
+    /// Sends the next packets to `target`.
     pub fn set_turn(&self, target: Target) {
         self.shared.turn.store(target as u8, Ordering::Relaxed);
     }
 
-    /// Datagrams that were sent to this one.
+    /// Number of datagrams sent to `target`.
     pub fn sent(&self, target: Target) -> u64 {
         self.shared.sent[target as usize].load(Ordering::Relaxed)
     }
 
-    /// Ends; nothing is sent any more.
+    /// Stops sending.
     pub fn stop(&mut self) -> io::Result<()> {
         self.shared.stop.store(true, Ordering::Relaxed);
         match self.thread.take().map(JoinHandle::join) {
@@ -141,7 +141,7 @@ impl Kind {
     }
 }
 
-/// One group of pictures, played again and again.
+/// One group of pictures, played in a loop.
 struct Tags {
     headers: Headers,
     key: Tag,
@@ -197,8 +197,8 @@ impl Sender {
         Ok(Self { shared, socket, state, targets, rng, kept: Vec::new() })
     }
 
-    /// One call, as the fan-out does it. What is left out is missing from between the
-    /// others, as a network card that joins what comes would hand them on.
+    /// Sends a burst in one call, as the fan-out does. Lost packets are removed before segmentation,
+    /// so the others stay adjacent, as they do when a network card coalesces them.
     fn send(&mut self, burst: &Burst, turn: usize) -> io::Result<()> {
         let loss = f64::from(self.shared.loss.load(Ordering::Relaxed)) / 100.0;
         self.kept.clear();
@@ -209,13 +209,13 @@ impl Sender {
                 count += 1;
             }
         }
-        let most = self.state.max_gso_segments().min(MAX_GSO_BYTES / burst.stride()).max(1);
-        for train in self.kept.chunks(most * burst.stride()) {
+        let max_segments = self.state.max_gso_segments().min(MAX_GSO_BYTES / burst.stride()).max(1);
+        for message in self.kept.chunks(max_segments * burst.stride()) {
             let transmit = Transmit {
                 destination: self.targets[turn],
                 ecn: None,
-                contents: train,
-                segment_size: (train.len() > burst.stride()).then_some(burst.stride()),
+                contents: message,
+                segment_size: (message.len() > burst.stride()).then_some(burst.stride()),
                 src_ip: None,
             };
             self.state.try_send(UdpSockRef::from(&self.socket), &transmit)?;
@@ -225,13 +225,13 @@ impl Sender {
     }
 }
 
-/// With less to catch up, sockets have room for it.
-const STOOD_STILL: Duration = Duration::from_millis(30);
+/// Delays up to this are caught up: socket buffers are large enough.
+const STALL: Duration = Duration::from_millis(30);
 const PAYLOAD: usize = 1120;
 const SEED: u64 = 1;
 const MAX_GSO_BYTES: usize = 65_000;
-/// 25 pictures a second, every fiftieth a key frame as long as six others; 128 kbit/s of AAC: with
-/// it, 1 Mbit/s.
+/// 25 pictures per second, one in 50 a key frame of six times the others' size, and 128 kbit/s of AAC:
+/// together 1 Mbit/s.
 const GOP: Duration = Duration::from_secs(2);
 const GOP_FRAMES: u32 = 50;
 const FRAME: Duration = Duration::from_millis(40);

@@ -1,4 +1,4 @@
-//! Sockets that nobody reads.
+//! Sockets with full buffers, which count the datagrams that they drop.
 
 use std::{
     collections::HashSet,
@@ -10,10 +10,10 @@ use socket2::SockRef;
 
 use crate::bare::set_udp;
 
-/// Sockets on loopback with full receive buffers: what comes is dropped, at once, and counted.
+/// Sockets on loopback with full receive buffers. The kernel drops and counts all their datagrams.
 ///
-/// They say that they take several datagrams in one (UDP GRO), since otherwise the kernel would cut
-/// what a network card cuts in hardware, on the sender's time.
+/// They enable UDP_GRO. Otherwise the kernel would segment messages in the sender's time, which a
+/// network card does in hardware.
 pub struct Sinks {
     sockets: Vec<UdpSocket>,
     ports: HashSet<u16>,
@@ -38,7 +38,7 @@ impl Sinks {
         Ok(Self { sockets, ports })
     }
 
-    /// So many addresses, all different, that lead to them.
+    /// Returns `count` different addresses of the sockets.
     pub fn addresses(&self, count: usize) -> Vec<SocketAddrV4> {
         let ports: Vec<_> = self
             .sockets
@@ -61,7 +61,7 @@ impl Sinks {
             .collect()
     }
 
-    /// Datagrams that came since they were full, those of one message each counted.
+    /// Number of dropped messages. A message with several segments counts once.
     pub fn dropped(&self) -> io::Result<u64> {
         let table = fs::read_to_string("/proc/net/udp")?;
         let drops = table.lines().skip(1).filter_map(|line| {
@@ -76,5 +76,5 @@ impl Sinks {
 }
 
 const SOCKETS: usize = 40;
-/// More one-byte datagrams than the smallest buffer takes.
+/// More one-byte datagrams than the smallest buffer holds.
 const FILLING: usize = 64;

@@ -1,4 +1,4 @@
-//! What is sent: one stream's pictures, or many streams' tags in real time.
+//! The traffic: one stream's pictures, or many streams' tags in real time.
 
 use std::{
     io,
@@ -18,7 +18,7 @@ use downpour_repair::rtp::{Burst, Packetizer, Ssrc};
 use super::threads::join;
 use crate::{common::cpu, table::median};
 
-/// Two seconds of a stream: of each picture its burst, and those of the audio until the next one.
+/// Two seconds of a stream: per picture, its burst and the bursts of the audio until the next one.
 pub fn pictures(ssrc: Ssrc, mbps: u32) -> Vec<Vec<Burst>> {
     let mut packetizer = Packetizer::new(ssrc, 1120);
     let small = mbps as usize * 1_000_000 / 8 * 2 / (GOP - 1 + KEY_FRAME);
@@ -27,7 +27,7 @@ pub fn pictures(ssrc: Ssrc, mbps: u32) -> Vec<Vec<Burst>> {
         let at = picture as u32 * 40;
         let (first, len) = if picture == 0 { (0x17, small * KEY_FRAME) } else { (0x27, small) };
         let mut bursts = vec![burst(&mut packetizer, TagKind::Video, at, first, len)];
-        // 1024 samples of 48 kHz.
+        // 1024 samples at 48 kHz.
         while audio < at + 40 {
             bursts.push(burst(&mut packetizer, TagKind::Audio, audio, 0xaf, 341));
             audio += 64 / 3;
@@ -37,8 +37,8 @@ pub fn pictures(ssrc: Ssrc, mbps: u32) -> Vec<Vec<Burst>> {
     pictures.collect()
 }
 
-/// Packets that [`pictures`] has in a second.
-pub fn packets_a_second(mbps: u32) -> f64 {
+/// Packets per second of [`pictures`].
+pub fn packets_per_second(mbps: u32) -> f64 {
     let pictures = pictures(Ssrc(1), mbps);
     pictures.iter().flatten().map(Burst::count).sum::<usize>() as f64 / 2.0
 }
@@ -48,19 +48,19 @@ fn burst(packetizer: &mut Packetizer, kind: TagKind, at: u32, first: u8, len: us
     body[0] = first;
     match Tag::new(kind, at, &body) {
         Ok(tag) => packetizer.packetize(&tag),
-        Err(_) => unreachable!("no tag of the bench is over 16 MiB"),
+        Err(_) => unreachable!("a tag of the bench is shorter than 16 MiB"),
     }
 }
 
-/// What a run in real time came to.
+/// The result of [`in_real_time`].
 pub struct Run {
     pub packets: u64,
     pub seconds: f64,
-    /// Seconds of processor time in `send`.
+    /// Seconds of processor time spent in `send`.
     pub cpu: f64,
 }
 
-/// Has each stream's tags sent when it is their time, from four threads.
+/// Calls `send` for each tag of each stream in real time, from four threads.
 pub fn in_real_time(
     times: &Times,
     targets: &[Arc<[Target]>],
@@ -68,51 +68,49 @@ pub fn in_real_time(
     send: impl Fn(Ssrc, &Burst, &Arc<[Target]>) -> io::Result<()> + Sync,
 ) -> io::Result<Run> {
     let mut packetizer = Packetizer::new(Ssrc(1), 1120);
-    // Lengths from 100 to 1100 in no order.
+    // Lengths from 100 to 1100, shuffled.
     let bursts: Vec<_> = (0..CYCLE)
         .map(|n| burst(&mut packetizer, TagKind::Audio, 0, 0xaf, 89 + n * 379 % 1000))
         .collect();
     let ticks = (seconds / TICK.as_secs_f64()) as u64;
-    let tags = ticks * TAGS_A_TICK as u64;
-    let clock = cost_of_clock();
+    let clock_cost = cost_of_clock();
     let (send, bursts) = (&send, &bursts);
     let began = Instant::now() + Duration::from_millis(5);
+    // One thread sends the tags of its part of the streams, and returns its processor time.
+    let sender = |thread: usize| -> io::Result<f64> {
+        let streams = targets.len() / THREADS;
+        let first = streams * thread;
+        let mut cost = 0.0;
+        let mut next = 0;
+        let phase = TICK / THREADS as u32 * thread as u32;
+        for tick in 0..ticks {
+            let due = began + phase + TICK * tick as u32;
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let before = cpu::of_this_thread();
+            for _ in 0..TAGS_PER_TICK {
+                let stream = first + next % streams;
+                let at = (next / streams) % CYCLE;
+                if stream == 0 {
+                    times.sent(at);
+                }
+                send(Ssrc(stream as u32 + 1), &bursts[at], &targets[stream])?;
+                next += 1;
+            }
+            cost += cpu::of_this_thread() - before - clock_cost;
+        }
+        Ok(cost)
+    };
+    let sender = &sender;
     let costs: io::Result<Vec<f64>> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS)
-            .map(|thread| {
-                scope.spawn(move || -> io::Result<f64> {
-                    let own = targets.len() / THREADS;
-                    let first = own * thread;
-                    let mut cost = 0.0;
-                    let mut next = 0_u64;
-                    let phase = TICK / THREADS as u32 * thread as u32;
-                    for tick in 0..ticks {
-                        let due = began + phase + TICK * tick as u32;
-                        thread::sleep(due.saturating_duration_since(Instant::now()));
-                        let before = cpu::of_this_thread();
-                        for _ in 0..TAGS_A_TICK {
-                            // 250 and 68 have no factor in common with the cycle that matters.
-                            let stream = first + next as usize % own;
-                            let at = (next as usize / own) % CYCLE;
-                            if stream == 0 {
-                                times.sent(at);
-                            }
-                            send(Ssrc(stream as u32 + 1), &bursts[at], &targets[stream])?;
-                            next += 1;
-                        }
-                        cost += cpu::of_this_thread() - before - clock;
-                    }
-                    Ok(cost)
-                })
-            })
-            .collect();
+        let threads: Vec<_> =
+            (0..THREADS).map(|thread| scope.spawn(move || sender(thread))).collect();
         threads.into_iter().map(join).collect()
     });
-    let packets = tags * THREADS as u64;
+    let packets = ticks * (TAGS_PER_TICK * THREADS) as u64;
     Ok(Run { packets, seconds: began.elapsed().as_secs_f64(), cpu: costs?.iter().sum() })
 }
 
-/// When one stream's packets were sent, and how long they took.
+/// Send times and delays of one stream's packets.
 #[derive(Default)]
 pub struct Times {
     began: Option<Instant>,
@@ -134,14 +132,13 @@ impl Times {
         self.sent[at].store(self.now(), Ordering::Release);
     }
 
-    fn came(&self, at: usize) {
+    fn received(&self, at: usize) {
         let sent = self.sent.get(at).map_or(0, |sent| sent.load(Ordering::Acquire));
         let delay = self.now().saturating_sub(sent) as f64 / 1e6;
         self.delays.lock().unwrap_or_else(PoisonError::into_inner).push(delay);
     }
 
-    /// Half of them were no longer than the first, all but one in a hundred no longer than the
-    /// second.
+    /// Formats the median and the 99th percentile.
     pub fn text(&self) -> String {
         let mut delays = self.delays.lock().unwrap_or_else(PoisonError::into_inner).clone();
         delays.sort_by(f64::total_cmp);
@@ -150,7 +147,7 @@ impl Times {
     }
 }
 
-/// Reads what comes of one stream.
+/// A thread that receives the packets of one stream and records their delays.
 pub struct Listener {
     pub address: SocketAddrV4,
     times: Arc<[Times; 2]>,
@@ -174,15 +171,15 @@ impl Listener {
                     let seq = u16::from_be_bytes([packet[2], packet[3]]);
                     let at = downpour_repair::rtp::Seq(seq)
                         .distance_from(downpour_repair::rtp::Seq::FIRST);
-                    times[current.load(Ordering::Acquire)].came(at as usize);
+                    times[current.load(Ordering::Acquire)].received(at as usize);
                 }
             }
         })?;
         Ok(Self { address, times, current, stop })
     }
 
-    /// From now on, what comes is of this kind.
-    pub fn turn_to(&self, kind: usize) -> &Times {
+    /// Records the next packets as this kind.
+    pub fn set_kind(&self, kind: usize) -> &Times {
         self.current.store(kind, Ordering::Release);
         &self.times[kind]
     }
@@ -198,7 +195,7 @@ impl Drop for Listener {
     }
 }
 
-/// Seconds that two readings of the clock are apart when nothing is between them.
+/// Seconds between two consecutive readings of the thread's clock.
 fn cost_of_clock() -> f64 {
     let pairs = (0..1000).map(|_| {
         let before = cpu::of_this_thread();
@@ -208,10 +205,11 @@ fn cost_of_clock() -> f64 {
 }
 
 const GOP: usize = 50;
-/// Times the size of other pictures.
+/// Size of a key frame, in other pictures.
 const KEY_FRAME: usize = 6;
 const THREADS: usize = 4;
-/// Four of 250 streams' 68 tags a second.
+/// Period of [`TAGS_PER_TICK`] tags of the 250 streams of a thread, at 68 tags per second each.
 const TICK: Duration = Duration::from_nanos(235_294);
-const TAGS_A_TICK: usize = 4;
+const TAGS_PER_TICK: usize = 4;
+/// Number of different bursts.
 const CYCLE: usize = 1009;

@@ -1,4 +1,4 @@
-//! Single threads: their processor time, and what they came to.
+//! Processor time and results of single threads.
 
 use std::{fs, io, thread::ScopedJoinHandle};
 
@@ -7,13 +7,13 @@ use std::{fs, io, thread::ScopedJoinHandle};
 pub struct Thread(libc::pid_t);
 
 impl Thread {
-    /// Seconds of processor time that it has used.
+    /// Seconds of processor time so far.
     pub fn seconds(&self) -> f64 {
-        // CPUCLOCK_PERTHREAD and CPUCLOCK_SCHED of the thread's id, as clock_getcpuclockid(3) makes
-        // clocks of processes.
+        // The clock id of a thread: CPUCLOCK_PERTHREAD and CPUCLOCK_SCHED, encoded like the clock
+        // ids of clock_getcpuclockid(3).
         let clock = (!self.0 << 3) | 6;
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: it writes to the time that it is given.
+        // SAFETY: the pointer is valid for one timespec.
         match unsafe { libc::clock_gettime(clock, &raw mut time) } {
             0 => time.tv_sec as f64 + time.tv_nsec as f64 / 1e9,
             _ => f64::NAN,
@@ -21,9 +21,9 @@ impl Thread {
     }
 }
 
-/// Waits for what a thread came to.
+/// Waits for the result of a thread.
 pub fn join<T>(thread: ScopedJoinHandle<'_, io::Result<T>>) -> io::Result<T> {
-    thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread failed")))
+    thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
 }
 
 /// The threads of this process whose names begin with `prefix`.
@@ -31,7 +31,7 @@ pub fn named(prefix: &str) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir("/proc/self/task")? {
         let path = entry?.path();
-        // One that has ended meanwhile has no name.
+        // A thread that has ended meanwhile has no name.
         let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
         let id = path.file_name().and_then(|id| id.to_str()?.parse().ok());
         threads.extend(id.map(Thread).filter(|_| name.starts_with(prefix)));

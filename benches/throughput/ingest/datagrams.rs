@@ -1,4 +1,4 @@
-//! The bare loop that sends what the cloud sends, and what it is sent to.
+//! The bare loop that sends the same datagrams as the cloud, and their receiver.
 
 use std::{
     io,
@@ -10,8 +10,8 @@ use downpour_sys::udp;
 
 use super::media::{Media, Timeline};
 
-/// Sends the datagrams of `count` streams to `target`, one `sendto` each, those that fall due within
-/// a millisecond together, until it is killed.
+/// Sends the datagrams of `count` streams to `target` until it is killed: one `sendto` each, once per
+/// millisecond all that are due.
 pub fn send(target: SocketAddr, count: usize) -> io::Result<()> {
     let media = Media::new()?;
     let packets = media.packets();
@@ -31,8 +31,8 @@ pub fn send(target: SocketAddr, count: usize) -> io::Result<()> {
     }
 }
 
-/// Counts what comes to `address`, and prints the number now and then, until it is killed. It does
-/// not wait for datagrams, but looks every millisecond: who sends wakes nobody.
+/// Counts the datagrams at `address` and prints the number every [`REPORT`], until it is killed. It
+/// polls once per millisecond, so that senders do not pay for waking it.
 pub fn receive(address: SocketAddr) -> io::Result<()> {
     let socket = udp::receiver(address, None, BUFFER)?;
     socket.set_nonblocking(true)?;

@@ -1,4 +1,4 @@
-//! What every publisher sends, and when.
+//! The media of the publishers and its timing.
 
 use std::{io, time::Duration};
 
@@ -7,14 +7,14 @@ use downpour_media::flv::{Tag, TagKind};
 use downpour_repair::rtp::{Packetizer, Ssrc};
 use downpour_rtmp::chunk::{AUDIO, ChunkWriter, MessageHead, VIDEO};
 
-/// One group of pictures, played again and again: 25 pictures and 43 AAC frames a second, 212 kbit/s
-/// of tag bodies.
+/// One group of pictures, played in a loop: 25 pictures and 43 AAC frames per second, 212 kbit/s of
+/// tag bodies.
 pub struct Media {
     pub tags: Vec<TimedTag>,
     headers: Vec<Tag>,
 }
 
-/// A tag and when it is due, from the beginning of the group.
+/// A tag and its time from the start of the group.
 pub struct TimedTag {
     pub at: Duration,
     tag: Tag,
@@ -30,7 +30,7 @@ impl Media {
         let mut tags = Vec::new();
         for frame in 0..PICTURES {
             let at = GROUP * frame / PICTURES;
-            // Pictures differ in length, and no two neighbours are alike.
+            // Adjacent pictures differ in length.
             let (first, length) = match frame {
                 0 => (0x17, KEY_BYTES),
                 frame => (0x27, INTER_BYTES - 300 + (frame as usize * 37 % 49) * 600 / 48),
@@ -50,8 +50,8 @@ impl Media {
         Ok(Self { tags, headers })
     }
 
-    /// The tags as RTMP chunks: the headers, then the first group, then every later one. From the
-    /// second group on the chunks are alike, since they tell the time by differences.
+    /// The tags as RTMP chunks: the headers, the first group, and all later groups. Later groups have
+    /// equal chunks, because their timestamps are differences.
     pub fn chunks(&self) -> io::Result<Chunks> {
         let mut writer = ChunkWriter::new();
         writer.set_chunk_size(CHUNK_SIZE, &mut BytesMut::new()).map_err(io::Error::other)?;
@@ -84,18 +84,18 @@ impl Media {
         self.tags.iter().map(packets).collect()
     }
 
-    /// Tags a second.
+    /// Tags per second.
     pub fn tag_rate(&self) -> f64 {
         self.tags.len() as f64 / GROUP.as_secs_f64()
     }
 
-    /// Bits of tag bodies a second.
+    /// Bits of tag bodies per second.
     pub fn bit_rate(&self) -> f64 {
         let bytes: usize = self.tags.iter().map(|tag| tag.tag.body().len()).sum();
         bytes as f64 * 8.0 / GROUP.as_secs_f64()
     }
 
-    /// Datagrams a second.
+    /// Datagrams per second.
     pub fn datagram_rate(&self) -> f64 {
         self.packets().iter().map(Vec::len).sum::<usize>() as f64 / GROUP.as_secs_f64()
     }
@@ -108,31 +108,31 @@ pub struct Chunks {
     pub later: Vec<Vec<u8>>,
 }
 
-/// Who sends which tag when, over and over: many streams that do not run in step.
+/// The endless schedule of the tags of many streams with different phases.
 pub struct Timeline {
     events: Vec<Event>,
     next: usize,
     cycle: u32,
 }
 
-/// A tag of a stream that is due.
+/// A tag of a stream in the schedule.
 #[derive(Debug, Clone, Copy)]
 pub struct Event {
-    /// From the start of the group before which all streams have begun.
+    /// Time within the cycle.
     at: Duration,
     pub stream: usize,
     pub tag: usize,
-    /// Whether it belongs to the group that began in the cycle before.
+    /// `true` if the tag belongs to a group that started in the previous cycle.
     late: bool,
 }
 
-/// What [`Timeline::next`] gives.
+/// The tag that [`Timeline::next`] returns.
 pub struct Due {
-    /// From the start.
+    /// Time from the start.
     pub at: Duration,
     pub stream: usize,
     pub tag: usize,
-    /// How many groups of the stream went before this one.
+    /// Number of earlier groups of the stream.
     pub group: u32,
 }
 
@@ -140,7 +140,7 @@ impl Timeline {
     pub fn new(media: &Media, streams: usize) -> Self {
         let mut events = Vec::with_capacity(media.tags.len() * streams);
         for stream in 0..streams {
-            // The golden ratio spreads any number of them, and those of one process, evenly.
+            // Multiples of the golden ratio spread any number of streams evenly.
             let phase = GROUP.mul_f64((stream as f64 * 0.618_033_988_749_895).fract());
             for (tag, timed) in media.tags.iter().enumerate() {
                 let at = phase + timed.at;
@@ -152,7 +152,7 @@ impl Timeline {
         Self { events, next: 0, cycle: 0 }
     }
 
-    /// The next tag; there is always one.
+    /// Returns the next tag.
     pub fn next(&mut self) -> Due {
         loop {
             let Some(event) = self.events.get(self.next) else {
@@ -172,10 +172,10 @@ const GROUP: Duration = Duration::from_secs(2);
 const PICTURES: u32 = 50;
 const AUDIO_FRAMES: u32 = 86;
 const KEY_BYTES: usize = 7_000;
-/// On average.
+/// Average.
 const INTER_BYTES: usize = 623;
 const AUDIO_BYTES: usize = 180;
-/// What [`downpour_rtmp::session::ClientSession`] announces.
+/// The chunk size of [`downpour_rtmp::session::ClientSession`].
 const CHUNK_SIZE: u32 = 4096;
-/// The default of `rtp_payload_max`.
+/// Default of `rtp_payload_max`.
 const PAYLOAD: usize = 1120;

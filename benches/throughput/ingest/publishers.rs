@@ -1,4 +1,4 @@
-//! Many encoders in one process that costs little.
+//! Many encoders in one process with little overhead.
 
 use std::{
     io::{self, Read, Write},
@@ -10,8 +10,8 @@ use downpour_rtmp::session::{ClientEvent, ClientSession, Purpose};
 
 use super::media::{Media, Timeline};
 
-/// Publishes `count` streams at `server`, each tag at its time in a write of its own, until it is
-/// killed. Once a second it prints how many tags it has sent and how late the latest one was.
+/// Publishes `count` streams at `server` in real time, one write per tag, until it is killed. Once per
+/// second it prints the number of tags sent and the maximum lateness in microseconds.
 pub fn run(server: SocketAddr, count: usize) -> io::Result<()> {
     let media = Media::new()?;
     let chunks = media.chunks()?;
@@ -43,7 +43,7 @@ pub fn run(server: SocketAddr, count: usize) -> io::Result<()> {
     }
 }
 
-/// Connects all at once, as encoders do when their network comes back.
+/// Connects all at once, as encoders do after an outage of their network.
 fn connect_all(server: SocketAddr, count: usize) -> io::Result<Vec<TcpStream>> {
     let connecting: io::Result<Vec<_>> = (0..count)
         .map(|number| {
@@ -61,7 +61,7 @@ fn connect_all(server: SocketAddr, count: usize) -> io::Result<Vec<TcpStream>> {
     connected.collect()
 }
 
-/// Connects and asks to publish, until the server agrees.
+/// Connects and publishes. Returns once the server has accepted.
 fn connect(server: SocketAddr, number: usize) -> io::Result<TcpStream> {
     let mut socket = TcpStream::connect(server)?;
     socket.set_nodelay(true)?;

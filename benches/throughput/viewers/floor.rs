@@ -1,4 +1,4 @@
-//! The floor: writes the stream to each connection once a frame, and does nothing else.
+//! The floor: writes the stream to each connection once per frame, and does nothing else.
 
 use std::{
     io::{self, Read, Write},
@@ -30,7 +30,7 @@ pub fn run(address: SocketAddr) -> io::Result<()> {
         }
         let now = Instant::now();
         std::thread::sleep((start + due.at).saturating_duration_since(now));
-        // A source whose frames were held up goes on in time, and not with all of them at once.
+        // After a stall, the schedule shifts instead of catching up.
         let late = now.saturating_duration_since(start + due.at);
         if late > 5 * FRAME {
             start += late;

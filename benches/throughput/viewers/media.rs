@@ -1,16 +1,16 @@
-//! One stream of 212 kbit/s: 25 frames a second and AAC, 68 tags a second, framing included.
+//! One stream of 212 kbit/s: 25 frames per second and AAC, 68 tags per second, framing included.
 
 use std::time::Duration;
 
 use downpour_media::flv::{Tag, TagKind};
 
-/// A tag and when it is due, counted from the stream's beginning.
+/// A tag and its time from the start of the stream.
 pub struct Due {
     pub at: Duration,
     pub tag: Tag,
 }
 
-/// The stream's tags in order of time, without end.
+/// The endless sequence of the stream's tags in order of time.
 pub struct Media {
     frame: u32,
     sound: u32,
@@ -53,13 +53,13 @@ impl Iterator for Media {
 fn tag(kind: TagKind, at: u32, start: [u8; 2], length: usize) -> Tag {
     let mut body = vec![0x5a; length];
     body[..2].copy_from_slice(&start);
-    Tag::new(kind, at, &body).expect("shorter than a tag can be")
+    Tag::new(kind, at, &body).expect("a short body")
 }
 
 pub const FRAME: Duration = Duration::from_millis(40);
-pub const FRAMES_A_SECOND: f64 = 25.0;
-/// With a key frame as long as six others every 2 s and 15 bytes of framing a tag.
-pub const BYTES_A_SECOND: f64 = FRAMES_A_SECOND
+pub const FRAMES_PER_SECOND: f64 = 25.0;
+/// Every 2 s a key frame of six times the others' size; 15 bytes of framing per tag.
+pub const BYTES_PER_SECOND: f64 = FRAMES_PER_SECOND
     * (INTER_BYTES as f64 * (GOP as f64 + 5.0) / GOP as f64 + 15.0)
     + (SOUND_BYTES as f64 + 15.0) / 0.023_22;
 const GOP: u32 = 50;

@@ -1,4 +1,5 @@
-//! Viewers, as cheap as they come: a nap, and then what every socket has is thrown away and counted.
+//! The viewers, with little overhead: the process sleeps, then counts and discards the queued bytes
+//! of every socket.
 
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -9,21 +10,24 @@ use std::{
 
 use socket2::{Domain, Socket, Type};
 
-/// What is asked of the process that has the viewers; one at a time.
+/// The control connection to the process of the viewers.
 pub struct Sink(BufReader<TcpStream>);
 
-/// Bytes that a viewer who reads all has got: the least, the most, and that of all of them; and what
-/// those got who do not.
+/// Received bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Count {
+    /// Minimum per viewer that reads everything.
     pub least: u64,
+    /// Maximum per viewer that reads everything.
     pub most: u64,
+    /// Sum over the viewers that read everything.
     pub all: u64,
+    /// Sum over the slow and stalled viewers.
     pub slow: u64,
 }
 
 impl Sink {
-    /// Once the process listens at `address`.
+    /// Connects to the process, which must listen at `address`.
     pub fn connect(address: SocketAddr) -> io::Result<Self> {
         let socket = TcpStream::connect(address)?;
         socket.set_nodelay(true)?;
@@ -31,50 +35,50 @@ impl Sink {
         Ok(Self(BufReader::new(socket)))
     }
 
-    /// Has `count` viewers come to `server`, of which the last `stalled` read nothing. Returns when
-    /// each of the others has got something.
+    /// Connects `count` viewers to `server`, of which the last `stalled` read nothing. Returns when
+    /// each of the others has received data.
     pub fn join(&mut self, server: SocketAddr, count: usize, stalled: usize) -> io::Result<()> {
-        self.ask(&format!("join {server} {count} {stalled}")).map(|_| ())
+        self.request(&format!("join {server} {count} {stalled}")).map(|_| ())
     }
 
-    /// Has those who read nothing read so many bytes a second from now on.
-    pub fn go_on(&mut self, speed: f64) -> io::Result<()> {
-        self.ask(&format!("read {speed}")).map(|_| ())
+    /// Lets the stalled viewers read at `speed` bytes per second.
+    pub fn read_slowly(&mut self, speed: f64) -> io::Result<()> {
+        self.request(&format!("read {speed}")).map(|_| ())
     }
 
-    /// Counts from now on.
+    /// Resets the counters.
     pub fn begin(&mut self) -> io::Result<()> {
-        self.ask("begin").map(|_| ())
+        self.request("begin").map(|_| ())
     }
 
-    /// What came since.
+    /// Returns the bytes received since [`Sink::begin`].
     pub fn count(&mut self) -> io::Result<Count> {
-        let answer = self.ask("count")?;
+        let answer = self.request("count")?;
         let mut numbers = answer.split_whitespace().map(|word| word.parse().unwrap_or(0));
         let mut next = || numbers.next().unwrap_or(0);
         Ok(Count { least: next(), most: next(), all: next(), slow: next() })
     }
 
-    /// Has all viewers go.
+    /// Disconnects all viewers.
     pub fn leave(&mut self) -> io::Result<()> {
-        self.ask("leave").map(|_| ())
+        self.request("leave").map(|_| ())
     }
 
-    fn ask(&mut self, what: &str) -> io::Result<String> {
-        self.0.get_mut().write_all(format!("{what}\n").as_bytes())?;
+    fn request(&mut self, command: &str) -> io::Result<String> {
+        self.0.get_mut().write_all(format!("{command}\n").as_bytes())?;
         let mut answer = String::new();
         self.0.read_line(&mut answer)?;
         match answer.trim_end().strip_prefix("ok") {
             Some(rest) => Ok(rest.to_owned()),
-            None => Err(io::Error::other(format!("the viewers, at {what}: {answer}"))),
+            None => Err(io::Error::other(format!("viewers: command {command} failed: {answer}"))),
         }
     }
 }
 
-/// Is the process, controlled at `address`.
+/// Runs the process of the viewers. Its control connection is accepted at `address`.
 pub fn run(address: SocketAddr) -> io::Result<()> {
     let (socket, _) = TcpListener::bind(address)?.accept()?;
-    socket.set_read_timeout(Some(NAP))?;
+    socket.set_read_timeout(Some(POLL))?;
     let mut control = BufReader::new(socket);
     let mut viewers = Vec::new();
     let mut line = String::new();
@@ -98,49 +102,47 @@ pub fn run(address: SocketAddr) -> io::Result<()> {
 
 struct Viewer {
     socket: Socket,
-    reads: Reads,
+    speed: Speed,
     bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Reads {
-    All,
-    Nothing,
-    /// `speed` bytes a second.
-    Slowly {
-        since: Instant,
-        speed: f64,
-        read: f64,
-    },
+enum Speed {
+    /// Reads everything that is queued.
+    Full,
+    /// Reads nothing.
+    Stalled,
+    /// Reads `speed` bytes per second.
+    Slow { since: Instant, speed: f64, read: f64 },
 }
 
 impl Viewer {
-    fn come(server: SocketAddr, reads: Reads) -> io::Result<Self> {
+    fn connect(server: SocketAddr, speed: Speed) -> io::Result<Self> {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        // Who goes resets the connection, so that no port is left waiting.
+        // Closing resets the connection, so that no port stays in TIME_WAIT.
         socket.set_linger(Some(Duration::ZERO))?;
-        if matches!(reads, Reads::Nothing) {
-            // So that what the kernel holds for it is full within seconds: how much the other end
-            // buffers grows with the segment's size, which is 64 KB on loopback.
+        if matches!(speed, Speed::Stalled) {
+            // Small buffers, which fill within seconds. The sender's buffer grows with the segment
+            // size, which is 64 KB on loopback.
             socket.set_recv_buffer_size(4096)?;
             socket.set_tcp_mss(536)?;
         }
         socket.connect(&server.into())?;
         (&socket).write_all(b"GET /live/movie.flv HTTP/1.1\r\nHost: edge\r\n\r\n")?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, reads, bytes: 0 })
+        Ok(Self { socket, speed, bytes: 0 })
     }
 
     fn reads_all(&self) -> bool {
-        matches!(self.reads, Reads::All)
+        matches!(self.speed, Speed::Full)
     }
 
-    /// Bytes that it reads now.
-    fn room(&self) -> usize {
-        match self.reads {
-            Reads::All => AT_ONCE,
-            Reads::Nothing => 0,
-            Reads::Slowly { since, speed, read } => {
+    /// Maximum number of bytes to read now.
+    fn read_limit(&self) -> usize {
+        match self.speed {
+            Speed::Full => MAX_READ,
+            Speed::Stalled => 0,
+            Speed::Slow { since, speed, read } => {
                 (since.elapsed().as_secs_f64() * speed - read) as usize
             }
         }
@@ -156,10 +158,11 @@ fn answer(line: &str, viewers: &mut Vec<Viewer>) -> io::Result<String> {
             let server = server.parse().map_err(io::Error::other)?;
             for index in 0..count {
                 let stalls = index + stalled >= count;
-                let reads = if stalls { Reads::Nothing } else { Reads::All };
-                viewers.push(Viewer::come(server, reads)?);
-                // What comes faster than it is accepted is tried again only after a second.
-                if viewers.len().is_multiple_of(CROWD) {
+                let speed = if stalls { Speed::Stalled } else { Speed::Full };
+                viewers.push(Viewer::connect(server, speed)?);
+                // If connections arrive faster than the server accepts them, the kernel retries only
+                // after a second.
+                if viewers.len().is_multiple_of(CONNECT_BATCH) {
                     std::thread::sleep(Duration::from_millis(5));
                     drain(viewers)?;
                 }
@@ -167,16 +170,16 @@ fn answer(line: &str, viewers: &mut Vec<Viewer>) -> io::Result<String> {
             let began = Instant::now();
             while viewers.iter().any(|viewer| viewer.bytes == 0 && viewer.reads_all()) {
                 if began.elapsed() > PATIENCE {
-                    return Err(io::Error::other("some viewers get nothing"));
+                    return Err(io::Error::other("some viewers receive nothing"));
                 }
-                std::thread::sleep(NAP);
+                std::thread::sleep(POLL);
                 drain(viewers)?;
             }
         }
         ["read", speed] => {
             let (since, speed) = (Instant::now(), speed.parse().map_err(io::Error::other)?);
             for viewer in viewers.iter_mut().filter(|viewer| !viewer.reads_all()) {
-                viewer.reads = Reads::Slowly { since, speed, read: 0.0 };
+                viewer.speed = Speed::Slow { since, speed, read: 0.0 };
             }
         }
         ["begin"] => viewers.iter_mut().for_each(|viewer| viewer.bytes = 0),
@@ -187,26 +190,26 @@ fn answer(line: &str, viewers: &mut Vec<Viewer>) -> io::Result<String> {
             return Ok(format!("{least} {most} {} {slow}", counts().sum::<u64>()));
         }
         ["leave"] => viewers.clear(),
-        _ => return Err(io::Error::other("what?")),
+        _ => return Err(io::Error::other("unknown command")),
     }
     Ok(String::new())
 }
 
 fn drain(viewers: &mut [Viewer]) -> io::Result<()> {
     for viewer in viewers {
-        let room = viewer.room();
-        if room == 0 {
+        let limit = viewer.read_limit();
+        if limit == 0 {
             continue;
         }
         let flags = libc::MSG_TRUNC | libc::MSG_DONTWAIT;
-        // SAFETY: with MSG_TRUNC, TCP throws the bytes away and writes to no buffer (tcp(7)).
+        // SAFETY: with MSG_TRUNC, TCP discards the bytes and does not write to the buffer (tcp(7)).
         let read =
-            unsafe { libc::recv(viewer.socket.as_raw_fd(), std::ptr::null_mut(), room, flags) };
+            unsafe { libc::recv(viewer.socket.as_raw_fd(), std::ptr::null_mut(), limit, flags) };
         match read {
             0 => return Err(io::Error::other("a viewer was closed")),
             1.. => {
                 viewer.bytes += read as u64;
-                if let Reads::Slowly { read: total, .. } = &mut viewer.reads {
+                if let Speed::Slow { read: total, .. } = &mut viewer.speed {
                     *total += read as f64;
                 }
             }
@@ -219,8 +222,8 @@ fn drain(viewers: &mut [Viewer]) -> io::Result<()> {
     Ok(())
 }
 
-/// Viewers that come at once.
-const CROWD: usize = 64;
-const NAP: Duration = Duration::from_millis(100);
-const AT_ONCE: usize = 16 << 20;
+/// Viewers that connect without a pause.
+const CONNECT_BATCH: usize = 64;
+const POLL: Duration = Duration::from_millis(100);
+const MAX_READ: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);

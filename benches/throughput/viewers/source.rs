@@ -1,4 +1,4 @@
-//! The stream on its way to edges, as a cloud sends it.
+//! The source: sends the stream to edges as a cloud does.
 
 use std::{
     io,
@@ -21,9 +21,9 @@ use tokio_util::sync::CancellationToken;
 use super::media::Media;
 use crate::common::repair::Repair;
 
-/// Publishes until it is dropped, and answers requests for repair.
+/// Publishes a stream and serves repair requests until it is dropped.
 pub struct Source {
-    /// Where it answers.
+    /// Address of the repair server.
     pub quic: SocketAddr,
     origin: OutgoingStreams,
     stop: Arc<AtomicBool>,
@@ -37,7 +37,7 @@ impl Source {
         Ok(Self { quic, origin, stop: Arc::default(), _repair: repair })
     }
 
-    /// Begins the stream, which goes to each of `edges`.
+    /// Starts to send the stream to each of `edges`.
     pub fn publish(&self, edges: Vec<SocketAddr>) -> io::Result<()> {
         let history = History::new(5000, Duration::from_secs(10));
         let key = "live/movie".parse().map_err(io::Error::other)?;
@@ -59,7 +59,7 @@ impl Source {
                 stream.push(Instant::now(), burst.clone(), due.tag.is_key_frame());
                 for packet in burst.bytes().chunks(burst.stride()) {
                     for edge in &edges {
-                        // What does not arrive is asked for.
+                        // The edges request lost packets.
                         let _ = socket.send_to(packet, edge);
                     }
                 }

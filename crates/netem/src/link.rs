@@ -160,9 +160,9 @@ impl Link {
         state.bad && self.chance(bursts.loss)
     }
 
-    /// Draws only if the outcome is open. Without random loss, bursts are therefore independent of
-    /// the traffic; and after a change of settings, the losses do not depend on the datagrams
-    /// before it.
+    /// Draws a random number only if the probability is neither 0 nor 1. Without random loss, bursts
+    /// are therefore independent of the traffic; and after a change of settings, the losses do not
+    /// depend on earlier datagrams.
     fn chance(&mut self, probability: f64) -> bool {
         probability >= 1.0 || probability > 0.0 && self.rng.random::<f64>() < probability
     }

@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_client_gets_its_own_answers() {
+    async fn each_client_receives_its_replies() {
         let upstream = socket().await;
         let relay =
             UdpRelay::start(upstream.local_addr().unwrap(), RelaySettings::default()).unwrap();
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_restarted_upstream_is_reached_again() {
+    async fn client_reaches_a_restarted_upstream() {
         let gone = socket().await;
         let address = gone.local_addr().unwrap();
         drop(gone);

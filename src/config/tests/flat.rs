@@ -1,4 +1,4 @@
-//! Files without sections: ours from before there were any, and those of the Go nodes.
+//! Files without sections: older ones of ours, and those of the Go nodes.
 
 use super::*;
 

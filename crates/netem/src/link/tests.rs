@@ -35,14 +35,14 @@ fn run(settings: LinkSettings, seed: u64, count: u32) -> (Vec<(u32, Duration)>, 
 }
 
 #[test]
-fn the_default_path_delivers_everything_at_once() {
+fn default_path_delivers_everything_without_delay() {
     let (arrived, stats) = run(LinkSettings::default(), 1, 1000);
     assert!(arrived.iter().enumerate().all(|(i, a)| *a == (i as u32, STEP * i as u32)));
     assert_eq!(stats.dropped(), 0);
 }
 
 #[test]
-fn the_same_seed_gives_the_same_outcome_and_another_a_different_one() {
+fn outcome_depends_on_the_seed_only() {
     let settings = LinkSettings {
         loss: 0.1,
         bursts: Some(Bursts::covering(0.05, Duration::from_millis(10))),
@@ -58,7 +58,7 @@ fn the_same_seed_gives_the_same_outcome_and_another_a_different_one() {
 }
 
 #[test]
-fn random_loss_has_the_requested_share_and_no_memory() {
+fn random_losses_are_independent_with_the_requested_share() {
     for (seed, loss) in [(1, 0.01), (2, 0.05), (3, 0.2), (4, 0.5)] {
         let count = 100_000;
         let (arrived, stats) = run(LinkSettings::lossy(loss), seed, count);
@@ -99,15 +99,15 @@ fn bursts_are_independent_of_the_traffic() {
     let start = Instant::now();
     let lost = |step: u32| -> Vec<bool> {
         let mut link = Link::new(settings.clone(), 4);
-        let mut fates = Vec::new();
+        let mut lost = Vec::new();
         for i in (0..10_000).step_by(step as usize) {
             let before = link.stats().dropped_burst;
             link.send(start + STEP * i, Bytes::from_static(b"x"));
             if i % 2 == 0 {
-                fates.push(link.stats().dropped_burst > before);
+                lost.push(link.stats().dropped_burst > before);
             }
         }
-        fates
+        lost
     };
     let dense = lost(1);
     assert!(dense.iter().filter(|lost| **lost).count() > 100);
@@ -115,7 +115,7 @@ fn bursts_are_independent_of_the_traffic() {
 }
 
 #[test]
-fn a_sparse_flow_sees_no_longer_bursts_than_a_dense_one() {
+fn bursts_last_no_longer_for_a_sparse_flow() {
     let bursts = Bursts::covering(0.2, Duration::from_millis(20));
     let mut link = Link::new(LinkSettings { bursts: Some(bursts), ..LinkSettings::default() }, 3);
     let start = Instant::now();
@@ -171,7 +171,7 @@ fn duplicates_arrive_twice() {
 }
 
 #[test]
-fn the_rate_limit_spaces_datagrams_and_drops_at_a_full_queue() {
+fn rate_limit_spaces_datagrams_and_drops_at_a_full_queue() {
     // 800 bits per millisecond are sent, 400 carried; the queue holds ten datagrams.
     let settings =
         LinkSettings { rate_bps: Some(400_000), queue_bytes: 1000, ..LinkSettings::default() };
@@ -195,7 +195,7 @@ fn blackouts_occur_once_or_periodically() {
 }
 
 #[test]
-fn new_settings_leave_datagrams_in_flight_alone() {
+fn new_settings_do_not_affect_datagrams_in_flight() {
     let delay = Duration::from_millis(10);
     let mut link = Link::new(LinkSettings { delay, ..LinkSettings::default() }, 1);
     let start = Instant::now();

@@ -13,7 +13,7 @@ use crate::sim::{Run, link, lossy};
 use proptest::prelude::*;
 
 #[test]
-fn without_loss_no_packet_waits_or_is_requested() {
+fn receiver_delivers_without_delay_or_requests_if_nothing_is_lost() {
     let one_way = Duration::from_millis(30);
     let out = Run::field(&link(one_way), Duration::from_millis(500), 2000, 1).play();
     assert_eq!((out.lost, out.stats.requests), (0, 0));
@@ -21,7 +21,7 @@ fn without_loss_no_packet_waits_or_is_requested() {
 }
 
 #[test]
-fn a_lost_packet_costs_about_one_round_trip() {
+fn repair_takes_about_one_round_trip() {
     let link = lossy(Duration::from_millis(50), 0.05);
     let out = Run::field(&link, Duration::from_millis(600), 10_000, 2).play();
     assert_eq!(out.lost, 0);
@@ -38,7 +38,7 @@ fn a_lost_packet_costs_about_one_round_trip() {
 }
 
 #[test]
-fn common_reordering_is_learned_and_not_requested() {
+fn receiver_learns_common_reordering() {
     let link = LinkSettings { reorder: 0.1, ..link(Duration::from_millis(50)) };
     let out = Run::field(&link, Duration::from_millis(500), 5000, 3).play();
     assert_eq!(out.lost, 0);
@@ -47,9 +47,9 @@ fn common_reordering_is_learned_and_not_requested() {
 }
 
 /// A blackout of two seconds loses two thousand packets at once. They are repaired in time, without
-/// repeated requests for repairs that are on their way.
+/// repeated requests for repairs that are in flight.
 #[test]
-fn after_a_blackout_requests_do_not_outpace_repairs() {
+fn receiver_requests_no_faster_than_repairs_arrive() {
     let cut = Blackout {
         start: Duration::from_millis(500),
         length: Duration::from_millis(1900),
@@ -74,7 +74,7 @@ fn after_a_blackout_requests_do_not_outpace_repairs() {
 
 /// RTP by satellite, control by ground: heartbeats overtake the packets they announce.
 #[test]
-fn packets_that_arrive_after_their_heartbeat_are_waited_for() {
+fn receiver_waits_for_packets_overtaken_by_heartbeats() {
     let run = Run {
         live: vec![lossy(Duration::from_millis(310), 0.02)],
         ..Run::field(&link(Duration::from_millis(10)), Duration::from_millis(500), 20_000, 6)
@@ -82,12 +82,12 @@ fn packets_that_arrive_after_their_heartbeat_are_waited_for() {
     let out = run.play();
     assert_eq!((out.lost, out.restarts), (0, 0), "{:?}", out.stats);
     // Packets of the first second are requested before the skew is known.
-    let asked = out.stats.asked as f64 / out.sent as f64;
-    assert!((0.02..0.08).contains(&asked), "{asked}");
+    let requested = out.stats.asked as f64 / out.sent as f64;
+    assert!((0.02..0.08).contains(&requested), "{requested}");
 }
 
 #[test]
-fn only_losses_on_both_paths_are_requested() {
+fn receiver_requests_only_losses_on_both_paths() {
     let one_way = Duration::from_millis(50);
     let run = Run {
         live: vec![lossy(one_way, 0.1), lossy(one_way + Duration::from_millis(15), 0.1)],
@@ -96,8 +96,8 @@ fn only_losses_on_both_paths_are_requested() {
     let out = run.play();
     assert_eq!(out.lost, 0);
     // Both paths lose one packet in a hundred. The others are not requested, although one path lags.
-    let asked = out.stats.asked as f64 / out.sent as f64;
-    assert!((0.007..0.014).contains(&asked), "{asked}");
+    let requested = out.stats.asked as f64 / out.sent as f64;
+    assert!((0.007..0.014).contains(&requested), "{requested}");
     for path in out.stats.paths {
         let lost = path.lost as f64 / (path.received + path.lost) as f64;
         assert!((0.09..0.11).contains(&lost), "{path:?}");
@@ -119,7 +119,7 @@ fn tags(count: usize) -> Vec<Tag> {
 }
 
 #[test]
-fn a_restart_at_distant_numbers_is_followed() {
+fn receiver_follows_a_restart_at_distant_numbers() {
     let now = Instant::now();
     let mut receiver = Receiver::new(latency(100));
     let mut packetizer = Packetizer::new(Ssrc(1), 1120);
@@ -147,7 +147,7 @@ fn a_restart_at_distant_numbers_is_followed() {
 
 /// An existing cloud that restarts reuses its SSRC and its first sequence number.
 #[test]
-fn a_restart_at_recent_numbers_is_followed() {
+fn receiver_follows_a_restart_at_recent_numbers() {
     let mut now = Instant::now();
     let mut receiver = Receiver::new(latency(100));
     let mut feed = |receiver: &mut Receiver, seqs: std::ops::Range<u16>| {
@@ -162,12 +162,12 @@ fn a_restart_at_recent_numbers_is_followed() {
     let Some(Event::Restart(first)) = events.first() else { panic!("{:?}", events.first()) };
     assert!((1000..1101).contains(&first.0), "{first}");
     assert_eq!(receiver.stats().restarts, 1);
-    let asked = std::iter::from_fn(|| receiver.poll_request(now)).flat_map(|r| r.seqs);
-    assert!(asked.count() <= 31);
+    let requested = std::iter::from_fn(|| receiver.poll_request(now)).flat_map(|r| r.seqs);
+    assert!(requested.count() <= 31);
 }
 
 #[test]
-fn packets_the_sender_no_longer_holds_are_given_up_at_once() {
+fn receiver_reports_expired_packets_as_lost_at_once() {
     let now = Instant::now();
     let mut receiver = Receiver::new(latency(500));
     let mut packetizer = Packetizer::new(Ssrc(1), 1120);
@@ -188,7 +188,7 @@ fn packets_the_sender_no_longer_holds_are_given_up_at_once() {
 }
 
 #[test]
-fn a_late_timer_requests_each_number_once() {
+fn late_timer_requests_each_number_once() {
     let now = Instant::now();
     let mut receiver = Receiver::new(latency(500));
     // Little time until the deadline, so that the first request is repeated.
@@ -206,7 +206,7 @@ fn a_late_timer_requests_each_number_once() {
 }
 
 #[test]
-fn the_window_never_exceeds_its_limit() {
+fn window_never_exceeds_its_limit() {
     let now = Instant::now();
     let mut receiver = Receiver::new(Settings { window: 4, ..latency(500) });
     receiver.handle_packet(now, numbered(100), Path::Live(0));

@@ -16,7 +16,7 @@ struct Cell {
     description: &'static str,
     /// Residual loss in per cent at latencies of 2, 3, 4 and 6 round trips.
     targets: [f64; 4],
-    /// Most additional bytes per media byte: measured for SRT 1.5.1. Times 1.5 at 2 and 3 round trips.
+    /// Maximum of additional bytes per media byte: measured for SRT 1.5.1. Times 1.5 at 2 and 3 round trips.
     max_overhead: f64,
 }
 
@@ -78,7 +78,7 @@ struct Measured {
     sent: u64,
     lost: u64,
     late: u64,
-    /// The most consecutive lost packets.
+    /// Maximum number of consecutive lost packets.
     longest_loss: u64,
     /// The longest additional delay.
     last: Duration,

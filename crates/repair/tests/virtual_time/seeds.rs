@@ -15,7 +15,7 @@ use crate::sim::{Run, lossy};
 /// Loss, bursts, reordering, duplicates, jitter, blackouts; one path or two; clock jumps, wrapping
 /// sequence numbers, restarts of the sender.
 #[test]
-fn each_packet_is_handed_on_once_in_order_or_reported_lost() {
+fn receiver_delivers_each_packet_once_in_order_or_reports_its_loss() {
     let (wraps, restarts, jumps, two_paths) = <[AtomicU64; 4]>::default().into();
     over_seeds(SEEDS, |seed| {
         let run = any_run(seed);
@@ -55,12 +55,12 @@ fn each_packet_is_handed_on_once_in_order_or_reported_lost() {
     }
 }
 
-/// A packet is lost for good when its first copy is lost (probability p) and every try fails. A try
+/// A packet remains lost when its first copy is lost (probability p) and every try fails. A try
 /// fails when both of its requests or its one copy are lost; the last try when all three requests or
-/// all three copies are lost. At 10 % both ways and four round trips that is 0.1 · (1 − (1 − p²)(1 − p))³ · (1 − (1 − p³)²) =
+/// all three copies are lost. At 10 % in both directions and four round trips that is 0.1 · (1 − (1 − p²)(1 − p))³ · (1 − (1 − p³)²) =
 /// 2.6·10⁻⁷ for four tries; 10⁻⁶ is the target.
 #[test]
-fn at_ten_per_cent_and_four_round_trips_one_in_a_million_is_lost() {
+fn one_packet_in_a_million_is_lost_at_ten_per_cent_and_four_round_trips() {
     let (sent, lost, late) = <[AtomicU64; 3]>::default().into();
     let one_way = Duration::from_millis(50);
     over_seeds(SEEDS, |seed| {

@@ -1,5 +1,5 @@
-//! Sender and receiver of one publication in virtual time, over links that `impair` makes bad.
-//! What crosses a link is what crosses the wire.
+//! Sender and receiver of one publication in virtual time, over emulated links that carry the bytes of
+//! the wire format.
 
 use std::time::{Duration, Instant};
 
@@ -14,14 +14,14 @@ use downpour_repair::{
     rtp::{Packet, Packetizer, Seq, Ssrc},
 };
 
-/// One run.
+/// Parameters of a run.
 #[derive(Debug, Clone)]
 pub struct Run {
     /// The paths of RTP: one or two.
     pub live: Vec<LinkSettings>,
-    /// Repairs, and what else comes from the cloud.
+    /// Link for repairs and other messages of the cloud.
     pub down: LinkSettings,
-    /// Requests.
+    /// Link for requests.
     pub up: LinkSettings,
     pub receiver: Settings,
     /// Time from one tag to the next.
@@ -30,17 +30,17 @@ pub struct Run {
     pub tags: Vec<usize>,
     /// Packets sent before the receiver joins: they move the first number.
     pub before: usize,
-    /// Before this tag the sender begins anew, under the same SSRC.
+    /// The sender restarts with the same SSRC before this tag.
     pub restart: Option<usize>,
-    /// Before this tag all clocks jump ahead.
+    /// All clocks jump ahead before this tag.
     pub jump: Option<(usize, Duration)>,
-    /// Before this tag nothing is sent for a while.
+    /// The sender pauses before this tag.
     pub pause: Option<(usize, Duration)>,
     pub seed: u64,
 }
 
 impl Run {
-    /// `tags` of 1000 bytes, one a millisecond, over a link that is the same both ways.
+    /// `tags` tags of 1000 bytes, one per millisecond, over the same link in both directions.
     pub fn field(link: &LinkSettings, latency: Duration, tags: usize, seed: u64) -> Self {
         Self {
             live: vec![link.clone()],
@@ -48,7 +48,7 @@ impl Run {
             up: link.clone(),
             receiver: Settings { latency, join_latency: latency, ..Settings::default() },
             interval: Duration::from_millis(1),
-            // With its header a tag of 1000 bytes.
+            // 1000 bytes including the header.
             tags: vec![989; tags],
             before: 0,
             restart: None,
@@ -58,26 +58,26 @@ impl Run {
         }
     }
 
-    /// Runs until nothing is under way any more.
+    /// Runs until no datagram is in flight.
     pub fn play(&self) -> Outcome {
         World::new(self).play()
     }
 }
 
-/// What came of it.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Outcome {
     pub sent: u64,
-    /// How long after it was sent each packet that was handed on left the receiver.
+    /// Time from sending to delivery per delivered packet.
     pub delays: Vec<Duration>,
     pub lost: u64,
-    /// The most packets lost in a row.
+    /// Maximum number of consecutive lost packets.
     pub longest_hole: u64,
     pub restarts: u64,
     pub stats: Stats,
-    /// Longest time that the receiver held a gap open.
+    /// Longest time that the receiver waited for a gap.
     pub longest_gap: Duration,
-    /// Bytes on the wire over bytes of media, less 1; headers of UDP and QUIC included.
+    /// Bytes on the wire, with the headers of UDP and QUIC, per byte of media, minus 1.
     pub overhead: f64,
 }
 
@@ -92,12 +92,12 @@ struct World<'a> {
     live: Vec<Link>,
     down: Link,
     up: Link,
-    /// When each packet was sent: those before the sender began anew, and those since.
+    /// Send time of each packet, before and after the restart of the sender.
     sent_at: [Vec<Instant>; 2],
     anew: bool,
     /// The number of the first packet of the sequence that the receiver follows.
     first: Seq,
-    /// Place of the next packet there that is handed on or lost.
+    /// Index of the next packet to be delivered or lost.
     position: usize,
     media_bytes: usize,
     extra_bytes: usize,
@@ -186,7 +186,7 @@ impl<'a> World<'a> {
                     tag_due += by;
                 }
                 if self.run.restart == Some(next_tag) {
-                    self.begin_anew();
+                    self.restart();
                 }
                 self.send_tag(next_tag);
                 next_tag += 1;
@@ -207,7 +207,7 @@ impl<'a> World<'a> {
             self.carry();
             self.receive();
         }
-        assert_eq!(self.receiver.pending(), 0, "nothing stays behind");
+        assert_eq!(self.receiver.pending(), 0, "no packet is pending");
         assert_eq!(self.receiver.poll_timeout(), None, "and no timer");
         self.out.stats = self.receiver.stats();
         self.out.overhead = self.extra_bytes as f64 / self.media_bytes as f64;
@@ -227,14 +227,14 @@ impl<'a> World<'a> {
         }
     }
 
-    /// As an existing cloud does that was started again: the same SSRC, the first number.
-    fn begin_anew(&mut self) {
+    /// Restarts like an existing cloud: the same SSRC, and the first sequence number.
+    fn restart(&mut self) {
         self.anew = true;
         self.packetizer = Packetizer::new(SSRC, PAYLOAD);
         self.history = History::new(1 << 15, Duration::from_secs(60));
     }
 
-    /// Hands over what has arrived at either end.
+    /// Passes arrived datagrams to both ends.
     fn carry(&mut self) {
         for (link, path) in self.live.iter_mut().zip(0..) {
             while let Some(packet) = link.poll_output(self.now) {
@@ -254,12 +254,12 @@ impl<'a> World<'a> {
                         self.receiver.handle_heartbeat(self.now, beat.last);
                     }
                 }
-                Message::Nack(_) => unreachable!("the cloud asks for nothing"),
+                Message::Nack(_) => unreachable!("the cloud sends no nack"),
             }
         }
         while let Some(datagram) = self.up.poll_output(self.now) {
             let Message::Nack(nack) = Message::parse(datagram).unwrap() else {
-                unreachable!("an edge only asks")
+                unreachable!("an edge sends only nacks")
             };
             self.repair(nack);
         }
@@ -331,7 +331,7 @@ impl<'a> World<'a> {
                 }
             }
         }
-        // Longest wait behind one gap: the front that stays the same while something is pending.
+        // Longest wait for one gap: the time that the front stays the same while packets are pending.
         match (self.receiver.pending() > 0, self.gap_since) {
             (true, Some((since, front))) if front == self.position => {
                 self.out.longest_gap = self.out.longest_gap.max(now - since);
@@ -347,7 +347,7 @@ pub fn link(one_way: Duration) -> LinkSettings {
     LinkSettings { delay: one_way, ..LinkSettings::default() }
 }
 
-/// A link that loses this share, each datagram on its own.
+/// A link with independent random loss.
 pub fn lossy(one_way: Duration, loss: f64) -> LinkSettings {
     LinkSettings { loss, ..link(one_way) }
 }
