@@ -141,7 +141,7 @@ async fn live_stat(
                 url: match downstream.rtmp_port {
                     Some(port) => format!("rtmp://{}:{port}/{key}", host_name(host)),
                     // A parent edge has no RTMP.
-                    None => format!("http://{host}/{key}.flv"),
+                    None => format!("http://{host}/{}.flv", key.to_url_path()),
                 },
                 start_time: stream.start_unix_ms(),
                 ssrc: stream.ssrc().0,

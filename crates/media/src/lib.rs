@@ -2,6 +2,7 @@
 #![warn(missing_docs, unreachable_pub)]
 
 pub mod amf0;
+mod amf3;
 pub mod flv;
 mod publication_id;
 mod stream_key;
