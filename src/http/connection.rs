@@ -155,9 +155,11 @@ impl Shared {
         if !connection.slot.pin() {
             return;
         }
+        // The client may have closed its sending side behind the request, and still read.
         let admitted = tokio::select! {
+            biased;
             admitted = admission.play(request) => admitted,
-            _ = viewer::client_closed(&socket) => return,
+            _ = viewer::client_reset(&socket) => return,
         };
         match admitted {
             Ok(playback) => {

@@ -164,6 +164,11 @@ impl FlvViewer {
         }
     }
 
+    /// Closes the sending side.
+    pub async fn finish_sending(&mut self) {
+        self.socket.shutdown().await.unwrap();
+    }
+
     /// Asserts that the next tags are `tags`.
     pub async fn expect(&mut self, tags: &[Tag]) {
         for tag in tags {

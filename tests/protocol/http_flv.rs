@@ -10,7 +10,7 @@ use crate::common::{
 };
 use downpour::http::ViewerSettings;
 use downpour_hub::MaxLag;
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{io::AsyncWriteExt, task::JoinHandle, time::timeout};
 
 #[tokio::test]
 async fn viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
@@ -164,6 +164,44 @@ async fn server_detects_a_closed_viewer_without_tags() {
     drop(viewer);
     node.eventually("it is gone", |node| node.metrics.viewers.get() == 0).await;
     assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"client\"}"), 1);
+}
+
+#[tokio::test]
+async fn a_viewer_that_closes_only_its_sending_side_stays() {
+    let node = HttpNode::start(settings()).await;
+    // It has closed before its stream starts, and when it joins.
+    let mut early = node.connect("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
+    early.shutdown().await.unwrap();
+    let mut publisher = node.publish();
+    let first = key_frame(0, 100);
+    publisher.push(first.clone());
+    let mut early = FlvViewer::of(early).await;
+    assert!(early.head.starts_with("HTTP/1.1 200"), "{}", early.head);
+    early.expect(std::slice::from_ref(&first)).await;
+    // It closes in a group. Groups look after their members every second.
+    let mut late = node.watch().await;
+    late.expect(std::slice::from_ref(&first)).await;
+    late.finish_sending().await;
+    for i in 1..60u32 {
+        let tag = inter(i * 40, 100);
+        publisher.push(tag.clone());
+        early.expect(std::slice::from_ref(&tag)).await;
+        late.expect(std::slice::from_ref(&tag)).await;
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
+    assert_eq!(node.metrics.viewers.get(), 2);
+    // Once it is gone, the next write shows it.
+    drop(early);
+    let mut at = 60 * 40;
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while node.metrics.viewers.get() == 2 {
+        assert!(std::time::Instant::now() < deadline, "it is still counted");
+        at += 40;
+        publisher.push(inter(at, 100));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"client\"}"), 1);
+    drop(publisher);
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use prometheus::{IntCounter, IntGauge};
-use tokio::{net::TcpStream, task::coop};
+use tokio::{io::Interest, net::TcpStream, task::coop};
 
 use super::super::metrics::HttpMetrics;
 use crate::net::Slot;
@@ -78,6 +78,8 @@ pub(in crate::http) struct Viewer {
     sent: u64,
     /// `true` once the first tag has been read.
     joined: bool,
+    /// Set once the client has closed its sending side: when that was seen, or the last write since.
+    half_closed: Option<Instant>,
     /// `true` once its end has been logged.
     logged: bool,
     cut: IntCounter,
@@ -102,6 +104,7 @@ impl Viewer {
             began: Instant::now(),
             sent: 0,
             joined: false,
+            half_closed: None,
             logged: false,
             cut: metrics.closed.cut.clone(),
             _counted: Counted::new(&metrics.viewers),
@@ -148,7 +151,7 @@ impl Viewer {
                 ReadOutcome::Pending if reader.position().is_some() => return Ok(()),
                 ReadOutcome::Pending => tokio::select! {
                     () = reader.woken() => {}
-                    closed = client_closed(&self.socket) => return Err(closed),
+                    closed = client_gone(&self.socket) => return Err(closed),
                 },
             }
         }
@@ -161,6 +164,9 @@ impl Viewer {
             Ok(0) => Err(Closed::Client),
             Ok(written) => {
                 self.sent += written as u64;
+                if let Some(since) = &mut self.half_closed {
+                    *since = Instant::now();
+                }
                 Ok(written)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
@@ -168,11 +174,17 @@ impl Viewer {
         }
     }
 
-    /// Fails if the client has closed its side. Makes no system call unless the client has closed or
-    /// sent something.
-    pub(in crate::http) fn check(&self) -> Result<(), Closed> {
+    /// Fails if the client has reset the connection, or has closed its side and got nothing for
+    /// [`HALF_CLOSED_WAIT`]. Makes no system call unless the client has closed or sent something.
+    ///
+    /// A client that closes only its sending side still reads. One that is gone answers the next write
+    /// with a reset, which is the only difference.
+    pub(in crate::http) fn check(&mut self) -> Result<(), Closed> {
         match self.socket.try_read(&mut [0; 64]) {
-            Ok(0) => Err(Closed::Client),
+            Ok(0) => match self.half_closed.get_or_insert_with(Instant::now).elapsed() {
+                silent if silent > HALF_CLOSED_WAIT => Err(Closed::Client),
+                _ => Ok(()),
+            },
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(error.into()),
@@ -180,7 +192,7 @@ impl Viewer {
     }
 
     /// As [`Viewer::check`], and fails if the playback was revoked. Not per frame: it reads cold memory.
-    pub(in crate::http) fn check_all(&self) -> Result<(), Closed> {
+    pub(in crate::http) fn check_all(&mut self) -> Result<(), Closed> {
         if self.playback.is_revoked() {
             return Err(Closed::Revoked);
         }
@@ -354,6 +366,25 @@ pub(in crate::http) async fn write_all(
     Ok(())
 }
 
+/// Waits until the client resets the connection, or for [`HALF_CLOSED_WAIT`] once it has closed its
+/// side, see [`Viewer::check`].
+async fn client_gone(socket: &TcpStream) -> Closed {
+    let closed = client_closed(socket).await;
+    tokio::select! {
+        () = tokio::time::sleep(HALF_CLOSED_WAIT) => closed,
+        closed = client_reset(socket) => closed,
+    }
+}
+
+/// Waits until the client resets the connection. That it closes its side is no reset.
+pub(in crate::http) async fn client_reset(socket: &TcpStream) -> Closed {
+    client_closed(socket).await;
+    match socket.ready(Interest::ERROR).await {
+        Ok(_) => Closed::Client,
+        Err(error) => error.into(),
+    }
+}
+
 /// Waits until the client closes its side. Bytes that it sends meanwhile are ignored.
 pub(in crate::http) async fn client_closed(socket: &TcpStream) -> Closed {
     loop {
@@ -394,6 +425,8 @@ pub(in crate::http) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
     Access-Control-Allow-Origin: *\r\n\
     Connection: close\r\n\r\n";
 
+/// Time without a write after which a viewer that has closed its sending side counts as gone.
+const HALF_CLOSED_WAIT: Duration = Duration::from_secs(10);
 /// Bytes that a viewer reads from the log at once; whole tags, so it may be more.
 const BATCH_BYTES: usize = 64 * 1024;
 /// Tags per `writev`. The kernel allows 1024, and most frames need only a few.
