@@ -16,7 +16,10 @@ use tokio::sync::broadcast;
 
 pub use downpour_media::flv::Headers;
 
-use downpour_media::{PublicationId, StreamKey, flv::TagKind};
+use downpour_media::{
+    PublicationId, StreamKey,
+    flv::{Tag, TagKind},
+};
 use downpour_repair::{
     history::History,
     rtp::{Burst, Seq, Ssrc},
@@ -40,6 +43,8 @@ pub enum OutgoingEvent {
     Up(Arc<OutgoingStream>),
     /// The stream's codec headers or metadata changed.
     Update(Arc<OutgoingStream>),
+    /// Script data in the stream, for edges that know the stream.
+    Data(Arc<OutgoingStream>, Tag),
     /// The stream ended. Its packets stay available for repair for a short time.
     End(Arc<OutgoingStream>),
 }
@@ -70,6 +75,11 @@ impl OutgoingStreams {
     /// Announces that [`OutgoingStream::headers`] changed.
     pub fn updated(&self, stream: &Arc<OutgoingStream>) {
         self.announce(OutgoingEvent::Update(stream.clone()));
+    }
+
+    /// Passes script data of a stream to the edges. A subscriber that lags loses it.
+    pub fn send_data(&self, stream: &Arc<OutgoingStream>, tag: Tag) {
+        self.announce(OutgoingEvent::Data(stream.clone(), tag));
     }
 
     /// The live or ended stream with this SSRC.
@@ -400,7 +410,6 @@ const EVENT_CAPACITY: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use downpour_media::flv::Tag;
     use downpour_repair::rtp::Packetizer;
 
     #[test]

@@ -12,9 +12,12 @@ use std::{
 use downpour_hub::{Sink, Stream, Tap};
 use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_repair::{
+    bucket::TokenBucket,
+    control::{MAX_DATA_LEN, MAX_HEADER_LEN},
     history::History,
     rtp::{Burst, Packetizer, Ssrc},
 };
+use downpour_sys::LogLimit;
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 
@@ -65,6 +68,8 @@ pub struct SenderSettings {
 #[derive(Debug, Clone)]
 pub struct SenderMetrics {
     retired_early: IntCounter,
+    data_dropped: IntCounter,
+    headers_left_out: IntCounter,
     parity: ParityMetrics,
 }
 
@@ -79,7 +84,18 @@ impl SenderMetrics {
             "Ended streams whose packets were dropped early because all of them held too many",
             registry
         )?;
-        Ok(Self { retired_early, parity: ParityMetrics::register(registry)? })
+        let data_dropped = register_int_counter_with_registry!(
+            "downpour_script_tags_dropped_total",
+            "Script tags (cue points, captions) not sent to edges: too long, or too many per second",
+            registry
+        )?;
+        let headers_left_out = register_int_counter_with_registry!(
+            "downpour_long_headers_total",
+            "Metadata and codec headers not sent to edges because they are too long",
+            registry
+        )?;
+        let parity = ParityMetrics::register(registry)?;
+        Ok(Self { retired_early, data_dropped, headers_left_out, parity })
     }
 }
 
@@ -208,6 +224,10 @@ struct TapState {
     packetizer: Packetizer,
     headers: Headers,
     has_video: bool,
+    /// Bounds the script data of one encoder on the control streams of all edges.
+    data_bucket: TokenBucket,
+    data_log: LogLimit,
+    header_log: LogLimit,
     /// `None` in debug mode: nothing is sent.
     route_out: Option<RouteOut>,
     parity_flag: ParityFlag,
@@ -233,6 +253,9 @@ impl TapState {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
             has_video: headers.video.is_some(),
+            data_bucket: TokenBucket::new(Instant::now(), DATA_RATE, DATA_BURST),
+            data_log: LogLimit::new(),
+            header_log: LogLimit::new(),
             headers,
             route_out,
             parity_flag: ParityFlag::new(shared.parity.clone()),
@@ -242,17 +265,18 @@ impl TapState {
 
     fn push(&mut self, now: Instant, tag: &Tag) {
         if tag.kind() == TagKind::Script {
-            // Script tags are not sent as RTP (wire v0). Edges get the metadata as a header; captions
-            // and cue points reach only readers of this node.
-            if tag.is_metadata() {
-                self.learn(tag, None);
+            // Script tags are not sent as RTP (wire v0). Edges on downpour/1 get the metadata as a
+            // header, and captions and cue points as messages.
+            match tag.is_metadata() {
+                true => self.learn(now, tag, None),
+                false => self.send_data(now, tag),
             }
             return;
         }
         self.has_video |= tag.kind() == TagKind::Video;
         let burst = self.packetizer.packetize(tag);
         if tag.is_sequence_header() {
-            self.learn(tag, Some(&burst));
+            self.learn(now, tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
         // Into the history first: an edge may request a packet before the burst is sent.
@@ -266,7 +290,7 @@ impl TapState {
 
     /// Stores a header, whose packets are `burst`, and announces it if it changed: encoders repeat
     /// headers.
-    fn learn(&mut self, tag: &Tag, burst: Option<&Burst>) {
+    fn learn(&mut self, now: Instant, tag: &Tag, burst: Option<&Burst>) {
         let held = match tag.kind() {
             TagKind::Video => &mut self.headers.video,
             TagKind::Audio => &mut self.headers.audio,
@@ -281,7 +305,46 @@ impl TapState {
             self.outgoing.keep_header(tag.kind(), burst.detached());
         }
         self.outgoing.set_headers(self.headers.clone());
+        if tag.unit().len() > MAX_HEADER_LEN {
+            self.note_long_header(now, tag);
+        }
         self.shared.outgoing.updated(&self.outgoing);
+    }
+
+    /// Counts and logs a header that no announcement can carry.
+    fn note_long_header(&mut self, now: Instant, tag: &Tag) {
+        self.shared.metrics.headers_left_out.inc();
+        if let Some(missed) = self.header_log.due(now) {
+            tracing::warn!(
+                stream = %self.outgoing.key(),
+                kind = ?tag.kind(),
+                bytes = tag.unit().len(),
+                max_bytes = MAX_HEADER_LEN,
+                missed,
+                "metadata or codec header not sent to edges: too long"
+            );
+        }
+    }
+
+    /// Passes a cue point, caption or text to the edges.
+    fn send_data(&mut self, now: Instant, tag: &Tag) {
+        let bytes = tag.unit().len();
+        if bytes <= MAX_DATA_LEN && self.data_bucket.take(now, bytes as u64 + DATA_OVERHEAD) {
+            // Copied: it waits for slow edges, and must not hold the buffer that it shares.
+            self.shared.outgoing.send_data(&self.outgoing, tag.detached());
+            return;
+        }
+        self.shared.metrics.data_dropped.inc();
+        if let Some(missed) = self.data_log.due(now) {
+            tracing::warn!(
+                stream = %self.outgoing.key(),
+                bytes,
+                max_bytes = MAX_DATA_LEN,
+                max_bytes_per_s = DATA_RATE,
+                missed,
+                "script data not sent to edges: too long, or too much"
+            );
+        }
     }
 
     fn handle_timeout(&mut self, now: Instant) {
@@ -372,6 +435,11 @@ impl RouteOut {
     }
 }
 
+/// Bytes of script data per second and stream: 64 captions of 1 KiB.
+const DATA_RATE: u64 = 64 << 10;
+const DATA_BURST: u64 = 256 << 10;
+/// Bytes charged per script tag beside its own: the work of a message to each edge.
+const DATA_OVERHEAD: u64 = 256;
 /// Bytes of packets that all ended streams may hold.
 const RETIRED_BYTES: usize = 64 << 20;
 const RETIRED_STREAMS: usize = 1024;
@@ -464,6 +532,38 @@ mod tests {
         publisher.push(frame(0, 0x17));
         publisher.push(script(b"\x02\x00\x0aonTextData\x05"));
         assert!(outgoing.streams()[0].headers().metadata.unwrap().is_metadata());
+    }
+
+    #[test]
+    fn script_data_is_passed_on_within_a_budget() {
+        let (sender, hub, outgoing) = sender();
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        publisher.push(frame(0, 0x17));
+        let mut events = outgoing.subscribe();
+        let cue = script(b"\x02\x00\x0aonCuePoint\x05");
+        publisher.push(cue.clone());
+        let Ok(OutgoingEvent::Data(_, tag)) = events.try_recv() else { panic!("no data") };
+        assert_eq!(tag, cue);
+        let dropped = &sender.shared.metrics.data_dropped;
+        publisher.push(script(&vec![2; MAX_DATA_LEN]));
+        assert_eq!(dropped.get(), 1, "too long");
+        for _ in 0..1000 {
+            publisher.push(script(&[2; 2000]));
+        }
+        let passed = std::iter::from_fn(|| events.try_recv().ok()).count() as u64;
+        assert_eq!(passed + dropped.get(), 1001);
+        assert!((50..500).contains(&passed), "{passed}");
+    }
+
+    #[test]
+    fn metadata_that_is_too_long_for_edges_is_counted() {
+        let (sender, hub, _) = sender();
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        publisher.push(frame(0, 0x17));
+        let mut body = b"\x02\x00\x0aonMetaData".to_vec();
+        body.resize(MAX_HEADER_LEN, 5);
+        publisher.push(script(&body));
+        assert_eq!(sender.shared.metrics.headers_left_out.get(), 1);
     }
 
     #[test]

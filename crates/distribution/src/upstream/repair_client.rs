@@ -52,7 +52,7 @@ use crate::{
     transport,
 };
 use downpour_media::StreamPattern;
-use downpour_media::flv::Headers;
+use downpour_media::flv::{Headers, Tag};
 use downpour_repair::rtp::{Seq, Ssrc};
 use downpour_repair::{
     control::{Report, StreamInfo, Welcome},
@@ -140,6 +140,13 @@ pub enum RepairEvent {
         ssrc: Ssrc,
         /// All of its headers.
         headers: Headers,
+    },
+    /// Script data in a stream.
+    StreamData {
+        /// The stream.
+        ssrc: Ssrc,
+        /// The script tag.
+        tag: Tag,
     },
     /// A stream has ended.
     StreamEnd {

@@ -23,6 +23,7 @@
 
 mod header_recovery;
 mod received_stream;
+mod script_data;
 mod unnamed_packets;
 
 use std::{
@@ -40,7 +41,10 @@ use self::{
 };
 use super::{livestat::LiveStream, parity::Parity, stats::ReceiveMetrics};
 use downpour_hub::{Hub, PublicationInfo, Publisher};
-use downpour_media::{StreamKey, flv::Headers};
+use downpour_media::{
+    StreamKey,
+    flv::{Headers, Tag},
+};
 use downpour_repair::{
     control::{StreamInfo, StreamReport},
     message::{Heartbeat, Nack},
@@ -341,6 +345,17 @@ impl Streams {
         }
     }
 
+    /// Publishes script data of a stream once the media before it is published.
+    pub fn stream_data(&mut self, now: Instant, ssrc: Ssrc, tag: Tag) {
+        match self.streams.get_mut(&ssrc) {
+            Some(stream) => {
+                stream.handle_data(now, tag);
+                self.drive(now, ssrc);
+            }
+            None => self.metrics.unknown_dropped.inc(),
+        }
+    }
+
     /// Ends a publication whose end the cloud announced, once its packets up to `last` have arrived
     /// or can no longer arrive.
     pub fn stream_end(&mut self, now: Instant, ssrc: Ssrc, last: Option<Seq>) {
@@ -514,6 +529,7 @@ impl Streams {
             }
         }
         stream.deliver(now, &self.metrics);
+        stream.publish_data(now);
         self.nacks.extend(stream.poll_header_recovery(now));
         let over = stream.ending.is_some_and(|(last, until)| {
             last.is_none_or(|last| stream.receiver.is_done_through(last)) || until <= now
@@ -543,6 +559,7 @@ impl Streams {
         // Packets behind a gap are still useful.
         stream.receiver.finish(now);
         stream.deliver(now, &self.metrics);
+        stream.publish_all_data(now);
         self.report_turns.retain(|turn| *turn != ssrc);
         if let Some(wake) = stream.wake {
             self.wakes.remove(&(wake, ssrc));

@@ -51,4 +51,4 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
 
 /// The longest header tag that is sent, in bytes; a longer one is left out. No real decoder
 /// configuration is longer, and three of them in hexadecimal fit in a message.
-const MAX_HEADER_LEN: usize = 128 * 1024;
+pub const MAX_HEADER_LEN: usize = 128 * 1024;

@@ -4,9 +4,12 @@ use std::{fmt, net::SocketAddr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{headers, report::Report};
+use super::{data, headers, report::Report};
 use crate::rtp::{Seq, Ssrc};
-use downpour_media::{PublicationId, StreamKey, StreamPattern, flv::Headers};
+use downpour_media::{
+    PublicationId, StreamKey, StreamPattern,
+    flv::{Headers, Tag},
+};
 
 /// A message from an edge to the cloud.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,6 +49,15 @@ pub enum CloudMessage {
         /// The complete set of headers.
         #[serde(with = "headers")]
         headers: Headers,
+    },
+    /// Script data in a stream: a cue point, caption or text. Metadata is a header instead.
+    StreamData {
+        /// The stream.
+        ssrc: Ssrc,
+        /// The tag, at most [`MAX_DATA_LEN`](super::MAX_DATA_LEN) bytes with its header. Its timestamp
+        /// is its place in the stream.
+        #[serde(with = "data")]
+        tag: Tag,
     },
     /// A stream ended.
     StreamEnd {

@@ -50,6 +50,29 @@ fn messages_have_the_json_of_the_wire_document() {
     );
 }
 
+fn cue() -> Tag {
+    Tag::new(TagKind::Script, 40, b"\x02\x00\x0aonCuePoint\x05").unwrap()
+}
+
+#[test]
+fn stream_data_is_a_script_tag_of_bounded_length() {
+    let json =
+        serde_json::to_value(CloudMessage::StreamData { ssrc: Ssrc(9), tag: cue() }).unwrap();
+    let hex = "1200000e0000280000000002000a6f6e437565506f696e7405";
+    assert_eq!(json, serde_json::json!({ "type": "stream_data", "ssrc": 9, "tag": hex }));
+    let parse = |tag: &Tag| {
+        let json = serde_json::json!({
+            "type": "stream_data", "ssrc": 9, "tag": hex::encode(tag.unit())
+        });
+        serde_json::from_value::<CloudMessage>(json)
+    };
+    assert!(parse(&cue()).is_ok());
+    assert!(parse(&Tag::new(TagKind::Video, 0, &[0x17, 1]).unwrap()).is_err());
+    let script = |len| Tag::new(TagKind::Script, 0, &vec![2; len - Tag::HEADER_LEN]).unwrap();
+    assert!(parse(&script(MAX_DATA_LEN)).is_ok());
+    assert!(parse(&script(MAX_DATA_LEN + 1)).is_err());
+}
+
 #[test]
 fn unknown_types_and_fields_are_ignored() {
     let parse = |json: &str| serde_json::from_str::<EdgeMessage>(json);
@@ -112,6 +135,7 @@ proptest! {
         let sent = [
             CloudMessage::StreamUp(info()),
             CloudMessage::StreamEnd { ssrc: Ssrc(1), last_seq: None },
+            CloudMessage::StreamData { ssrc: Ssrc(1), tag: cue() },
             CloudMessage::StreamUpdate { ssrc: Ssrc(1), headers: info().headers },
         ];
         let bytes: Vec<u8> =

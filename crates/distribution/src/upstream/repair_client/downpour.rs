@@ -159,6 +159,9 @@ async fn receive_control(
             Some(CloudMessage::StreamUpdate { ssrc, headers }) => {
                 events.send(RepairEvent::StreamUpdate { ssrc, headers }).await?;
             }
+            Some(CloudMessage::StreamData { ssrc, tag }) => {
+                events.send(RepairEvent::StreamData { ssrc, tag }).await?;
+            }
             Some(CloudMessage::StreamEnd { ssrc, last_seq }) => {
                 events.send(RepairEvent::StreamEnd { ssrc, last_seq }).await?;
             }

@@ -11,6 +11,7 @@ use super::{
         stats::{ReceiveMetrics, StreamStats},
     },
     header_recovery::HeaderRecovery,
+    script_data::ScriptData,
 };
 use downpour_hub::{NextPush, Publisher};
 use downpour_media::{
@@ -37,6 +38,10 @@ pub(super) struct ReceivedStream {
     /// Set once the cloud announced the end: the last number it sent, and how long to wait for it.
     pub(super) ending: Option<(Option<Seq>, Instant)>,
     header_recovery: Option<Box<HeaderRecovery>>,
+    /// Set while script data waits for its place among the media.
+    script_data: Option<Box<ScriptData>>,
+    /// Timestamp of the newest media tag that was published, in milliseconds.
+    newest: Option<u32>,
     /// Set once parity has arrived.
     pub(super) parity: Option<Box<Parity>>,
     pub(super) depacketizer: Depacketizer,
@@ -79,6 +84,8 @@ impl ReceivedStream {
             last_packet: now,
             ending: None,
             header_recovery: None,
+            script_data: None,
+            newest: None,
             parity: None,
             depacketizer,
             receiver,
@@ -184,7 +191,38 @@ impl ReceivedStream {
                     self.release_held_media();
                 }
             }
-            _ => self.publisher.push_at(now, tag),
+            _ => {
+                self.newest = Some(tag.timestamp());
+                if self.script_data.is_some() {
+                    self.publish_data(now);
+                }
+                self.publisher.push_at(now, tag);
+            }
+        }
+    }
+
+    /// Takes script data that the cloud sent beside the media.
+    pub(super) fn handle_data(&mut self, now: Instant, tag: Tag) {
+        self.script_data.get_or_insert_default().push(now, tag);
+    }
+
+    /// Publishes script data whose time has come.
+    pub(super) fn publish_data(&mut self, now: Instant) {
+        let Some(data) = &mut self.script_data else { return };
+        while let Some(tag) = data.pop(now, self.newest) {
+            self.publisher.push_at(now, tag);
+        }
+        if data.poll_timeout().is_none() {
+            self.script_data = None;
+        }
+    }
+
+    /// Publishes the script data that is left at the end of the stream.
+    pub(super) fn publish_all_data(&mut self, now: Instant) {
+        let data = self.script_data.take();
+        for tag in data.into_iter().flat_map(|mut data| std::iter::from_fn(move || data.pop_last()))
+        {
+            self.publisher.push_at(now, tag);
         }
     }
 
@@ -234,6 +272,7 @@ impl ReceivedStream {
             self.receiver.poll_timeout(),
             self.ending.map(|(_, until)| until),
             self.header_recovery.as_ref().map(|recovery| recovery.poll_timeout()),
+            self.script_data.as_ref().and_then(|data| data.poll_timeout()),
         ];
         timeouts.into_iter().flatten().min()
     }

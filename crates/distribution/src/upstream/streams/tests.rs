@@ -461,3 +461,27 @@ fn malformed_packets_are_counted() {
     }
     assert_eq!(streams.metrics.malformed.get(), 4);
 }
+
+#[test]
+fn script_data_takes_its_place_among_the_media() {
+    let (mut streams, hub) = table();
+    let now = Instant::now();
+    let (tags, bursts) = bursts(7, 4);
+    let cue = |timestamp| Tag::new(TagKind::Script, timestamp, b"\x02\0\x01c\x05").unwrap();
+    streams.stream_data(now, Ssrc(7), cue(0));
+    streams.stream_up(now, up("live/a", 7, None, None));
+    bursts[..3].iter().for_each(|burst| feed(&mut streams, now, burst, Path::Live(0)));
+    // One of the past, one of the next frame, one far ahead.
+    for timestamp in [20, 80, 9000] {
+        streams.stream_data(now, Ssrc(7), cue(timestamp));
+    }
+    bursts[3..].iter().for_each(|burst| feed(&mut streams, now, burst, Path::Live(0)));
+    let mut expected = tags[..3].to_vec();
+    expected.extend([cue(20), cue(80)]);
+    expected.extend_from_slice(&tags[3..]);
+    assert_eq!(read(&hub, "live/a"), expected);
+    let due = streams.poll_timeout().unwrap();
+    streams.handle_timeout(due);
+    expected.push(cue(9000));
+    assert_eq!(read(&hub, "live/a"), expected);
+}
