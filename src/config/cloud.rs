@@ -41,6 +41,8 @@ settings! {
             /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
             /// once. 350 takes a fraction of the processor time and adds up to 350 ms of delay.
             restart merge_write_ms -> merge_write_ms: u64 = 0, in 0..=2000;
+            /// Bytes that the kernel holds for a viewer that reads too slowly; 0 is 1.5 s of its stream.
+            restart viewer_send_buffer -> viewer_send_buffer: u32 = 0, in 0..=1 << 30;
         }
         /// Edges below this node: RTP to them, and repair.
         downstream {

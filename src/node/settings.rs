@@ -51,6 +51,7 @@ impl From<&CloudConfig> for NodeSettings {
                     config.max_viewers,
                     config.merge_write_ms,
                     config.http_max_connections_per_address,
+                    config.viewer_send_buffer,
                 ),
                 grace: grace / 2,
             },
@@ -83,6 +84,7 @@ impl From<&EdgeConfig> for NodeSettings {
                     config.max_viewers,
                     config.merge_write_ms,
                     config.http_max_connections_per_address,
+                    config.viewer_send_buffer,
                 ),
                 grace: grace / 2,
             },
@@ -92,9 +94,15 @@ impl From<&EdgeConfig> for NodeSettings {
     }
 }
 
-fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> ViewerSettings {
+fn viewers(
+    max_viewers: usize,
+    merge_write_ms: u64,
+    per_address: usize,
+    send_buffer: u32,
+) -> ViewerSettings {
     ViewerSettings {
         max_viewers,
+        unsent: (send_buffer > 0).then_some(send_buffer),
         max_connections_per_address: net::share(per_address),
         merge_write: Duration::from_millis(merge_write_ms),
         ..ViewerSettings::default()

@@ -2,7 +2,8 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufWriter},
+    io::{self, BufWriter, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -22,6 +23,7 @@ use downpour_media::{
     flv::{FlvWriter, Tag},
     timeline::Timeline,
 };
+use downpour_sys::LogLimit;
 
 /// Writes one FLV file per publication, `{dir}/{app}/{name}/{UTC start}.flv`. Clones share it.
 ///
@@ -30,7 +32,10 @@ use downpour_media::{
 /// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten, so a
 ///   file that a crash cuts is valid up to its last whole tag.
 /// - Timestamps start at 0.
-/// - A disk failure is counted and logged, and a new file is tried after 10 s.
+/// - After a disk failure, a full disk for example, the file is cut to its last whole tag, and removed if
+///   it has none. The recording continues in it from the log where it stopped, with an attempt every
+///   2 s. Media that leaves the log meanwhile is skipped to a key frame. If the file is gone, a new one
+///   starts at a key frame.
 #[derive(Debug, Clone)]
 pub struct Recorder {
     shared: Arc<Shared>,
@@ -101,9 +106,9 @@ pub struct RecordMetrics {
     pub files: IntCounter,
     /// Bytes written.
     pub bytes: IntCounter,
-    /// Files abandoned because the disk failed.
+    /// Writes that failed.
     pub errors: IntCounter,
-    /// Tags skipped because the disk was too slow.
+    /// Tags skipped because the disk was too slow, or failed.
     pub skipped_tags: IntCounter,
 }
 
@@ -126,61 +131,87 @@ impl RecordMetrics {
             bytes: counter("downpour_record_bytes_total", "Bytes recorded.")?,
             errors: counter(
                 "downpour_record_errors_total",
-                "Recordings given up because the disk failed.",
+                "Writes of recordings that failed; each is tried again.",
             )?,
             skipped_tags: counter(
                 "downpour_record_skipped_tags_total",
-                "Tags not recorded because the disk was too slow.",
+                "Tags not recorded because the disk was too slow, or failed.",
             )?,
         })
     }
 }
 
 impl Shared {
+    /// Records a stream to its end.
     async fn record(&self, mut reader: Reader) {
+        let mut state = Writing::default();
+        let mut log = LogLimit::every(FAILURE_LOG);
         loop {
-            let stream = reader.stream().clone();
-            let Err(error) = self.record_file(reader).await else { return };
-            self.metrics.errors.inc();
-            tracing::warn!(stream = %stream.key(), dir = %self.dir.display(), %error, "recording failed");
-            tokio::select! {
-                () = tokio::time::sleep(self.retry) => {}
-                () = self.drain.cancelled() => return,
+            let more = self.collect(&mut reader, &mut state.batch).await;
+            while !state.batch.is_empty() {
+                let failed;
+                (state, failed) = self.write(&reader, state).await;
+                let Some(error) = failed else { break };
+                self.metrics.errors.inc();
+                if let Some(missed) = log.due(std::time::Instant::now()) {
+                    let (stream, dir) = (reader.stream().key(), self.dir.display());
+                    tracing::warn!(%stream, %dir, %error, missed, "recording failed; trying again");
+                }
+                if state.is_lost {
+                    self.skip(&reader, state.batch.len() as u64, "its file is gone");
+                    // A new file starts at a key frame, with the headers.
+                    (state, reader) = (Writing::default(), reader.stream().subscribe());
+                    break;
+                }
+                if !self.may_try_again(&reader, &mut state).await {
+                    self.skip(&reader, state.batch.len() as u64, "the disk failed to its end");
+                    return;
+                }
             }
-            if stream.ended() {
-                return;
+            if !more {
+                break;
             }
-            // A new file starts at a key frame, with the headers.
-            reader = stream.subscribe();
+        }
+        if let Some(recording) = state.recording {
+            let finished = blocking(move || recording.finish()).await;
+            if let Err(error) = finished.and_then(|finished| finished) {
+                self.metrics.errors.inc();
+                tracing::warn!(stream = %reader.stream().key(), %error, "recording not synced");
+            }
         }
     }
 
-    async fn record_file(&self, mut reader: Reader) -> io::Result<()> {
-        let key = reader.stream().key().clone();
-        let mut recording: Option<Recording> = None;
-        let mut batch = Vec::new();
-        loop {
-            let more = self.collect(&mut reader, &mut batch).await;
-            if !batch.is_empty() {
-                let (dir, key, metrics) = (self.dir.clone(), key.clone(), self.metrics.clone());
-                (recording, batch) = blocking(move || {
-                    let mut recording = match recording {
-                        Some(recording) => recording,
-                        None => Recording::create(&dir, &key, SystemTime::now(), metrics)?,
-                    };
-                    recording.write(&batch)?;
-                    batch.clear();
-                    Ok((Some(recording), batch))
-                })
-                .await?;
-            }
-            if !more {
-                return match recording {
-                    Some(recording) => blocking(move || recording.finish()).await,
-                    None => Ok(()),
-                };
+    /// Writes the batch. Returns the error if it could not be written whole; it is then still there.
+    async fn write(&self, reader: &Reader, state: Writing) -> (Writing, Option<io::Error>) {
+        let (dir, key) = (self.dir.clone(), reader.stream().key().clone());
+        let metrics = self.metrics.clone();
+        match blocking(move || state.write(&dir, &key, metrics)).await {
+            Ok(written) => written,
+            // The task that had the file panicked.
+            Err(error) => (Writing { is_lost: true, ..Writing::default() }, Some(error)),
+        }
+    }
+
+    /// Waits for the next attempt. Returns `false` if there is none: a recording whose stream has ended
+    /// tries [`LAST_ATTEMPTS`] times, and one that is drained once.
+    async fn may_try_again(&self, reader: &Reader, state: &mut Writing) -> bool {
+        if reader.stream().ended() || self.drain.is_cancelled() {
+            state.last_attempts += if self.drain.is_cancelled() { LAST_ATTEMPTS } else { 1 };
+            if state.last_attempts > LAST_ATTEMPTS {
+                return false;
             }
         }
+        tokio::select! {
+            () = tokio::time::sleep(self.retry) => {}
+            () = self.drain.cancelled() => {}
+        }
+        true
+    }
+
+    fn skip(&self, reader: &Reader, tags: u64, why: &str) {
+        self.metrics.skipped_tags.inc_by(tags);
+        let stream = reader.stream().key();
+        tracing::warn!(%stream, skipped_tags = tags, why, "recording lost tags");
     }
 
     /// Collects the tags of one write. Returns `false` after the last ones.
@@ -231,13 +262,66 @@ impl Shared {
     }
 }
 
+/// The file of a recording, and the tags that are to be written next.
+#[derive(Default)]
+struct Writing {
+    recording: Option<Recording>,
+    batch: Vec<Tag>,
+    /// `true` if the file cannot be continued: the batch, from the middle of a group of pictures, cannot
+    /// begin another one.
+    is_lost: bool,
+    /// Failed attempts since the end of the stream.
+    last_attempts: u32,
+}
+
+impl Writing {
+    fn write(
+        mut self,
+        dir: &Path,
+        key: &StreamKey,
+        metrics: RecordMetrics,
+    ) -> (Self, Option<io::Error>) {
+        let recording = match self.recording.take() {
+            Some(recording) if recording.is_in_place() => Ok(recording),
+            Some(recording) => {
+                self.is_lost = true;
+                let path = recording.path.display();
+                Err(io::Error::new(io::ErrorKind::NotFound, format!("{path} was removed")))
+            }
+            None => Recording::create(dir, key, SystemTime::now(), metrics),
+        };
+        let written =
+            recording.and_then(|recording| match recording.write(&self.batch) {
+                Ok(recording) => Ok(recording),
+                Err((recording, error)) => {
+                    let begun = recording.whole > 0;
+                    self.recording = recording.cut().inspect_err(|error| {
+                    tracing::warn!(%error, "failed recording not cut to its last whole tag");
+                }).ok().flatten();
+                    self.is_lost = begun && self.recording.is_none();
+                    Err(error)
+                }
+            });
+        match written {
+            Ok(recording) => {
+                self.recording = Some(recording);
+                self.batch.clear();
+                (self, None)
+            }
+            Err(error) => (self, Some(error)),
+        }
+    }
+}
+
 /// A file that is being written.
 struct Recording {
     path: PathBuf,
-    writer: FlvWriter<BufWriter<File>>,
+    key: StreamKey,
+    writer: FlvWriter<BufWriter<Disk>>,
     timeline: Timeline,
     metrics: RecordMetrics,
-    counted: u64,
+    /// Bytes up to the end of the last batch, which reached the file; 0 before the first.
+    whole: u64,
 }
 
 impl Recording {
@@ -248,26 +332,64 @@ impl Recording {
         metrics: RecordMetrics,
     ) -> io::Result<Self> {
         let (path, file) = create_new(&dir.join(key.as_str()), &utc_name(now))?;
-        let writer = FlvWriter::new(BufWriter::with_capacity(WRITE_BUFFER, file))?;
-        metrics.files.inc();
+        let disk = Disk { file, path: path.clone() };
+        let writer = FlvWriter::new(BufWriter::with_capacity(WRITE_BUFFER, disk))?;
         metrics.active.inc();
-        tracing::info!(stream = %key, path = %path.display(), "recording started");
-        Ok(Self { path, writer, timeline: Timeline::default(), metrics, counted: 0 })
+        let timeline = Timeline::default();
+        Ok(Self { path, key: key.clone(), writer, timeline, metrics, whole: 0 })
     }
 
-    fn write(&mut self, tags: &[Tag]) -> io::Result<()> {
+    /// Writes whole tags. If that fails, the recording is as before, but for the bytes in the file.
+    fn write(mut self, tags: &[Tag]) -> Result<Self, (Self, io::Error)> {
+        let timeline = self.timeline.clone();
+        if let Err(error) = self.try_write(tags) {
+            self.timeline = timeline;
+            return Err((self, error));
+        }
+        if self.whole == 0 {
+            self.metrics.files.inc();
+            tracing::info!(stream = %self.key, path = %self.path.display(), "recording started");
+        }
+        self.metrics.bytes.inc_by(self.writer.bytes() - self.whole);
+        self.whole = self.writer.bytes();
+        Ok(self)
+    }
+
+    fn try_write(&mut self, tags: &[Tag]) -> io::Result<()> {
         for tag in tags {
             self.writer.write_at(tag, self.timeline.rebase(tag.timestamp()))?;
         }
-        self.writer.flush()?;
-        self.metrics.bytes.inc_by(self.writer.bytes() - self.counted);
-        self.counted = self.writer.bytes();
-        Ok(())
+        self.writer.flush()
+    }
+
+    /// Cuts the file to its last whole tag after a failure. Removes it and returns `None` if there is
+    /// no tag.
+    fn cut(mut self) -> io::Result<Option<Self>> {
+        if self.whole == 0 {
+            fs::remove_file(&self.path)?;
+            return Ok(None);
+        }
+        let mut file = self.writer.get_ref().get_ref().file.try_clone()?;
+        file.set_len(self.whole)?;
+        file.seek(SeekFrom::Start(self.whole))?;
+        let disk = Disk { file, path: self.path.clone() };
+        let writer = FlvWriter::resume(BufWriter::with_capacity(WRITE_BUFFER, disk), self.whole);
+        // Not flushed: the buffer holds the part of a tag that could not be written.
+        let _ = std::mem::replace(&mut self.writer, writer).into_inner().into_parts();
+        Ok(Some(self))
+    }
+
+    /// `false` if the file was removed or replaced.
+    fn is_in_place(&self) -> bool {
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let open = self.writer.get_ref().get_ref().file.metadata().map(id);
+        let named = fs::metadata(&self.path).map(id);
+        matches!((open, named), (Ok(open), Ok(named)) if open == named)
     }
 
     fn finish(mut self) -> io::Result<()> {
         self.writer.flush()?;
-        self.writer.get_ref().get_ref().sync_all()?;
+        self.writer.get_ref().get_ref().file.sync_all()?;
         let bytes = self.writer.bytes();
         tracing::info!(path = %self.path.display(), bytes, "recording finished");
         Ok(())
@@ -277,6 +399,26 @@ impl Recording {
 impl Drop for Recording {
     fn drop(&mut self) {
         self.metrics.active.dec();
+    }
+}
+
+/// The file, with its path for error messages. Tests make it full.
+struct Disk {
+    file: File,
+    path: PathBuf,
+}
+
+impl Write for Disk {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        let bytes = tests::fitting(&self.path, bytes)?;
+        self.file.write(bytes).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", self.path.display()))
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 
@@ -312,10 +454,9 @@ fn utc_name(time: SystemTime) -> String {
     )
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    spawn_blocking(work).await.map_err(io::Error::other)?
+/// Fails if `work` panics.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work).await.map_err(io::Error::other)
 }
 
 /// Well below the second within which tags reach the file.
@@ -323,12 +464,18 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(500);
 /// Bytes of tags per write; a single tag may be larger.
 const BATCH_BYTES: usize = 1 << 20;
 const WRITE_BUFFER: usize = 64 * 1024;
-const RETRY: Duration = Duration::from_secs(10);
+/// A failed attempt leaves nothing behind, and the log reaches back 20 s by default.
+const RETRY: Duration = Duration::from_secs(2);
+/// Attempts after the end of a stream.
+const LAST_ATTEMPTS: u32 = 3;
+const FAILURE_LOG: Duration = Duration::from_secs(60);
 const MAX_SAME_NAME: u32 = 1000;
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, time::UNIX_EPOCH};
+    use std::time::UNIX_EPOCH;
+
+    use parking_lot::Mutex;
 
     use super::*;
     use downpour_hub::{Hub, LogLimits};
@@ -404,6 +551,62 @@ mod tests {
         assert_eq!(read(&files(dir.path())[0]).len(), 2);
     }
 
+    #[tokio::test]
+    async fn a_full_disk_costs_no_tag_that_the_log_still_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hub, _, metrics) = node(dir.path());
+        let retry = Duration::from_millis(20);
+        let recorder = Recorder::with_retry(dir.path().into(), metrics.clone(), retry);
+        let mut publisher = hub.publish(key()).unwrap();
+        let frames: Vec<_> = (0..10)
+            .map(|i| tag(TagKind::Video, i * 40, &[[0x17, 1], [i as u8; 2]].concat()))
+            .collect();
+        // Full before the first byte: attempts leave no file behind.
+        *FREE.lock() = Some((dir.path().into(), 0));
+        recorder.record(publisher.stream());
+        publisher.push(frames[0].clone());
+        until(|| metrics.errors.get() >= 2).await;
+        until(|| files(dir.path()).is_empty()).await;
+        assert_eq!(metrics.files.get(), 0);
+        // Space for two and a half tags: the torn one is cut.
+        let (head, one) = (13, frames[0].framed().len());
+        *FREE.lock() = Some((dir.path().into(), head + 2 * one + one / 2));
+        until(|| metrics.files.get() == 1).await;
+        let file = files(dir.path()).pop().unwrap();
+        publisher.push(frames[1].clone());
+        until(|| read(&file).len() == 2).await;
+        let errors = metrics.errors.get();
+        publisher.push(frames[2].clone());
+        until(|| metrics.errors.get() >= errors + 2).await;
+        until(|| fs::metadata(&file).unwrap().len() == (head + 2 * one) as u64).await;
+        for frame in &frames[3..] {
+            publisher.push(frame.clone());
+        }
+        // Space again: all the rest follows in the same file.
+        *FREE.lock() = None;
+        until(|| read(&file).len() == frames.len()).await;
+        drop(publisher);
+        recorder.drain().await;
+        assert_eq!(read(&file), frames);
+        assert_eq!((files(dir.path()).len(), metrics.skipped_tags.get()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_removed_is_followed_by_a_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (hub, recorder, metrics) = node(dir.path());
+        let mut publisher = hub.publish(key()).unwrap();
+        recorder.record(publisher.stream());
+        publisher.push(tag(TagKind::Video, 0, &[0x17, 1]));
+        until(|| metrics.files.get() == 1).await;
+        fs::remove_file(files(dir.path()).pop().unwrap()).unwrap();
+        publisher.push(tag(TagKind::Video, 40, &[0x17, 1]));
+        until(|| metrics.files.get() == 2).await;
+        drop(publisher);
+        recorder.drain().await;
+        assert_eq!(read(&files(dir.path())[0]).len(), 1);
+    }
+
     #[test]
     fn existing_file_is_never_overwritten() {
         let dir = tempfile::tempdir().unwrap();
@@ -425,6 +628,22 @@ mod tests {
             (4_107_542_400, "21000301-000000.007"),
         ] {
             assert_eq!(utc_name(UNIX_EPOCH + Duration::new(secs, 7_000_000)), name);
+        }
+    }
+
+    /// Bytes that are free below a directory; `None` is no limit.
+    static FREE: Mutex<Option<(PathBuf, usize)>> = Mutex::new(None);
+
+    /// The part of `bytes` that the disk takes.
+    pub(super) fn fitting<'a>(path: &Path, bytes: &'a [u8]) -> io::Result<&'a [u8]> {
+        match &mut *FREE.lock() {
+            Some((dir, 0)) if path.starts_with(&*dir) => Err(io::ErrorKind::StorageFull.into()),
+            Some((dir, free)) if path.starts_with(&*dir) => {
+                let fitting = &bytes[..bytes.len().min(*free)];
+                *free -= fitting.len();
+                Ok(fitting)
+            }
+            _ => Ok(bytes),
         }
     }
 

@@ -33,9 +33,13 @@ pub struct ViewerSettings {
     pub merge_write: Duration,
     /// Time in which a connection must send the head of a request.
     pub head_timeout: Duration,
-    /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` lets the kernel tune it. A small one
-    /// makes slow viewers skip sooner and limits their kernel memory.
+    /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` lets the kernel tune it. It limits the
+    /// bytes in flight, too.
     pub send_buffer: Option<usize>,
+    /// Bytes that the kernel takes for a viewer ahead of what it sends (`TCP_NOTSENT_LOWAT`); `None` is
+    /// 1.5 s of the stream. It bounds the kernel memory of a viewer that does not read, and keeps
+    /// `backlog` honest. Unlike a small send buffer it does not slow down viewers far away.
+    pub unsent: Option<u32>,
 }
 
 impl Default for ViewerSettings {
@@ -48,6 +52,7 @@ impl Default for ViewerSettings {
             merge_write: Duration::ZERO,
             head_timeout: Duration::from_secs(10),
             send_buffer: None,
+            unsent: None,
         }
     }
 }
@@ -112,6 +117,22 @@ impl Viewer {
         }
     }
 
+    /// Limits the bytes that the kernel holds for this viewer. The speed of the stream is known about a
+    /// second after its start, so this is called whenever the viewer has to catch up.
+    fn limit_unsent(&self, setting: Option<u32>) {
+        let stream = self.stream.stream();
+        let bytes = setting.unwrap_or_else(|| {
+            match (stream.video_speed() + stream.audio_speed()).saturating_mul(UNSENT_MS) {
+                0 => UNSENT_UNKNOWN,
+                bytes => bytes.clamp(MIN_UNSENT.into(), MAX_UNSENT.into()) as u32,
+            }
+        });
+        let socket = socket2::SockRef::from(&self.socket);
+        if let Err(error) = socket.set_tcp_notsent_lowat(bytes) {
+            tracing::debug!(peer = %self.connection.peer, %error, "cannot limit unsent bytes");
+        }
+    }
+
     /// Writes the head of the response.
     pub(in crate::http) async fn greet(&self, timeout: Duration) -> Result<(), Closed> {
         write_all(&self.socket, timeout, RESPONSE_HEAD).await
@@ -126,6 +147,7 @@ impl Viewer {
         settings: &ViewerSettings,
         metrics: &HttpMetrics,
     ) -> Result<(), Closed> {
+        self.limit_unsent(settings.unsent);
         loop {
             while !queue.is_done() {
                 match self.socket.try_write_vectored(&queue.slices()) {
@@ -427,6 +449,12 @@ pub(in crate::http) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
 
 /// Time without a write after which a viewer that has closed its sending side counts as gone.
 const HALF_CLOSED_WAIT: Duration = Duration::from_secs(10);
+/// Time of the stream that the kernel may hold unsent, in milliseconds.
+pub(in crate::http) const UNSENT_MS: u64 = 1500;
+/// Limit of unsent bytes while the speed of a stream is not known: 1.5 s at 1.4 Mbit/s.
+const UNSENT_UNKNOWN: u32 = 256 << 10;
+const MIN_UNSENT: u32 = 64 << 10;
+const MAX_UNSENT: u32 = 16 << 20;
 /// Bytes that a viewer reads from the log at once; whole tags, so it may be more.
 const BATCH_BYTES: usize = 64 * 1024;
 /// Tags per `writev`. The kernel allows 1024, and most frames need only a few.

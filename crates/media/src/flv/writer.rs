@@ -27,6 +27,11 @@ impl<W: Write> FlvWriter<W> {
         Ok(Self { inner, bytes: FILE_HEADER.len() as u64 })
     }
 
+    /// Continues a file of `bytes` bytes, which ends with a whole tag.
+    pub fn resume(inner: W, bytes: u64) -> Self {
+        Self { inner, bytes }
+    }
+
     /// Writes a tag and its `PreviousTagSize`.
     ///
     /// # Errors
