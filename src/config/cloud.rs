@@ -58,6 +58,10 @@ settings! {
         streams {
             /// Streams at one time.
             restart max -> max_streams: usize = 1000, in 1..=100_000, also [max_streams];
+            /// Time that a stream waits for its encoder to come back, in milliseconds; 0 ends it with its
+            /// publication. Viewers, edges and recordings stay, and timestamps continue.
+            restart publish_grace_ms -> publish_grace_ms: u64 = 5000,
+                in 0..=600_000, also [publish_grace_ms];
             /// Media per stream that is kept in memory for viewers and for recording, in
             /// milliseconds.
             restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,

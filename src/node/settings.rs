@@ -28,6 +28,7 @@ impl From<&CloudConfig> for NodeSettings {
             },
             admission: admission::Settings {
                 publisher_silence: Duration::from_millis(config.publisher_silence_ms),
+                publish_grace: Duration::from_millis(config.publish_grace_ms),
                 max_streams: config.max_streams,
                 max_players: config.max_viewers,
                 ..admission::Settings::default()

@@ -71,6 +71,7 @@ pub(super) fn bind(
                 ..receiver::Settings::default()
             },
             silence: SILENCE,
+            hold: Duration::from_millis(config.publish_grace_ms),
             max_streams: config.max_streams,
         },
         hub,

@@ -63,6 +63,7 @@ mod log;
 mod on_demand;
 mod reader;
 mod sink;
+mod splice;
 mod stream;
 
 use std::{

@@ -17,6 +17,7 @@ use crate::{
     claims::Claim,
     counters::{Counters, Rates},
     log::{Entry, TagLog},
+    splice::Splice,
 };
 use downpour_media::{
     PublicationId, StreamKey,
@@ -49,13 +50,21 @@ pub struct Publisher {
     /// Address of the log entry that the next tag will most likely have.
     next_entry: usize,
     hub: Hub,
+    splice: Splice,
     /// `None` if the [`Publication`](crate::admission::Publication) holds the claim.
     _claim: Option<Claim>,
 }
 
 impl Publisher {
     pub(crate) fn new(stream: Arc<Stream>, hub: Hub, claim: Option<Claim>) -> Self {
-        Self { stream, taps: Vec::new(), next_entry: 0, hub, _claim: claim }
+        Self {
+            stream,
+            taps: Vec::new(),
+            next_entry: 0,
+            hub,
+            splice: Splice::default(),
+            _claim: claim,
+        }
     }
 
     pub(crate) fn add_tap_of(&mut self, sink: &dyn Sink) {
@@ -70,6 +79,7 @@ impl Publisher {
 
     /// Like [`Publisher::push`], with the time of arrival: no clock is read.
     pub fn push_at(&mut self, now: Instant, tag: Tag) {
+        let tag = self.splice.apply(tag);
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
         self.forward(now, tag);
@@ -104,6 +114,32 @@ impl Publisher {
         let now = Instant::now();
         let news = self.stream.log.write().set_headers(headers);
         news.into_iter().for_each(|tag| self.forward(now, tag));
+    }
+
+    /// The tags that follow come from another source: an encoder or a node above that came back. Their
+    /// timestamps continue those of the stream, for all readers and taps.
+    pub fn splice(&mut self) {
+        self.splice.begin();
+    }
+
+    /// As [`Publisher::splice`], with the headers of the new source, of which those that differ are
+    /// pushed.
+    pub fn splice_with(&mut self, headers: Headers) {
+        self.splice.begin();
+        let now = Instant::now();
+        let held = self.stream.headers();
+        let pairs = [
+            (headers.metadata, held.metadata),
+            (headers.video, held.video),
+            (headers.audio, held.audio),
+        ];
+        for (new, held) in pairs {
+            if let Some(new) = new
+                && held.is_none_or(|held| held.body() != new.body())
+            {
+                self.push_at(now, new);
+            }
+        }
     }
 
     /// The stream that is published.

@@ -34,6 +34,8 @@ use downpour_repair::{
 pub struct OutgoingStreams {
     streams: Arc<RwLock<HashMap<Ssrc, Arc<OutgoingStream>>>>,
     events: broadcast::Sender<OutgoingEvent>,
+    /// `true` once the node shuts down.
+    closing: Arc<AtomicBool>,
 }
 
 /// Event of an outgoing stream. A subscriber that lags must list [`OutgoingStreams::streams`] again.
@@ -52,13 +54,24 @@ pub enum OutgoingEvent {
 impl OutgoingStreams {
     /// An empty table.
     pub fn new() -> Self {
-        Self { streams: Arc::default(), events: broadcast::channel(EVENT_CAPACITY).0 }
+        let events = broadcast::channel(EVENT_CAPACITY).0;
+        Self { streams: Arc::default(), events, closing: Arc::default() }
     }
 
     /// Adds a stream and announces it. Must precede the stream's first packet.
     pub fn insert(&self, stream: Arc<OutgoingStream>) {
         self.streams.write().insert(stream.ssrc, stream.clone());
         self.announce(OutgoingEvent::Up(stream));
+    }
+
+    /// Marks the ends of streams from now on as those of the node. Edges are told before the first one.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+
+    /// `true` once [`OutgoingStreams::close`] was called.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
     /// Announces the end of a stream, which stays available for repair until [`OutgoingStreams::remove`].

@@ -155,6 +155,8 @@ pub enum RepairEvent {
         /// The last sequence number sent, if any was.
         last_seq: Option<Seq>,
     },
+    /// The cloud is shutting down; the ends that follow are its own.
+    Closing,
     /// The cloud sends RTP to an address that this edge has proved to be its own.
     PathUp {
         /// Number of the path, 0 or 1.

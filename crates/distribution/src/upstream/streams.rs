@@ -14,6 +14,7 @@
 //! | live | no packets, and no connection that announces ends | unknown: it may start again |
 //! | live | not announced after a reconnect, replaced under its key, or not listed by the API | ended |
 //! | ending | the last packet has arrived, or the deadline has passed | ended |
+//! | ended, but not by an announcement of the cloud, or by one while it shuts down | | the stream is held: its viewers stay |
 //! | ended | 30 s have passed | unknown; until then late packets are dropped |
 //!
 //! # Invariants
@@ -22,6 +23,7 @@
 //! - `wakes` has one entry for each stream whose `wake` is set, and no others.
 
 mod header_recovery;
+mod held;
 mod received_stream;
 mod script_data;
 mod unnamed_packets;
@@ -36,15 +38,13 @@ use std::{
 use bytes::Bytes;
 
 use self::{
+    held::HeldStreams,
     received_stream::{HOT_BYTES, PrefetchHints, ReceivedStream},
     unnamed_packets::UnnamedPackets,
 };
 use super::{livestat::LiveStream, parity::Parity, stats::ReceiveMetrics};
-use downpour_hub::{Hub, PublicationInfo, Publisher};
-use downpour_media::{
-    StreamKey,
-    flv::{Headers, Tag},
-};
+use downpour_hub::{Hub, Publisher};
+use downpour_media::{StreamKey, flv::Headers};
 use downpour_repair::{
     control::{StreamInfo, StreamReport},
     message::{Heartbeat, Nack},
@@ -65,6 +65,8 @@ pub struct Settings {
     pub receiver: receiver::Settings,
     /// Without a connection that announces ends, a stream ends after this long without a packet.
     pub silence: Duration,
+    /// How long a stream waits for the cloud to come back; zero ends it at once.
+    pub hold: Duration,
     /// Highest number of live streams; others are refused.
     pub max_streams: usize,
 }
@@ -77,6 +79,10 @@ pub struct Streams {
     streams: HashMap<Ssrc, StreamSlot, foldhash::fast::RandomState>,
     by_key: HashMap<StreamKey, Ssrc>,
     unnamed: UnnamedPackets,
+    /// Streams whose reception ended but not, as far as is known, their publication.
+    held: HeldStreams,
+    /// `true` from when the cloud says that it shuts down until another connection.
+    cloud_closes: bool,
     /// Round trip to the cloud and its variation, once measured.
     round_trip: Option<(Duration, Duration)>,
     /// Publications that ended recently, oldest first. Their late packets start nothing.
@@ -110,6 +116,8 @@ impl Streams {
             streams: HashMap::default(),
             by_key: HashMap::new(),
             unnamed: UnnamedPackets::default(),
+            held: HeldStreams::default(),
+            cloud_closes: false,
             round_trip: None,
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
@@ -268,25 +276,14 @@ impl Streams {
         self.ended.retain(|(_, ssrc)| *ssrc != up.ssrc);
         if let Some(old) = self.by_key.get(&up.key).copied() {
             // The cloud or the encoder restarted.
-            self.end(now, old, "replaced by a newer publication");
+            self.end(now, old, "replaced by a newer publication", true);
         }
         if self.streams.len() >= self.settings.max_streams {
             self.refuse(now, &up);
             return;
         }
-        let mut info = PublicationInfo::starting_at(up.start_unix_ms);
-        if let Some(id) = up.publication {
-            info.id = id;
-        }
-        info.headers = up.headers;
-        let has_headers = info.headers != Headers::default();
-        let publisher = match self.hub.publish_with(up.key.clone(), info) {
-            Ok(publisher) => publisher,
-            Err(error) => {
-                tracing::error!(stream = %up.key, %error, "stream not received");
-                return;
-            }
-        };
+        let has_headers = up.headers != Headers::default();
+        let Some(publisher) = self.publisher_for(&up) else { return };
         tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
 
         // A GOP longer than the window cannot be fetched whole.
@@ -345,17 +342,6 @@ impl Streams {
         }
     }
 
-    /// Publishes script data of a stream once the media before it is published.
-    pub fn stream_data(&mut self, now: Instant, ssrc: Ssrc, tag: Tag) {
-        match self.streams.get_mut(&ssrc) {
-            Some(stream) => {
-                stream.handle_data(now, tag);
-                self.drive(now, ssrc);
-            }
-            None => self.metrics.unknown_dropped.inc(),
-        }
-    }
-
     /// Ends a publication whose end the cloud announced, once its packets up to `last` have arrived
     /// or can no longer arrive.
     pub fn stream_end(&mut self, now: Instant, ssrc: Ssrc, last: Option<Seq>) {
@@ -381,7 +367,7 @@ impl Streams {
         };
         let over: Vec<_> = self.streams.values().filter(|s| over(s)).map(|s| s.ssrc).collect();
         for ssrc in over {
-            self.end(now, ssrc, "no longer listed by the cloud's API");
+            self.end(now, ssrc, "no longer listed by the cloud's API", true);
         }
     }
 
@@ -406,15 +392,6 @@ impl Streams {
         stream.last_packet = now;
         if stream.receiver.handle_heartbeat(now, last) {
             self.drive(now, ssrc);
-        }
-    }
-
-    /// Sets whether there is a connection on which the cloud announces streams and their ends.
-    pub fn set_announced(&mut self, now: Instant, announced: bool) {
-        self.announced = announced;
-        for stream in self.streams.values_mut() {
-            // A new connection announces each stream that is still live.
-            stream.unconfirmed_since = announced.then_some(now);
         }
     }
 
@@ -451,6 +428,7 @@ impl Streams {
     /// the wait for parity. Call it a few times per second.
     pub fn tick(&mut self, now: Instant) {
         self.forget_ended(now);
+        self.held.expire(now);
         let silence = self.settings.silence;
         let over = |stream: &&StreamSlot| match (self.announced, stream.unconfirmed_since) {
             (true, None) => false,
@@ -460,10 +438,10 @@ impl Streams {
         let over: Vec<_> = self.streams.values().filter(over).map(|s| s.ssrc).collect();
         for ssrc in over {
             match self.announced {
-                true => self.end(now, ssrc, "not announced after the reconnect"),
+                true => self.end(now, ssrc, "not announced after the reconnect", true),
                 // The publication may continue: its next packet makes it unnamed, so that it
                 // starts again.
-                false => self.remove(now, ssrc, "silent, with no connection to the cloud"),
+                false => self.remove(now, ssrc, "silent, with no connection to the cloud", true),
             }
         }
         self.metrics.unknown_dropped.inc_by(self.unnamed.expire(now));
@@ -535,7 +513,7 @@ impl Streams {
             last.is_none_or(|last| stream.receiver.is_done_through(last)) || until <= now
         });
         if over {
-            self.end(now, ssrc, "ended by the cloud");
+            self.end(now, ssrc, "ended by the cloud", self.cloud_closes);
             return;
         }
         let wake = stream.poll_timeout();
@@ -549,12 +527,13 @@ impl Streams {
     }
 
     /// Removes a stream that is surely over, so that its late packets are dropped.
-    fn end(&mut self, now: Instant, ssrc: Ssrc, reason: &str) {
+    fn end(&mut self, now: Instant, ssrc: Ssrc, reason: &str, may_return: bool) {
         self.ended.push_back((now, ssrc));
-        self.remove(now, ssrc, reason);
+        self.remove(now, ssrc, reason, may_return);
     }
 
-    fn remove(&mut self, now: Instant, ssrc: Ssrc, reason: &str) {
+    /// Stops to receive a stream. Its publication is held if it `may_return` under another SSRC.
+    fn remove(&mut self, now: Instant, ssrc: Ssrc, reason: &str, may_return: bool) {
         let Some(mut stream) = self.streams.remove(&ssrc) else { return };
         // Packets behind a gap are still useful.
         stream.receiver.finish(now);
@@ -569,6 +548,9 @@ impl Streams {
             self.by_key.remove(&stream.key);
         }
         tracing::info!(stream = %stream.key, %ssrc, reason, "stream ended");
+        if may_return {
+            self.hold(now, *stream.stream);
+        }
     }
 
     fn forget_ended(&mut self, now: Instant) {

@@ -66,6 +66,9 @@ pub enum CloudMessage {
         /// The last sequence number sent; `None` if no packet was.
         last_seq: Option<Seq>,
     },
+    /// The cloud is shutting down: the ends of streams that follow are the node's, not the encoders'. An
+    /// edge keeps its viewers in case the cloud comes back.
+    Closing {},
     /// The edge proved an address, and RTP is now sent to it.
     PathUp {
         /// Index of the edge's path: 0 or 1.

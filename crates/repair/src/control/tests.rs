@@ -136,6 +136,7 @@ proptest! {
             CloudMessage::StreamUp(info()),
             CloudMessage::StreamEnd { ssrc: Ssrc(1), last_seq: None },
             CloudMessage::StreamData { ssrc: Ssrc(1), tag: cue() },
+            CloudMessage::Closing {},
             CloudMessage::StreamUpdate { ssrc: Ssrc(1), headers: info().headers },
         ];
         let bytes: Vec<u8> =

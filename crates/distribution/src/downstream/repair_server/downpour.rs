@@ -112,7 +112,8 @@ async fn run(
         }))
         .await?;
     let subscription = Mutex::default();
-    let mut session = ControlSession { shared, control, edge, subscription: &subscription };
+    let mut session =
+        ControlSession { shared, control, edge, subscription: &subscription, said_closing: false };
     session.subscribe(hello.streams).await?;
 
     let (stream_tx, stream_rx) = mpsc::channel(SERVER_UNI_STREAMS as usize);
@@ -278,6 +279,8 @@ struct ControlSession<'a> {
     control: ControlStream,
     edge: Option<Box<dyn EdgeSession>>,
     subscription: &'a Mutex<Subscription>,
+    /// `true` once the edge was told that the node shuts down.
+    said_closing: bool,
 }
 
 impl ControlSession<'_> {
@@ -358,6 +361,12 @@ impl ControlSession<'_> {
 
     async fn announce(&mut self, stream: &Arc<OutgoingStream>) -> Result<(), EdgeError> {
         let announcement = self.subscription.lock().announcement(stream);
+        if matches!(announcement, Some(CloudMessage::StreamEnd { .. }))
+            && self.shared.outgoing.is_closing()
+            && !std::mem::replace(&mut self.said_closing, true)
+        {
+            self.control.send(&CloudMessage::Closing {}).await?;
+        }
         match announcement {
             Some(message) => Ok(self.control.send(&message).await?),
             None => Ok(()),

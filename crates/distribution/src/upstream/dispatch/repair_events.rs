@@ -42,6 +42,7 @@ impl Upstream {
                 streams.stream_up(now, up);
             }
             RepairEvent::StreamUpdate { ssrc, headers } => streams.stream_update(ssrc, headers),
+            RepairEvent::Closing => streams.cloud_closes(),
             RepairEvent::StreamData { ssrc, tag } => streams.stream_data(now, ssrc, tag),
             RepairEvent::StreamEnd { ssrc, last_seq } => streams.stream_end(now, ssrc, last_seq),
             RepairEvent::Repair(packet) => streams.handle_packet(now, packet, Path::Repair),

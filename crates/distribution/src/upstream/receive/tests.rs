@@ -56,6 +56,7 @@ fn rig(sink: impl Fn() -> Option<Box<dyn Tap>> + Send + Sync + 'static) -> Rig {
     let settings = streams::Settings {
         receiver: receiver::Settings::default(),
         silence: Duration::from_secs(10),
+        hold: Duration::ZERO,
         max_streams: 1000,
     };
     hub.add_sink(Arc::new(OnStreamUp(sink)));

@@ -165,6 +165,7 @@ async fn receive_control(
             Some(CloudMessage::StreamEnd { ssrc, last_seq }) => {
                 events.send(RepairEvent::StreamEnd { ssrc, last_seq }).await?;
             }
+            Some(CloudMessage::Closing {}) => events.send(RepairEvent::Closing).await?,
             Some(CloudMessage::PathUp { path, address }) => {
                 events.send(RepairEvent::PathUp { path, address }).await?;
             }

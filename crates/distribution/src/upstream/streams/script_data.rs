@@ -9,6 +9,22 @@ use std::{
 };
 
 use downpour_media::flv::Tag;
+use downpour_repair::rtp::Ssrc;
+
+use super::Streams;
+
+impl Streams {
+    /// Publishes script data of a stream once the media before it is published.
+    pub fn stream_data(&mut self, now: Instant, ssrc: Ssrc, tag: Tag) {
+        match self.streams.get_mut(&ssrc) {
+            Some(stream) => {
+                stream.handle_data(now, tag);
+                self.drive(now, ssrc);
+            }
+            None => self.metrics.unknown_dropped.inc(),
+        }
+    }
+}
 
 /// Script tags in the order of arrival, which is that of the encoder.
 #[derive(Default)]
