@@ -4,6 +4,7 @@
 mod common;
 
 mod cloud_viewers;
+mod comebacks;
 mod demo;
 mod discovery;
 mod dynamic_edges;
