@@ -126,8 +126,8 @@ settings! {
             /// reception. Viewers and recordings stay, and timestamps continue.
             restart publish_grace_ms -> publish_grace_ms: u64 = 5000,
                 in 0..=600_000, also [publish_grace_ms];
-            /// Media per stream that is kept in memory for viewers and for recording, in
-            /// milliseconds.
+            /// Media per stream that is kept in memory for viewers and a recording that are behind, in
+            /// milliseconds. Others need the newest group of pictures only.
             restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,
                 in 1000..=600_000, also [gop_cache_max_ms];
             /// The same limit in bytes.

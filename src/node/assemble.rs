@@ -248,6 +248,8 @@ impl Node {
             let ports = (addrs.quic.port(), self.addrs.http.port());
             sink_tasks.spawn("RTP sender", downstream.run(ports, sinks.clone()));
         }
+        let memory = super::memory::give_back(admission.clone(), sinks.clone());
+        sink_tasks.spawn("memory", memory);
         sink_tasks.spawn("HTTP server", http.run(sinks.clone(), http_grace));
 
         let outcome = tokio::select! {

@@ -205,6 +205,24 @@ async fn a_viewer_that_closes_only_its_sending_side_stays() {
 }
 
 #[tokio::test]
+async fn a_viewer_that_never_reads_costs_little_kernel_memory() {
+    let unsent = 128 * 1024;
+    let node = HttpNode::start(ViewerSettings { unsent: Some(unsent), ..settings() }).await;
+    let mut publisher = node.publish();
+    publisher.push(key_frame(0, 2_000));
+    let _dead = node.connect_with("GET /live/movie.flv HTTP/1.1\r\n\r\n", 4 * 1024).await;
+    node.eventually("it has joined", |node| node.metrics.viewers.get() == 1).await;
+    // 8 MB in steps that a viewer could take, until the kernel takes no more.
+    for i in 1..=800u32 {
+        publisher.push(inter(i * 5, 10_000));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let taken = node.metrics.bytes.get();
+    // One write may exceed the limit by a buffer of the kernel. The client's window is below 64 KiB.
+    assert!((10_000..=u64::from(unsent) + 192 * 1024).contains(&taken), "{taken} bytes");
+}
+
+#[tokio::test]
 async fn server_refuses_too_many_viewers() {
     let node = HttpNode::start(ViewerSettings { max_viewers: 1, ..settings() }).await;
     let _publisher = node.publish();

@@ -170,6 +170,8 @@ pub struct Counters {
     pub takeovers: AtomicU64,
     /// Publications that continued the stream of an earlier one.
     pub resumed: AtomicU64,
+    /// Players that have ended.
+    pub playbacks_ended: AtomicU64,
 }
 
 impl Admission {
@@ -572,6 +574,7 @@ impl fmt::Debug for Playback {
 impl Drop for Playback {
     fn drop(&mut self) {
         self.admission.shared.playbacks.lock().remove(&self.id);
+        self.admission.shared.counters.playbacks_ended.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -76,8 +76,9 @@ impl TagLog {
         }
     }
 
-    /// Adds a tag. Drops the tags before the newest start point if the stream is not `watched`.
-    pub(super) fn push(&mut self, tag: Tag, watched: bool) {
+    /// Adds a tag. At a start point, drops the tags before it that no reader has still to read: `lowest`
+    /// returns the index of the first one of those.
+    pub(super) fn push(&mut self, tag: Tag, lowest: impl FnOnce() -> u64) {
         let at = self.clock.advance(tag.timestamp());
         if tag.kind() == TagKind::Video {
             self.saw_video(at);
@@ -98,8 +99,10 @@ impl TagLog {
             self.oldest_at = at;
         }
         self.entries.push_back(entry);
-        if !watched {
-            self.drop_before_start_point();
+        if let Some(start) = &self.start_point
+            && start.index + 1 == self.next()
+        {
+            self.drop_before(lowest().min(start.index));
         }
         self.trim(at);
     }
@@ -223,9 +226,8 @@ impl TagLog {
         }
     }
 
-    /// Drops the tags before the newest start point, the only one that readers use.
-    fn drop_before_start_point(&mut self) {
-        let Some(first) = self.start_point.as_ref().map(|start| start.index) else { return };
+    /// Drops the tags before index `first`.
+    fn drop_before(&mut self, first: u64) {
         while self.first < first
             && let Some(oldest) = self.entries.pop_front()
         {
@@ -234,6 +236,10 @@ impl TagLog {
         }
         if let Some(oldest) = self.entries.front() {
             self.oldest_at = oldest.at;
+        }
+        // Of a slow reader that has left or caught up.
+        if self.entries.capacity() > 4 * self.entries.len().max(KEPT_ENTRIES) {
+            self.entries.shrink_to(2 * self.entries.len());
         }
     }
 
@@ -297,6 +303,8 @@ pub const AUDIO_JOIN_MS: u64 = 500;
 const AUDIO_WAIT_MS: u64 = 50;
 /// After this much media time without video, in milliseconds, a stream counts as one of audio only.
 pub(super) const AUDIO_ONLY_AFTER_MS: u64 = 10_000;
+/// Entries whose memory is kept in any case.
+const KEPT_ENTRIES: usize = 64;
 /// A trim drops one part in this many of the limits.
 const TRIMMED_SHARE: usize = 32;
 /// The most that one tag advances the media clock, in milliseconds.

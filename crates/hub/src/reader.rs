@@ -18,7 +18,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::Stream;
+use super::{Stream, cursors::Cursor};
 use downpour_media::flv::{Tag, TagKind};
 
 /// How far a reader may fall behind the newest tag before it skips to the newest key frame.
@@ -57,12 +57,17 @@ pub struct Reader {
 
 /// A reader's handle of its stream, counted in [`Stream::readers`].
 #[derive(Debug)]
-struct Counted(Arc<Stream>);
+struct Counted {
+    stream: Arc<Stream>,
+    /// What the log keeps for this reader.
+    cursor: Cursor,
+}
 
 impl Counted {
-    fn new(stream: Arc<Stream>) -> Self {
+    fn new(stream: Arc<Stream>, at: u64) -> Self {
         stream.readers.fetch_add(1, Ordering::Relaxed);
-        Self(stream)
+        let cursor = stream.cursors.add(at);
+        Self { stream, cursor }
     }
 }
 
@@ -70,19 +75,20 @@ impl Deref for Counted {
     type Target = Arc<Stream>;
 
     fn deref(&self) -> &Self::Target {
-        &self.0
+        &self.stream
     }
 }
 
 impl Clone for Counted {
     fn clone(&self) -> Self {
-        Self::new(self.0.clone())
+        Self::new(self.stream.clone(), self.cursor.get())
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.readers.fetch_sub(1, Ordering::Relaxed);
+        self.stream.cursors.remove(&self.cursor);
+        self.stream.readers.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -134,7 +140,7 @@ pub struct Ended;
 
 impl Reader {
     pub(super) fn new(stream: Arc<Stream>) -> Self {
-        let stream = Counted::new(stream);
+        let stream = Counted::new(stream, Cursor::NOWHERE);
         Self {
             wake: stream.changes_of(&stream.tags),
             stream,
@@ -243,6 +249,12 @@ impl Reader {
             }
             self.cursor = log.next();
         }
+        // While the log is locked.
+        self.stream.cursor.set(match self.phase {
+            Phase::Reading { .. } => self.cursor,
+            Phase::Joining | Phase::Resuming => Cursor::NOWHERE,
+        });
+        drop(log);
         match (count.tags, ended) {
             (0, true) => {
                 self.stream.count_skipped(count.skipped);

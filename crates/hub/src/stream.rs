@@ -16,6 +16,7 @@ use crate::{
     Hub, LogLimits, PublicationInfo, Reader, Sink, Tap,
     claims::Claim,
     counters::{Counters, Rates},
+    cursors::Cursors,
     log::{Entry, TagLog},
     splice::Splice,
 };
@@ -89,12 +90,11 @@ impl Publisher {
         for tap in &mut self.taps {
             tap.push(now, &tag);
         }
-        let readers = &self.stream.readers;
+        let cursors = &self.stream.cursors;
         self.stream.append(|log| {
-            // Behind the lock: a reader that has read from the log was counted before, and one that
+            // Behind the lock: a reader that has read from the log has stored its cursor, and one that
             // has not starts at the newest start point, which stays.
-            let watched = readers.load(Ordering::Relaxed) > 0;
-            log.push(tag, watched);
+            log.push(tag, || cursors.lowest());
             self.next_entry = log.next_entry().addr();
         });
     }
@@ -174,7 +174,7 @@ impl Drop for Publisher {
 pub struct Stream {
     /// Mirrors `TagLog::next`, so that a reader with nothing to read takes no lock.
     pub(crate) next: AtomicU64,
-    /// Number of readers. With 0, a push wakes none and keeps only the newest group of pictures.
+    /// Number of readers. With 0, a push wakes none.
     pub(crate) readers: AtomicUsize,
     rates: Rates,
     pub(crate) counters: Counters,
@@ -185,6 +185,7 @@ pub struct Stream {
     pub(crate) frames: watch::Sender<()>,
     ended: AtomicBool,
     over: Notify,
+    pub(crate) cursors: Cursors,
     key: StreamKey,
     id: PublicationId,
     start_unix_ms: u64,
@@ -205,6 +206,7 @@ impl Stream {
             frames: watch::Sender::new(()),
             ended: AtomicBool::new(false),
             over: Notify::new(),
+            cursors: Cursors::default(),
             key,
             id,
             start_unix_ms,
@@ -358,15 +360,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reader_that_comes_while_a_key_frame_waits_for_the_lock_keeps_its_gop() {
+    fn a_reader_that_comes_while_a_key_frame_waits_for_the_lock_starts_at_it() {
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
         let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
         let key_frame = Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0, 1]).unwrap();
         publisher.push(key_frame.clone());
         let stream = publisher.stream().clone();
         let log = stream.read_log();
+        let newest = key_frame.with_timestamp(40);
+        let pushed = newest.clone();
         let pushing = thread::spawn(move || {
-            publisher.push(key_frame);
+            publisher.push(pushed);
             publisher
         });
         // A writer that waits keeps new readers out.
@@ -375,9 +379,11 @@ mod tests {
             assert!(Instant::now() < deadline);
             thread::yield_now();
         }
-        let _reader = stream.subscribe();
+        let mut reader = stream.subscribe();
         drop(log);
         let _publisher = pushing.join().unwrap();
-        assert_eq!(stream.held().0, 2);
+        let mut read = Vec::new();
+        assert!(matches!(reader.try_read(&mut read, usize::MAX), crate::ReadOutcome::Read(_)));
+        assert_eq!(read, [newest]);
     }
 }

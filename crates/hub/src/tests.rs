@@ -136,7 +136,7 @@ fn a_gop_longer_than_the_log_leaves_readers_waiting_for_the_next_key_frame() {
 }
 
 #[test]
-fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
+fn a_stream_keeps_its_newest_gop_and_what_slow_readers_have_still_to_read() {
     let hub = hub();
     let mut publisher = hub.publish(key()).unwrap();
     let push_gop = |publisher: &mut Publisher, start: u32| {
@@ -156,10 +156,23 @@ fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
         })
     );
     push_gop(&mut publisher, 800);
-    assert_eq!(publisher.stream().held().0, 20, "a reader may need them");
+    assert_eq!(publisher.stream().held().0, 19, "all but the tag that the reader has read");
+    let behind = slow.clone();
+    // A reader that waits for its first read starts at the newest key frame, and needs nothing before.
+    let _joining = publisher.stream().subscribe();
     assert_eq!(drain(&mut slow).len(), 19);
-    drop(slow);
     push_gop(&mut publisher, 1200);
+    assert_eq!(publisher.stream().held().0, 29, "the clone has read nothing since");
+    drop(behind);
+    assert_eq!(drain(&mut slow).len(), 10);
+    push_gop(&mut publisher, 1600);
+    assert_eq!(publisher.stream().held().0, 10, "the reader keeps up");
+    for start in (2000..).step_by(400).take(1000) {
+        push_gop(&mut publisher, start);
+    }
+    assert!(publisher.stream().held().0 > 100, "it has stopped");
+    drain(&mut slow);
+    push_gop(&mut publisher, 402_000);
     assert_eq!(publisher.stream().held().0, 10);
 }
 
@@ -167,10 +180,14 @@ fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
 fn age_is_media_time_across_the_wrap_and_across_jumps() {
     let hub = Hub::new(LogLimits { max_bytes: usize::MAX, max_age: 1_000 });
     let mut publisher = hub.publish(key()).unwrap();
-    let _watched = publisher.stream().subscribe();
+    // Behind a reader that has stopped.
+    let mut stopped = publisher.stream().subscribe();
     let start = u32::MAX - 990;
     for i in 0..100 {
         publisher.push(audio(start.wrapping_add(i * 20), 0));
+        if i == 0 {
+            assert!(matches!(stopped.try_read(&mut Vec::new(), 1), ReadOutcome::Read(_)));
+        }
     }
     // Up to a second, of which a thirty-second part goes at a time.
     let held = publisher.stream().held().0;

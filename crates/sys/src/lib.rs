@@ -6,6 +6,7 @@
 //! | [`buffer`] | reference-counted buffers carved out of shared blocks |
 //! | [`idle`] | nap or block: how a worker thread idles |
 //! | [`recvmmsg`], [`sendmmsg`] | many datagrams per system call, with GRO and GSO |
+//! | [`heap`] | freed memory, back to the system |
 //! | [`rlimit`] | the limit of file descriptors |
 //! | `timer` | a timerfd(2) that other threads set while a tokio task waits for it (feature `tokio`) |
 //! | [`udp`] | UDP sockets for RTP: large buffers, multicast |
@@ -15,6 +16,7 @@
 #![warn(missing_docs, unreachable_pub)]
 
 pub mod buffer;
+pub mod heap;
 pub mod idle;
 mod log_limit;
 mod prefetch;
