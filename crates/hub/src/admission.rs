@@ -487,6 +487,15 @@ impl Live {
         self.since.elapsed().saturating_sub(newest)
     }
 
+    /// Has the connection closed, unless it has ended the publication itself: it may publish again.
+    fn close_connection(&self) {
+        if let Some(revoked) = &self.revoked
+            && self.held_for.load(Ordering::Acquire) == HELD_FOR_NOBODY
+        {
+            revoked.cancel();
+        }
+    }
+
     /// Ends the stream if no encoder has continued it.
     fn expire(&self) {
         let mut state = self.state.lock();
@@ -508,9 +517,7 @@ impl Holder for Live {
     }
 
     fn hand_over(&self) -> Option<Publisher> {
-        if let Some(revoked) = &self.revoked {
-            revoked.cancel();
-        }
+        self.close_connection();
         // The claim of a held stream is dropped behind the lock, which frees nothing: the key has a new
         // holder.
         match std::mem::replace(&mut *self.state.lock(), State::Ended) {
@@ -524,9 +531,7 @@ impl Holder for Live {
 
     fn end(&self, reason: EndReason) {
         tracing::debug!(?reason, "publication ended by the node");
-        if let Some(revoked) = &self.revoked {
-            revoked.cancel();
-        }
+        self.close_connection();
         self.finish();
     }
 }

@@ -249,7 +249,7 @@ impl TapState {
             .fanout
             .clone()
             .map(|fanout| RouteOut::new(fanout, outgoing.clone(), shared.metrics.parity.clone()));
-        Self {
+        let mut state = Self {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
             has_video: headers.video.is_some(),
@@ -260,7 +260,15 @@ impl TapState {
             route_out,
             parity_flag: ParityFlag::new(shared.parity.clone()),
             shared,
+        };
+        // Encoders send the metadata before the stream starts.
+        let known = state.headers.clone();
+        for tag in [known.metadata, known.video, known.audio].iter().flatten() {
+            if tag.unit().len() > MAX_HEADER_LEN {
+                state.note_long_header(Instant::now(), tag);
+            }
         }
+        state
     }
 
     fn push(&mut self, now: Instant, tag: &Tag) {
@@ -558,12 +566,19 @@ mod tests {
     #[test]
     fn metadata_that_is_too_long_for_edges_is_counted() {
         let (sender, hub, _) = sender();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(frame(0, 0x17));
         let mut body = b"\x02\x00\x0aonMetaData".to_vec();
         body.resize(MAX_HEADER_LEN, 5);
-        publisher.push(script(&body));
+        // Once it is known before the stream starts, and once it comes in mid-stream.
+        let mut info = downpour_hub::PublicationInfo::starting_at(0);
+        info.headers.metadata = Some(script(&body));
+        let mut publisher = hub.publish_with("live/a".parse().unwrap(), info).unwrap();
+        publisher.push(frame(0, 0x17));
         assert_eq!(sender.shared.metrics.headers_left_out.get(), 1);
+        publisher.push(script(&body));
+        assert_eq!(sender.shared.metrics.headers_left_out.get(), 1, "repeated");
+        body.push(6);
+        publisher.push(script(&body));
+        assert_eq!(sender.shared.metrics.headers_left_out.get(), 2);
     }
 
     #[test]

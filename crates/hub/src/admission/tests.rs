@@ -142,11 +142,17 @@ async fn an_encoder_that_comes_back_continues_its_stream_and_its_clock() {
 #[tokio::test]
 async fn a_key_that_its_encoder_gave_up_is_free_and_its_stream_goes_on() {
     let admission = with_grace(Duration::from_secs(60));
-    let mut publication = admission.publish(from("10.0.0.1", "")).await.unwrap();
+    let first = from("10.0.0.1", "");
+    let mut publication = admission.publish(first.clone()).await.unwrap();
     publication.push(frame(0, 0x17));
     let stream = admission.hub().streams().pop().unwrap();
     publication.unpublish();
     assert!(!stream.ended());
+    // Again on the same connection, which stays.
+    let mut again = admission.publish(first.clone()).await.unwrap();
+    again.push(frame(0, 0x17));
+    again.unpublish();
+    assert!(!cancelled(&first));
     let mut other = admission.publish(from("10.0.0.2", "")).await.unwrap();
     other.push(frame(0, 0x17));
     assert!(!stream.ended());
