@@ -7,17 +7,10 @@
 //!                  └─► Refusal                          └────── dropped, revoked, taken over ──────┘
 //! ```
 //!
-//! With [`Settings::publish_grace`], a stream outlives its publication:
-//!
-//! ```text
-//! Live ── dropped, unpublished ─► Held ── the grace is over, revoked ─► Ended
-//!   └── taken over ──┐              └── published again ─┐
-//!                    └──────► the next publication has the stream: Waiting, then Live
-//! ```
-//!
-//! Its readers and taps notice a pause only; timestamps continue. The key is kept for the encoder that
-//! lost its connection, which is known by its address or its query. After `unpublish` any encoder may
-//! have it.
+//! With [`Settings::publish_grace`], a dropped publication leaves its stream Held. The next publication of
+//! the key, or one that takes it over, continues the stream: readers and taps notice a pause only. The
+//! key is kept for the encoder that lost its connection (same address or query); after `unpublish` any
+//! encoder may have it.
 //!
 //! Invariants: a key is claimed by one source at a time; a stream is in the hub only while its
 //! publication is live; once a revocation or a take-over returns, the old publication is over.
@@ -237,8 +230,7 @@ impl Admission {
         if let Some(replaced) = replaced {
             self.replace(&key, peer, &live, replaced);
         }
-        let shared = self.shared.clone();
-        Ok(Publication { shared, key, live, claim: Some(claim) })
+        Ok(Publication { shared: self.shared.clone(), key, live, claim: Some(claim) })
     }
 
     /// Ends the publication that `live` has replaced. Its stream goes to `live`, unless there is no
@@ -255,8 +247,7 @@ impl Admission {
         };
         if silent >= settings.publisher_silence {
             counters.takeovers.fetch_add(1, Ordering::Relaxed);
-            let silent_s = silent.as_secs();
-            tracing::warn!(stream = %key, %peer, silent_s, "publisher replaced a silent one");
+            tracing::warn!(stream = %key, %peer, silent_s = silent.as_secs(), "publisher replaced a silent one");
         }
         if publisher.is_some() {
             counters.resumed.fetch_add(1, Ordering::Relaxed);
