@@ -18,6 +18,9 @@ use downpour_repair::{
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 
+mod repeated_headers;
+
+use self::repeated_headers::RepeatedHeaders;
 use super::{
     fanout::{Fanout, FrameInterval, Pace, Train},
     outgoing::{OutgoingStream, OutgoingStreams},
@@ -59,12 +62,16 @@ pub struct SenderSettings {
     pub history_age: Duration,
     /// Bytes of RTP payload per packet at most.
     pub payload_max: usize,
+    /// Whether codec headers are sent again before key frames, while there are addresses that get every
+    /// stream.
+    pub repeat_headers: bool,
 }
 
 /// Counters of a [`StreamSender`].
 #[derive(Debug, Clone)]
 pub struct SenderMetrics {
     retired_early: IntCounter,
+    short_tags: IntCounter,
     parity: ParityMetrics,
 }
 
@@ -79,7 +86,12 @@ impl SenderMetrics {
             "Ended streams whose packets were dropped early because all of them held too many",
             registry
         )?;
-        Ok(Self { retired_early, parity: ParityMetrics::register(registry)? })
+        let short_tags = register_int_counter_with_registry!(
+            "downpour_short_tags_dropped_total",
+            "Audio and video tags not sent as RTP because they are too short to hold media",
+            registry
+        )?;
+        Ok(Self { retired_early, short_tags, parity: ParityMetrics::register(registry)? })
     }
 }
 
@@ -126,7 +138,7 @@ impl StreamSender {
         let Shared { settings, outgoing, retired, .. } = &*self.shared;
         let mut retired = retired.lock();
         while let Some((ended, stream)) = retired.front()
-            && now.saturating_duration_since(*ended) >= settings.history_age
+            && now.saturating_duration_since(*ended) >= settings.history_age.min(RETIRED_FOR)
         {
             outgoing.remove(stream.ssrc());
             retired.pop_front();
@@ -207,6 +219,7 @@ struct TapState {
     outgoing: Arc<OutgoingStream>,
     packetizer: Packetizer,
     headers: Headers,
+    repeated_headers: RepeatedHeaders,
     has_video: bool,
     /// `None` in debug mode: nothing is sent.
     route_out: Option<RouteOut>,
@@ -215,7 +228,7 @@ struct TapState {
 
 impl TapState {
     fn new(shared: Arc<Shared>, stream: &Stream) -> Self {
-        let SenderSettings { history_packets, history_age, payload_max } = shared.settings;
+        let SenderSettings { history_packets, history_age, payload_max, .. } = shared.settings;
         let ssrc = shared.free_ssrc();
         let history = History::new(history_packets, history_age);
         let key = stream.key().clone();
@@ -232,6 +245,7 @@ impl TapState {
         Self {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
+            repeated_headers: RepeatedHeaders::default(),
             has_video: headers.video.is_some(),
             headers,
             route_out,
@@ -249,16 +263,37 @@ impl TapState {
             }
             return;
         }
+        if is_too_short(tag) {
+            self.shared.metrics.short_tags.inc();
+            return;
+        }
         self.has_video |= tag.kind() == TagKind::Video;
+        if self.repeats_headers() {
+            for header in self.repeated_headers.due(now, tag, self.has_video) {
+                let burst = self.packetizer.packetize_again(&header);
+                self.send(now, &header, &burst, false);
+            }
+        }
+        self.repeated_headers.sent(now, tag);
         let burst = self.packetizer.packetize(tag);
         if tag.is_sequence_header() {
             self.learn(tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
+        self.send(now, tag, &burst, starts_gop);
+    }
+
+    /// `true` while there are addresses whose edges have no other way to learn the headers.
+    fn repeats_headers(&self) -> bool {
+        self.shared.settings.repeat_headers
+            && self.route_out.as_ref().is_some_and(|out| !out.route.snapshot().fixed.is_empty())
+    }
+
+    fn send(&mut self, now: Instant, tag: &Tag, burst: &Burst, starts_gop: bool) {
         // Into the history first: an edge may request a packet before the burst is sent.
         self.outgoing.push(now, burst.clone(), starts_gop);
         if let Some(route_out) = &mut self.route_out {
-            route_out.send(now, tag, &burst);
+            route_out.send(now, tag, burst);
             self.outgoing.set_parity_overhead(route_out.parity.overhead());
             self.parity_flag.set(route_out.parity.is_active());
         }
@@ -334,7 +369,14 @@ impl RouteOut {
             ..pace
         });
         let snapshot = self.route.targets(now);
-        self.fanout.send(self.outgoing.ssrc(), burst, &snapshot.media, pace.as_ref());
+        let flow = self.outgoing.ssrc();
+        match self.fanout.paces_fixed_only() {
+            true => {
+                self.fanout.send(flow, burst, &snapshot.dynamic, None);
+                self.fanout.send(fixed_flow(flow), burst, &snapshot.fixed, pace.as_ref());
+            }
+            false => self.fanout.send(flow, burst, &snapshot.media, pace.as_ref()),
+        }
         // The fan-out holds a clone.
         drop(pace);
         self.with_parity(|parity, snapshot, send| parity.push(now, burst, snapshot, send), now);
@@ -347,6 +389,9 @@ impl RouteOut {
     fn finish(&mut self, now: Instant) {
         self.with_parity(|parity, _, send| parity.finish(now, send), now);
         self.fanout.finish(self.outgoing.ssrc());
+        if self.fanout.paces_fixed_only() {
+            self.fanout.finish(fixed_flow(self.outgoing.ssrc()));
+        }
     }
 
     /// Sends parity in the stream's flow, after the packets that it protects.
@@ -355,7 +400,7 @@ impl RouteOut {
         make: impl FnOnce(&mut ParityOut, &Arc<Snapshot>, &mut dyn FnMut(Train, Arc<[Target]>)),
         now: Instant,
     ) {
-        let pace = self.pace();
+        let pace = self.pace().filter(|_| !self.fanout.paces_fixed_only());
         let Self { fanout, route, parity, outgoing, .. } = self;
         let mut send = |train: Train, targets: Arc<[Target]>| {
             fanout.send(outgoing.ssrc(), train, &targets, pace.as_ref());
@@ -372,6 +417,35 @@ impl RouteOut {
     }
 }
 
+/// The flow of a stream's packets to the addresses that get every stream, where only these are paced:
+/// other packets of the stream must not wait for them.
+fn fixed_flow(ssrc: Ssrc) -> Ssrc {
+    Ssrc(ssrc.0 ^ 1 << 31)
+}
+
+/// `true` for a tag that holds no media: an empty body, a video info frame, an AAC body without data. A
+/// Go edge ends when it gets one before it has both codec headers (wire v0).
+fn is_too_short(tag: &Tag) -> bool {
+    let body = tag.body();
+    match tag.kind() {
+        TagKind::Video => body.len() < VIDEO_LEAST,
+        TagKind::Audio => match body.first() {
+            Some(first) => first >> 4 == SOUND_FORMAT_AAC && body.len() < AAC_LEAST,
+            None => true,
+        },
+        TagKind::Script => false,
+    }
+}
+
+/// Bytes of a video body before its data: frame type and codec, packet type, composition time; or a
+/// FourCC in their place.
+const VIDEO_LEAST: usize = 5;
+/// Bytes of an AAC body before its data: format and packet type.
+const AAC_LEAST: usize = 2;
+/// FLV 10.1 §E.4.2.1, `SoundFormat`.
+const SOUND_FORMAT_AAC: u8 = 10;
+/// How long an ended stream is kept for repair at most: far longer than any packet is useful.
+const RETIRED_FOR: Duration = Duration::from_secs(60);
 /// Bytes of packets that all ended streams may hold.
 const RETIRED_BYTES: usize = 64 << 20;
 const RETIRED_STREAMS: usize = 1024;
@@ -390,6 +464,7 @@ mod tests {
             history_packets: 100,
             history_age: Duration::from_secs(10),
             payload_max: 1120,
+            repeat_headers: true,
         };
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
         let outgoing = OutgoingStreams::new();
