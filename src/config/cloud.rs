@@ -9,7 +9,13 @@ use downpour_distribution::address::Destination;
 
 settings! {
     /// A cloud node's settings: `config.yaml`.
-    pub struct CloudConfig(Role::Cloud, "config.yaml", retired: ["enable_sr", "sr_api"]) {
+    pub struct CloudConfig(Role::Cloud, "config.yaml", retired: [
+        "enable_sr", "sr_api",
+        // Those of the `livego.yaml` beside a Go cloud.
+        "api_pull", "config_file", "enable_rtmps", "enable_tls_verify", "gop_num", "hls_addr",
+        "hls_keep_after_end", "httpflv_addr", "jwt", "read_timeout", "redis_addr", "redis_pwd",
+        "rtmp_noauth", "rtmps_cert", "rtmps_key", "server", "use_hls_https", "write_timeout"
+    ]) {
         /// RTMP, from encoders.
         rtmp {
             /// Address that encoders push to.
@@ -73,14 +79,16 @@ settings! {
         /// Recording to FLV files.
         record {
             /// Whether each publication is recorded.
-            restart enabled -> enable_record: bool = false, also [enable_record];
+            restart enabled -> enable_record: bool = false,
+                also [enable_record, flv_archive];
             /// Directory of the files.
-            restart dir -> record_dir: PathBuf = "records".into(), also [record_dir];
+            restart dir -> record_dir: PathBuf = "records".into(),
+                also [record_dir, flv_dir];
         }
         /// The log.
         log {
             /// trace, debug, info, warn or error. The environment variable RUST_LOG overrides it.
-            restart level -> log_level: LogLevel = LogLevel::Info, also [log_level];
+            restart level -> log_level: LogLevel = LogLevel::Info, also [log_level, level];
             /// Whether the log is also written to a file.
             restart to_file -> enable_log_file: bool = false, also [enable_log_file];
             /// Directory of the log files.
@@ -103,7 +111,9 @@ settings! {
 }
 
 impl CloudConfig {
-    fn settle(&mut self, _: &Given) {}
+    fn settle(&mut self, given: &Given) {
+        self.downstream.settle(given);
+    }
 
     fn check(&self) -> Result<(), Conflict> {
         self.downstream.check()?;

@@ -171,6 +171,7 @@ impl EdgeConfig {
         if given.has_section("downstream") && !given.has_key("downstream.enabled") {
             self.downstream_enabled = true;
         }
+        self.downstream.settle(given);
     }
 
     fn check(&self) -> Result<(), Conflict> {
@@ -222,9 +223,13 @@ impl EdgeConfig {
             warnings.push("hls.enabled: HLS is not served yet; viewers have HTTP-FLV".into());
         }
         if !self.cert_file.as_os_str().is_empty() || !self.key_file.as_os_str().is_empty() {
-            warnings.push(
-                "http.cert_file, http.key_file: HTTPS is not served yet; they are not read".into(),
-            );
+            warnings.push(format!(
+                "http.cert_file, http.key_file: HTTPS IS NOT SERVED. An existing Go edge serves HTTPS in \
+                 place of HTTP when both files exist; this edge serves plain HTTP on {} only, and \
+                 viewers with https:// links cannot connect. Put a TLS proxy in front of it, and \
+                 remove both keys",
+                self.flv_addr
+            ));
         }
         if self.pack_loss > 0.0 {
             let share = self.pack_loss * 100.0;

@@ -133,6 +133,7 @@ fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettin
                 history_packets: config.rtp_cache_size,
                 history_age: Duration::from_millis(config.rtp_cache_ms),
                 payload_max: config.rtp_payload_max,
+                repeat_headers: config.repeat_headers,
             },
             fanout: (!config.debug).then_some(fanout),
             targets: config.targets.iter().map(with_fec).collect(),

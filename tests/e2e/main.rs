@@ -17,4 +17,6 @@ mod parents;
 mod parity;
 mod push_to_viewer;
 mod restarts;
+mod several_addresses;
+mod starved;
 mod two_paths;

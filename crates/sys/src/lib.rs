@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`buffer`] | reference-counted buffers carved out of shared blocks |
 //! | [`idle`] | nap or block: how a worker thread idles |
+//! | [`pktinfo`] | the local address of a datagram, where a host has several |
 //! | [`recvmmsg`], [`sendmmsg`] | many datagrams per system call, with GRO and GSO |
 //! | [`heap`] | freed memory, back to the system |
 //! | [`rlimit`] | the limit of file descriptors |
@@ -19,6 +20,7 @@ pub mod buffer;
 pub mod heap;
 pub mod idle;
 mod log_limit;
+pub mod pktinfo;
 mod prefetch;
 pub mod recvmmsg;
 pub mod rlimit;

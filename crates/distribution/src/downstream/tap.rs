@@ -21,6 +21,9 @@ use downpour_sys::LogLimit;
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 
+mod repeated_headers;
+
+use self::repeated_headers::RepeatedHeaders;
 use super::{
     fanout::{Fanout, FrameInterval, Pace, Train},
     outgoing::{OutgoingStream, OutgoingStreams},
@@ -62,6 +65,9 @@ pub struct SenderSettings {
     pub history_age: Duration,
     /// Bytes of RTP payload per packet at most.
     pub payload_max: usize,
+    /// Whether codec headers are sent again before key frames, while there are addresses that get every
+    /// stream.
+    pub repeat_headers: bool,
 }
 
 /// Counters of a [`StreamSender`].
@@ -70,6 +76,7 @@ pub struct SenderMetrics {
     retired_early: IntCounter,
     data_dropped: IntCounter,
     headers_left_out: IntCounter,
+    short_tags: IntCounter,
     parity: ParityMetrics,
 }
 
@@ -94,8 +101,13 @@ impl SenderMetrics {
             "Metadata and codec headers not sent to edges because they are too long",
             registry
         )?;
+        let short_tags = register_int_counter_with_registry!(
+            "downpour_short_tags_dropped_total",
+            "Audio and video tags not sent as RTP because they are too short to hold media",
+            registry
+        )?;
         let parity = ParityMetrics::register(registry)?;
-        Ok(Self { retired_early, data_dropped, headers_left_out, parity })
+        Ok(Self { retired_early, data_dropped, headers_left_out, short_tags, parity })
     }
 }
 
@@ -142,7 +154,7 @@ impl StreamSender {
         let Shared { settings, outgoing, retired, .. } = &*self.shared;
         let mut retired = retired.lock();
         while let Some((ended, stream)) = retired.front()
-            && now.saturating_duration_since(*ended) >= settings.history_age
+            && now.saturating_duration_since(*ended) >= settings.history_age.min(RETIRED_FOR)
         {
             outgoing.remove(stream.ssrc());
             retired.pop_front();
@@ -223,6 +235,7 @@ struct TapState {
     outgoing: Arc<OutgoingStream>,
     packetizer: Packetizer,
     headers: Headers,
+    repeated_headers: RepeatedHeaders,
     has_video: bool,
     /// Bounds the script data of one encoder on the control streams of all edges.
     data_bucket: TokenBucket,
@@ -235,7 +248,7 @@ struct TapState {
 
 impl TapState {
     fn new(shared: Arc<Shared>, stream: &Stream) -> Self {
-        let SenderSettings { history_packets, history_age, payload_max } = shared.settings;
+        let SenderSettings { history_packets, history_age, payload_max, .. } = shared.settings;
         let ssrc = shared.free_ssrc();
         let history = History::new(history_packets, history_age);
         let key = stream.key().clone();
@@ -252,6 +265,7 @@ impl TapState {
         let mut state = Self {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
+            repeated_headers: RepeatedHeaders::default(),
             has_video: headers.video.is_some(),
             data_bucket: TokenBucket::new(Instant::now(), DATA_RATE, DATA_BURST),
             data_log: LogLimit::new(),
@@ -281,16 +295,37 @@ impl TapState {
             }
             return;
         }
+        if is_too_short(tag) {
+            self.shared.metrics.short_tags.inc();
+            return;
+        }
         self.has_video |= tag.kind() == TagKind::Video;
+        if self.repeats_headers() {
+            for header in self.repeated_headers.due(now, tag, self.has_video) {
+                let burst = self.packetizer.packetize_again(&header);
+                self.send(now, &header, &burst, false);
+            }
+        }
+        self.repeated_headers.sent(now, tag);
         let burst = self.packetizer.packetize(tag);
         if tag.is_sequence_header() {
             self.learn(now, tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
+        self.send(now, tag, &burst, starts_gop);
+    }
+
+    /// `true` while there are addresses whose edges have no other way to learn the headers.
+    fn repeats_headers(&self) -> bool {
+        self.shared.settings.repeat_headers
+            && self.route_out.as_ref().is_some_and(|out| !out.route.snapshot().fixed.is_empty())
+    }
+
+    fn send(&mut self, now: Instant, tag: &Tag, burst: &Burst, starts_gop: bool) {
         // Into the history first: an edge may request a packet before the burst is sent.
         self.outgoing.push(now, burst.clone(), starts_gop);
         if let Some(route_out) = &mut self.route_out {
-            route_out.send(now, tag, &burst);
+            route_out.send(now, tag, burst);
             self.outgoing.set_parity_overhead(route_out.parity.overhead());
             self.parity_flag.set(route_out.parity.is_active());
         }
@@ -405,7 +440,14 @@ impl RouteOut {
             ..pace
         });
         let snapshot = self.route.targets(now);
-        self.fanout.send(self.outgoing.ssrc(), burst, &snapshot.media, pace.as_ref());
+        let flow = self.outgoing.ssrc();
+        match self.fanout.paces_fixed_only() {
+            true => {
+                self.fanout.send(flow, burst, &snapshot.dynamic, None);
+                self.fanout.send(fixed_flow(flow), burst, &snapshot.fixed, pace.as_ref());
+            }
+            false => self.fanout.send(flow, burst, &snapshot.media, pace.as_ref()),
+        }
         // The fan-out holds a clone.
         drop(pace);
         self.with_parity(|parity, snapshot, send| parity.push(now, burst, snapshot, send), now);
@@ -418,6 +460,9 @@ impl RouteOut {
     fn finish(&mut self, now: Instant) {
         self.with_parity(|parity, _, send| parity.finish(now, send), now);
         self.fanout.finish(self.outgoing.ssrc());
+        if self.fanout.paces_fixed_only() {
+            self.fanout.finish(fixed_flow(self.outgoing.ssrc()));
+        }
     }
 
     /// Sends parity in the stream's flow, after the packets that it protects.
@@ -426,7 +471,7 @@ impl RouteOut {
         make: impl FnOnce(&mut ParityOut, &Arc<Snapshot>, &mut dyn FnMut(Train, Arc<[Target]>)),
         now: Instant,
     ) {
-        let pace = self.pace();
+        let pace = self.pace().filter(|_| !self.fanout.paces_fixed_only());
         let Self { fanout, route, parity, outgoing, .. } = self;
         let mut send = |train: Train, targets: Arc<[Target]>| {
             fanout.send(outgoing.ssrc(), train, &targets, pace.as_ref());
@@ -448,6 +493,35 @@ const DATA_RATE: u64 = 64 << 10;
 const DATA_BURST: u64 = 256 << 10;
 /// Bytes charged per script tag beside its own: the work of a message to each edge.
 const DATA_OVERHEAD: u64 = 256;
+/// The flow of a stream's packets to the addresses that get every stream, where only these are paced:
+/// other packets of the stream must not wait for them.
+fn fixed_flow(ssrc: Ssrc) -> Ssrc {
+    Ssrc(ssrc.0 ^ 1 << 31)
+}
+
+/// `true` for a tag that holds no media: an empty body, a video info frame, an AAC body without data. A
+/// Go edge ends when it gets one before it has both codec headers (wire v0).
+fn is_too_short(tag: &Tag) -> bool {
+    let body = tag.body();
+    match tag.kind() {
+        TagKind::Video => body.len() < VIDEO_LEAST,
+        TagKind::Audio => match body.first() {
+            Some(first) => first >> 4 == SOUND_FORMAT_AAC && body.len() < AAC_LEAST,
+            None => true,
+        },
+        TagKind::Script => false,
+    }
+}
+
+/// Bytes of a video body before its data: frame type and codec, packet type, composition time; or a
+/// FourCC in their place.
+const VIDEO_LEAST: usize = 5;
+/// Bytes of an AAC body before its data: format and packet type.
+const AAC_LEAST: usize = 2;
+/// FLV 10.1 §E.4.2.1, `SoundFormat`.
+const SOUND_FORMAT_AAC: u8 = 10;
+/// How long an ended stream is kept for repair at most: far longer than any packet is useful.
+const RETIRED_FOR: Duration = Duration::from_secs(60);
 /// Bytes of packets that all ended streams may hold.
 const RETIRED_BYTES: usize = 64 << 20;
 const RETIRED_STREAMS: usize = 1024;
@@ -455,146 +529,4 @@ const RETIRED_STREAMS: usize = 1024;
 const PARITY_TICK: Duration = Duration::from_millis(20);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::downstream::outgoing::OutgoingEvent;
-    use downpour_hub::{Hub, LogLimits};
-    use downpour_repair::rtp::Seq;
-
-    fn sender() -> (StreamSender, Hub, OutgoingStreams) {
-        let settings = SenderSettings {
-            history_packets: 100,
-            history_age: Duration::from_secs(10),
-            payload_max: 1120,
-        };
-        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
-        let outgoing = OutgoingStreams::new();
-        let metrics = SenderMetrics::register(&Registry::new()).unwrap();
-        let sender = StreamSender::new(settings, outgoing.clone(), None, metrics);
-        hub.add_sink(Arc::new(sender.clone()));
-        (sender, hub, outgoing)
-    }
-
-    fn frame(timestamp: u32, first: u8) -> Tag {
-        Tag::new(TagKind::Video, timestamp, &[first, 1, 0, 0, 0, 9]).unwrap()
-    }
-
-    fn header() -> Tag {
-        Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]).unwrap()
-    }
-
-    fn script(body: &[u8]) -> Tag {
-        Tag::new(TagKind::Script, 40, body).unwrap()
-    }
-
-    #[test]
-    fn a_live_stream_is_listed_and_its_packets_can_be_requested() {
-        let (sender, hub, outgoing) = sender();
-        let mut events = outgoing.subscribe();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
-        publisher.push(header());
-        publisher.push(frame(1000, 0x17));
-        publisher.push(frame(1040, 0x27));
-        let stream = outgoing.streams().pop().unwrap();
-        assert_eq!(stream.id(), publisher.stream().id());
-        assert_eq!(stream.start_unix_ms(), publisher.stream().start_unix_ms());
-        assert_eq!(stream.newest_seq(), Some(Seq(65002)));
-        assert_eq!(stream.gop_start(), Some(Seq(65001)));
-        assert!(stream.packet(Seq(65000)).is_some());
-        let headers = stream.headers();
-        assert!(headers.metadata.is_some() && headers.video.is_some() && headers.audio.is_none());
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Up(_))));
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the metadata");
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the video header");
-        drop(publisher);
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::End(_))));
-        assert!(stream.ended());
-        sender.expire(Instant::now());
-        assert!(stream.packet(Seq(65001)).is_some(), "its last packets can still be requested");
-        sender.expire(Instant::now() + Duration::from_secs(11));
-        assert!(outgoing.streams().is_empty());
-    }
-
-    #[test]
-    fn streams_that_come_and_go_do_not_fill_the_memory() {
-        let (sender, hub, outgoing) = sender();
-        let mut body = vec![0; 8 << 20];
-        body[..2].copy_from_slice(&[0x17, 1]);
-        let tag = Tag::new(TagKind::Video, 0, &body).unwrap();
-        for _ in 0..20 {
-            hub.publish("live/a".parse().unwrap()).unwrap().push(tag.clone());
-        }
-        let held: usize = outgoing.streams().iter().map(|stream| stream.held().1).sum();
-        assert!(held <= RETIRED_BYTES, "{held} bytes are held");
-        assert!(sender.shared.metrics.retired_early.get() >= 12);
-        assert_eq!(outgoing.streams().len(), sender.shared.retired.lock().len());
-        assert!(sender.shared.live.lock().is_empty());
-    }
-
-    #[test]
-    fn captions_do_not_replace_the_metadata() {
-        let (_, hub, outgoing) = sender();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
-        publisher.push(frame(0, 0x17));
-        publisher.push(script(b"\x02\x00\x0aonTextData\x05"));
-        assert!(outgoing.streams()[0].headers().metadata.unwrap().is_metadata());
-    }
-
-    #[test]
-    fn script_data_is_passed_on_within_a_budget() {
-        let (sender, hub, outgoing) = sender();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(frame(0, 0x17));
-        let mut events = outgoing.subscribe();
-        let cue = script(b"\x02\x00\x0aonCuePoint\x05");
-        publisher.push(cue.clone());
-        let Ok(OutgoingEvent::Data(_, tag)) = events.try_recv() else { panic!("no data") };
-        assert_eq!(tag, cue);
-        let dropped = &sender.shared.metrics.data_dropped;
-        publisher.push(script(&vec![2; MAX_DATA_LEN]));
-        assert_eq!(dropped.get(), 1, "too long");
-        for _ in 0..1000 {
-            publisher.push(script(&[2; 2000]));
-        }
-        let passed = std::iter::from_fn(|| events.try_recv().ok()).count() as u64;
-        assert_eq!(passed + dropped.get(), 1001);
-        assert!((50..500).contains(&passed), "{passed}");
-    }
-
-    #[test]
-    fn metadata_that_is_too_long_for_edges_is_counted() {
-        let (sender, hub, _) = sender();
-        let mut body = b"\x02\x00\x0aonMetaData".to_vec();
-        body.resize(MAX_HEADER_LEN, 5);
-        // Once it is known before the stream starts, and once it comes in mid-stream.
-        let mut info = downpour_hub::PublicationInfo::starting_at(0);
-        info.headers.metadata = Some(script(&body));
-        let mut publisher = hub.publish_with("live/a".parse().unwrap(), info).unwrap();
-        publisher.push(frame(0, 0x17));
-        assert_eq!(sender.shared.metrics.headers_left_out.get(), 1);
-        publisher.push(script(&body));
-        assert_eq!(sender.shared.metrics.headers_left_out.get(), 1, "repeated");
-        body.push(6);
-        publisher.push(script(&body));
-        assert_eq!(sender.shared.metrics.headers_left_out.get(), 2);
-    }
-
-    #[test]
-    fn an_edge_that_joins_before_the_first_key_frame_starts_at_the_first_packet() {
-        let (_, hub, outgoing) = sender();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(header());
-        let stream = outgoing.streams().pop().unwrap();
-        assert_eq!(stream.gop_start(), Some(Seq(65000)));
-        assert_eq!(stream.newest_seq(), Some(Seq(65000)));
-        for i in 0..200 {
-            publisher.push(frame(i, if i == 0 { 0x17 } else { 0x27 }));
-        }
-        assert_eq!(stream.gop_start(), None, "the ring holds 100 packets");
-        assert_eq!(stream.packet(Seq(65000)), None);
-        assert!(stream.header_packet(Seq(65000)).is_some_and(|p| p.ends_with(header().unit())));
-        assert_eq!(stream.header_packet(Seq(65001)), None);
-    }
-}
+mod tests;

@@ -3,13 +3,17 @@ use super::{
     unnamed_packets::{MAX_UNNAMED, UNNAMED_HELD_FOR},
     *,
 };
+use crate::upstream::livestat::LiveStream;
 use downpour_hub::{LogLimits, ReadOutcome};
 use downpour_media::flv::{Tag, TagKind};
 use downpour_repair::{
+    control::StreamInfo,
     fec,
     receiver::Settings as ReceiverSettings,
     rtp::{Burst, Packetizer},
 };
+
+mod go_cloud;
 
 fn table() -> (Streams, Hub) {
     table_with(Duration::ZERO)
@@ -23,6 +27,7 @@ fn table_with(hold: Duration) -> (Streams, Hub) {
         silence: Duration::from_secs(10),
         hold,
         max_streams: 3,
+        fetches_headers: false,
     };
     (Streams::new(settings, hub.clone(), metrics), hub)
 }
@@ -40,7 +45,7 @@ fn up(key: &str, ssrc: u32, gop_start: Option<Seq>, newest: Option<Seq>) -> Stre
 }
 
 fn named(key: &str, ssrc: u32) -> LiveStream {
-    LiveStream { key: key.parse().unwrap(), ssrc: Ssrc(ssrc), start_unix_ms: 0 }
+    LiveStream { key: key.parse().unwrap(), ssrc: Ssrc(ssrc), start_unix_ms: 0, rtmp_port: None }
 }
 
 /// A sequence header, then GOPs of five frames.
