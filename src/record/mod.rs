@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use downpour_hub::{Ended, ReadCount, ReadOutcome, Reader, Sink, Stream, Tap};
 use downpour_media::{
     StreamKey,
-    flv::{FlvWriter, Tag},
+    flv::{FlvWriter, Tag, Tracks},
     timeline::Timeline,
 };
 
@@ -27,8 +27,8 @@ use downpour_media::{
 ///
 /// - A recording is a reader of the stream's log, and the log is its queue: with a slow disk the
 ///   recording skips to a key frame, and never blocks the stream.
-/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten, so a
-///   file that a crash cuts is valid up to its last whole tag.
+/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten but the
+///   flags in the file header, so a file that a crash cuts is valid up to its last whole tag.
 /// - Timestamps start at 0.
 /// - A disk failure is counted and logged, and a new file is tried after 10 s.
 #[derive(Debug, Clone)]
@@ -248,7 +248,8 @@ impl Recording {
         metrics: RecordMetrics,
     ) -> io::Result<Self> {
         let (path, file) = create_new(&dir.join(key.as_str()), &utc_name(now))?;
-        let writer = FlvWriter::new(BufWriter::with_capacity(WRITE_BUFFER, file))?;
+        let file = BufWriter::with_capacity(WRITE_BUFFER, file);
+        let writer = FlvWriter::with_tracks(file, Tracks::default())?;
         metrics.files.inc();
         metrics.active.inc();
         tracing::info!(stream = %key, path = %path.display(), "recording started");
@@ -259,7 +260,7 @@ impl Recording {
         for tag in tags {
             self.writer.write_at(tag, self.timeline.rebase(tag.timestamp()))?;
         }
-        self.writer.flush()?;
+        self.writer.flush_with_flags()?;
         self.metrics.bytes.inc_by(self.writer.bytes() - self.counted);
         self.counted = self.writer.bytes();
         Ok(())
@@ -342,7 +343,7 @@ mod tests {
             let mut publisher = hub.publish(key()).unwrap();
             recorder.record(publisher.stream());
             for tag in [
-                tag(TagKind::Video, u32::MAX - 9, &[0x17, 0]),
+                tag(TagKind::Video, u32::MAX - 9, &[0x17, 0, 0, 0, 0, 1]),
                 tag(TagKind::Video, u32::MAX - 9, &[0x17, 1]),
                 tag(TagKind::Audio, u32::MAX - 19, &[0xaf, 1]),
                 tag(TagKind::Video, 30, &[0x27, 1]),
@@ -358,7 +359,7 @@ mod tests {
             assert_eq!(
                 read(&file),
                 [
-                    tag(TagKind::Video, 0, &[0x17, 0]),
+                    tag(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]),
                     tag(TagKind::Video, 0, &[0x17, 1]),
                     tag(TagKind::Audio, 0, &[0xaf, 1]),
                     tag(TagKind::Video, 40, &[0x27, 1]),
@@ -379,9 +380,13 @@ mod tests {
         until(|| metrics.bytes.get() > 0).await;
         let file = files(dir.path()).pop().unwrap();
         assert_eq!(read(&file).len(), 1);
+        let flags = || fs::read(&file).unwrap()[4];
+        assert_eq!(flags(), 1, "video only");
         publisher.push(tag(TagKind::Video, 40, &[0x27, 1]));
+        publisher.push(tag(TagKind::Audio, 40, &[0xaf, 1]));
         recorder.drain().await;
-        assert_eq!(read(&file).len(), 2);
+        assert_eq!(read(&file).len(), 3);
+        assert_eq!(flags(), 5, "audio came late");
     }
 
     #[tokio::test]

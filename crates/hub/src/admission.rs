@@ -331,8 +331,8 @@ impl Publication {
     fn start(&self, first: &Tag, metadata: Option<Tag>) -> Publisher {
         let start = unix_ms().saturating_sub(u64::from(first.timestamp()));
         let mut info = PublicationInfo::starting_at(start);
-        info.headers.metadata = metadata;
-        self.hub.start(self.key.clone(), info, None)
+        info.headers = metadata.into_iter().collect();
+        self.hub.start(self.key.clone(), info, None).with_timestamp_repair()
     }
 
     /// The stream's name.

@@ -21,8 +21,9 @@ use crate::{
 use downpour_media::{
     PublicationId, StreamKey,
     flv::{Headers, Tag},
+    timestamps::TimestampRepair,
 };
-use downpour_sys::prefetch;
+use downpour_sys::{LogLimit, prefetch};
 
 /// Addresses of the memory that the next push to a stream will use. Prefetching them for a batch of
 /// packets takes 5 % from an edge's processor time (`scripts/bench edge`).
@@ -49,13 +50,21 @@ pub struct Publisher {
     /// Address of the log entry that the next tag will most likely have.
     next_entry: usize,
     hub: Hub,
+    /// `None` if the timestamps are those of a node that repairs them.
+    repair: Option<Box<(TimestampRepair, LogLimit)>>,
     /// `None` if the [`Publication`](crate::admission::Publication) holds the claim.
     _claim: Option<Claim>,
 }
 
 impl Publisher {
     pub(crate) fn new(stream: Arc<Stream>, hub: Hub, claim: Option<Claim>) -> Self {
-        Self { stream, taps: Vec::new(), next_entry: 0, hub, _claim: claim }
+        Self { stream, taps: Vec::new(), next_entry: 0, hub, repair: None, _claim: claim }
+    }
+
+    /// Keeps the timestamps of audio and video continuous from now on, see [`TimestampRepair`].
+    pub fn with_timestamp_repair(mut self) -> Self {
+        self.repair = Some(Box::default());
+        self
     }
 
     pub(crate) fn add_tap_of(&mut self, sink: &dyn Sink) {
@@ -72,7 +81,21 @@ impl Publisher {
     pub fn push_at(&mut self, now: Instant, tag: Tag) {
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
+        let tag = self.repair_timestamp(now, tag);
         self.forward(now, tag);
+    }
+
+    fn repair_timestamp(&mut self, now: Instant, tag: Tag) -> Tag {
+        let Some((repair, log_limit)) = self.repair.as_deref_mut() else { return tag };
+        let jumps = repair.jumps();
+        let timestamp = repair.repair(now, &tag);
+        if repair.jumps() > jumps
+            && let Some(missed) = log_limit.due(now)
+        {
+            let (from, stream) = (tag.timestamp(), self.stream.key());
+            tracing::warn!(%stream, from, to = timestamp, missed, "timestamps jumped; continued");
+        }
+        tag.with_timestamp(timestamp)
     }
 
     fn forward(&mut self, now: Instant, tag: Tag) {

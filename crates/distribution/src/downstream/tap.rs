@@ -246,7 +246,7 @@ impl TapState {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
             repeated_headers: RepeatedHeaders::default(),
-            has_video: headers.video.is_some(),
+            has_video: headers.video().is_some(),
             headers,
             route_out,
             parity_flag: ParityFlag::new(shared.parity.clone()),
@@ -276,7 +276,7 @@ impl TapState {
         }
         self.repeated_headers.sent(now, tag);
         let burst = self.packetizer.packetize(tag);
-        if tag.is_sequence_header() {
+        if tag.is_header() {
             self.learn(tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
@@ -302,20 +302,14 @@ impl TapState {
     /// Stores a header, whose packets are `burst`, and announces it if it changed: encoders repeat
     /// headers.
     fn learn(&mut self, tag: &Tag, burst: Option<&Burst>) {
-        let held = match tag.kind() {
-            TagKind::Video => &mut self.headers.video,
-            TagKind::Audio => &mut self.headers.audio,
-            TagKind::Script => &mut self.headers.metadata,
-        };
-        if held.as_ref().is_some_and(|held| held.body() == tag.body()) {
+        if !self.headers.learn(tag) {
             return;
         }
-        *held = Some(tag.clone());
+        self.outgoing.set_headers(self.headers.clone());
         if let Some(burst) = burst {
             // Copied: a header that lives long must not hold the buffer that it shares.
-            self.outgoing.keep_header(tag.kind(), burst.detached());
+            self.outgoing.keep_header(tag.detached(), burst.detached());
         }
-        self.outgoing.set_headers(self.headers.clone());
         self.shared.outgoing.updated(&self.outgoing);
     }
 
@@ -502,7 +496,8 @@ mod tests {
         assert_eq!(stream.gop_start(), Some(Seq(65001)));
         assert!(stream.packet(Seq(65000)).is_some());
         let headers = stream.headers();
-        assert!(headers.metadata.is_some() && headers.video.is_some() && headers.audio.is_none());
+        assert!(headers.metadata().is_some() && headers.video().is_some());
+        assert!(headers.audio().is_none());
         assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Up(_))));
         assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the metadata");
         assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the video header");
@@ -538,7 +533,7 @@ mod tests {
         publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
         publisher.push(frame(0, 0x17));
         publisher.push(script(b"\x02\x00\x0aonTextData\x05"));
-        assert!(outgoing.streams()[0].headers().metadata.unwrap().is_metadata());
+        assert!(outgoing.streams()[0].headers().metadata().unwrap().is_metadata());
     }
 
     #[test]
@@ -556,5 +551,24 @@ mod tests {
         assert_eq!(stream.packet(Seq(65000)), None);
         assert!(stream.header_packet(Seq(65000)).is_some_and(|p| p.ends_with(header().unit())));
         assert_eq!(stream.header_packet(Seq(65001)), None);
+    }
+
+    #[test]
+    fn headers_of_every_track_are_announced_and_kept_for_requests() {
+        let (_, hub, outgoing) = sender();
+        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+        let second = Tag::new(TagKind::Audio, 0, b"\x95\x00mp4a\x01\x12\x10").unwrap();
+        let main = Tag::new(TagKind::Audio, 0, &[0xaf, 0, 0x12, 0x10]).unwrap();
+        let changed = Tag::new(TagKind::Audio, 0, &[0xaf, 0, 0x13, 0x10]).unwrap();
+        let empty = Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0]).unwrap();
+        for tag in [header(), main, second.clone(), empty, changed.clone()] {
+            publisher.push(tag);
+        }
+        let stream = outgoing.streams().pop().unwrap();
+        let headers: Vec<_> = stream.headers().iter().cloned().collect();
+        assert_eq!(headers, [header(), changed, second]);
+        let kept = |seq: u16| stream.header_packet(Seq(seq)).is_some();
+        assert!(kept(65000) && kept(65002) && kept(65004));
+        assert!(!kept(65001) && !kept(65003), "replaced, and no header");
     }
 }

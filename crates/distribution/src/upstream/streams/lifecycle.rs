@@ -75,7 +75,7 @@ impl Streams {
             info.id = id;
         }
         info.headers = up.headers;
-        let has_headers = info.headers != Headers::default();
+        let has_headers = !info.headers.is_empty();
         let publisher = match self.hub.publish_with(up.key.clone(), info) {
             Ok(publisher) => publisher,
             Err(error) => {
