@@ -20,7 +20,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use downpour_hub::{Ended, ReadCount, ReadOutcome, Reader, Sink, Stream, Tap};
 use downpour_media::{
     StreamKey,
-    flv::{FlvWriter, Tag},
+    flv::{FlvWriter, Tag, Tracks},
     timeline::Timeline,
 };
 use downpour_sys::LogLimit;
@@ -29,8 +29,8 @@ use downpour_sys::LogLimit;
 ///
 /// - A recording is a reader of the stream's log, and the log is its queue: with a slow disk the
 ///   recording skips to a key frame, and never blocks the stream.
-/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten, so a
-///   file that a crash cuts is valid up to its last whole tag.
+/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten but the
+///   flags in the file header, so a file that a crash cuts is valid up to its last whole tag.
 /// - Timestamps start at 0.
 /// - After a disk failure, a full disk for example, the file is cut to its last whole tag, and removed if
 ///   it has none. The recording continues in it from the log where it stopped, with an attempt every
@@ -334,7 +334,10 @@ impl Recording {
     ) -> io::Result<Self> {
         let (path, file) = create_new(&dir.join(key.as_str()), &utc_name(now))?;
         let disk = Disk { file, path: path.clone() };
-        let writer = FlvWriter::new(BufWriter::with_capacity(WRITE_BUFFER, disk))?;
+        let writer = FlvWriter::with_tracks(
+            BufWriter::with_capacity(WRITE_BUFFER, disk),
+            Tracks::default(),
+        )?;
         metrics.active.inc();
         let timeline = Timeline::default();
         Ok(Self { path, key: key.clone(), writer, timeline, metrics, whole: 0 })
@@ -360,7 +363,7 @@ impl Recording {
         for tag in tags {
             self.writer.write_at(tag, self.timeline.rebase(tag.timestamp()))?;
         }
-        self.writer.flush()
+        self.writer.flush_with_flags()
     }
 
     /// Cuts the file to its last whole tag after a failure. Removes it and returns `None` if there is
@@ -374,7 +377,8 @@ impl Recording {
         file.set_len(self.whole)?;
         file.seek(SeekFrom::Start(self.whole))?;
         let disk = Disk { file, path: self.path.clone() };
-        let writer = FlvWriter::resume(BufWriter::with_capacity(WRITE_BUFFER, disk), self.whole);
+        let buffer = BufWriter::with_capacity(WRITE_BUFFER, disk);
+        let writer = FlvWriter::resume(buffer, self.whole, self.writer.tracks());
         // Not flushed: the buffer holds the part of a tag that could not be written.
         let _ = std::mem::replace(&mut self.writer, writer).into_inner().into_parts();
         Ok(Some(self))
@@ -407,6 +411,12 @@ impl Drop for Recording {
 struct Disk {
     file: File,
     path: PathBuf,
+}
+
+impl Seek for Disk {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
 }
 
 impl Write for Disk {

@@ -51,9 +51,13 @@ async fn tags_reach_the_file_while_the_stream_is_live_and_drain_writes_the_rest(
     until(|| metrics.bytes.get() > 0).await;
     let file = files(dir.path()).pop().unwrap();
     assert_eq!(read(&file).len(), 1);
+    let flags = || fs::read(&file).unwrap()[4];
+    assert_eq!(flags(), 1, "video only");
     publisher.push(tag(TagKind::Video, 40, &[0x27, 1]));
+    publisher.push(tag(TagKind::Audio, 40, &[0xaf, 1]));
     recorder.drain().await;
-    assert_eq!(read(&file).len(), 2);
+    assert_eq!(read(&file).len(), 3);
+    assert_eq!(flags(), 5, "audio came late");
 }
 
 #[tokio::test]

@@ -113,13 +113,13 @@ async fn viewers_receive_every_tag_while_one_never_reads() {
     };
     let node = HttpNode::start(settings).await;
     let mut publisher = node.publish();
-    let mut all = vec![key_frame(0, 2_000)];
-    publisher.push(all[0].clone());
+    let mut all = vec![audio_header(0), key_frame(0, 2_000)];
+    all.iter().for_each(|tag| publisher.push(tag.clone()));
     let dead = node.connect_with("GET /live/movie.flv HTTP/1.1\r\n\r\n", 4 * 1024).await;
     let mut viewers = Vec::new();
     for _ in 0..99 {
         let mut viewer = node.watch().await;
-        viewer.expect(&all[..1]).await;
+        viewer.expect(&all).await;
         viewers.push(viewer);
     }
     node.eventually("all are admitted", |node| node.metrics.viewers.get() == 100).await;

@@ -383,8 +383,8 @@ impl Publication {
     fn start(&self, first: &Tag, metadata: Option<Tag>) -> Publisher {
         let start = unix_ms().saturating_sub(u64::from(first.timestamp()));
         let mut info = PublicationInfo::starting_at(start);
-        info.headers.metadata = metadata;
-        self.shared.hub.start(self.key.clone(), info, None)
+        info.headers = metadata.into_iter().collect();
+        self.shared.hub.start(self.key.clone(), info, None).with_timestamp_repair()
     }
 
     /// Ends the publication because its encoder said so. With a grace, the stream waits for the next one,

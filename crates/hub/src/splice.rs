@@ -77,7 +77,7 @@ mod tests {
             splice.begin();
             times
         };
-        let (header, frame): (&[u8], &[u8]) = (&[0x17, 0], &[0x27, 1]);
+        let (header, frame): (&[u8], &[u8]) = (&[0x17, 0, 0, 0, 0, 1], &[0x27, 1]);
         assert_eq!(times(&[(1000, header), (1000, frame), (1040, frame)]), [1000, 1000, 1040]);
         // From 0 again, with a header that has another time than the frames.
         assert_eq!(times(&[(0, header), (500, frame), (490, frame)]), [1080, 1080, 1070]);

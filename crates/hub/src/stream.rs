@@ -23,8 +23,9 @@ use crate::{
 use downpour_media::{
     PublicationId, StreamKey,
     flv::{Headers, Tag},
+    timestamps::TimestampRepair,
 };
-use downpour_sys::prefetch;
+use downpour_sys::{LogLimit, prefetch};
 
 /// Addresses of the memory that the next push to a stream will use. Prefetching them for a batch of
 /// packets takes 5 % from an edge's processor time (`scripts/bench edge`).
@@ -52,6 +53,8 @@ pub struct Publisher {
     next_entry: usize,
     hub: Hub,
     splice: Splice,
+    /// `None` if the timestamps are those of a node that repairs them.
+    repair: Option<Box<(TimestampRepair, LogLimit)>>,
     /// `None` if the [`Publication`](crate::admission::Publication) holds the claim.
     _claim: Option<Claim>,
 }
@@ -64,8 +67,15 @@ impl Publisher {
             next_entry: 0,
             hub,
             splice: Splice::default(),
+            repair: None,
             _claim: claim,
         }
+    }
+
+    /// Keeps the timestamps of audio and video continuous from now on, see [`TimestampRepair`].
+    pub fn with_timestamp_repair(mut self) -> Self {
+        self.repair = Some(Box::default());
+        self
     }
 
     pub(crate) fn add_tap_of(&mut self, sink: &dyn Sink) {
@@ -83,7 +93,21 @@ impl Publisher {
         let tag = self.splice.apply(tag);
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
+        let tag = self.repair_timestamp(now, tag);
         self.forward(now, tag);
+    }
+
+    fn repair_timestamp(&mut self, now: Instant, tag: Tag) -> Tag {
+        let Some((repair, log_limit)) = self.repair.as_deref_mut() else { return tag };
+        let jumps = repair.jumps();
+        let timestamp = repair.repair(now, &tag);
+        if repair.jumps() > jumps
+            && let Some(missed) = log_limit.due(now)
+        {
+            let (from, stream) = (tag.timestamp(), self.stream.key());
+            tracing::warn!(%stream, from, to = timestamp, missed, "timestamps jumped; continued");
+        }
+        tag.with_timestamp(timestamp)
     }
 
     fn forward(&mut self, now: Instant, tag: Tag) {
@@ -128,17 +152,9 @@ impl Publisher {
         self.splice.begin();
         let now = Instant::now();
         let held = self.stream.headers();
-        let pairs = [
-            (headers.metadata, held.metadata),
-            (headers.video, held.video),
-            (headers.audio, held.audio),
-        ];
-        for (new, held) in pairs {
-            if let Some(new) = new
-                && held.is_none_or(|held| held.body() != new.body())
-            {
-                self.push_at(now, new);
-            }
+        let is_news = |new: &&Tag| held.like(new).is_none_or(|held| held.body() != new.body());
+        for new in headers.iter().filter(is_news) {
+            self.push_at(now, new.clone());
         }
     }
 

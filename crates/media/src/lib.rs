@@ -8,6 +8,7 @@ mod publication_id;
 mod stream_key;
 mod stream_pattern;
 pub mod timeline;
+pub mod timestamps;
 
 pub use publication_id::{InvalidPublicationId, PublicationId};
 pub use stream_key::{InvalidStreamKey, StreamKey};

@@ -12,7 +12,7 @@ use tokio::{io::Interest, net::TcpStream, task::coop};
 use super::super::metrics::HttpMetrics;
 use crate::net::Slot;
 use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard, admission::Playback};
-use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind, Tracks};
 use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// Limits of viewers and of HTTP connections.
@@ -136,6 +136,38 @@ impl Viewer {
     /// Writes the head of the response.
     pub(in crate::http) async fn greet(&self, timeout: Duration) -> Result<(), Closed> {
         write_all(&self.socket, timeout, RESPONSE_HEAD).await
+    }
+
+    /// Waits until it is known which kinds of media the stream has. Returns the FLV header that says
+    /// so: a player in a browser waits for both if both are flagged, and without end if one is missing.
+    pub(in crate::http) async fn file_header(
+        &self,
+        reader: &mut Reader,
+    ) -> Result<WriteQueue, Closed> {
+        let mut deadline = std::pin::pin!(tokio::time::sleep(TRACKS_WAIT));
+        loop {
+            let stream = reader.stream().clone();
+            let is_last_chance = deadline.is_elapsed() || stream.ended();
+            let tracks = match reader.settled_tracks() {
+                None if is_last_chance => Some(reader.tracks()).filter(|it| !it.is_empty()),
+                settled => settled,
+            };
+            if let Some(tracks) = tracks {
+                return Ok(WriteQueue::file_header(tracks));
+            }
+            if stream.ended() {
+                return Ok(WriteQueue::file_header(Tracks::BOTH));
+            }
+            if self.playback.is_revoked() {
+                return Err(Closed::Revoked);
+            }
+            tokio::select! {
+                () = reader.woken() => {}
+                () = stream.over() => {}
+                () = &mut deadline, if !deadline.is_elapsed() => {}
+                closed = client_closed(&self.socket) => return Err(closed),
+            }
+        }
     }
 
     /// Writes `queue` and then the rest of the log, as fast as the viewer reads. Returns once the
@@ -290,8 +322,8 @@ impl WriteQueue {
     pub(in crate::http) const EMPTY: Self = Self { tags: Vec::new(), done: 0, offset: 0 };
 
     /// The FLV header, which precedes the first tag.
-    pub(in crate::http) fn file_header() -> Self {
-        Self::new(vec![BufferMut::from(&FILE_HEADER[..]).freeze()], 0)
+    fn file_header(tracks: Tracks) -> Self {
+        Self::new(vec![BufferMut::from(&tracks.file_header()[..]).freeze()], 0)
     }
 
     /// `tags`, of which the first `written` bytes are written.
@@ -455,6 +487,8 @@ pub(in crate::http) const UNSENT_MS: u64 = 1500;
 const UNSENT_UNKNOWN: u32 = 256 << 10;
 const MIN_UNSENT: u32 = 64 << 10;
 const MAX_UNSENT: u32 = 16 << 20;
+/// The longest time in which a viewer waits for the second kind of media of a stream that has one.
+const TRACKS_WAIT: Duration = Duration::from_secs(1);
 /// Bytes that a viewer reads from the log at once; whole tags, so it may be more.
 const BATCH_BYTES: usize = 64 * 1024;
 /// Tags per `writev`. The kernel allows 1024, and most frames need only a few.

@@ -16,10 +16,7 @@ use tokio::sync::broadcast;
 
 pub use downpour_media::flv::Headers;
 
-use downpour_media::{
-    PublicationId, StreamKey,
-    flv::{Tag, TagKind},
-};
+use downpour_media::{PublicationId, StreamKey, flv::Tag};
 use downpour_repair::{
     history::History,
     rtp::{Burst, Seq, Ssrc},
@@ -165,8 +162,8 @@ struct State {
     /// First sequence number of the newest GOP, and the number of packets pushed before it.
     gop_start: Option<(Seq, u64)>,
     headers: Headers,
-    /// Bursts of the current video and audio sequence headers.
-    header_bursts: [Option<Burst>; 2],
+    /// The current codec headers and their bursts.
+    header_bursts: Vec<(Tag, Burst)>,
 }
 
 impl OutgoingStream {
@@ -183,7 +180,7 @@ impl OutgoingStream {
                 rate: RateMeter::default(),
                 gop_start: None,
                 headers: Headers::default(),
-                header_bursts: [None, None],
+                header_bursts: Vec::new(),
             }),
             ended: AtomicBool::new(false),
             byte_rate: AtomicU64::new(0),
@@ -224,16 +221,19 @@ impl OutgoingStream {
         SentGuard { stream: this.clone(), last }
     }
 
-    /// Keeps the burst of a codec header for [`OutgoingStream::header_packet`], in place of the
-    /// previous one.
-    pub fn keep_header(&self, kind: TagKind, burst: Burst) {
-        let slot = usize::from(kind == TagKind::Audio);
-        self.state.lock().header_bursts[slot] = Some(burst);
-    }
-
     /// Replaces [`OutgoingStream::headers`]. The caller announces it with [`OutgoingStreams::updated`].
     pub fn set_headers(&self, headers: Headers) {
-        self.state.lock().headers = headers;
+        let mut state = self.state.lock();
+        state.header_bursts.retain(|(tag, _)| {
+            headers.like(tag).is_some_and(|current| current.body() == tag.body())
+        });
+        state.headers = headers;
+    }
+
+    /// Keeps the burst of a header among [`OutgoingStream::headers`] for
+    /// [`OutgoingStream::header_packet`].
+    pub fn keep_header(&self, tag: Tag, burst: Burst) {
+        self.state.lock().header_bursts.push((tag, burst));
     }
 
     /// The stream's name.
@@ -294,7 +294,7 @@ impl OutgoingStream {
     /// old. v0 edges that join late have no other way to get the headers.
     pub fn header_packet(&self, seq: Seq) -> Option<Bytes> {
         let state = self.state.lock();
-        state.header_bursts.iter().flatten().find_map(|burst| {
+        state.header_bursts.iter().find_map(|(_, burst)| {
             let index = usize::try_from(seq.distance_from(burst.first_seq())).ok()?;
             burst.packet(index)
         })
@@ -423,6 +423,7 @@ const EVENT_CAPACITY: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use downpour_media::flv::TagKind;
     use downpour_repair::rtp::Packetizer;
 
     #[test]

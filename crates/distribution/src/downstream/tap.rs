@@ -266,7 +266,7 @@ impl TapState {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
             repeated_headers: RepeatedHeaders::default(),
-            has_video: headers.video.is_some(),
+            has_video: headers.video().is_some(),
             data_bucket: TokenBucket::new(Instant::now(), DATA_RATE, DATA_BURST),
             data_log: LogLimit::new(),
             header_log: LogLimit::new(),
@@ -277,7 +277,7 @@ impl TapState {
         };
         // Encoders send the metadata before the stream starts.
         let known = state.headers.clone();
-        for tag in [known.metadata, known.video, known.audio].iter().flatten() {
+        for tag in known.iter() {
             if tag.unit().len() > MAX_HEADER_LEN {
                 state.note_long_header(Instant::now(), tag);
             }
@@ -308,7 +308,7 @@ impl TapState {
         }
         self.repeated_headers.sent(now, tag);
         let burst = self.packetizer.packetize(tag);
-        if tag.is_sequence_header() {
+        if tag.is_header() {
             self.learn(now, tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
@@ -334,18 +334,13 @@ impl TapState {
     /// Stores a header, whose packets are `burst`, and announces it if it changed: encoders repeat
     /// headers.
     fn learn(&mut self, now: Instant, tag: &Tag, burst: Option<&Burst>) {
-        let held = match tag.kind() {
-            TagKind::Video => &mut self.headers.video,
-            TagKind::Audio => &mut self.headers.audio,
-            TagKind::Script => &mut self.headers.metadata,
-        };
-        if held.as_ref().is_some_and(|held| held.body() == tag.body()) {
+        if !self.headers.learn(tag) {
             return;
         }
-        *held = Some(tag.clone());
+        self.outgoing.set_headers(self.headers.clone());
         if let Some(burst) = burst {
             // Copied: a header that lives long must not hold the buffer that it shares.
-            self.outgoing.keep_header(tag.kind(), burst.detached());
+            self.outgoing.keep_header(tag.detached(), burst.detached());
         }
         self.outgoing.set_headers(self.headers.clone());
         if tag.unit().len() > MAX_HEADER_LEN {

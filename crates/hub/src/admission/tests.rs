@@ -55,7 +55,7 @@ async fn a_stream_starts_with_its_first_media_and_has_its_metadata() {
     assert!(admission.hub().is_empty());
     publication.push(frame(1000, 0x17));
     let stream = admission.hub().streams().pop().unwrap();
-    assert_eq!(stream.headers().metadata.unwrap().body(), metadata().body());
+    assert_eq!(stream.headers().metadata().unwrap().body(), metadata().body());
     let age = unix_ms() - stream.start_unix_ms();
     assert!((1000..10_000).contains(&age), "media time 0 was a second before: {age}");
     drop(publication);
@@ -71,7 +71,7 @@ async fn captions_do_not_replace_the_metadata() {
     publication.push(frame(0, 0x17));
     publication.push(Tag::new(TagKind::Script, 40, b"\x02\x00\x0aonTextData\x05").unwrap());
     let stream = admission.hub().streams().pop().unwrap();
-    assert_eq!(stream.headers().metadata.unwrap().body(), metadata().body());
+    assert_eq!(stream.headers().metadata().unwrap().body(), metadata().body());
     assert_eq!(stream.counters().script_tags.load(Ordering::Relaxed), 2);
 }
 
@@ -370,7 +370,7 @@ struct Notes(&'static str, Arc<Mutex<Vec<String>>>);
 
 impl Sink for Notes {
     fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
-        let has_metadata = stream.headers().metadata.is_some();
+        let has_metadata = stream.headers().metadata().is_some();
         self.1.lock().push(format!("{} up {} {has_metadata}", self.0, stream.key()));
         (self.0 != "reader").then(|| Box::new(NotesTap(self.clone(), stream.clone())) as _)
     }

@@ -46,7 +46,7 @@ fn a_live_stream_is_listed_and_its_packets_can_be_requested() {
     assert_eq!(stream.gop_start(), Some(Seq(65001)));
     assert!(stream.packet(Seq(65000)).is_some());
     let headers = stream.headers();
-    assert!(headers.metadata.is_some() && headers.video.is_some() && headers.audio.is_none());
+    assert!(headers.metadata().is_some() && headers.video().is_some() && headers.audio().is_none());
     assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Up(_))));
     assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the metadata");
     assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the video header");
@@ -82,7 +82,7 @@ fn captions_do_not_replace_the_metadata() {
     publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
     publisher.push(frame(0, 0x17));
     publisher.push(script(b"\x02\x00\x0aonTextData\x05"));
-    assert!(outgoing.streams()[0].headers().metadata.unwrap().is_metadata());
+    assert!(outgoing.streams()[0].headers().metadata().unwrap().is_metadata());
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn metadata_that_is_too_long_for_edges_is_counted() {
     body.resize(MAX_HEADER_LEN, 5);
     // Once it is known before the stream starts, and once it comes in mid-stream.
     let mut info = downpour_hub::PublicationInfo::starting_at(0);
-    info.headers.metadata = Some(script(&body));
+    info.headers = [script(&body)].into_iter().collect();
     let mut publisher = hub.publish_with("live/a".parse().unwrap(), info).unwrap();
     publisher.push(frame(0, 0x17));
     assert_eq!(sender.shared.metrics.headers_left_out.get(), 1);
@@ -139,4 +139,23 @@ fn an_edge_that_joins_before_the_first_key_frame_starts_at_the_first_packet() {
     assert_eq!(stream.packet(Seq(65000)), None);
     assert!(stream.header_packet(Seq(65000)).is_some_and(|p| p.ends_with(header().unit())));
     assert_eq!(stream.header_packet(Seq(65001)), None);
+}
+
+#[test]
+fn headers_of_every_track_are_announced_and_kept_for_requests() {
+    let (_, hub, outgoing) = sender();
+    let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
+    let second = Tag::new(TagKind::Audio, 0, b"\x95\x00mp4a\x01\x12\x10").unwrap();
+    let main = Tag::new(TagKind::Audio, 0, &[0xaf, 0, 0x12, 0x10]).unwrap();
+    let changed = Tag::new(TagKind::Audio, 0, &[0xaf, 0, 0x13, 0x10]).unwrap();
+    let empty = Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0]).unwrap();
+    for tag in [header(), main, second.clone(), empty, changed.clone()] {
+        publisher.push(tag);
+    }
+    let stream = outgoing.streams().pop().unwrap();
+    let headers: Vec<_> = stream.headers().iter().cloned().collect();
+    assert_eq!(headers, [header(), changed, second]);
+    let kept = |seq: u16| stream.header_packet(Seq(seq)).is_some();
+    assert!(kept(65000) && kept(65002) && kept(65004));
+    assert!(!kept(65001) && !kept(65003), "replaced, and no header");
 }

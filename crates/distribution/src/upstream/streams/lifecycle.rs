@@ -72,7 +72,7 @@ impl Streams {
             self.refuse(now, &up);
             return;
         }
-        let has_headers = up.headers != Headers::default();
+        let has_headers = !up.headers.is_empty();
         let Some(publisher) = self.publisher_for(&up) else { return };
         tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
 

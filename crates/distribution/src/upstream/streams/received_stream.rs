@@ -14,10 +14,7 @@ use super::{
     script_data::ScriptData,
 };
 use downpour_hub::{NextPush, Publisher};
-use downpour_media::{
-    StreamKey,
-    flv::{Headers, Tag, TagKind},
-};
+use downpour_media::{StreamKey, flv::Tag};
 use downpour_repair::{
     control::StreamReport,
     fec,
@@ -172,11 +169,7 @@ impl ReceivedStream {
             Ok(headers) => {
                 tracing::info!(stream = %self.key, "codec headers fetched by RTMP");
                 let known = self.publisher.stream().headers();
-                let is_new = |tag: &&Tag| match tag.kind() {
-                    TagKind::Video => known.video.is_none(),
-                    TagKind::Audio => known.audio.is_none(),
-                    TagKind::Script => known.metadata.is_none(),
-                };
+                let is_new = |tag: &&Tag| known.like(tag).is_none();
                 headers.iter().filter(is_new).for_each(|tag| self.set_header(tag.clone()));
             }
             Err(error) => tracing::warn!(
@@ -190,13 +183,7 @@ impl ReceivedStream {
     }
 
     fn set_header(&mut self, tag: Tag) {
-        let mut headers = Headers::default();
-        match tag.kind() {
-            TagKind::Audio => headers.audio = Some(tag),
-            TagKind::Video => headers.video = Some(tag),
-            TagKind::Script => headers.metadata = Some(tag),
-        }
-        self.publisher.set_headers(headers);
+        self.publisher.set_headers(std::iter::once(tag).collect());
     }
 
     /// Returns `true` if the packet is one that header recovery asked for; the packet is used up
@@ -233,7 +220,7 @@ impl ReceivedStream {
     pub(super) fn poll_header_recovery(&mut self, now: Instant) -> Option<Nack> {
         let recovery = self.header_recovery.as_mut().filter(|r| r.poll_timeout() <= now)?;
         let headers = self.publisher.stream().headers();
-        let recovered = headers.video.is_some() || headers.audio.is_some();
+        let recovered = headers.video().is_some() || headers.audio().is_some();
         if !recovered && recovery.begin_fetch(now) {
             return None;
         }
@@ -326,8 +313,7 @@ impl ReceivedStream {
     /// `true` if `tag` is the codec header that the publication has already.
     fn has_header(&self, tag: &Tag) -> bool {
         let headers = self.publisher.stream().headers();
-        let held = if tag.kind() == TagKind::Audio { headers.audio } else { headers.video };
-        held.is_some_and(|held| held.body() == tag.body())
+        headers.like(tag).is_some_and(|held| held.body() == tag.body())
     }
 
     fn release_held_media(&mut self) {

@@ -101,7 +101,7 @@ fn late_joiner_requests_the_newest_gop() {
     let now = Instant::now();
     let (tags, bursts) = bursts(7, 9);
     let mut info = up("live/a", 7, Some(bursts[6].first_seq()), Some(bursts[8].last_seq()));
-    info.headers.video = Some(tags[0].clone());
+    assert!(info.headers.learn(&tags[0]));
     streams.stream_up(now, info);
     let nack = streams.poll_nack().unwrap();
     assert_eq!(nack.seqs.first(), Some(&bursts[6].first_seq()));
@@ -174,7 +174,7 @@ fn header_recovery_retries_until_a_header_arrives() {
     streams.handle_timeout(now + HOLD_TIME + RETRY_INTERVAL);
     assert_eq!(streams.poll_nack(), None);
     let headers = hub.streams()[0].headers();
-    assert_eq!(headers.video.unwrap().body(), tags[0].body());
+    assert_eq!(headers.video().unwrap().body(), tags[0].body());
 }
 
 #[test]
@@ -523,7 +523,7 @@ fn viewers_stay_while_the_cloud_restarts() {
         assert_eq!(streams.streams.len(), usize::from(cause == "replaced"));
         let (tags, after) = bursts(8, 5);
         let mut info = up("live/a", 8, Some(after[1].first_seq()), None);
-        info.headers.video = Some(tags[0].clone());
+        info.headers = [tags[0].clone()].into_iter().collect();
         streams.set_announced(later, true);
         streams.stream_up(later, info);
         after[1..].iter().for_each(|burst| feed(&mut streams, later, burst, Path::Live(0)));

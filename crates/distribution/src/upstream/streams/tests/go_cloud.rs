@@ -177,5 +177,5 @@ fn headers_that_are_sent_again_are_left_out_unless_they_are_news() {
     let (mut streams, hub) = table();
     streams.stream_up(now, up("live/a", 7, Some(packets[2].first_seq()), None));
     packets[2..].iter().for_each(|burst| feed(&mut streams, now, burst, Path::Live(0)));
-    assert_eq!(hub.streams()[0].headers().video.unwrap().body(), header.body());
+    assert_eq!(hub.streams()[0].headers().video().unwrap().body(), header.body());
 }
