@@ -60,8 +60,9 @@ const IO_CRATES: &[&str] = &[
 ];
 /// Dependencies of a crate that waits.
 const ASYNC_CRATES: &[&str] = &["async-trait", "futures", "tokio", "tokio-util"];
-/// The features of tokio that a crate may have that waits and has no sockets.
-const WAITING_FEATURES: &[&str] = &["sync", "time"];
+/// The features of tokio that a crate may have that waits and has no sockets. `rt` is for the timer of
+/// a stream that waits for its encoder.
+const WAITING_FEATURES: &[&str] = &["rt", "sync", "time"];
 
 /// The modules of this package, and the other modules, or parts of them, that they may import.
 const MODULES: &[(&str, &[&str])] = &[

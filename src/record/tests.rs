@@ -14,7 +14,7 @@ async fn each_publication_gets_a_file_with_timestamps_from_0() {
         let mut publisher = hub.publish(key()).unwrap();
         recorder.record(publisher.stream());
         for tag in [
-            tag(TagKind::Video, u32::MAX - 9, &[0x17, 0]),
+            tag(TagKind::Video, u32::MAX - 9, &[0x17, 0, 0, 0, 0, 1]),
             tag(TagKind::Video, u32::MAX - 9, &[0x17, 1]),
             tag(TagKind::Audio, u32::MAX - 19, &[0xaf, 1]),
             tag(TagKind::Video, 30, &[0x27, 1]),
@@ -30,7 +30,7 @@ async fn each_publication_gets_a_file_with_timestamps_from_0() {
         assert_eq!(
             read(&file),
             [
-                tag(TagKind::Video, 0, &[0x17, 0]),
+                tag(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]),
                 tag(TagKind::Video, 0, &[0x17, 1]),
                 tag(TagKind::Audio, 0, &[0xaf, 1]),
                 tag(TagKind::Video, 40, &[0x27, 1]),

@@ -235,8 +235,7 @@ impl<'a> Decoder<'a> {
                 properties: self.properties(depth)?,
             },
             AVM_PLUS => {
-                let (value, rest) = amf3::read(self.input, &mut self.values, depth)
-                    .map_err(|_| Amf0Error::Unsupported(AVM_PLUS))?;
+                let (value, rest) = amf3::read(self.input, &mut self.values, depth)?;
                 self.input = rest;
                 value
             }
@@ -461,7 +460,7 @@ mod tests {
         for marker in [OBJECT_END, 0x12, 0xff] {
             assert_eq!(decode(&[marker, 0, 0]), Err(Amf0Error::Unsupported(marker)));
         }
-        assert_eq!(decode(&[AVM_PLUS, 0x12]), Err(Amf0Error::Unsupported(AVM_PLUS)));
+        assert_eq!(decode(&[AVM_PLUS, 0x12]), Err(Amf0Error::Unsupported(0x12)));
     }
 
     #[test]

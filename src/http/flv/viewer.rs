@@ -165,7 +165,7 @@ impl Viewer {
                 () = reader.woken() => {}
                 () = stream.over() => {}
                 () = &mut deadline, if !deadline.is_elapsed() => {}
-                closed = client_closed(&self.socket) => return Err(closed),
+                closed = client_gone(&self.socket) => return Err(closed),
             }
         }
     }
