@@ -107,7 +107,11 @@ mod tests {
     fn verdict_names_the_role_of_the_file() {
         let good = |text: &str| check(text, None).unwrap();
         let verdict = |node: &str| {
-            format!("my.yaml: good, for {node}\na change takes effect after a restart\n")
+            format!(
+                "my.yaml: good, for {node}\na change takes effect on reload for \
+                 downstream.cert_file, downstream.key_file, downstream.targets, log.level; after a \
+                 restart for the rest\n"
+            )
         };
         assert_eq!(good(&CloudConfig::sample()), verdict("a cloud"));
         assert_eq!(good(&EdgeConfig::sample()), verdict("an edge"));

@@ -274,8 +274,8 @@ macro_rules! settings {
         }
 
         impl $name {
-            /// Reads `path`, or the default file of the working directory. When no path is given
-            /// and that file is missing, the defaults are used and written there.
+            /// Reads `path`, or the default file of the working directory. If the file is missing,
+            /// the defaults are used and written there.
             ///
             /// # Errors
             /// One line: the file, line and column, the key, and valid values.
@@ -293,7 +293,7 @@ macro_rules! settings {
                 file: &std::path::Path,
                 text: &str,
             ) -> Result<$crate::config::Loaded<Self>, $crate::config::ConfigError> {
-                $crate::config::parse::parse(file, text)
+                $crate::config::parse(file, text)
             }
 
             /// Returns the sample file: the defaults, every key with its meaning.

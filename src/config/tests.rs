@@ -42,7 +42,7 @@ fn sections_and_flat_keys_may_be_mixed() {
     let config = config.unwrap().config;
     assert_eq!(config.rtmp_addr, ListenAddr::any(1936));
     assert_eq!(config.downstream.rtp_cache_size, 7);
-    assert_eq!(config.max_streams, 3);
+    assert_eq!(config.stream_limits.max, 3);
     let targets: Vec<_> = config.downstream.targets.iter().map(ToString::to_string).collect();
     assert_eq!(targets, ["10.0.0.7:5222", "10.0.0.8:5222"]);
     assert_eq!(config.downstream.targets[1].fec, Some(downpour_repair::fec::Fec::Auto));
@@ -51,9 +51,9 @@ fn sections_and_flat_keys_may_be_mixed() {
 #[test]
 fn the_edges_streams_are_a_list_and_a_section() {
     let config = edge("streams: [live/a]\nmax_streams: 3").unwrap().config;
-    assert_eq!((config.streams.len(), config.max_streams), (1, 3));
+    assert_eq!((config.streams.len(), config.stream_limits.max), (1, 3));
     let config = edge("streams: {max: 3}\nupstream: {streams: [live/a, live/b]}").unwrap().config;
-    assert_eq!((config.streams.len(), config.max_streams), (2, 3));
+    assert_eq!((config.streams.len(), config.stream_limits.max), (2, 3));
 }
 
 #[test]
@@ -156,7 +156,10 @@ fn a_fault_in_a_list_or_map_has_the_place_of_the_item() {
             "downstream: {key_file: a, cert_file: a}",
             "1:24: downstream.key_file: use a path that differs from cert_file's",
         ),
-        ("log: {file: a/b}", "1:13: log.file: use a file name without / and %"),
+        (
+            "log: {file: a/b}",
+            "1:13: log.file: \"a/b\" is not valid; use a file name without / and %",
+        ),
         ("- a\n- b", "1:1: the file must hold lines of the form `key: value`"),
         ("{[a]: b}", "1:2: a key must be one word"),
     ] {
@@ -292,15 +295,21 @@ fn missing_file_means_defaults_and_the_sample_has_them() {
 }
 
 #[test]
-fn a_named_file_must_exist() {
+fn a_named_file_that_is_missing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("mine.yaml");
-    let error = CloudConfig::load(Some(&file)).unwrap_err();
-    assert_eq!(error.file(), file);
-    assert!(error.to_string().contains("cannot read it: No such file"), "{error}");
-    assert!(!file.exists());
+    let loaded = EdgeConfig::load(Some(&file)).unwrap();
+    assert_eq!(loaded.config, EdgeConfig::default());
+    assert_eq!(fs::read_to_string(&file).unwrap(), EdgeConfig::sample());
+    let error = EdgeConfig::load(Some(&dir.path().join("no/mine.yaml"))).unwrap_err().to_string();
+    assert!(
+        error.contains("mine.yaml: it does not exist and cannot be created: No such"),
+        "{error}"
+    );
     fs::write(&file, [0xff, 0xfe]).unwrap();
-    assert!(CloudConfig::load(Some(&file)).is_err());
+    let error = EdgeConfig::load(Some(&file)).unwrap_err();
+    assert_eq!(error.file(), file);
+    assert!(error.to_string().contains("cannot read it"), "{error}");
 }
 
 #[test]

@@ -1,34 +1,33 @@
 //! Settings of a node from those of a cloud and of an edge: two sets of defaults of one node.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use super::{
     assemble::{DownstreamSettings, HttpSettings, NodeSettings, Setting},
     upstream::UpstreamSettings,
 };
 use crate::{
-    config::{ClientAddr, CloudConfig, DownstreamConfig, EdgeConfig},
+    config::{ClientAddr, CloudConfig, DownstreamConfig, EdgeConfig, StreamLimits},
     http::ViewerSettings,
     net,
     rtmp::listener::ServerSettings as RtmpSettings,
 };
-use downpour_distribution::downstream::{
-    self, fanout, repair_server::RepairServerSettings, tap::SenderSettings,
+use downpour_distribution::{
+    address::Destination,
+    downstream::{self, fanout, repair_server::RepairServerSettings, tap::SenderSettings},
 };
 use downpour_hub::{LogLimits, admission};
+use downpour_repair::fec::Fec;
 use downpour_sys::udp::MulticastOut;
 
 impl From<&CloudConfig> for NodeSettings {
     fn from(config: &CloudConfig) -> Self {
-        let grace = Duration::from_millis(config.shutdown_grace_ms);
+        let grace = Duration::from_millis(config.shutdown.grace_ms);
         Self {
-            log: LogLimits {
-                max_bytes: config.gop_cache_max_bytes,
-                max_age: config.gop_cache_max_ms,
-            },
+            log: stream_log(&config.stream_limits),
             admission: admission::Settings {
                 publisher_silence: Duration::from_millis(config.publisher_silence_ms),
-                max_streams: config.max_streams,
+                max_streams: config.stream_limits.max,
                 max_players: config.max_viewers,
                 ..admission::Settings::default()
             },
@@ -54,7 +53,7 @@ impl From<&CloudConfig> for NodeSettings {
                 ),
                 grace: grace / 2,
             },
-            record: config.enable_record.then(|| config.record_dir.clone()),
+            record: config.record.dir().map(Path::to_owned),
             grace,
         }
     }
@@ -62,14 +61,11 @@ impl From<&CloudConfig> for NodeSettings {
 
 impl From<&EdgeConfig> for NodeSettings {
     fn from(config: &EdgeConfig) -> Self {
-        let grace = Duration::from_millis(config.shutdown_grace_ms);
+        let grace = Duration::from_millis(config.shutdown.grace_ms);
         Self {
-            log: LogLimits {
-                max_bytes: config.gop_cache_max_bytes,
-                max_age: config.gop_cache_max_ms,
-            },
+            log: stream_log(&config.stream_limits),
             admission: admission::Settings {
-                max_streams: config.max_streams,
+                max_streams: config.stream_limits.max,
                 max_players: config.max_viewers,
                 ..admission::Settings::default()
             },
@@ -86,10 +82,14 @@ impl From<&EdgeConfig> for NodeSettings {
                 ),
                 grace: grace / 2,
             },
-            record: config.enable_record.then(|| config.record_dir.clone()),
+            record: config.record.dir().map(Path::to_owned),
             grace,
         }
     }
+}
+
+fn stream_log(limits: &StreamLimits) -> LogLimits {
+    LogLimits { max_bytes: limits.gop_cache_max_bytes, max_age: limits.gop_cache_max_ms }
 }
 
 fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> ViewerSettings {
@@ -99,6 +99,12 @@ fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> Viewe
         merge_write: Duration::from_millis(merge_write_ms),
         ..ViewerSettings::default()
     }
+}
+
+/// Addresses that get every stream, and the parity of each.
+pub(crate) fn targets(config: &DownstreamConfig) -> Vec<(Destination, Fec)> {
+    let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
+    config.targets.iter().map(with_fec).collect()
 }
 
 /// `default_name` is the node's name if the machine has no host name.
@@ -114,7 +120,6 @@ fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettin
         pacing: config.pacing,
         ..fanout::Settings::default()
     };
-    let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
     DownstreamSettings {
         quic_addr: Setting::new("downstream.quic_addr", config.quic_addr.clone()),
         cert_file: config.cert_file.clone(),
@@ -126,7 +131,7 @@ fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettin
                 payload_max: config.rtp_payload_max,
             },
             fanout: (!config.debug).then_some(fanout),
-            targets: config.targets.iter().map(with_fec).collect(),
+            targets: targets(config),
             edge_fec: config.fec,
             // Replaced by the address above once that is resolved.
             quic_addr: ([0, 0, 0, 0], 0).into(),

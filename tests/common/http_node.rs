@@ -10,7 +10,7 @@ use downpour::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, ApiState},
     },
-    node::metrics,
+    node::{metrics, readiness::Readiness},
 };
 use downpour_hub::{Admission, Hub, LogLimits, Publisher, admission};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
@@ -54,6 +54,7 @@ impl HttpNode {
             hub: hub.clone(),
             registry: registry.clone(),
             started: Instant::now(),
+            readiness: Readiness::default(),
             downstream: None,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

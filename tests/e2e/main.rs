@@ -16,4 +16,6 @@ mod parents;
 mod parity;
 mod push_to_viewer;
 mod restarts;
+mod signals;
+mod supervisor;
 mod two_paths;

@@ -190,13 +190,14 @@ impl Admission {
         let Request { key, peer, revoked, .. } = request;
         let settings = self.shared.settings;
         let live = Arc::new(Live {
+            peer,
             revoked,
             since: Instant::now(),
             newest_ns: AtomicU64::new(0),
             state: Mutex::new(State::Waiting { metadata: None }),
         });
         let claims = &self.shared.hub.shared.claims;
-        let (claim, silent) = claims
+        let (claim, taken_over) = claims
             .claim_for(&key, Some(live.clone()), settings.publisher_silence, settings.max_streams)
             .map_err(|error| match error {
                 ClaimError::AlreadyLive(error) => Refusal::AlreadyLive(error.0),
@@ -204,12 +205,13 @@ impl Admission {
                     Refusal::Full(format!("max_streams is {}", settings.max_streams))
                 }
             })?;
-        if let Some(silent) = silent {
+        if let Some(old) = taken_over {
             self.shared.counters.takeovers.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(
                 stream = %key,
                 %peer,
-                silent_s = silent.as_secs(),
+                old_peer = %old.peer,
+                silent_s = old.silent.as_secs(),
                 "publisher replaced a silent one"
             );
         }
@@ -223,10 +225,13 @@ impl Admission {
     /// in time, and the refusals of policies.
     pub async fn play(&self, request: Request) -> Result<Playback, Refusal> {
         self.decide(&request).await?;
-        let Ok(permit) = self.shared.permits.clone().try_acquire_owned() else {
+        let full = || {
             let limit = self.shared.settings.max_players;
-            return Err(Refusal::Full(format!("max_viewers is {limit}")));
+            Refusal::Full(format!("max_viewers is {limit}"))
         };
+        if self.shared.permits.available_permits() == 0 {
+            return Err(full());
+        }
         let Request { key, peer, protocol, revoked, .. } = request;
         let hub = &self.shared.hub;
         let wanted = hub.want(&key);
@@ -234,6 +239,8 @@ impl Admission {
         let Some(stream) = hub.wait_for(&key, deadline).await else {
             return Err(Refusal::NotLive(key));
         };
+        // Only now: requests for streams that are not there take nobody's place.
+        let permit = self.shared.permits.clone().try_acquire_owned().map_err(|_| full())?;
         let id = self.shared.next_playback.fetch_add(1, Ordering::Relaxed);
         let is_revoked = AtomicBool::new(false);
         let playing = Arc::new(Playing { stream, peer, protocol, revoked, is_revoked });
@@ -349,6 +356,7 @@ impl Drop for Publication {
 
 /// The part of a publication that others can end.
 struct Live {
+    peer: SocketAddr,
     revoked: Option<CancellationToken>,
     since: Instant,
     /// When the newest tag arrived, in nanoseconds after `since`. Not behind the lock: claims read it
@@ -382,6 +390,10 @@ impl Holder for Live {
     fn silent_for(&self) -> Duration {
         let newest = Duration::from_nanos(self.newest_ns.load(Ordering::Relaxed));
         self.since.elapsed().saturating_sub(newest)
+    }
+
+    fn peer(&self) -> SocketAddr {
+        self.peer
     }
 
     fn end(&self, reason: EndReason) {

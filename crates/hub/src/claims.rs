@@ -12,6 +12,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -42,8 +43,20 @@ pub(crate) trait Holder: Send + Sync {
     /// How long it has sent nothing. Called behind the lock of all claims: takes no lock.
     fn silent_for(&self) -> Duration;
 
+    /// The address of the source.
+    fn peer(&self) -> SocketAddr;
+
     /// Ends the source. Once this returns, its stream is over, even if another thread ended it.
     fn end(&self, reason: EndReason);
+}
+
+/// A source that lost its key to another encoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TakenOver {
+    /// Its address.
+    pub(crate) peer: SocketAddr,
+    /// How long it had sent nothing.
+    pub(crate) silent: Duration,
 }
 
 /// Why a source loses its key.
@@ -75,14 +88,14 @@ impl Claims {
     }
 
     /// Claims a key for `holder`, while fewer than `max` are claimed. A source that has been silent
-    /// for `silence` loses the key and is ended; then the time that it was silent is returned, too.
+    /// for `silence` loses the key and is ended; then it is returned, too.
     pub(crate) fn claim_for(
         self: &Arc<Self>,
         key: &StreamKey,
         holder: Option<Arc<dyn Holder>>,
         silence: Duration,
         max: usize,
-    ) -> Result<(Claim, Option<Duration>), ClaimError> {
+    ) -> Result<(Claim, Option<TakenOver>), ClaimError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut held = self.held.lock();
         let previous = match held.get(key) {
@@ -102,11 +115,11 @@ impl Claims {
         held.insert(key.clone(), Held { id, holder });
         drop(held);
         let claim = Claim { claims: self.clone(), key: key.clone(), id };
-        let silent = previous.map(|(holder, silent)| {
+        let taken_over = previous.map(|(holder, silent)| {
             holder.end(EndReason::TakenOver);
-            silent
+            TakenOver { peer: holder.peer(), silent }
         });
-        Ok((claim, silent))
+        Ok((claim, taken_over))
     }
 
     /// Ends the source that holds `key` and frees the key. Returns `false` if no source holds it, or

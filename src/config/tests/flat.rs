@@ -186,8 +186,9 @@ enable_sr:        false
 sr_api:           \"\"
 ";
     let loaded = cloud(text).unwrap();
-    let expected =
-        CloudConfig { log_level: LogLevel::Debug, enable_log_file: true, ..CloudConfig::default() };
+    let mut expected = CloudConfig::default();
+    expected.log.level = LogLevel::Debug;
+    expected.log.to_file = true;
     assert_eq!(loaded.config, expected);
     assert_eq!(
         loaded.warnings,
@@ -223,7 +224,7 @@ protect: true
 ";
     let loaded = edge(text).unwrap();
     assert_eq!(loaded.config.udp_addr.to_string(), "239.0.0.1:5222");
-    assert_eq!(loaded.config.log_level, LogLevel::Info);
+    assert_eq!(loaded.config.log.level, LogLevel::Info);
     assert_eq!(loaded.config.pack_loss, 0.001);
     for key in ["padding_size", "chan_size", "init", "protect"] {
         let warning = format!("{key} has no effect and can be removed");
