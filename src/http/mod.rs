@@ -7,6 +7,7 @@ mod flv;
 mod head;
 pub mod listener;
 mod metrics;
+pub mod page;
 mod routed;
 
 pub use flv::ViewerSettings;

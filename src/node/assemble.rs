@@ -29,6 +29,7 @@ use crate::{
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, ApiState, DownstreamApi},
+        page,
     },
     node,
     record::{RecordMetrics, Recorder},
@@ -193,10 +194,14 @@ impl Node {
             downstream: downstream.as_ref().map(|(part, _)| downstream_api(part, addrs.rtmp)),
         };
         let HttpSettings { flv, viewers, grace: http_grace, .. } = settings.http;
+        let mut router = api::router(state);
+        if flv {
+            router = router.merge(page::router(admission.hub().clone()));
+        }
         let http = HttpServer::new(
             listener,
             flv.then(|| admission.clone()),
-            api::router(state),
+            router,
             viewers,
             HttpMetrics::register(&registry)?,
         );
