@@ -11,6 +11,7 @@ mod hostile_publishers;
 mod lossy_network;
 mod many_viewers;
 mod multicast;
+mod operation;
 mod pacing;
 mod parents;
 mod parity;
