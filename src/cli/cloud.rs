@@ -1,12 +1,14 @@
 //! `downpour cloud`.
 
+use std::path::Path;
+
 use super::{
     CloudArgs, Failure,
     node::{self, NodeConfig},
     requirements,
 };
 use crate::{
-    config::{CloudConfig, DownstreamConfig, LogConfig},
+    config::{CloudConfig, DownstreamConfig, LogConfig, RecordConfig},
     node::{DownstreamAddrs, NodeAddrs, NodeSettings, limits::Requirements},
 };
 
@@ -25,6 +27,18 @@ impl NodeConfig for CloudConfig {
 
     fn set_log_level(&mut self, other: &Self) {
         self.log.level = other.log.level;
+    }
+
+    fn record(&self) -> &RecordConfig {
+        &self.record
+    }
+
+    fn state_files(&self) -> Vec<(&'static str, &Path)> {
+        Vec::new()
+    }
+
+    fn has_token(&self) -> bool {
+        false
     }
 
     fn downstream(&self) -> Option<&DownstreamConfig> {

@@ -1,12 +1,14 @@
 //! `downpour edge`.
 
+use std::path::Path;
+
 use super::{
     EdgeArgs, Failure,
     node::{self, NodeConfig},
     requirements,
 };
 use crate::{
-    config::{DownstreamConfig, EdgeConfig, LogConfig},
+    config::{DownstreamConfig, EdgeConfig, LogConfig, RecordConfig},
     node::{NodeAddrs, NodeSettings, limits::Requirements},
 };
 
@@ -25,6 +27,25 @@ impl NodeConfig for EdgeConfig {
 
     fn set_log_level(&mut self, other: &Self) {
         self.log.level = other.log.level;
+    }
+
+    fn record(&self) -> &RecordConfig {
+        &self.record
+    }
+
+    fn state_files(&self) -> Vec<(&'static str, &Path)> {
+        let is_pinned = self.fingerprint.is_some() || !self.ca_file.as_os_str().is_empty();
+        match self.disable_quic || self.insecure || is_pinned {
+            true => Vec::new(),
+            false => {
+                let dir = self.known_clouds.parent().unwrap_or(Path::new(""));
+                vec![("trust.known_clouds", dir)]
+            }
+        }
+    }
+
+    fn has_token(&self) -> bool {
+        !self.token.is_empty()
     }
 
     fn downstream(&self) -> Option<&DownstreamConfig> {

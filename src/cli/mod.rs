@@ -4,6 +4,7 @@ pub mod check;
 pub mod cloud;
 pub mod demo;
 pub mod edge;
+mod files;
 mod node;
 pub mod pull;
 pub mod push;

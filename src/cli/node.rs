@@ -10,11 +10,11 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Failure,
+    Failure, files,
     signals::{Asked, NodeSignals},
 };
 use crate::{
-    config::{self, DownstreamConfig, Loaded, LogConfig, Reload, Settings},
+    config::{self, DownstreamConfig, Loaded, LogConfig, RecordConfig, Reload, Settings},
     node::{
         DownstreamReload, Node, NodeAddrs, NodeSettings, StartError,
         limits::{self, Requirements},
@@ -31,6 +31,15 @@ pub(super) trait NodeConfig: Settings {
 
     /// Makes `log.level` that of `other`.
     fn set_log_level(&mut self, other: &Self);
+
+    /// The section `record`.
+    fn record(&self) -> &RecordConfig;
+
+    /// Further keys of files that the node writes, and the directories of these files.
+    fn state_files(&self) -> Vec<(&'static str, &Path)>;
+
+    /// `true` if the file has a token that the node presents.
+    fn has_token(&self) -> bool;
 
     /// The section `downstream`; `None` on a node without one.
     fn downstream(&self) -> Option<&DownstreamConfig>;
@@ -68,10 +77,11 @@ pub(super) fn run<T: NodeConfig>(named: Option<&Path>) -> Result<(), Failure> {
     let Loaded { config, notes, warnings, .. } = config::load::<T>(named, default)?;
     let log = logging::init(config.log().level, LogFile::of(config.log()))?;
     logging::log_notes(&notes, &warnings);
+    let file = named.unwrap_or(default).to_owned();
+    logging::log_notes(&[], &files::exposed(&config, &file));
     for advice in limits::prepare(&config.requirements()) {
         tracing::warn!("{advice}");
     }
-    let file = named.unwrap_or(default).to_owned();
     let process = Process { config, file, log, signals };
     super::run_on(runtime, |shutdown| process.run(shutdown))
 }

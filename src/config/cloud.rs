@@ -75,6 +75,12 @@ impl CloudConfig {
 
     fn check(&self) -> Result<(), Conflict> {
         self.downstream.check()?;
+        super::check_ports(&[("rtmp.addr", &self.rtmp_addr), ("http.addr", &self.api_addr)])?;
+        let rtp_out = ListenAddr::any(self.downstream.rtp_port);
+        super::check_ports(&[
+            ("downstream.quic_addr", &self.downstream.quic_addr),
+            ("downstream.rtp_port", &rtp_out),
+        ])?;
         self.log.check()
     }
 

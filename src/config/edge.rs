@@ -137,13 +137,18 @@ settings! {
 
 impl EdgeConfig {
     fn settle(&mut self, given: &Given) {
+        // `[::1]`, as in an address with a port.
+        let host = self.cloud_host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        if let Some(host) = host.filter(|host| host.parse::<std::net::Ipv6Addr>().is_ok()) {
+            self.cloud_host = host.to_owned();
+        }
         if given.has_section("downstream") && !given.has_key("downstream.enabled") {
             self.downstream_enabled = true;
         }
     }
 
     fn check(&self) -> Result<(), Conflict> {
-        let fail = |keys, message: &str| Err(Conflict::new(keys, message));
+        let fail = |keys: &[&'static str], message: &str| Err(Conflict::new(keys, message));
         if self.insecure && self.fingerprint.is_some() {
             return fail(
                 &["trust.insecure"],
@@ -158,10 +163,11 @@ impl EdgeConfig {
         }
         if !self.cloud_host.is_empty() && !downpour_distribution::address::is_host(&self.cloud_host)
         {
-            return fail(
-                &["upstream.host"],
-                "use a host name or an address, without a port or brackets",
+            let message = format!(
+                "{:?} is not valid; use a host name or an address, without a port",
+                self.cloud_host
             );
+            return Err(Conflict::new(&["upstream.host"], message));
         }
         if self.udp_addr_2.is_none() && self.cloud_rtp_addr_2.is_some() {
             return fail(&["upstream.rtp_addr_2"], "it needs rtp.addr_2, which is not set");
@@ -182,6 +188,15 @@ impl EdgeConfig {
             return fail(&["upstream.token"], "use at most 1024 bytes");
         }
         self.downstream.check()?;
+        let quic = &self.downstream.quic_addr;
+        let rtp_out = ListenAddr::any(self.downstream.rtp_port);
+        let mut udp = vec![("rtp.addr", &self.udp_addr)];
+        udp.extend(self.udp_addr_2.as_ref().map(|addr| ("rtp.addr_2", addr)));
+        if self.downstream_enabled {
+            udp.push(("downstream.quic_addr", quic));
+            udp.push(("downstream.rtp_port", &rtp_out));
+        }
+        super::check_ports(&udp)?;
         self.log.check()
     }
 

@@ -191,14 +191,26 @@ pub fn read(file: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// Checks that the addresses of these keys, all TCP or all UDP, can be listened on at one time.
+fn check_ports(addrs: &[(&'static str, &ListenAddr)]) -> Result<(), Conflict> {
+    for (i, (key, addr)) in addrs.iter().enumerate() {
+        if let Some((other, _)) = addrs.iter().take(i).find(|(_, other)| addr.overlaps(other)) {
+            let message =
+                format!("{other} and {key} both use port {}; change one of them", addr.port());
+            return Err(Conflict::new(&[*key, *other], message));
+        }
+    }
+    Ok(())
+}
+
 fn check_pair(cert: &Path, key: &Path) -> Result<(), Conflict> {
-    let fail = |keys, message: &str| Err(Conflict::new(keys, message));
+    let fail = |keys: &[&'static str], message: &str| Err(Conflict::new(keys, message));
     match (cert.as_os_str().is_empty(), key.as_os_str().is_empty()) {
-        (true, _) => fail(&["downstream.cert_file"], "use a path"),
-        (_, true) => fail(&["downstream.key_file"], "use a path"),
+        (true, _) => fail(&["downstream.cert_file"], "is empty; use a path"),
+        (_, true) => fail(&["downstream.key_file"], "is empty; use a path"),
         _ if cert == key => fail(
             &["downstream.key_file", "downstream.cert_file"],
-            "use a path that differs from cert_file's",
+            "is the same file as cert_file; use another",
         ),
         _ => Ok(()),
     }

@@ -9,6 +9,7 @@ use super::{
     CloudConfig, ConfigError, EdgeConfig, Loaded, Role,
     invalid::shown_key,
     record::nearest,
+    sample,
     schema::{self, Section, Settings, Slot, Spec, Visitor},
     tree::{self, Entry, Node, Place, Value},
 };
@@ -36,6 +37,14 @@ impl Given {
 /// Reads and checks a file's text.
 pub(super) fn parse<T: Settings>(file: &Path, text: &str) -> Result<Loaded<T>, ConfigError> {
     let fail = |at: Place, message| Err(ConfigError::new(file, Some(at), message));
+    if sample::is_cut_off(text) {
+        let message = format!(
+            "the file ends in the middle: its last line, `{}`, is missing; restore the file, or \
+             remove its first line",
+            sample::LAST_LINE
+        );
+        return fail(Place { line: text.lines().count().max(1), column: 1 }, message);
+    }
     let root = match tree::parse(text) {
         Ok(root) => root,
         Err(fault) => return fail(fault.at, fault.message),

@@ -162,15 +162,15 @@ impl<T: Setting + Number + PartialOrd + fmt::Display> Slot for Bounded<'_, T> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
     /// The paths of the keys, the one most likely at fault first.
-    pub keys: &'static [&'static str],
+    pub keys: Vec<&'static str>,
     /// The fault and the remedy.
     pub message: String,
 }
 
 impl Conflict {
     /// A conflict between `keys`.
-    pub fn new(keys: &'static [&'static str], message: impl Into<String>) -> Self {
-        Self { keys, message: message.into() }
+    pub fn new(keys: &[&'static str], message: impl Into<String>) -> Self {
+        Self { keys: keys.to_vec(), message: message.into() }
     }
 }
 

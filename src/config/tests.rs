@@ -154,7 +154,7 @@ fn a_fault_in_a_list_or_map_has_the_place_of_the_item() {
         ),
         (
             "downstream: {key_file: a, cert_file: a}",
-            "1:24: downstream.key_file: use a path that differs from cert_file's",
+            "1:24: downstream.key_file: is the same file as cert_file; use another",
         ),
         (
             "log: {file: a/b}",
@@ -267,7 +267,7 @@ fn settings_that_contradict_each_other_are_refused() {
         ),
         ("rtp: {addr: ':9', addr_2: ':9'}", "1:27: rtp.addr_2: use an address that differs"),
         ("streams: []", "1:10: streams: use 1 to 1000 patterns"),
-        ("downstream: {cert_file: ''}", "1:25: downstream.cert_file: use a path"),
+        ("downstream: {cert_file: ''}", "1:25: downstream.cert_file: is empty; use a path"),
         ("fingerprint: zz", "1:14: fingerprint: \"zz\" is not valid; use 64 hexadecimal digits"),
         ("streams: [li*e]", "1:11: streams[0]: \"li*e\" is not valid; use app/name"),
     ] {
@@ -276,6 +276,55 @@ fn settings_that_contradict_each_other_are_refused() {
     }
     let warnings = edge("hls: {enabled: true}").unwrap().warnings;
     assert_eq!(warnings, ["edge.yaml: hls.enabled: HLS is not served yet; viewers have HTTP-FLV"]);
+}
+
+#[test]
+fn a_port_that_is_set_twice_is_refused() {
+    for (text, expected) in [
+        (
+            "rtmp: {addr: ':8090'}",
+            "1:14: rtmp.addr: rtmp.addr and http.addr both use port 8090; change one of them",
+        ),
+        (
+            "downstream:\n  rtp_port: 4242\n",
+            "2:13: downstream.rtp_port: downstream.quic_addr and downstream.rtp_port both use port \
+             4242; change one of them",
+        ),
+    ] {
+        refused(text, expected);
+    }
+    // TCP and UDP have separate ports, and 0 is a free one.
+    cloud("http: {addr: ':4242'}").unwrap();
+    cloud("rtmp: {addr: ':0'}\nhttp: {addr: ':0'}").unwrap();
+    let error = edge("rtp: {addr_2: '239.0.0.1:5222'}").unwrap_err();
+    assert!(error.contains("rtp.addr and rtp.addr_2 both use port 5222"), "{error}");
+    edge("rtp: {addr: '10.0.0.1:5222', addr_2: '239.0.0.1:5222'}").unwrap();
+    assert!(edge("downstream: {rtp_port: 5222}").is_err());
+}
+
+#[test]
+fn a_host_may_have_brackets() {
+    for text in ["upstream: {host: '[::1]'}", "cloud_host: ::1"] {
+        assert_eq!(edge(text).unwrap().config.cloud_host, "::1", "{text}");
+    }
+    for text in ["cloud_host: '[::1'", "cloud_host: '[::1]:80'", "cloud_host: '[a]'"] {
+        let error = edge(text).unwrap_err();
+        assert!(error.contains(" is not valid; use a host name or an address"), "{error}");
+    }
+}
+
+#[test]
+fn a_generated_file_that_was_cut_off_is_refused() {
+    let whole = CloudConfig::sample();
+    for cut in [whole.len() / 3, whole.len() / 2, whole.len() - 40, whole.len() - 2] {
+        let error = cloud(&whole[..cut]).unwrap_err();
+        assert!(error.contains("the file ends in the middle"), "{error}");
+    }
+    // Lines may be added, changed and removed.
+    cloud(&whole.replace("addr: :1935", "addr: :1936")).unwrap();
+    cloud(&format!("{whole}\n\n")).unwrap();
+    cloud(whole.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>().as_str())
+        .unwrap();
 }
 
 #[test]

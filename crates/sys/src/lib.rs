@@ -3,6 +3,7 @@
 //!
 //! | module | contents |
 //! |---|---|
+//! | [`access`] | permissions on files |
 //! | [`buffer`] | reference-counted buffers carved out of shared blocks |
 //! | [`idle`] | nap or block: how a worker thread idles |
 //! | [`recvmmsg`], [`sendmmsg`] | many datagrams per system call, with GRO and GSO |
@@ -14,6 +15,7 @@
 
 #![warn(missing_docs, unreachable_pub)]
 
+pub mod access;
 pub mod buffer;
 pub mod idle;
 mod log_limit;
