@@ -138,7 +138,8 @@ impl<T: NodeConfig> Process<T> {
                 Err(error) => error,
             };
             // After a failed attempt, its own sockets may be open for a moment.
-            if !error.is_network() && !(waited && error.is_machine()) {
+            let may_wait = error.is_network() || waited && error.is_machine();
+            if !may_wait {
                 return Err(self.start_failure(&error));
             }
             waited = true;

@@ -76,7 +76,10 @@ pub(super) fn parse<T: Settings>(file: &Path, text: &str) -> Result<Loaded<T>, C
     let retired = retired.into_iter().map(|(at, key)| {
         format!("{}:{at}: {key} has no effect and can be removed", file.display())
     });
-    let warnings = retired.chain(warnings).collect();
+    let empty = entries
+        .is_empty()
+        .then(|| format!("{}: the file has no keys: each of them has its default", file.display()));
+    let warnings = empty.into_iter().chain(retired).chain(warnings).collect();
     Ok(Loaded { config, file: Some(file.to_owned()), notes: Vec::new(), warnings })
 }
 

@@ -30,6 +30,8 @@ fn written<T: Settings>(config: &T) -> String {
 fn empty_file_means_defaults() {
     for text in ["", "\n", "# nothing\n", "---\n", "rtmp:\nhttp: {}\nstreams: ~\n"] {
         assert_eq!(cloud(text).unwrap().config, CloudConfig::default(), "{text:?}");
+        let warned = cloud(text).unwrap().warnings.len();
+        assert_eq!(warned, usize::from(!text.contains("rtmp")), "{text:?}");
     }
 }
 

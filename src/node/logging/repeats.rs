@@ -141,8 +141,7 @@ mod tests {
         let (repeats, written) = (Repeats::default(), Written::default());
         let subscriber = tracing_subscriber::registry().with(written.clone()).with(repeats.clone());
         tracing::subscriber::with_default(subscriber, || log(&repeats));
-        let lines = written.0.lock().clone();
-        lines
+        written.0.lock().clone()
     }
 
     #[test]
