@@ -21,7 +21,8 @@ use axum::{
 use prometheus::Registry;
 use serde::{Deserialize, Serialize};
 
-use crate::node::{metrics, readiness::Readiness};
+use super::readiness::Readiness;
+use crate::node::metrics;
 use downpour_distribution::downstream::{
     edges::{EdgeInfo, Edges},
     outgoing::OutgoingStreams,

@@ -8,6 +8,7 @@ mod head;
 pub mod listener;
 mod metrics;
 pub mod page;
+pub mod readiness;
 mod routed;
 
 pub use flv::ViewerSettings;

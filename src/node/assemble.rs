@@ -23,13 +23,14 @@ use prometheus::Registry;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{StartError, TaskEnded, Tasks, metrics, readiness::Readiness, upstream};
+use super::{StartError, TaskEnded, Tasks, metrics, upstream};
 use crate::{
     config::ListenAddr,
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, ApiState, DownstreamApi},
         page,
+        readiness::Readiness,
     },
     node,
     record::{RecordMetrics, Recorder},

@@ -4,7 +4,6 @@ pub mod assemble;
 pub mod limits;
 pub mod logging;
 pub mod metrics;
-pub mod readiness;
 pub mod settings;
 pub mod upstream;
 

@@ -9,8 +9,9 @@ use downpour::{
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, ApiState},
+        readiness::Readiness,
     },
-    node::{metrics, readiness::Readiness},
+    node::metrics,
 };
 use downpour_hub::{Admission, Hub, LogLimits, Publisher, admission};
 use downpour_media::flv::{FlvReader, Tag, TagKind};
