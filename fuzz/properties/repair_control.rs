@@ -19,9 +19,7 @@ pub fn check(data: &[u8]) {
             CloudMessage::StreamUpdate { headers, .. } => headers,
             _ => continue,
         };
-        for tag in [headers.metadata, headers.video, headers.audio].iter().flatten() {
-            check_tag(tag);
-        }
+        headers.iter().for_each(check_tag);
     }
 }
 

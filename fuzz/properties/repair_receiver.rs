@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use downpour_repair::{
-    receiver::{Event, Path, Receiver, Settings},
+    receiver::{Event, Numbering, Path, Receiver, Settings},
     rtp::{Packet, Seq, Ssrc, packet::Header},
 };
 
@@ -27,6 +27,7 @@ pub fn check(mut data: &[u8]) {
         latency: Duration::from_millis(u64::from(latency) * 4),
         join_latency: Duration::from_millis(u64::from(join) * 4),
         group: false,
+        numbering: if window & 0x80 == 0 { Numbering::Guessed } else { Numbering::Announced },
     };
     let mut newest = Seq(u16::from(first) << 8);
     let (receiver, next) = match first {
@@ -99,6 +100,7 @@ impl Run {
     }
 
     fn poll(&mut self) {
+        self.receiver.handle_timeout(self.now);
         while let Some(event) = self.receiver.poll_event() {
             match event {
                 Event::Packet(packet) => self.delivered(&packet),

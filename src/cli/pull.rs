@@ -18,7 +18,7 @@ use crate::{
     http::client::{FlvClient, FlvClientError, FlvUrl},
     rtmp::client::{ClientError, Player},
 };
-use downpour_media::flv::{FlvWriter, Tag};
+use downpour_media::flv::{FlvWriter, Tag, Tracks};
 use downpour_rtmp::url::RtmpUrl;
 
 pub use super::rates::Totals;
@@ -188,7 +188,8 @@ struct Output {
 
 impl Output {
     fn create(path: &std::path::Path) -> io::Result<Self> {
-        let writer = FlvWriter::new(BufWriter::new(File::create(path)?))?;
+        let file = BufWriter::new(File::create(path)?);
+        let writer = FlvWriter::with_tracks(file, Tracks::default())?;
         Ok(Self { writer, flushed: Instant::now() })
     }
 
@@ -202,7 +203,7 @@ impl Output {
 
     fn flush(&mut self) -> io::Result<()> {
         self.flushed = Instant::now();
-        self.writer.flush()
+        self.writer.flush_with_flags()
     }
 }
 

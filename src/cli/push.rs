@@ -219,15 +219,10 @@ impl Iterator for Play<'_> {
             self.next += 1;
             let timestamp = tag.timestamp().wrapping_add(self.offset);
             if is_header(tag) {
-                let held = match tag.kind() {
-                    TagKind::Video => &mut self.headers.video,
-                    TagKind::Audio => &mut self.headers.audio,
-                    TagKind::Script => &mut self.headers.metadata,
-                };
-                if !first_pass && held.as_ref().is_some_and(|held| held.body() == tag.body()) {
+                let is_news = self.headers.learn(tag) || !tag.is_header();
+                if !first_pass && !is_news {
                     continue;
                 }
-                *held = Some(tag.clone());
             } else {
                 let step = timestamp.wrapping_sub(*self.newest.get_or_insert(timestamp)) as i32;
                 if step > 0 {
@@ -259,7 +254,7 @@ fn period(tags: &[Tag]) -> Option<u32> {
 }
 
 fn is_header(tag: &Tag) -> bool {
-    tag.kind() == TagKind::Script || tag.is_sequence_header()
+    tag.kind() == TagKind::Script || tag.is_header()
 }
 
 const SERVER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -279,9 +274,9 @@ mod tests {
     #[test]
     fn later_passes_continue_the_timestamps_without_headers() {
         let tags = [
-            tag(TagKind::Script, 0, &[2]),
-            tag(TagKind::Video, 0, &[0x17, 0]),
-            tag(TagKind::Audio, 0, &[0xaf, 0]),
+            tag(TagKind::Script, 0, b"\x02\x00\x0aonMetaData\x05"),
+            tag(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]),
+            tag(TagKind::Audio, 0, &[0xaf, 0, 0x12]),
             tag(TagKind::Video, 1000, &[0x17, 1]),
             tag(TagKind::Audio, 990, &[0xaf, 1]),
             tag(TagKind::Video, 1040, &[0x27, 1]),
@@ -314,9 +309,9 @@ mod tests {
     #[test]
     fn headers_that_change_inside_the_file_are_sent_in_each_pass() {
         let tags = [
-            tag(TagKind::Video, 0, &[0x17, 0, 1]),
+            tag(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]),
             tag(TagKind::Video, 0, &[0x17, 1]),
-            tag(TagKind::Video, 40, &[0x17, 0, 2]),
+            tag(TagKind::Video, 40, &[0x17, 0, 0, 0, 0, 2]),
             tag(TagKind::Video, 40, &[0x17, 1]),
         ];
         let clip = Clip::read(&file(&tags)[..]).unwrap();
@@ -349,7 +344,7 @@ mod tests {
 
     #[test]
     fn file_without_frames_or_not_flv_is_refused() {
-        let only_headers = file(&[tag(TagKind::Video, 0, &[0x17, 0])]);
+        let only_headers = file(&[tag(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1])]);
         for (bytes, expected) in
             [(&only_headers[..], "neither audio nor video"), (b"RIFF", "not FLV"), (b"", "neither")]
         {

@@ -8,7 +8,13 @@ use downpour_distribution::address::Destination;
 
 settings! {
     /// A cloud node's settings: `config.yaml`.
-    pub struct CloudConfig(Role::Cloud, "config.yaml", retired: ["enable_sr", "sr_api"]) {
+    pub struct CloudConfig(Role::Cloud, "config.yaml", retired: [
+        "enable_sr", "sr_api",
+        // Those of the `livego.yaml` beside a Go cloud.
+        "api_pull", "config_file", "enable_rtmps", "enable_tls_verify", "gop_num", "hls_addr",
+        "hls_keep_after_end", "httpflv_addr", "jwt", "read_timeout", "redis_addr", "redis_pwd",
+        "rtmp_noauth", "rtmps_cert", "rtmps_key", "server", "use_hls_https", "write_timeout"
+    ]) {
         /// RTMP, from encoders.
         rtmp {
             /// Address that encoders push to.
@@ -40,6 +46,8 @@ settings! {
             /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
             /// once. 350 takes a fraction of the processor time and adds up to 350 ms of delay.
             restart merge_write_ms -> merge_write_ms: u64 = 0, in 0..=2000;
+            /// Bytes that the kernel holds for a viewer that reads too slowly; 0 is 1.5 s of its stream.
+            restart viewer_send_buffer -> viewer_send_buffer: u32 = 0, in 0..=1 << 30;
         }
         /// Edges below this node: RTP to them, and repair.
         downstream {
@@ -71,7 +79,9 @@ settings! {
 }
 
 impl CloudConfig {
-    fn settle(&mut self, _: &Given) {}
+    fn settle(&mut self, given: &Given) {
+        self.downstream.settle(given);
+    }
 
     fn check(&self) -> Result<(), Conflict> {
         self.downstream.check()?;

@@ -9,8 +9,12 @@ group! {
     pub struct StreamLimits {
         /// Streams at one time.
         restart max -> max: usize = 1000, in 1..=100_000, also [max_streams];
-        /// Media per stream that is kept in memory for viewers and for recording, in
-        /// milliseconds.
+        /// Time that a stream waits for its encoder, or its cloud, to come back, in milliseconds; 0
+        /// ends it at once. Viewers, edges and recordings stay, and timestamps continue.
+        restart publish_grace_ms -> publish_grace_ms: u64 = 5000,
+            in 0..=600_000, also [publish_grace_ms];
+        /// Media per stream that is kept in memory for viewers and a recording that are behind, in
+        /// milliseconds. Others need the newest group of pictures only.
         restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,
             in 1000..=600_000, also [gop_cache_max_ms];
         /// The same limit in bytes.
@@ -23,9 +27,9 @@ group! {
     /// Recording to FLV files: the section `record`.
     pub struct RecordConfig {
         /// Whether each stream is recorded.
-        restart enabled -> enabled: bool = false, also [enable_record];
+        restart enabled -> enabled: bool = false, also [enable_record, flv_archive];
         /// Directory of the files.
-        restart dir -> dir: PathBuf = "records".into(), also [record_dir];
+        restart dir -> dir: PathBuf = "records".into(), also [record_dir, flv_dir];
     }
 }
 
@@ -33,7 +37,7 @@ group! {
     /// The log: the section `log`.
     pub struct LogConfig {
         /// trace, debug, info, warn or error. The environment variable RUST_LOG overrides it.
-        live level -> level: LogLevel = LogLevel::Info, also [log_level];
+        live level -> level: LogLevel = LogLevel::Info, also [log_level, level];
         /// Whether the log is also written to a file.
         restart to_file -> to_file: bool = false, also [enable_log_file];
         /// Directory of the log files.

@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, path::PathBuf};
 
-use super::{ClientAddr, Conflict, InterfaceAddr, ListenAddr, check_pair, schema::group};
+use super::{ClientAddr, Conflict, Given, InterfaceAddr, ListenAddr, check_pair, schema::group};
 use downpour_distribution::{AddrRange, downstream::fanout::Pacing, tls};
 use downpour_repair::fec::{Fec, PARITY_PORT_OFFSET};
 
@@ -38,12 +38,18 @@ group! {
         /// loss reports call for), or `{columns: 10, rows: 5}`. `rows: 1` is row parity only.
         restart fec -> fec: Fec = Fec::Off, also [fec];
         /// off sends a frame's packets at once. `{factor: 1.5 to 100}` spreads them at that multiple of
-        /// the stream's rate, within one frame's time, for networks with short queues.
-        restart pacing -> pacing: Pacing = Pacing::Off, also [pacing];
+        /// the stream's rate, within one frame's time, for networks with short queues. targets does so
+        /// with factor 2 for the addresses in targets only: Go edges have short buffers.
+        restart pacing -> pacing: Pacing = Pacing::Targets, also [pacing];
+        /// Whether the codec headers are sent again before each key frame while targets lists addresses,
+        /// so that a Go edge that joins late or restarts plays.
+        restart repeat_headers -> repeat_headers: bool = true;
         /// RTP packets per stream that are kept for repair.
         restart rtp_cache_size -> rtp_cache_size: usize = 5000, in 1..=32768, also [rtp_cache_size];
-        /// Age at which they are dropped, in milliseconds.
-        restart rtp_cache_ms -> rtp_cache_ms: u64 = 10_000, in 100..=600_000, also [rtp_cache_ms];
+        /// Age at which they are dropped, in milliseconds. If rtp_cache_size is set alone, only the
+        /// number limits them.
+        restart rtp_cache_ms -> rtp_cache_ms: u64 = 10_000,
+            in 100..=RTP_CACHE_MS_MAX, also [rtp_cache_ms];
         /// Bytes of media per RTP packet. Over 1120, repair packets may not fit a QUIC datagram.
         restart rtp_payload_max -> rtp_payload_max: usize = 1120,
             in 512..=1180, also [rtp_payload_max];
@@ -69,6 +75,14 @@ impl DownstreamConfig {
         self.targets.clone_from(&new.targets);
         self.cert_file.clone_from(&new.cert_file);
         self.key_file.clone_from(&new.key_file);
+    }
+
+    /// A file of an existing cloud has the size of its cache alone: no time may cut that short.
+    pub(super) fn settle(&mut self, given: &Given) {
+        let has = |key: &str| given.has_key(&format!("downstream.{key}"));
+        if has("rtp_cache_size") && !has("rtp_cache_ms") {
+            self.rtp_cache_ms = RTP_CACHE_MS_MAX;
+        }
     }
 
     pub(super) fn check(&self) -> Result<(), Conflict> {
@@ -137,6 +151,7 @@ impl DownstreamConfig {
     }
 }
 
+const RTP_CACHE_MS_MAX: u64 = 600_000;
 const TARGETS: &[&str] = &["downstream.targets"];
 const TARGETS_AND_FEC: &[&str] = &["downstream.targets", "downstream.fec"];
 /// Each is compared with each connection's address.

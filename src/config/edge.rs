@@ -97,6 +97,8 @@ settings! {
             /// Least time between two writes to a viewer, in milliseconds; 0 writes each frame at
             /// once. 350 takes a fraction of the processor time and adds up to 350 ms of delay.
             restart merge_write_ms -> merge_write_ms: u64 = 0, in 0..=2000, also [merge_write_ms];
+            /// Bytes that the kernel holds for a viewer that reads too slowly; 0 is 1.5 s of its stream.
+            restart viewer_send_buffer -> viewer_send_buffer: u32 = 0, in 0..=1 << 30;
             /// Certificate for HTTPS, PEM. Accepted, but HTTPS is not served yet.
             restart cert_file -> cert_file: PathBuf = PathBuf::new(), also [cert_file];
             /// Private key of the certificate, PEM. Not used yet.
@@ -145,6 +147,7 @@ impl EdgeConfig {
         if given.has_section("downstream") && !given.has_key("downstream.enabled") {
             self.downstream_enabled = true;
         }
+        self.downstream.settle(given);
     }
 
     fn check(&self) -> Result<(), Conflict> {
@@ -206,9 +209,13 @@ impl EdgeConfig {
             warnings.push("hls.enabled: HLS is not served yet; viewers have HTTP-FLV".into());
         }
         if !self.cert_file.as_os_str().is_empty() || !self.key_file.as_os_str().is_empty() {
-            warnings.push(
-                "http.cert_file, http.key_file: HTTPS is not served yet; they are not read".into(),
-            );
+            warnings.push(format!(
+                "http.cert_file, http.key_file: HTTPS IS NOT SERVED. An existing Go edge serves HTTPS in \
+                 place of HTTP when both files exist; this edge serves plain HTTP on {} only, and \
+                 viewers with https:// links cannot connect. Put a TLS proxy in front of it, and \
+                 remove both keys",
+                self.flv_addr
+            ));
         }
         if self.pack_loss > 0.0 {
             let share = self.pack_loss * 100.0;

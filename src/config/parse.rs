@@ -79,9 +79,18 @@ pub(super) fn parse<T: Settings>(file: &Path, text: &str) -> Result<Loaded<T>, C
     let empty = entries
         .is_empty()
         .then(|| format!("{}: the file has no keys: each of them has its default", file.display()));
-    let warnings = empty.into_iter().chain(retired).chain(warnings).collect();
+    let of_livego = given.keys.iter().filter(|(_, (name, _))| LIVEGO.contains(&&name[..]));
+    let mut of_livego: Vec<_> = of_livego.map(|(path, (name, at))| (*at, name, path)).collect();
+    of_livego.sort();
+    let of_livego = of_livego.into_iter().map(|(at, name, path)| {
+        format!("{}:{at}: {name} is livego's name; it sets {path}", file.display())
+    });
+    let warnings = empty.into_iter().chain(retired).chain(of_livego).chain(warnings).collect();
     Ok(Loaded { config, file: Some(file.to_owned()), notes: Vec::new(), warnings })
 }
+
+/// Names of `livego.yaml` that are not those of a Go node's own file.
+const LIVEGO: &[&str] = &["level", "flv_archive", "flv_dir"];
 
 /// Counts a file's keys that a role knows.
 pub(super) fn known_keys<T: Settings>(entries: &[Entry]) -> usize {

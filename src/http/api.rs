@@ -92,7 +92,8 @@ struct Answer<T> {
 struct LiveStat {
     /// `null` if there is none: existing edges check for that.
     publishers: Option<Vec<StreamStat>>,
-    players: Vec<StreamStat>,
+    /// Players over RTMP, which this node does not serve: `null`, as where there are none.
+    players: Option<Vec<StreamStat>>,
 }
 
 /// One publication in wire v0. Speeds are in bytes per millisecond.
@@ -145,7 +146,7 @@ async fn live_stat(
                 url: match downstream.rtmp_port {
                     Some(port) => format!("rtmp://{}:{port}/{key}", host_name(host)),
                     // A parent edge has no RTMP.
-                    None => format!("http://{host}/{key}.flv"),
+                    None => format!("http://{host}/{}.flv", key.to_url_path()),
                 },
                 start_time: stream.start_unix_ms(),
                 ssrc: stream.ssrc().0,
@@ -164,7 +165,7 @@ async fn live_stat(
         }
         _ => {
             let publishers = Some(publishers).filter(|publishers| !publishers.is_empty());
-            answer(StatusCode::OK, LiveStat { publishers, players: Vec::new() })
+            answer(StatusCode::OK, LiveStat { publishers, players: None })
         }
     }
 }
@@ -341,7 +342,7 @@ mod tests {
         let router = serving(&hub, &outgoing, Edges::default(), 1935);
         assert_eq!(
             get_json(&router, "/stat/livestat").await,
-            (200, json!({"status": 200, "data": {"publishers": null, "players": []}}))
+            (200, json!({"status": 200, "data": {"publishers": null, "players": null}}))
         );
 
         let mut publisher = hub.publish("live/movie".parse().unwrap()).unwrap();
@@ -365,7 +366,7 @@ mod tests {
             "audio_total_bytes": 0,
             "audio_speed": 0,
         });
-        let listed = json!({"status": 200, "data": {"publishers": [entry], "players": []}});
+        let listed = json!({"status": 200, "data": {"publishers": [entry], "players": null}});
         assert_eq!(get_json(&router, "/stat/livestat").await, (200, listed.clone()));
         assert_eq!(get_json(&router, "/stat/livestat?room=live/movie").await, (200, listed));
         let (status, body) = get_json(&router, "/stat/livestat?room=live/none").await;

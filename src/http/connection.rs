@@ -160,9 +160,11 @@ impl Shared {
         if !connection.slot.set_idle(std::time::Instant::now(), Idle::NotLive) {
             return;
         }
+        // The client may have closed its sending side behind the request, and still read.
         let admitted = tokio::select! {
+            biased;
             admitted = admission.play(request) => admitted,
-            _ = viewer::client_closed(&socket) => return,
+            _ = viewer::client_reset(&socket) => return,
             () = connection.slot.displaced() => return,
         };
         match admitted {

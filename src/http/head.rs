@@ -155,6 +155,7 @@ mod tests {
         assert_eq!(key("/live/a/b.flv?token=1.flv").as_deref(), Some("live/a/b"));
         assert_eq!(key("http://edge:8080/live/movie.flv").as_deref(), Some("live/movie"));
         assert_eq!(key("/live/%e6%b0%b4.flv").as_deref(), Some("live/水"));
+        assert_eq!(key("/live/my%20cam%231.flv").as_deref(), Some("live/my cam#1"));
         // A % without two hexadecimal digits is kept (URL standard, "percent-decode").
         assert_eq!(key("/live/%2.flv").as_deref(), Some("live/%2"));
         assert_eq!(key("/live/%zz%+1.flv").as_deref(), Some("live/%zz%+1"));
@@ -164,7 +165,8 @@ mod tests {
             "/live/movie.m3u8",
             "/live/%2e%2e.flv",
             "/live/%ff.flv",
-            "/live/a%20b.flv",
+            "/live/a%20.flv",
+            "/live/a%0Ab.flv",
             "*",
             "live/movie.flv",
             "http://edge.flv",

@@ -261,10 +261,13 @@ impl Node {
         }
         let has_upstream = !self.addrs.rtp_in.is_empty();
         let drain = downstream.as_ref().map(Downstream::drain);
+        let outgoing = downstream.as_ref().map(|downstream| downstream.outgoing().clone());
         if let (Some(downstream), Some(addrs)) = (downstream, self.addrs.downstream) {
             let ports = (addrs.quic.port(), self.addrs.http.port());
             sink_tasks.spawn("RTP sender", downstream.run(ports, sinks.clone()));
         }
+        let memory = super::memory::give_back(admission.clone(), sinks.clone());
+        sink_tasks.spawn("memory", memory);
         sink_tasks.spawn("HTTP server", http.run(sinks.clone(), http_grace));
 
         let outcome = tokio::select! {
@@ -275,6 +278,10 @@ impl Node {
         let grace = Grace::starting_now(self.grace);
         // Asked before the sources end: their streams leave the hub at once.
         let had_streams = !admission.hub().is_empty();
+        if let Some(outgoing) = outgoing {
+            // Before the streams end: edges below keep their viewers.
+            outgoing.close();
+        }
         sources.cancel();
         let publications = admission.end_all();
         tracing::debug!(publications, "node is draining");

@@ -37,6 +37,7 @@ pub fn registry(
 struct AdmissionCollector {
     admission: Admission,
     takeovers: IntCounter,
+    resumed: IntCounter,
 }
 
 impl AdmissionCollector {
@@ -45,19 +46,27 @@ impl AdmissionCollector {
             "downpour_publisher_takeovers_total",
             "Publishers that took a key over from a silent one",
         )?;
-        Ok(Self { admission, takeovers })
+        let resumed = IntCounter::new(
+            "downpour_publications_resumed_total",
+            "Publications that continued the stream of an earlier one within publish_grace_ms",
+        )?;
+        Ok(Self { admission, takeovers, resumed })
     }
 }
 
 impl Collector for AdmissionCollector {
     fn desc(&self) -> Vec<&Desc> {
-        self.takeovers.desc()
+        [self.takeovers.desc(), self.resumed.desc()].concat()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let total = load(&self.admission.counters().takeovers);
-        self.takeovers.inc_by(total.saturating_sub(self.takeovers.get()));
-        self.takeovers.collect()
+        let counters = self.admission.counters();
+        let pairs = [(&self.takeovers, &counters.takeovers), (&self.resumed, &counters.resumed)];
+        let families = pairs.map(|(metric, counter)| {
+            metric.inc_by(load(counter).saturating_sub(metric.get()));
+            metric.collect()
+        });
+        families.concat()
     }
 }
 

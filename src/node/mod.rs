@@ -3,6 +3,7 @@
 pub mod assemble;
 pub mod limits;
 pub mod logging;
+mod memory;
 pub mod metrics;
 pub mod settings;
 pub mod upstream;

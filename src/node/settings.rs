@@ -27,6 +27,7 @@ impl From<&CloudConfig> for NodeSettings {
             log: stream_log(&config.stream_limits),
             admission: admission::Settings {
                 publisher_silence: Duration::from_millis(config.publisher_silence_ms),
+                publish_grace: stream_grace(&config.stream_limits),
                 max_streams: config.stream_limits.max,
                 max_players: config.max_viewers,
                 ..admission::Settings::default()
@@ -50,6 +51,7 @@ impl From<&CloudConfig> for NodeSettings {
                     config.max_viewers,
                     config.merge_write_ms,
                     config.http_max_connections_per_address,
+                    config.viewer_send_buffer,
                 ),
                 grace: grace / 2,
             },
@@ -79,6 +81,7 @@ impl From<&EdgeConfig> for NodeSettings {
                     config.max_viewers,
                     config.merge_write_ms,
                     config.http_max_connections_per_address,
+                    config.viewer_send_buffer,
                 ),
                 grace: grace / 2,
             },
@@ -92,9 +95,19 @@ fn stream_log(limits: &StreamLimits) -> LogLimits {
     LogLimits { max_bytes: limits.gop_cache_max_bytes, max_age: limits.gop_cache_max_ms }
 }
 
-fn viewers(max_viewers: usize, merge_write_ms: u64, per_address: usize) -> ViewerSettings {
+fn stream_grace(limits: &StreamLimits) -> Duration {
+    Duration::from_millis(limits.publish_grace_ms)
+}
+
+fn viewers(
+    max_viewers: usize,
+    merge_write_ms: u64,
+    per_address: usize,
+    send_buffer: u32,
+) -> ViewerSettings {
     ViewerSettings {
         max_viewers,
+        unsent: (send_buffer > 0).then_some(send_buffer),
         max_connections_per_address: net::share(per_address),
         merge_write: Duration::from_millis(merge_write_ms),
         ..ViewerSettings::default()
@@ -129,6 +142,7 @@ fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettin
                 history_packets: config.rtp_cache_size,
                 history_age: Duration::from_millis(config.rtp_cache_ms),
                 payload_max: config.rtp_payload_max,
+                repeat_headers: config.repeat_headers,
             },
             fanout: (!config.debug).then_some(fanout),
             targets: targets(config),

@@ -11,7 +11,7 @@ use prometheus::Registry;
 use super::StartError;
 use crate::{
     config::{EdgeConfig, ListenAddr, RepairProtocol},
-    node,
+    node, rtmp,
 };
 use downpour_distribution::{
     address::Destination,
@@ -28,7 +28,9 @@ use downpour_distribution::{
     },
 };
 use downpour_hub::Hub;
+use downpour_media::{StreamKey, flv::Tag};
 use downpour_repair::{fec::PARITY_PORT_OFFSET, receiver};
+use downpour_rtmp::url::InvalidRtmpUrl;
 use downpour_sys::udp;
 
 /// Settings of the upstream, taken from those of an edge.
@@ -73,7 +75,9 @@ pub(super) fn bind(
                 ..receiver::Settings::default()
             },
             silence: SILENCE,
+            hold: Duration::from_millis(config.stream_limits.publish_grace_ms),
             max_streams: config.stream_limits.max,
+            fetches_headers: true,
         },
         hub,
         metrics.clone(),
@@ -92,6 +96,7 @@ pub(super) fn bind(
             true => None,
             false => Some(connector(config, wanted, repair_metrics)?),
         },
+        fetch_headers: Some(Box::new(|host, port, key| Box::pin(fetch_headers(host, port, key)))),
     };
     let parity = parity_sockets(config, &addrs);
     let probe_metrics = ProbeMetrics::register(registry)?;
@@ -213,6 +218,15 @@ fn connector(
         };
         RepairClient::spawn(settings, events, metrics.clone(), shutdown)
     }))
+}
+
+/// Fetches the codec headers of a stream from an RTMP server, such as a Go cloud.
+async fn fetch_headers(host: String, port: u16, key: StreamKey) -> Result<Vec<Tag>, String> {
+    let host = if host.contains(':') { format!("[{host}]") } else { host };
+    let url = format!("rtmp://{host}:{port}/{key}");
+    let because = |error: &dyn std::fmt::Display| format!("{url}: {error}");
+    let parsed = url.parse().map_err(|error: InvalidRtmpUrl| because(&error))?;
+    rtmp::client::fetch_headers(&parsed).await.map_err(|error| because(&error))
 }
 
 fn trust(config: &EdgeConfig) -> Result<Trust, StartError> {

@@ -2,7 +2,8 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufWriter},
+    io::{self, BufWriter, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -19,18 +20,22 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use downpour_hub::{Ended, ReadCount, ReadOutcome, Reader, Sink, Stream, Tap};
 use downpour_media::{
     StreamKey,
-    flv::{FlvWriter, Tag},
+    flv::{FlvWriter, Tag, Tracks},
     timeline::Timeline,
 };
+use downpour_sys::LogLimit;
 
 /// Writes one FLV file per publication, `{dir}/{app}/{name}/{UTC start}.flv`. Clones share it.
 ///
 /// - A recording is a reader of the stream's log, and the log is its queue: with a slow disk the
 ///   recording skips to a key frame, and never blocks the stream.
-/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten, so a
-///   file that a crash cuts is valid up to its last whole tag.
+/// - Tags reach the file within a second. Whole tags are appended and nothing is rewritten but the
+///   flags in the file header, so a file that a crash cuts is valid up to its last whole tag.
 /// - Timestamps start at 0.
-/// - A disk failure is counted and logged, and a new file is tried after 10 s.
+/// - After a disk failure, a full disk for example, the file is cut to its last whole tag, and removed if
+///   it has none. The recording continues in it from the log where it stopped, with an attempt every
+///   2 s. Media that leaves the log meanwhile is skipped to a key frame. If the file is gone, a new one
+///   starts at a key frame.
 #[derive(Debug, Clone)]
 pub struct Recorder {
     shared: Arc<Shared>,
@@ -101,9 +106,9 @@ pub struct RecordMetrics {
     pub files: IntCounter,
     /// Bytes written.
     pub bytes: IntCounter,
-    /// Files abandoned because the disk failed.
+    /// Writes that failed.
     pub errors: IntCounter,
-    /// Tags skipped because the disk was too slow.
+    /// Tags skipped because the disk was too slow, or failed.
     pub skipped_tags: IntCounter,
 }
 
@@ -126,61 +131,87 @@ impl RecordMetrics {
             bytes: counter("downpour_record_bytes_total", "Bytes recorded.")?,
             errors: counter(
                 "downpour_record_errors_total",
-                "Recordings given up because the disk failed.",
+                "Writes of recordings that failed; each is tried again.",
             )?,
             skipped_tags: counter(
                 "downpour_record_skipped_tags_total",
-                "Tags not recorded because the disk was too slow.",
+                "Tags not recorded because the disk was too slow, or failed.",
             )?,
         })
     }
 }
 
 impl Shared {
+    /// Records a stream to its end.
     async fn record(&self, mut reader: Reader) {
+        let mut state = Writing::default();
+        let mut log = LogLimit::every(FAILURE_LOG);
         loop {
-            let stream = reader.stream().clone();
-            let Err(error) = self.record_file(reader).await else { return };
-            self.metrics.errors.inc();
-            tracing::warn!(stream = %stream.key(), dir = %self.dir.display(), %error, "recording failed");
-            tokio::select! {
-                () = tokio::time::sleep(self.retry) => {}
-                () = self.drain.cancelled() => return,
+            let more = self.collect(&mut reader, &mut state.batch).await;
+            while !state.batch.is_empty() {
+                let failed;
+                (state, failed) = self.write(&reader, state).await;
+                let Some(error) = failed else { break };
+                self.metrics.errors.inc();
+                if let Some(missed) = log.due(std::time::Instant::now()) {
+                    let (stream, dir) = (reader.stream().key(), self.dir.display());
+                    tracing::warn!(%stream, %dir, %error, missed, "recording failed; trying again");
+                }
+                if state.is_lost {
+                    self.skip(&reader, state.batch.len() as u64, "its file is gone");
+                    // A new file starts at a key frame, with the headers.
+                    (state, reader) = (Writing::default(), reader.stream().subscribe());
+                    break;
+                }
+                if !self.may_try_again(&reader, &mut state).await {
+                    self.skip(&reader, state.batch.len() as u64, "the disk failed to its end");
+                    return;
+                }
             }
-            if stream.ended() {
-                return;
+            if !more {
+                break;
             }
-            // A new file starts at a key frame, with the headers.
-            reader = stream.subscribe();
+        }
+        if let Some(recording) = state.recording {
+            let finished = blocking(move || recording.finish()).await;
+            if let Err(error) = finished.and_then(|finished| finished) {
+                self.metrics.errors.inc();
+                tracing::warn!(stream = %reader.stream().key(), %error, "recording not synced");
+            }
         }
     }
 
-    async fn record_file(&self, mut reader: Reader) -> io::Result<()> {
-        let key = reader.stream().key().clone();
-        let mut recording: Option<Recording> = None;
-        let mut batch = Vec::new();
-        loop {
-            let more = self.collect(&mut reader, &mut batch).await;
-            if !batch.is_empty() {
-                let (dir, key, metrics) = (self.dir.clone(), key.clone(), self.metrics.clone());
-                (recording, batch) = blocking(move || {
-                    let mut recording = match recording {
-                        Some(recording) => recording,
-                        None => Recording::create(&dir, &key, SystemTime::now(), metrics)?,
-                    };
-                    recording.write(&batch)?;
-                    batch.clear();
-                    Ok((Some(recording), batch))
-                })
-                .await?;
-            }
-            if !more {
-                return match recording {
-                    Some(recording) => blocking(move || recording.finish()).await,
-                    None => Ok(()),
-                };
+    /// Writes the batch. Returns the error if it could not be written whole; it is then still there.
+    async fn write(&self, reader: &Reader, state: Writing) -> (Writing, Option<io::Error>) {
+        let (dir, key) = (self.dir.clone(), reader.stream().key().clone());
+        let metrics = self.metrics.clone();
+        match blocking(move || state.write(&dir, &key, metrics)).await {
+            Ok(written) => written,
+            // The task that had the file panicked.
+            Err(error) => (Writing { is_lost: true, ..Writing::default() }, Some(error)),
+        }
+    }
+
+    /// Waits for the next attempt. Returns `false` if there is none: a recording whose stream has ended
+    /// tries [`LAST_ATTEMPTS`] times, and one that is drained once.
+    async fn may_try_again(&self, reader: &Reader, state: &mut Writing) -> bool {
+        if reader.stream().ended() || self.drain.is_cancelled() {
+            state.last_attempts += if self.drain.is_cancelled() { LAST_ATTEMPTS } else { 1 };
+            if state.last_attempts > LAST_ATTEMPTS {
+                return false;
             }
         }
+        tokio::select! {
+            () = tokio::time::sleep(self.retry) => {}
+            () = self.drain.cancelled() => {}
+        }
+        true
+    }
+
+    fn skip(&self, reader: &Reader, tags: u64, why: &str) {
+        self.metrics.skipped_tags.inc_by(tags);
+        let stream = reader.stream().key();
+        tracing::warn!(%stream, skipped_tags = tags, why, "recording lost tags");
     }
 
     /// Collects the tags of one write. Returns `false` after the last ones.
@@ -231,13 +262,67 @@ impl Shared {
     }
 }
 
+/// The file of a recording, and the tags that are to be written next.
+#[derive(Default)]
+struct Writing {
+    recording: Option<Recording>,
+    batch: Vec<Tag>,
+    /// `true` if the file cannot be continued: the batch, from the middle of a group of pictures, cannot
+    /// begin another one.
+    is_lost: bool,
+    /// Failed attempts since the end of the stream.
+    last_attempts: u32,
+}
+
+impl Writing {
+    fn write(
+        mut self,
+        dir: &Path,
+        key: &StreamKey,
+        metrics: RecordMetrics,
+    ) -> (Self, Option<io::Error>) {
+        let recording = match self.recording.take() {
+            Some(recording) if recording.is_in_place() => Ok(recording),
+            Some(recording) => {
+                self.is_lost = true;
+                let path = recording.path.display();
+                Err(io::Error::new(io::ErrorKind::NotFound, format!("{path} was removed")))
+            }
+            None => Recording::create(dir, key, SystemTime::now(), metrics),
+        };
+        let written =
+            recording.and_then(|recording| match recording.write(&self.batch) {
+                Ok(recording) => Ok(recording),
+                Err(failed) => {
+                    let (recording, error) = *failed;
+                    let begun = recording.whole > 0;
+                    self.recording = recording.cut().inspect_err(|error| {
+                    tracing::warn!(%error, "failed recording not cut to its last whole tag");
+                }).ok().flatten();
+                    self.is_lost = begun && self.recording.is_none();
+                    Err(error)
+                }
+            });
+        match written {
+            Ok(recording) => {
+                self.recording = Some(recording);
+                self.batch.clear();
+                (self, None)
+            }
+            Err(error) => (self, Some(error)),
+        }
+    }
+}
+
 /// A file that is being written.
 struct Recording {
     path: PathBuf,
-    writer: FlvWriter<BufWriter<File>>,
+    key: StreamKey,
+    writer: FlvWriter<BufWriter<Disk>>,
     timeline: Timeline,
     metrics: RecordMetrics,
-    counted: u64,
+    /// Bytes up to the end of the last batch, which reached the file; 0 before the first.
+    whole: u64,
 }
 
 impl Recording {
@@ -248,26 +333,68 @@ impl Recording {
         metrics: RecordMetrics,
     ) -> io::Result<Self> {
         let (path, file) = create_new(&dir.join(key.as_str()), &utc_name(now))?;
-        let writer = FlvWriter::new(BufWriter::with_capacity(WRITE_BUFFER, file))?;
-        metrics.files.inc();
+        let disk = Disk { file, path: path.clone() };
+        let writer = FlvWriter::with_tracks(
+            BufWriter::with_capacity(WRITE_BUFFER, disk),
+            Tracks::default(),
+        )?;
         metrics.active.inc();
-        tracing::info!(stream = %key, path = %path.display(), "recording started");
-        Ok(Self { path, writer, timeline: Timeline::default(), metrics, counted: 0 })
+        let timeline = Timeline::default();
+        Ok(Self { path, key: key.clone(), writer, timeline, metrics, whole: 0 })
     }
 
-    fn write(&mut self, tags: &[Tag]) -> io::Result<()> {
+    /// Writes whole tags. If that fails, the recording is as before, but for the bytes in the file.
+    fn write(mut self, tags: &[Tag]) -> Result<Self, Box<(Self, io::Error)>> {
+        let timeline = self.timeline.clone();
+        if let Err(error) = self.try_write(tags) {
+            self.timeline = timeline;
+            return Err(Box::new((self, error)));
+        }
+        if self.whole == 0 {
+            self.metrics.files.inc();
+            tracing::info!(stream = %self.key, path = %self.path.display(), "recording started");
+        }
+        self.metrics.bytes.inc_by(self.writer.bytes() - self.whole);
+        self.whole = self.writer.bytes();
+        Ok(self)
+    }
+
+    fn try_write(&mut self, tags: &[Tag]) -> io::Result<()> {
         for tag in tags {
             self.writer.write_at(tag, self.timeline.rebase(tag.timestamp()))?;
         }
-        self.writer.flush()?;
-        self.metrics.bytes.inc_by(self.writer.bytes() - self.counted);
-        self.counted = self.writer.bytes();
-        Ok(())
+        self.writer.flush_with_flags()
+    }
+
+    /// Cuts the file to its last whole tag after a failure. Removes it and returns `None` if there is
+    /// no tag.
+    fn cut(mut self) -> io::Result<Option<Self>> {
+        if self.whole == 0 {
+            fs::remove_file(&self.path)?;
+            return Ok(None);
+        }
+        let mut file = self.writer.get_ref().get_ref().file.try_clone()?;
+        file.set_len(self.whole)?;
+        file.seek(SeekFrom::Start(self.whole))?;
+        let disk = Disk { file, path: self.path.clone() };
+        let buffer = BufWriter::with_capacity(WRITE_BUFFER, disk);
+        let writer = FlvWriter::resume(buffer, self.whole, self.writer.tracks());
+        // Not flushed: the buffer holds the part of a tag that could not be written.
+        let _ = std::mem::replace(&mut self.writer, writer).into_inner().into_parts();
+        Ok(Some(self))
+    }
+
+    /// `false` if the file was removed or replaced.
+    fn is_in_place(&self) -> bool {
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let open = self.writer.get_ref().get_ref().file.metadata().map(id);
+        let named = fs::metadata(&self.path).map(id);
+        matches!((open, named), (Ok(open), Ok(named)) if open == named)
     }
 
     fn finish(mut self) -> io::Result<()> {
         self.writer.flush()?;
-        self.writer.get_ref().get_ref().sync_all()?;
+        self.writer.get_ref().get_ref().file.sync_all()?;
         let bytes = self.writer.bytes();
         tracing::info!(path = %self.path.display(), bytes, "recording finished");
         Ok(())
@@ -277,6 +404,32 @@ impl Recording {
 impl Drop for Recording {
     fn drop(&mut self) {
         self.metrics.active.dec();
+    }
+}
+
+/// The file, with its path for error messages. Tests make it full.
+struct Disk {
+    file: File,
+    path: PathBuf,
+}
+
+impl Seek for Disk {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+impl Write for Disk {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        let bytes = tests::fitting(&self.path, bytes)?;
+        self.file.write(bytes).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", self.path.display()))
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 
@@ -312,10 +465,9 @@ fn utc_name(time: SystemTime) -> String {
     )
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    spawn_blocking(work).await.map_err(io::Error::other)?
+/// Fails if `work` panics.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work).await.map_err(io::Error::other)
 }
 
 /// Well below the second within which tags reach the file.
@@ -323,139 +475,12 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(500);
 /// Bytes of tags per write; a single tag may be larger.
 const BATCH_BYTES: usize = 1 << 20;
 const WRITE_BUFFER: usize = 64 * 1024;
-const RETRY: Duration = Duration::from_secs(10);
+/// A failed attempt leaves nothing behind, and the log reaches back 20 s by default.
+const RETRY: Duration = Duration::from_secs(2);
+/// Attempts after the end of a stream.
+const LAST_ATTEMPTS: u32 = 3;
+const FAILURE_LOG: Duration = Duration::from_secs(60);
 const MAX_SAME_NAME: u32 = 1000;
 
 #[cfg(test)]
-mod tests {
-    use std::{io::Write, time::UNIX_EPOCH};
-
-    use super::*;
-    use downpour_hub::{Hub, LogLimits};
-    use downpour_media::flv::{FlvTags, TagKind};
-
-    #[tokio::test]
-    async fn each_publication_gets_a_file_with_timestamps_from_0() {
-        let dir = tempfile::tempdir().unwrap();
-        let (hub, recorder, metrics) = node(dir.path());
-        for _ in 0..2 {
-            let mut publisher = hub.publish(key()).unwrap();
-            recorder.record(publisher.stream());
-            for tag in [
-                tag(TagKind::Video, u32::MAX - 9, &[0x17, 0]),
-                tag(TagKind::Video, u32::MAX - 9, &[0x17, 1]),
-                tag(TagKind::Audio, u32::MAX - 19, &[0xaf, 1]),
-                tag(TagKind::Video, 30, &[0x27, 1]),
-                tag(TagKind::Audio, 25, &[0xaf, 2]),
-            ] {
-                publisher.push(tag);
-            }
-        }
-        recorder.drain().await;
-        let files = files(dir.path());
-        assert_eq!(files.len(), 2);
-        for file in files {
-            assert_eq!(
-                read(&file),
-                [
-                    tag(TagKind::Video, 0, &[0x17, 0]),
-                    tag(TagKind::Video, 0, &[0x17, 1]),
-                    tag(TagKind::Audio, 0, &[0xaf, 1]),
-                    tag(TagKind::Video, 40, &[0x27, 1]),
-                    tag(TagKind::Audio, 35, &[0xaf, 2]),
-                ]
-            );
-        }
-        assert_eq!((metrics.files.get(), metrics.active.get(), metrics.errors.get()), (2, 0, 0));
-    }
-
-    #[tokio::test]
-    async fn tags_reach_the_file_while_the_stream_is_live_and_drain_writes_the_rest() {
-        let dir = tempfile::tempdir().unwrap();
-        let (hub, recorder, metrics) = node(dir.path());
-        let mut publisher = hub.publish(key()).unwrap();
-        recorder.record(publisher.stream());
-        publisher.push(tag(TagKind::Video, 0, &[0x17, 1]));
-        until(|| metrics.bytes.get() > 0).await;
-        let file = files(dir.path()).pop().unwrap();
-        assert_eq!(read(&file).len(), 1);
-        publisher.push(tag(TagKind::Video, 40, &[0x27, 1]));
-        recorder.drain().await;
-        assert_eq!(read(&file).len(), 2);
-    }
-
-    #[tokio::test]
-    async fn recording_restarts_after_a_disk_failure() {
-        let dir = tempfile::tempdir().unwrap();
-        let in_the_way = dir.path().join("live");
-        fs::write(&in_the_way, b"not a directory").unwrap();
-        let (hub, _, metrics) = node(dir.path());
-        let retry = Duration::from_millis(50);
-        let recorder = Recorder::with_retry(dir.path().into(), metrics.clone(), retry);
-        let mut publisher = hub.publish(key()).unwrap();
-        recorder.record(publisher.stream());
-        publisher.push(tag(TagKind::Video, 0, &[0x17, 1]));
-        until(|| metrics.errors.get() >= 2).await;
-        fs::remove_file(in_the_way).unwrap();
-        publisher.push(tag(TagKind::Video, 40, &[0x27, 1]));
-        until(|| metrics.bytes.get() > 0).await;
-        drop(publisher);
-        recorder.drain().await;
-        assert_eq!(read(&files(dir.path())[0]).len(), 2);
-    }
-
-    #[test]
-    fn existing_file_is_never_overwritten() {
-        let dir = tempfile::tempdir().unwrap();
-        for expected in ["a.flv", "a-1.flv", "a-2.flv"] {
-            let (path, mut file) = create_new(dir.path(), "a").unwrap();
-            assert_eq!(path, dir.path().join(expected));
-            file.write_all(b"x").unwrap();
-        }
-    }
-
-    #[test]
-    fn file_names_are_utc() {
-        for (secs, name) in [
-            (0, "19700101-000000.007"),
-            (951_782_399, "20000228-235959.007"),
-            (951_782_400, "20000229-000000.007"),
-            (1_709_251_199, "20240229-235959.007"),
-            (1_767_225_599, "20251231-235959.007"),
-            (4_107_542_400, "21000301-000000.007"),
-        ] {
-            assert_eq!(utc_name(UNIX_EPOCH + Duration::new(secs, 7_000_000)), name);
-        }
-    }
-
-    fn node(dir: &Path) -> (Hub, Recorder, RecordMetrics) {
-        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
-        let metrics = RecordMetrics::register(&Registry::new()).unwrap();
-        (hub, Recorder::new(dir, metrics.clone()), metrics)
-    }
-
-    fn files(dir: &Path) -> Vec<PathBuf> {
-        let entries = fs::read_dir(dir.join("live/movie")).unwrap();
-        entries.map(|entry| entry.unwrap().path()).collect()
-    }
-
-    fn read(path: &Path) -> Vec<Tag> {
-        FlvTags::new(File::open(path).unwrap()).map(Result::unwrap).collect()
-    }
-
-    fn key() -> StreamKey {
-        "live/movie".parse().unwrap()
-    }
-
-    fn tag(kind: TagKind, timestamp: u32, body: &[u8]) -> Tag {
-        Tag::new(kind, timestamp, body).unwrap()
-    }
-
-    async fn until(condition: impl Fn() -> bool) {
-        let deadline = std::time::Instant::now() + Duration::from_secs(20);
-        while !condition() {
-            assert!(std::time::Instant::now() < deadline, "not in time");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
+mod tests;

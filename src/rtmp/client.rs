@@ -106,6 +106,29 @@ impl Player {
     }
 }
 
+/// Plays a stream until its codec headers have come, and returns them and its metadata.
+///
+/// # Errors
+/// As for [`Player::connect`] and [`Player::next`]; [`ClientError::NoHeaders`] if the server sends frames
+/// without them.
+pub async fn fetch_headers(url: &RtmpUrl) -> Result<Vec<Tag>, ClientError> {
+    let mut player = Player::connect(url, HEADERS_TIMEOUT).await?;
+    let (mut headers, mut frames) = (Vec::<Tag>::new(), 0);
+    // A server sends the headers before the first frame of their kind.
+    while frames < FRAMES_WITHOUT_HEADERS {
+        let next = time::timeout(HEADERS_TIMEOUT, player.next()).await;
+        match next.map_err(|_| ClientError::Timeout(HEADERS_TIMEOUT))?? {
+            Some(tag) if tag.is_header() => headers.push(tag),
+            Some(_) => frames += 1,
+            None => break,
+        }
+    }
+    match headers.iter().any(Tag::is_sequence_header) {
+        true => Ok(headers),
+        false => Err(ClientError::NoHeaders),
+    }
+}
+
 /// Why a connection of a client failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -126,6 +149,9 @@ pub enum ClientError {
     /// The server violated the protocol.
     #[error(transparent)]
     Protocol(SessionError),
+    /// The stream has no codec headers.
+    #[error("the server sends no codec headers")]
+    NoHeaders,
     /// The server closed or ended the publication without a reason.
     #[error("the server closed the connection")]
     Closed,
@@ -246,5 +272,9 @@ fn feed(
     Ok(())
 }
 
+/// Longer than a few round trips.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Frames of a stream after which no headers follow.
+const FRAMES_WITHOUT_HEADERS: usize = 8;
 /// Time that a server has to close.
 const GOODBYE: Duration = Duration::from_secs(1);

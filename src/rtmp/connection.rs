@@ -105,8 +105,12 @@ impl Connection {
     pub(super) async fn run(mut self) {
         debug!(peer = %self.state.peer, "RTMP connection open");
         let close = self.serve().await;
-        // Ends the stream now, not after the goodbye.
-        self.state.publication = None;
+        // Now, not after the goodbye.
+        match (self.state.publication.take(), &close) {
+            (Some(publication), Close::Shutdown | Close::Kicked) => publication.end(),
+            // Its stream may wait for the encoder to come back.
+            (publication, _) => drop(publication),
+        }
         self.state.count_close(&close);
         let last_message = match &close {
             Close::Refused(_) => Ok(()),
@@ -329,7 +333,9 @@ impl ConnectionState {
     }
 
     fn unpublish(&mut self) {
-        self.publication = None;
+        if let Some(publication) = self.publication.take() {
+            publication.unpublish();
+        }
         self.waiting_since = self.last_read;
         self.slot.unpin(self.last_read.into_std(), self.peer.ip());
         let stream = self.last_key.as_ref().map(tracing::field::display);

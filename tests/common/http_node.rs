@@ -148,6 +148,14 @@ impl FlvViewer {
         Self { head, reads: 0, socket, reader: FlvReader::new() }
     }
 
+    /// The flags of the file header. Call it before anything else is read.
+    pub async fn next_flags(&mut self) -> u8 {
+        let mut start = [0; 5];
+        timeout(SOON, self.socket.read_exact(&mut start)).await.expect("a header").unwrap();
+        self.reader.push(&start);
+        start[4]
+    }
+
     /// The next tag, or `None` at the end, which must not be inside a tag.
     pub async fn next(&mut self) -> Option<Tag> {
         loop {
@@ -164,6 +172,11 @@ impl FlvViewer {
             }
             self.reads += 1;
         }
+    }
+
+    /// Closes the sending side.
+    pub async fn finish_sending(&mut self) {
+        self.socket.shutdown().await.unwrap();
     }
 
     /// Asserts that the next tags are `tags`.

@@ -488,7 +488,7 @@ impl Node {
     }
 
     #[track_caller]
-    fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("the node runs").id()
     }
 

@@ -4,6 +4,7 @@
 mod common;
 
 mod cloud_viewers;
+mod comebacks;
 mod demo;
 mod discovery;
 mod dynamic_edges;
@@ -17,6 +18,8 @@ mod parents;
 mod parity;
 mod push_to_viewer;
 mod restarts;
+mod several_addresses;
 mod signals;
+mod starved;
 mod supervisor;
 mod two_paths;

@@ -46,7 +46,8 @@ fn stream_recovers_from_a_killed_encoder() {
 /// publish the stream.
 #[test]
 fn cloud_refuses_a_second_encoder_until_the_first_is_silent() {
-    let site = SiteSettings::default().with_cloud("publisher_silence_ms: 2000").start();
+    let settings = SiteSettings::default().with_cloud("publisher_silence_ms: 2000");
+    let site = settings.with_cloud("publish_grace_ms: 0").start();
     site.edges[0].until_connected();
     let viewer = site.watch(KEY);
     let first = site.push(media::full_at(2), KEY);
@@ -106,7 +107,8 @@ fn edge_recovers_from_a_kill_within_a_gop() {
 /// The recording of the killed cloud must be whole up to its last tag, too.
 #[test]
 fn cloud_recovers_from_a_kill() {
-    let mut site = SiteSettings::default().with_cloud("enable_record: true").start();
+    let settings = SiteSettings::default().with_cloud("enable_record: true");
+    let mut site = settings.with_edge("publish_grace_ms: 0").start();
     site.edges[0].until_connected();
     let viewer = site.watch(KEY);
     let push = site.push(media::full_at(2), KEY);

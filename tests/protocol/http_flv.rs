@@ -10,7 +10,7 @@ use crate::common::{
 };
 use downpour::http::ViewerSettings;
 use downpour_hub::MaxLag;
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{io::AsyncWriteExt, task::JoinHandle, time::timeout};
 
 #[tokio::test]
 async fn viewer_starts_at_the_newest_gop_and_is_closed_at_the_end() {
@@ -113,13 +113,13 @@ async fn viewers_receive_every_tag_while_one_never_reads() {
     };
     let node = HttpNode::start(settings).await;
     let mut publisher = node.publish();
-    let mut all = vec![key_frame(0, 2_000)];
-    publisher.push(all[0].clone());
+    let mut all = vec![audio_header(0), key_frame(0, 2_000)];
+    all.iter().for_each(|tag| publisher.push(tag.clone()));
     let dead = node.connect_with("GET /live/movie.flv HTTP/1.1\r\n\r\n", 4 * 1024).await;
     let mut viewers = Vec::new();
     for _ in 0..99 {
         let mut viewer = node.watch().await;
-        viewer.expect(&all[..1]).await;
+        viewer.expect(&all).await;
         viewers.push(viewer);
     }
     node.eventually("all are admitted", |node| node.metrics.viewers.get() == 100).await;
@@ -164,6 +164,62 @@ async fn server_detects_a_closed_viewer_without_tags() {
     drop(viewer);
     node.eventually("it is gone", |node| node.metrics.viewers.get() == 0).await;
     assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"client\"}"), 1);
+}
+
+#[tokio::test]
+async fn a_viewer_that_closes_only_its_sending_side_stays() {
+    let node = HttpNode::start(settings()).await;
+    // It has closed before its stream starts, and when it joins.
+    let mut early = node.connect("GET /live/movie.flv HTTP/1.1\r\n\r\n").await;
+    early.shutdown().await.unwrap();
+    let mut publisher = node.publish();
+    let first = key_frame(0, 100);
+    publisher.push(first.clone());
+    let mut early = FlvViewer::of(early).await;
+    assert!(early.head.starts_with("HTTP/1.1 200"), "{}", early.head);
+    early.expect(std::slice::from_ref(&first)).await;
+    // It closes in a group. Groups look after their members every second.
+    let mut late = node.watch().await;
+    late.expect(std::slice::from_ref(&first)).await;
+    late.finish_sending().await;
+    for i in 1..60u32 {
+        let tag = inter(i * 40, 100);
+        publisher.push(tag.clone());
+        early.expect(std::slice::from_ref(&tag)).await;
+        late.expect(std::slice::from_ref(&tag)).await;
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
+    assert_eq!(node.metrics.viewers.get(), 2);
+    // Once it is gone, the next write shows it.
+    drop(early);
+    let mut at = 60 * 40;
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while node.metrics.viewers.get() == 2 {
+        assert!(std::time::Instant::now() < deadline, "it is still counted");
+        at += 40;
+        publisher.push(inter(at, 100));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(node.counter("downpour_http_viewers_closed_total{reason=\"client\"}"), 1);
+    drop(publisher);
+}
+
+#[tokio::test]
+async fn a_viewer_that_never_reads_costs_little_kernel_memory() {
+    let unsent = 128 * 1024;
+    let node = HttpNode::start(ViewerSettings { unsent: Some(unsent), ..settings() }).await;
+    let mut publisher = node.publish();
+    publisher.push(key_frame(0, 2_000));
+    let _dead = node.connect_with("GET /live/movie.flv HTTP/1.1\r\n\r\n", 4 * 1024).await;
+    node.eventually("it has joined", |node| node.metrics.viewers.get() == 1).await;
+    // 8 MB in steps that a viewer could take, until the kernel takes no more.
+    for i in 1..=800u32 {
+        publisher.push(inter(i * 5, 10_000));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let taken = node.metrics.bytes.get();
+    // One write may exceed the limit by a buffer of the kernel. The client's window is below 64 KiB.
+    assert!((10_000..=u64::from(unsent) + 192 * 1024).contains(&taken), "{taken} bytes");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use axum::{
 };
 use downpour::http::{HttpMetrics, HttpServer, ViewerSettings};
 use downpour_hub::{Admission, Hub, LogLimits, Publisher, admission};
-use downpour_media::flv::{FlvReader, Tag, TagKind};
+use downpour_media::flv::{FlvReader, Tag, TagKind, Tracks};
 use prometheus::Registry;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -258,7 +258,9 @@ impl Client {
     async fn expect_stream(&mut self, tags: &[Tag]) {
         let head = self.head().await;
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
-        let mut flv = downpour_media::flv::FILE_HEADER.to_vec();
+        let mut tracks = Tracks::default();
+        tags.iter().for_each(|tag| tracks.add(tag.kind()));
+        let mut flv = tracks.file_header().to_vec();
         tags.iter().for_each(|tag| flv.extend_from_slice(tag.framed()));
         let mut read = vec![0; flv.len()];
         timeout(DEADLINE, self.socket.read_exact(&mut read)).await.expect("tags").unwrap();

@@ -21,6 +21,32 @@ use tokio::{
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_file_header_flags_the_media_that_the_stream_has() {
+    let node = HttpNode::start(ViewerSettings::default()).await;
+    let begin = |first: Vec<Tag>| {
+        let mut publisher = node.publish();
+        first.into_iter().for_each(|tag| publisher.push(tag));
+        publisher
+    };
+    // Video alone, joined at the start: audio gets a second. It is sent if it comes later.
+    let mut publisher = begin(vec![video_header(0), key_frame(0, 100)]);
+    let mut viewer = node.watch().await;
+    assert_eq!(viewer.next_flags().await, 1);
+    viewer.expect(&[video_header(0), key_frame(0, 100)]).await;
+    publisher.push(audio_header(2_000));
+    publisher.push(audio(2_000));
+    publisher.push(inter(2_000, 100));
+    viewer.expect(&[audio_header(2_000), audio(2_000), inter(2_000, 100)]).await;
+    drop(publisher);
+    // Audio alone, and a header that announces audio.
+    let audio_alone = (0..60).map(|i| audio(i * 23)).collect();
+    for (tags, flags) in [(audio_alone, 4), (vec![audio_header(0), key_frame(0, 100)], 5)] {
+        let _publisher = begin(tags);
+        assert_eq!(node.watch().await.next_flags().await, flags);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn viewers_of_every_speed_receive_the_log() {
     every_speed(ViewerSettings::default(), 1).await;
 }

@@ -7,7 +7,8 @@ use crate::common::{
     compare::{media, read_flv},
     rtmp_node::{ffmpeg_command, make_flv},
 };
-use downpour::rtmp::client::{ClientError, Player};
+use downpour::rtmp::client::{ClientError, Player, fetch_headers};
+use downpour_media::flv::Tag;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn player_receives_every_tag_from_ffmpeg() {
@@ -39,6 +40,36 @@ async fn player_receives_every_tag_from_ffmpeg() {
     player.close().await.unwrap();
     let _ = ffmpeg.kill();
     ffmpeg.wait().unwrap();
+}
+
+/// As an edge does that joins a stream of a Go cloud late.
+#[tokio::test(flavor = "multi_thread")]
+async fn codec_headers_are_fetched_from_a_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("in.flv");
+    make_flv(&file).await;
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("rtmp://127.0.0.1:{port}/live/x");
+    let file_name = file.to_str().unwrap();
+    let serve = ["-re", "-i", file_name, "-c", "copy", "-f", "flv", "-listen", "1", &url];
+    let mut ffmpeg = ffmpeg_command(&serve).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + SOON;
+    let fetched = loop {
+        match fetch_headers(&url.parse().unwrap()).await {
+            Ok(fetched) => break fetched,
+            // Not listening yet.
+            Err(ClientError::Io(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let _ = ffmpeg.kill();
+    ffmpeg.wait().unwrap();
+    let headers = |tags: &[Tag]| -> Vec<_> {
+        tags.iter().filter(|tag| tag.is_sequence_header()).map(|tag| tag.body().to_vec()).collect()
+    };
+    assert_eq!(headers(&fetched), headers(&read_flv(&file)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,10 +3,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod go_cloud;
 mod group;
 mod lossy;
 mod reports;
 mod resume;
 mod storm;
 mod v0;
+mod v0_golden;
 mod v1;

@@ -7,7 +7,6 @@ use std::{
 };
 
 use crate::common::repair_node::{Cloud, Edge, edge_settings, until};
-use bytes::Bytes;
 use downpour_distribution::{
     downstream::{
         outgoing::{OutgoingStream, OutgoingStreams},
@@ -56,9 +55,10 @@ impl EdgeSession for Ledger {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn edge_reports_thousands_of_streams() {
     let origin = OutgoingStreams::new();
-    let body = Bytes::from(vec![0x17; 1000]);
-    let headers =
-        Headers { video: Some(Tag::new(TagKind::Video, 0, &body).unwrap()), ..Headers::default() };
+    let mut body = vec![0; 1000];
+    body[..2].copy_from_slice(&[0x17, 0]);
+    let header = Tag::new(TagKind::Video, 0, &body).unwrap();
+    let headers: Headers = std::iter::once(header).collect();
     for ssrc in 0..STREAMS {
         let history = History::new(1, std::time::Duration::from_secs(1));
         let key = format!("live/{ssrc}").parse().unwrap();

@@ -157,11 +157,9 @@ impl Tags {
             Tag::new(kind, 0, &body).map_err(io::Error::other)
         };
         Ok(Self {
-            headers: Headers {
-                video: Some(tag(TagKind::Video, &[0x17, 0], 60)?),
-                audio: Some(tag(TagKind::Audio, &[0xaf, 0], 4)?),
-                metadata: None,
-            },
+            headers: [tag(TagKind::Video, &[0x17, 0], 60)?, tag(TagKind::Audio, &[0xaf, 0], 4)?]
+                .into_iter()
+                .collect(),
             key: tag(TagKind::Video, &[0x17, 1], KEY_BYTES)?,
             inter: tag(TagKind::Video, &[0x27, 1], INTER_BYTES)?,
             audio: tag(TagKind::Audio, &[0xaf, 1], AUDIO_BYTES)?,

@@ -11,7 +11,6 @@ use std::{
 };
 
 use downpour_distribution::downstream::outgoing::{OutgoingStream, OutgoingStreams};
-use downpour_media::flv::Headers;
 use downpour_repair::{
     history::History,
     rtp::{Packetizer, Ssrc},
@@ -42,11 +41,7 @@ impl Source {
         let history = History::new(5000, Duration::from_secs(10));
         let key = "live/movie".parse().map_err(io::Error::other)?;
         let stream = Arc::new(OutgoingStream::new(key, SSRC, 0, history));
-        stream.set_headers(Headers {
-            video: Some(Media::video_header()),
-            audio: Some(Media::audio_header()),
-            metadata: None,
-        });
+        stream.set_headers([Media::video_header(), Media::audio_header()].into_iter().collect());
         self.origin.insert(stream.clone());
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         let mut packetizer = Packetizer::new(SSRC, PAYLOAD);

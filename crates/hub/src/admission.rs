@@ -7,6 +7,11 @@
 //!                  └─► Refusal                          └────── dropped, revoked, taken over ──────┘
 //! ```
 //!
+//! With [`Settings::publish_grace`], a dropped publication leaves its stream Held. The next publication of
+//! the key, or one that takes it over, continues the stream: readers and taps notice a pause only. The
+//! key is kept for the encoder that lost its connection (same address or query); after `unpublish` any
+//! encoder may have it.
+//!
 //! Invariants: a key is claimed by one source at a time; a stream is in the hub only while its
 //! publication is live; once a revocation or a take-over returns, the old publication is over.
 //!
@@ -21,7 +26,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -31,12 +36,15 @@ use downpour_media::{
     flv::{Tag, TagKind},
 };
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Hub, PublicationInfo, Publisher, Stream, Wanted,
-    claims::{Claim, ClaimError, EndReason, Holder},
+    claims::{Claim, ClaimError, EndReason, Holder, Replaced, Rival},
     unix_ms,
 };
 
@@ -49,6 +57,8 @@ pub struct Admission {
 struct Shared {
     hub: Hub,
     settings: Settings,
+    /// Ends held streams; `None` outside of a runtime, where no stream is held.
+    runtime: Option<Handle>,
     policies: RwLock<Vec<Arc<dyn Policy>>>,
     counters: Counters,
     /// One permit per player.
@@ -62,6 +72,9 @@ struct Shared {
 pub struct Settings {
     /// A publisher that has sent nothing for this long loses its key to the next one.
     pub publisher_silence: Duration,
+    /// How long a stream waits for an encoder after its publication ended; zero ends it at once, and on
+    /// a take-over. Counted from the last tag.
+    pub publish_grace: Duration,
     /// Keys claimed at one time, by publishers and by sources of the node.
     pub max_streams: usize,
     /// Players at one time, of all protocols.
@@ -71,10 +84,11 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// 5 s of silence, 1000 streams, 10,000 players, a wait of 2 s.
+    /// 5 s of silence, no grace, 1000 streams, 10,000 players, a wait of 2 s.
     fn default() -> Self {
         Self {
             publisher_silence: Duration::from_secs(5),
+            publish_grace: Duration::ZERO,
             max_streams: 1000,
             max_players: 10_000,
             stream_wait: Duration::from_secs(2),
@@ -147,15 +161,21 @@ pub trait Policy: Send + Sync {
 pub struct Counters {
     /// Publishers that took a key over from a silent one.
     pub takeovers: AtomicU64,
+    /// Publications that continued the stream of an earlier one.
+    pub resumed: AtomicU64,
+    /// Players that have ended.
+    pub playbacks_ended: AtomicU64,
 }
 
 impl Admission {
-    /// Admits every peer to `hub`, within the limits of `settings`.
+    /// Admits every peer to `hub`, within the limits of `settings`. `publish_grace` needs a tokio runtime,
+    /// the one that this is called in.
     pub fn new(hub: Hub, settings: Settings) -> Self {
         let permits = Arc::new(Semaphore::new(settings.max_players.min(Semaphore::MAX_PERMITS)));
         let shared = Shared {
             hub,
             settings,
+            runtime: Handle::try_current().ok(),
             policies: RwLock::default(),
             counters: Counters::default(),
             permits,
@@ -187,35 +207,60 @@ impl Admission {
     /// [`Refusal::Full`] at the limit of streams, and the refusals of policies.
     pub async fn publish(&self, request: Request) -> Result<Publication, Refusal> {
         self.decide(&request).await?;
-        let Request { key, peer, revoked, .. } = request;
+        let Request { key, peer, revoked, query, .. } = request;
         let settings = self.shared.settings;
         let live = Arc::new(Live {
             peer,
             revoked,
+            encoder: Rival { address: peer.ip(), query },
             since: Instant::now(),
             newest_ns: AtomicU64::new(0),
-            state: Mutex::new(State::Waiting { metadata: None }),
+            held_for: AtomicU8::new(HELD_FOR_NOBODY),
+            state: Mutex::new(State::Waiting { metadata: None, publisher: None }),
         });
         let claims = &self.shared.hub.shared.claims;
-        let (claim, taken_over) = claims
-            .claim_for(&key, Some(live.clone()), settings.publisher_silence, settings.max_streams)
+        let holder = (live.clone() as Arc<dyn Holder>, &live.encoder, settings.publisher_silence);
+        let (claim, replaced) = claims
+            .claim_for(&key, Some(holder), settings.max_streams)
             .map_err(|error| match error {
                 ClaimError::AlreadyLive(error) => Refusal::AlreadyLive(error.0),
                 ClaimError::Full => {
                     Refusal::Full(format!("max_streams is {}", settings.max_streams))
                 }
             })?;
-        if let Some(old) = taken_over {
-            self.shared.counters.takeovers.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(
-                stream = %key,
-                %peer,
-                old_peer = %old.peer,
-                silent_s = old.silent.as_secs(),
-                "publisher replaced a silent one"
-            );
+        if let Some(replaced) = replaced {
+            self.replace(&key, peer, &live, replaced);
         }
-        Ok(Publication { hub: self.shared.hub.clone(), key, live, _claim: claim })
+        Ok(Publication { shared: self.shared.clone(), key, live, claim: Some(claim) })
+    }
+
+    /// Ends the publication that `live` has replaced. Its stream goes to `live`, unless there is no
+    /// grace.
+    fn replace(&self, key: &StreamKey, peer: SocketAddr, live: &Live, replaced: Replaced) {
+        let Replaced { holder, silent } = replaced;
+        let Shared { settings, counters, .. } = &*self.shared;
+        let publisher = match settings.publish_grace.is_zero() {
+            true => {
+                holder.end(EndReason::TakenOver);
+                None
+            }
+            false => holder.hand_over(),
+        };
+        if silent >= settings.publisher_silence {
+            counters.takeovers.fetch_add(1, Ordering::Relaxed);
+            let (old_peer, silent_s) = (holder.peer(), silent.as_secs());
+            tracing::warn!(stream = %key, %peer, %old_peer, silent_s, "publisher replaced a silent one");
+        }
+        if publisher.is_some() {
+            counters.resumed.fetch_add(1, Ordering::Relaxed);
+            let silent_ms = silent.as_millis() as u64;
+            let old_peer = holder.peer();
+            tracing::info!(stream = %key, %peer, %old_peer, silent_ms, "stream continues with a new publication");
+        }
+        // The encoder gets its answer after this, so there is no tag yet.
+        if let State::Waiting { publisher: slot, .. } = &mut *live.state.lock() {
+            *slot = publisher;
+        }
     }
 
     /// Admits a player, and waits for its stream to start.
@@ -298,14 +343,16 @@ impl fmt::Debug for Admission {
     }
 }
 
-/// One admitted publication. Dropping it ends the stream and frees the key.
+/// One admitted publication. Dropping it ends the stream and frees the key, or holds both for the
+/// encoder as long as [`Settings::publish_grace`] says.
 ///
 /// After a take-over or a revocation it drops all tags that are pushed.
 pub struct Publication {
-    hub: Hub,
+    shared: Arc<Shared>,
     key: StreamKey,
     live: Arc<Live>,
-    _claim: Claim,
+    /// `None` once it has ended.
+    claim: Option<Claim>,
 }
 
 impl Publication {
@@ -318,19 +365,25 @@ impl Publication {
         let mut state = self.live.state.lock();
         match &mut *state {
             State::Live { publisher } => publisher.push_at(now, tag),
-            State::Waiting { metadata } if tag.kind() == TagKind::Script => {
+            State::Waiting { metadata, .. } if tag.kind() == TagKind::Script => {
                 if tag.is_metadata() {
                     *metadata = Some(tag);
                 }
             }
-            State::Waiting { metadata } => {
+            State::Waiting { metadata, publisher } => {
                 let metadata = metadata.take();
                 // Behind the lock, so that a revocation does not return while the stream starts.
-                let mut publisher = self.start(&tag, metadata.clone());
+                let mut publisher = match publisher.take() {
+                    Some(mut publisher) => {
+                        publisher.splice();
+                        publisher
+                    }
+                    None => self.start(&tag, metadata.clone()),
+                };
                 metadata.into_iter().chain([tag]).for_each(|tag| publisher.push_at(now, tag));
                 *state = State::Live { publisher };
             }
-            State::Ended => {}
+            State::Held { .. } | State::Ended => {}
         }
     }
 
@@ -338,8 +391,45 @@ impl Publication {
     fn start(&self, first: &Tag, metadata: Option<Tag>) -> Publisher {
         let start = unix_ms().saturating_sub(u64::from(first.timestamp()));
         let mut info = PublicationInfo::starting_at(start);
-        info.headers.metadata = metadata;
-        self.hub.start(self.key.clone(), info, None)
+        info.headers = metadata.into_iter().collect();
+        self.shared.hub.start(self.key.clone(), info, None).with_timestamp_repair()
+    }
+
+    /// Ends the publication because its encoder said so. With a grace, the stream waits for the next one,
+    /// and any encoder may be that.
+    pub fn unpublish(mut self) {
+        self.leave(HELD_FOR_ANYONE);
+    }
+
+    /// Ends the publication and its stream at once.
+    pub fn end(mut self) {
+        self.live.finish();
+        self.claim = None;
+    }
+
+    /// Ends the publication. Holds its stream if there is one and a grace.
+    fn leave(&mut self, held_for: u8) {
+        let Some(claim) = self.claim.take() else { return };
+        let left = self.shared.settings.publish_grace.saturating_sub(self.live.silent_for());
+        let runtime = self.shared.runtime.as_ref().filter(|_| !left.is_zero());
+        let Some(runtime) = runtime else { return self.live.finish() };
+        {
+            let mut state = self.live.state.lock();
+            *state = match std::mem::replace(&mut *state, State::Ended) {
+                State::Live { publisher } | State::Waiting { publisher: Some(publisher), .. } => {
+                    self.live.held_for.store(held_for, Ordering::Release);
+                    State::Held { _publisher: publisher, _claim: claim }
+                }
+                _ => return,
+            };
+        }
+        let held_ms = left.as_millis() as u64;
+        tracing::info!(stream = %self.key, held_ms, "stream waits for its encoder to come back");
+        let live = self.live.clone();
+        runtime.spawn(async move {
+            tokio::time::sleep(left).await;
+            live.expire();
+        });
     }
 
     /// The stream's name.
@@ -350,7 +440,7 @@ impl Publication {
 
 impl Drop for Publication {
     fn drop(&mut self) {
-        self.live.finish();
+        self.leave(HELD_FOR_ITS_ENCODER);
     }
 }
 
@@ -358,18 +448,23 @@ impl Drop for Publication {
 struct Live {
     peer: SocketAddr,
     revoked: Option<CancellationToken>,
+    encoder: Rival,
     since: Instant,
     /// When the newest tag arrived, in nanoseconds after `since`. Not behind the lock: claims read it
     /// while a tag is pushed.
     newest_ns: AtomicU64,
+    /// Who may continue the stream: [`HELD_FOR_NOBODY`] and so on. Not behind the lock, as `newest_ns`.
+    held_for: AtomicU8,
     state: Mutex<State>,
 }
 
 enum State {
-    /// Only script tags have arrived.
-    Waiting { metadata: Option<Tag> },
+    /// Only script tags have arrived. `publisher` is that of the stream to continue, if any.
+    Waiting { metadata: Option<Tag>, publisher: Option<Publisher> },
     /// The stream is in the hub.
     Live { publisher: Publisher },
+    /// The publication has ended, and its stream waits for the next one.
+    Held { _publisher: Publisher, _claim: Claim },
     /// Dropped, taken over or revoked.
     Ended,
 }
@@ -386,24 +481,71 @@ impl Live {
     }
 }
 
-impl Holder for Live {
+impl Live {
     fn silent_for(&self) -> Duration {
         let newest = Duration::from_nanos(self.newest_ns.load(Ordering::Relaxed));
         self.since.elapsed().saturating_sub(newest)
     }
 
+    /// Has the connection closed, unless it has ended the publication itself: it may publish again.
+    fn close_connection(&self) {
+        if let Some(revoked) = &self.revoked
+            && self.held_for.load(Ordering::Acquire) == HELD_FOR_NOBODY
+        {
+            revoked.cancel();
+        }
+    }
+
+    /// Ends the stream if no encoder has continued it.
+    fn expire(&self) {
+        let mut state = self.state.lock();
+        if matches!(*state, State::Held { .. }) {
+            *state = State::Ended;
+        }
+    }
+}
+
+impl Holder for Live {
     fn peer(&self) -> SocketAddr {
         self.peer
     }
 
+    fn yields_to(&self, rival: &Rival, silence: Duration) -> Option<Duration> {
+        let silent = self.silent_for();
+        let yields = match self.held_for.load(Ordering::Acquire) {
+            HELD_FOR_ANYONE => true,
+            HELD_FOR_ITS_ENCODER => rival.is(&self.encoder),
+            _ => silent >= silence,
+        };
+        yields.then_some(silent)
+    }
+
+    fn hand_over(&self) -> Option<Publisher> {
+        self.close_connection();
+        // The claim of a held stream is dropped behind the lock, which frees nothing: the key has a new
+        // holder.
+        match std::mem::replace(&mut *self.state.lock(), State::Ended) {
+            State::Live { publisher } | State::Held { _publisher: publisher, .. } => {
+                Some(publisher)
+            }
+            State::Waiting { publisher, .. } => publisher,
+            State::Ended => None,
+        }
+    }
+
     fn end(&self, reason: EndReason) {
         tracing::debug!(?reason, "publication ended by the node");
-        if let Some(revoked) = &self.revoked {
-            revoked.cancel();
-        }
+        self.close_connection();
         self.finish();
     }
 }
+
+/// The publication has not ended; it yields to any encoder once it is silent.
+const HELD_FOR_NOBODY: u8 = 0;
+/// Its connection was lost.
+const HELD_FOR_ITS_ENCODER: u8 = 1;
+/// Its encoder ended it.
+const HELD_FOR_ANYONE: u8 = 2;
 
 /// One admitted player. Dropping it frees its share of the limit.
 pub struct Playback {
@@ -441,6 +583,7 @@ impl fmt::Debug for Playback {
 impl Drop for Playback {
     fn drop(&mut self) {
         self.admission.shared.playbacks.lock().remove(&self.id);
+        self.admission.shared.counters.playbacks_ended.fetch_add(1, Ordering::Relaxed);
     }
 }
 

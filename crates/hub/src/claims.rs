@@ -4,7 +4,7 @@
 //!        claim_for                     dropped, or ended by end() and end_all()
 //! free ─────────────► held by a source ──────────────────────────────────────► free
 //!                        │      ▲
-//!                        └──────┘ claim_for, once the holder is silent: it is ended first
+//!                        └──────┘ claim_for, once the holder yields: it is replaced
 //! ```
 //!
 //! Invariants: no source is ended behind the lock of the map, and no publication's lock is taken
@@ -12,7 +12,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -23,7 +23,7 @@ use std::{
 use downpour_media::StreamKey;
 use parking_lot::Mutex;
 
-use crate::AlreadyLive;
+use crate::{AlreadyLive, Publisher};
 
 /// Keys that are claimed, by encoders and by sources that the node runs.
 #[derive(Default)]
@@ -40,8 +40,13 @@ struct Held {
 
 /// A source that can lose its key to another one.
 pub(crate) trait Holder: Send + Sync {
-    /// How long it has sent nothing. Called behind the lock of all claims: takes no lock.
-    fn silent_for(&self) -> Duration;
+    /// How long it has sent nothing, if it yields its key to `rival`, and `None` if it does not. A source
+    /// that has been silent for `silence` yields to every rival. Called behind the lock of all claims:
+    /// takes no lock.
+    fn yields_to(&self, rival: &Rival, silence: Duration) -> Option<Duration>;
+
+    /// Ends the source, but not its stream: returns the stream's publisher, if there is one.
+    fn hand_over(&self) -> Option<Publisher>;
 
     /// The address of the source.
     fn peer(&self) -> SocketAddr;
@@ -50,13 +55,20 @@ pub(crate) trait Holder: Send + Sync {
     fn end(&self, reason: EndReason);
 }
 
-/// A source that lost its key to another encoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TakenOver {
-    /// Its address.
-    pub(crate) peer: SocketAddr,
-    /// How long it had sent nothing.
-    pub(crate) silent: Duration,
+/// Another encoder that asks for a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rival {
+    pub(crate) address: IpAddr,
+    /// The query of its URL, which has its credentials.
+    pub(crate) query: String,
+}
+
+impl Rival {
+    /// `true` if this is most likely the encoder `other`, which came back: from the same address, or
+    /// with the same credentials from another one.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.address == other.address || (!self.query.is_empty() && self.query == other.query)
+    }
 }
 
 /// Why a source loses its key.
@@ -66,6 +78,13 @@ pub(crate) enum EndReason {
     TakenOver,
     /// An operator ended it, or the node stops.
     Revoked,
+}
+
+/// A source that yielded its key.
+pub(crate) struct Replaced {
+    pub(crate) holder: Arc<dyn Holder>,
+    /// How long it has sent nothing.
+    pub(crate) silent: Duration,
 }
 
 /// Why a key cannot be claimed.
@@ -79,7 +98,7 @@ pub(crate) enum ClaimError {
 impl Claims {
     /// Claims a key for a source that cannot be taken over.
     pub(crate) fn claim(self: &Arc<Self>, key: &StreamKey) -> Result<Claim, AlreadyLive> {
-        match self.claim_for(key, None, Duration::MAX, usize::MAX) {
+        match self.claim_for(key, None, usize::MAX) {
             Ok((claim, _)) => Ok(claim),
             Err(ClaimError::AlreadyLive(error)) => Err(error),
             // Memory cannot hold `usize::MAX` keys.
@@ -87,39 +106,32 @@ impl Claims {
         }
     }
 
-    /// Claims a key for `holder`, while fewer than `max` are claimed. A source that has been silent
-    /// for `silence` loses the key and is ended; then it is returned, too.
+    /// Claims a key for `holder`, while fewer than `max` are claimed. If another source yields the key,
+    /// it is returned with the time that it was silent; the caller must end it.
     pub(crate) fn claim_for(
         self: &Arc<Self>,
         key: &StreamKey,
-        holder: Option<Arc<dyn Holder>>,
-        silence: Duration,
+        holder: Option<(Arc<dyn Holder>, &Rival, Duration)>,
         max: usize,
-    ) -> Result<(Claim, Option<TakenOver>), ClaimError> {
+    ) -> Result<(Claim, Option<Replaced>), ClaimError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut held = self.held.lock();
-        let previous = match held.get(key) {
+        let replaced = match held.get(key) {
             None if held.len() >= max => return Err(ClaimError::Full),
             None => None,
-            Some(Held { holder: Some(holder), .. }) => {
-                let silent = holder.silent_for();
-                if silent < silence {
-                    return Err(ClaimError::AlreadyLive(AlreadyLive(key.clone())));
-                }
-                Some((holder.clone(), silent))
-            }
-            Some(Held { holder: None, .. }) => {
-                return Err(ClaimError::AlreadyLive(AlreadyLive(key.clone())));
+            Some(Held { holder: previous, .. }) => {
+                let yielded = previous.as_ref().zip(holder.as_ref()).and_then(
+                    |(previous, (_, rival, silence))| {
+                        let silent = previous.yields_to(rival, *silence)?;
+                        Some(Replaced { holder: previous.clone(), silent })
+                    },
+                );
+                Some(yielded.ok_or_else(|| ClaimError::AlreadyLive(AlreadyLive(key.clone())))?)
             }
         };
-        held.insert(key.clone(), Held { id, holder });
+        held.insert(key.clone(), Held { id, holder: holder.map(|(holder, ..)| holder) });
         drop(held);
-        let claim = Claim { claims: self.clone(), key: key.clone(), id };
-        let taken_over = previous.map(|(holder, silent)| {
-            holder.end(EndReason::TakenOver);
-            TakenOver { peer: holder.peer(), silent }
-        });
-        Ok((claim, taken_over))
+        Ok((Claim { claims: self.clone(), key: key.clone(), id }, replaced))
     }
 
     /// Ends the source that holds `key` and frees the key. Returns `false` if no source holds it, or

@@ -59,16 +59,21 @@
 pub mod admission;
 mod claims;
 mod counters;
+mod cursors;
 mod log;
 mod on_demand;
 mod reader;
 mod sink;
+mod splice;
 mod stream;
 
 use std::{
     collections::HashMap,
     fmt,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -101,11 +106,13 @@ struct Shared {
     limits: LogLimits,
     /// Changes when a stream starts.
     ups: watch::Sender<()>,
+    ended: AtomicU64,
 }
 
 /// How much of its newest media a stream keeps for its readers.
 ///
-/// A stream without readers keeps its newest group of pictures only.
+/// These are limits for slow readers. A stream whose readers keep up, or that has none, keeps its newest
+/// group of pictures only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogLimits {
     /// Bytes of memory, each tag's bookkeeping included. The newest tag is always kept.
@@ -142,6 +149,7 @@ impl Hub {
             demand: Arc::default(),
             limits,
             ups: watch::Sender::new(()),
+            ended: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -221,6 +229,11 @@ impl Hub {
         self.len() == 0
     }
 
+    /// Number of streams that have ended since the start.
+    pub fn streams_ended(&self) -> u64 {
+        self.shared.ended.load(Ordering::Relaxed)
+    }
+
     /// A reader of the live stream of this name, from its newest group of pictures on.
     pub fn subscribe<K: AsStreamKey + ?Sized>(&self, key: &K) -> Option<Reader> {
         self.stream(key).map(|stream| stream.subscribe())
@@ -243,6 +256,7 @@ impl Hub {
     }
 
     fn forget(&self, stream: &Arc<Stream>) {
+        self.shared.ended.fetch_add(1, Ordering::Relaxed);
         let mut streams = self.shared.streams.write();
         if streams.get(stream.key()).is_some_and(|live| Arc::ptr_eq(live, stream)) {
             streams.remove(stream.key());

@@ -16,13 +16,16 @@ use crate::{
     Hub, LogLimits, PublicationInfo, Reader, Sink, Tap,
     claims::Claim,
     counters::{Counters, Rates},
+    cursors::Cursors,
     log::{Entry, TagLog},
+    splice::Splice,
 };
 use downpour_media::{
     PublicationId, StreamKey,
     flv::{Headers, Tag},
+    timestamps::TimestampRepair,
 };
-use downpour_sys::prefetch;
+use downpour_sys::{LogLimit, prefetch};
 
 /// Addresses of the memory that the next push to a stream will use. Prefetching them for a batch of
 /// packets takes 5 % from an edge's processor time (`scripts/bench edge`).
@@ -49,13 +52,30 @@ pub struct Publisher {
     /// Address of the log entry that the next tag will most likely have.
     next_entry: usize,
     hub: Hub,
+    splice: Splice,
+    /// `None` if the timestamps are those of a node that repairs them.
+    repair: Option<Box<(TimestampRepair, LogLimit)>>,
     /// `None` if the [`Publication`](crate::admission::Publication) holds the claim.
     _claim: Option<Claim>,
 }
 
 impl Publisher {
     pub(crate) fn new(stream: Arc<Stream>, hub: Hub, claim: Option<Claim>) -> Self {
-        Self { stream, taps: Vec::new(), next_entry: 0, hub, _claim: claim }
+        Self {
+            stream,
+            taps: Vec::new(),
+            next_entry: 0,
+            hub,
+            splice: Splice::default(),
+            repair: None,
+            _claim: claim,
+        }
+    }
+
+    /// Keeps the timestamps of audio and video continuous from now on, see [`TimestampRepair`].
+    pub fn with_timestamp_repair(mut self) -> Self {
+        self.repair = Some(Box::default());
+        self
     }
 
     pub(crate) fn add_tap_of(&mut self, sink: &dyn Sink) {
@@ -70,21 +90,35 @@ impl Publisher {
 
     /// Like [`Publisher::push`], with the time of arrival: no clock is read.
     pub fn push_at(&mut self, now: Instant, tag: Tag) {
+        let tag = self.splice.apply(tag);
         self.stream.counters.count(&tag);
         self.stream.rates.count(now, &tag);
+        let tag = self.repair_timestamp(now, tag);
         self.forward(now, tag);
+    }
+
+    fn repair_timestamp(&mut self, now: Instant, tag: Tag) -> Tag {
+        let Some((repair, log_limit)) = self.repair.as_deref_mut() else { return tag };
+        let jumps = repair.jumps();
+        let timestamp = repair.repair(now, &tag);
+        if repair.jumps() > jumps
+            && let Some(missed) = log_limit.due(now)
+        {
+            let (from, stream) = (tag.timestamp(), self.stream.key());
+            tracing::warn!(%stream, from, to = timestamp, missed, "timestamps jumped; continued");
+        }
+        tag.with_timestamp(timestamp)
     }
 
     fn forward(&mut self, now: Instant, tag: Tag) {
         for tap in &mut self.taps {
             tap.push(now, &tag);
         }
-        let readers = &self.stream.readers;
+        let cursors = &self.stream.cursors;
         self.stream.append(|log| {
-            // Behind the lock: a reader that has read from the log was counted before, and one that
+            // Behind the lock: a reader that has read from the log has stored its cursor, and one that
             // has not starts at the newest start point, which stays.
-            let watched = readers.load(Ordering::Relaxed) > 0;
-            log.push(tag, watched);
+            log.push(tag, || cursors.lowest());
             self.next_entry = log.next_entry().addr();
         });
     }
@@ -104,6 +138,24 @@ impl Publisher {
         let now = Instant::now();
         let news = self.stream.log.write().set_headers(headers);
         news.into_iter().for_each(|tag| self.forward(now, tag));
+    }
+
+    /// The tags that follow come from another source: an encoder or a node above that came back. Their
+    /// timestamps continue those of the stream, for all readers and taps.
+    pub fn splice(&mut self) {
+        self.splice.begin();
+    }
+
+    /// As [`Publisher::splice`], with the headers of the new source, of which those that differ are
+    /// pushed.
+    pub fn splice_with(&mut self, headers: Headers) {
+        self.splice.begin();
+        let now = Instant::now();
+        let held = self.stream.headers();
+        let is_news = |new: &&Tag| held.like(new).is_none_or(|held| held.body() != new.body());
+        for new in headers.iter().filter(is_news) {
+            self.push_at(now, new.clone());
+        }
     }
 
     /// The stream that is published.
@@ -138,7 +190,7 @@ impl Drop for Publisher {
 pub struct Stream {
     /// Mirrors `TagLog::next`, so that a reader with nothing to read takes no lock.
     pub(crate) next: AtomicU64,
-    /// Number of readers. With 0, a push wakes none and keeps only the newest group of pictures.
+    /// Number of readers. With 0, a push wakes none.
     pub(crate) readers: AtomicUsize,
     rates: Rates,
     pub(crate) counters: Counters,
@@ -149,6 +201,7 @@ pub struct Stream {
     pub(crate) frames: watch::Sender<()>,
     ended: AtomicBool,
     over: Notify,
+    pub(crate) cursors: Cursors,
     key: StreamKey,
     id: PublicationId,
     start_unix_ms: u64,
@@ -169,6 +222,7 @@ impl Stream {
             frames: watch::Sender::new(()),
             ended: AtomicBool::new(false),
             over: Notify::new(),
+            cursors: Cursors::default(),
             key,
             id,
             start_unix_ms,
@@ -322,15 +376,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reader_that_comes_while_a_key_frame_waits_for_the_lock_keeps_its_gop() {
+    fn a_reader_that_comes_while_a_key_frame_waits_for_the_lock_starts_at_it() {
         let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 60_000 });
         let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
         let key_frame = Tag::new(TagKind::Video, 0, &[0x17, 1, 0, 0, 0, 1]).unwrap();
         publisher.push(key_frame.clone());
         let stream = publisher.stream().clone();
         let log = stream.read_log();
+        let newest = key_frame.with_timestamp(40);
+        let pushed = newest.clone();
         let pushing = thread::spawn(move || {
-            publisher.push(key_frame);
+            publisher.push(pushed);
             publisher
         });
         // A writer that waits keeps new readers out.
@@ -339,9 +395,11 @@ mod tests {
             assert!(Instant::now() < deadline);
             thread::yield_now();
         }
-        let _reader = stream.subscribe();
+        let mut reader = stream.subscribe();
         drop(log);
         let _publisher = pushing.join().unwrap();
-        assert_eq!(stream.held().0, 2);
+        let mut read = Vec::new();
+        assert!(matches!(reader.try_read(&mut read, usize::MAX), crate::ReadOutcome::Read(_)));
+        assert_eq!(read, [newest]);
     }
 }

@@ -3,10 +3,10 @@ use std::{collections::VecDeque, sync::atomic::Ordering, time::Duration};
 use proptest::{collection::vec, prelude::*};
 
 use super::{
-    log::{AUDIO_ONLY_AFTER_MS, ENTRY_OVERHEAD},
+    log::{ANY_FRAME_AFTER_MS, AUDIO_ONLY_AFTER_MS, ENTRY_OVERHEAD},
     *,
 };
-use downpour_media::flv::{Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind, Tracks};
 
 #[test]
 fn a_reader_starts_at_the_newest_gop_with_the_headers_in_effect_there() {
@@ -47,7 +47,7 @@ fn video_without_a_key_frame_is_waited_for() {
     let hub = hub();
     let mut publisher = hub.publish(key()).unwrap();
     let mut early = hub.subscribe(&key()).unwrap();
-    publisher.set_headers(headers(None, Some(video_header(0, 1)), Some(audio_header(0, 1))));
+    publisher.set_headers(headers([video_header(0, 1), audio_header(0, 1)]));
     publisher.push(audio(0, 1));
     publisher.push(inter(5, 2));
     assert_eq!(early.try_read(&mut Vec::new(), 1), ReadOutcome::Pending);
@@ -136,7 +136,7 @@ fn a_gop_longer_than_the_log_leaves_readers_waiting_for_the_next_key_frame() {
 }
 
 #[test]
-fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
+fn a_stream_keeps_its_newest_gop_and_what_slow_readers_have_still_to_read() {
     let hub = hub();
     let mut publisher = hub.publish(key()).unwrap();
     let push_gop = |publisher: &mut Publisher, start: u32| {
@@ -156,10 +156,23 @@ fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
         })
     );
     push_gop(&mut publisher, 800);
-    assert_eq!(publisher.stream().held().0, 20, "a reader may need them");
+    assert_eq!(publisher.stream().held().0, 19, "all but the tag that the reader has read");
+    let behind = slow.clone();
+    // A reader that waits for its first read starts at the newest key frame, and needs nothing before.
+    let _joining = publisher.stream().subscribe();
     assert_eq!(drain(&mut slow).len(), 19);
-    drop(slow);
     push_gop(&mut publisher, 1200);
+    assert_eq!(publisher.stream().held().0, 29, "the clone has read nothing since");
+    drop(behind);
+    assert_eq!(drain(&mut slow).len(), 10);
+    push_gop(&mut publisher, 1600);
+    assert_eq!(publisher.stream().held().0, 10, "the reader keeps up");
+    for start in (2000..).step_by(400).take(1000) {
+        push_gop(&mut publisher, start);
+    }
+    assert!(publisher.stream().held().0 > 100, "it has stopped");
+    drain(&mut slow);
+    push_gop(&mut publisher, 402_000);
     assert_eq!(publisher.stream().held().0, 10);
 }
 
@@ -167,10 +180,14 @@ fn a_stream_that_nobody_reads_keeps_its_newest_gop() {
 fn age_is_media_time_across_the_wrap_and_across_jumps() {
     let hub = Hub::new(LogLimits { max_bytes: usize::MAX, max_age: 1_000 });
     let mut publisher = hub.publish(key()).unwrap();
-    let _watched = publisher.stream().subscribe();
+    // Behind a reader that has stopped.
+    let mut stopped = publisher.stream().subscribe();
     let start = u32::MAX - 990;
     for i in 0..100 {
         publisher.push(audio(start.wrapping_add(i * 20), 0));
+        if i == 0 {
+            assert!(matches!(stopped.try_read(&mut Vec::new(), 1), ReadOutcome::Read(_)));
+        }
     }
     // Up to a second, of which a thirty-second part goes at a time.
     let held = publisher.stream().held().0;
@@ -182,6 +199,181 @@ fn age_is_media_time_across_the_wrap_and_across_jumps() {
     publisher.push(audio(4_000_000, 3));
     publisher.push(audio(4_000_020, 4));
     assert_eq!(publisher.stream().held().0, 2);
+}
+
+#[test]
+fn audio_and_video_hours_apart_keep_their_gop() {
+    for apart in [5_000, 3_600_000, 1 << 31] {
+        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 3_000 });
+        let mut publisher = hub.publish(key()).unwrap();
+        let mut running = hub.subscribe(&key()).unwrap().waking_with_video();
+        let (mut wakes, mut read) = (0, Vec::new());
+        publisher.push(audio_header(0, 1));
+        publisher.push(video_header(apart, 1));
+        for i in 0..150 {
+            let video = if i % 50 == 0 { key_frame } else { inter };
+            publisher.push(video(apart + i * 40, i as u8));
+            publisher.push(audio(i * 40 + 10, i as u8));
+            wakes += u32::from(running.wake.has_changed().unwrap());
+            running.wake.mark_unchanged();
+            read.extend(drain(&mut running));
+        }
+        assert_eq!(wakes, 150);
+        assert_eq!(read.len(), 2 + 300);
+        let late = drain(&mut hub.subscribe(&key()).unwrap());
+        assert_eq!(late.len(), 2 + 100);
+        assert!(late[2].is_key_frame());
+    }
+}
+
+#[test]
+fn a_gop_stays_in_the_log_however_long_it_lasts() {
+    let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 1_000 });
+    let mut publisher = hub.publish(key()).unwrap();
+    let _watched = publisher.stream().subscribe();
+    publisher.push(video_header(0, 1));
+    publisher.push(key_frame(0, 0));
+    for i in 1..1500 {
+        publisher.push(inter(i * 40, i as u8));
+        publisher.push(audio(i * 40, i as u8));
+    }
+    let tags = drain(&mut hub.subscribe(&key()).unwrap());
+    assert_eq!(tags.len(), 2 + 2 * 1499);
+    assert_eq!(tags[1], key_frame(0, 0));
+    // The next one makes it superfluous.
+    publisher.push(key_frame(60_000, 0));
+    assert!(publisher.stream().held().0 <= 51);
+}
+
+#[test]
+fn without_a_key_frame_in_the_log_audio_comes_at_once_and_video_after_a_time() {
+    let hub = Hub::new(LogLimits { max_bytes: 200 * (ENTRY_OVERHEAD + 22), max_age: 60_000 });
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(audio_header(0, 1));
+    publisher.push(video_header(0, 1));
+    publisher.push(key_frame(0, 0));
+    let mut push = |frames: std::ops::Range<u32>| {
+        for i in frames {
+            publisher.push(inter(i * 40, i as u8));
+            publisher.push(audio(i * 40, i as u8));
+        }
+    };
+    push(1..500);
+    let mut reader = hub.subscribe(&key()).unwrap();
+    let joined = drain(&mut reader);
+    assert!(joined[0].is_header() && joined[1].is_header());
+    assert!(joined[2..].iter().all(|tag| tag.kind() == TagKind::Audio));
+    let back = 499 * 40 - joined[2].timestamp();
+    assert!(back <= 520, "starts {back} ms back");
+    // Frames come 4 s after the first one that was left out.
+    let begins = (joined[2].timestamp() + ANY_FRAME_AFTER_MS as u32) / 40;
+    push(500..begins - 1);
+    assert!(drain(&mut reader).iter().all(|tag| tag.kind() == TagKind::Audio));
+    push(begins - 1..begins + 3);
+    let frames = drain(&mut reader).iter().filter(|tag| tag.kind() == TagKind::Video).count();
+    assert!((2..=4).contains(&frames), "{frames}");
+    push(begins + 3..begins + 5);
+    assert_eq!(drain(&mut reader).len(), 4);
+}
+
+#[test]
+fn a_key_frame_ends_the_wait_of_a_reader_that_began_with_audio() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.set_headers(headers([video_header(0, 1)]));
+    for i in 0..50 {
+        publisher.push(inter(i * 40, i as u8));
+        publisher.push(audio(i * 40, i as u8));
+    }
+    let mut reader = hub.subscribe(&key()).unwrap();
+    assert!(drain(&mut reader).iter().all(|tag| tag.is_header() || tag.kind() == TagKind::Audio));
+    publisher.push(key_frame(2000, 1));
+    publisher.push(inter(2040, 2));
+    assert_eq!(drain(&mut reader), [key_frame(2000, 1), inter(2040, 2)]);
+}
+
+#[test]
+fn video_alone_without_key_frames_starts_at_any_frame_after_a_time() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(video_header(0, 1));
+    let mut reader = hub.subscribe(&key()).unwrap();
+    for i in 0..=100 {
+        assert_eq!(drain(&mut reader), [], "{i}");
+        publisher.push(inter(i * 40, i as u8));
+    }
+    assert_eq!(drain(&mut reader), [video_header(4000, 1), inter(4000, 100)]);
+    publisher.push(inter(4040, 101));
+    assert_eq!(drain(&mut reader), [inter(4040, 101)]);
+}
+
+#[test]
+fn radio_with_a_picture_starts_with_the_picture_and_the_newest_audio() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.push(video_header(0, 1));
+    publisher.push(key_frame(0, 7));
+    for i in 0..600 {
+        publisher.push(audio(i * 40, i as u8));
+    }
+    let tags = drain(&mut hub.subscribe(&key()).unwrap());
+    let start = tags[2].timestamp();
+    assert_eq!(tags[..2], [video_header(start, 1), key_frame(start, 7)]);
+    assert!(tags[2..].iter().all(|tag| tag.kind() == TagKind::Audio));
+    assert!(599 * 40 - start <= 500);
+}
+
+#[test]
+fn headers_of_further_tracks_reach_late_readers_and_replace_none() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    let second = Tag::new(TagKind::Audio, 0, b"\x95\x00mp4a\x01\x12\x10").unwrap();
+    let command = Tag::new(TagKind::Video, 0, &[0x57, 0]).unwrap();
+    let empty = Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0]).unwrap();
+    publisher.push(video_header(0, 1));
+    publisher.push(audio_header(0, 1));
+    for tag in [&second, &command, &empty] {
+        publisher.push(tag.clone());
+    }
+    publisher.push(key_frame(40, 1));
+    assert_eq!(
+        drain(&mut hub.subscribe(&key()).unwrap()),
+        [video_header(40, 1), audio_header(40, 1), second.with_timestamp(40), key_frame(40, 1)]
+    );
+}
+
+#[test]
+fn tracks_are_settled_when_both_are_there_or_after_a_second() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap();
+    let reader = hub.subscribe(&key()).unwrap();
+    publisher.push(script(0, 1));
+    publisher.push(key_frame(0, 1));
+    let (video, audio_tag) = (Tracks { video: true, audio: false }, audio(1040, 1));
+    assert_eq!((reader.tracks(), reader.settled_tracks()), (video, None));
+    publisher.push(inter(960, 1));
+    assert_eq!(reader.settled_tracks(), None);
+    publisher.push(inter(1000, 1));
+    assert_eq!(reader.settled_tracks(), Some(video));
+    publisher.push(audio_tag);
+    assert_eq!(reader.settled_tracks(), Some(Tracks::BOTH));
+    drop(publisher);
+    let mut publisher = hub.publish(key()).unwrap();
+    publisher.set_headers(headers([video_header(0, 1), audio_header(0, 1)]));
+    assert_eq!(hub.subscribe(&key()).unwrap().settled_tracks(), Some(Tracks::BOTH));
+}
+
+#[test]
+fn timestamps_of_an_encoder_stay_continuous() {
+    let hub = hub();
+    let mut publisher = hub.publish(key()).unwrap().with_timestamp_repair();
+    let mut reader = hub.subscribe(&key()).unwrap();
+    publisher.push(key_frame(0, 1));
+    publisher.push(inter(40, 2));
+    publisher.push(inter(3_600_080, 3));
+    publisher.push(inter(3_600_120, 4));
+    let expected = [key_frame(0, 1), inter(40, 2), inter(80, 3), inter(120, 4)];
+    assert_eq!(drain(&mut reader), expected);
 }
 
 #[test]
@@ -210,14 +402,10 @@ fn headers_set_after_the_first_tag_go_to_running_readers() {
     publisher.push(key_frame(7, 1));
     let mut reader = hub.subscribe(&key()).unwrap();
     drain(&mut reader);
-    publisher.set_headers(headers(
-        Some(script(0, 1)),
-        Some(video_header(0, 2)),
-        Some(audio_header(0, 1)),
-    ));
-    publisher.set_headers(headers(Some(script(0, 1)), None, None));
+    publisher.set_headers(headers([script(0, 1), video_header(0, 2), audio_header(0, 1)]));
+    publisher.set_headers(headers([script(0, 1)]));
     assert_eq!(drain(&mut reader), [script(7, 1), audio_header(7, 1)]);
-    assert_eq!(publisher.stream().headers().video, Some(video_header(0, 1)));
+    assert_eq!(publisher.stream().headers().video(), Some(&video_header(0, 1)));
 }
 
 #[tokio::test]
@@ -363,7 +551,7 @@ proptest! {
         for model in [&mut slow, &mut fast] {
             model.read(&pushed, usize::MAX);
             prop_assert_eq!(model.reader.try_read(&mut Vec::new(), 1), ReadOutcome::Ended);
-            prop_assert_eq!(model.reader.cursor as usize, pushed.len());
+            prop_assert_eq!(model.reader.progress.cursor as usize, pushed.len());
             if !model.lost {
                 model.read(&pushed, 1);
             }
@@ -378,6 +566,8 @@ struct Model {
     key_frame_seen: bool,
     given: Headers,
     skipped: u64,
+    /// Timestamp of the first frame that was left out for want of a key frame.
+    waiting_since: Option<u32>,
     /// Lost its place and found none until the end.
     lost: bool,
 }
@@ -390,17 +580,19 @@ impl Model {
             key_frame_seen: false,
             given: Headers::default(),
             skipped: 0,
+            waiting_since: None,
             lost: false,
         }
     }
 
     fn read(&mut self, pushed: &[Tag], max_bytes: usize) {
         // Frames that nothing can decode may have followed the last tag that was given.
-        let cursor = self.reader.cursor as usize;
+        let cursor = self.reader.progress.cursor as usize;
         if let Some(next) = &mut self.next {
-            assert!(pushed[*next..cursor].iter().all(|tag| {
-                !self.key_frame_seen && tag.kind() == TagKind::Video && !is_header(tag)
-            }));
+            for tag in &pushed[*next..cursor] {
+                assert!(!self.key_frame_seen && is_frame(tag));
+                self.waiting_since.get_or_insert(tag.timestamp());
+            }
             *next = cursor;
         }
         let before = self.reader.stream().counters.skipped_tags.load(Ordering::Relaxed);
@@ -415,18 +607,31 @@ impl Model {
         self.skipped += count.skipped;
         if self.next.is_none() || count.skipped > 0 {
             while out.front().is_some_and(is_header) {
-                note(&mut self.given, &out.pop_front().unwrap());
+                self.given.learn(&out.pop_front().unwrap());
             }
+            let copied = |tag: &Tag| !pushed.iter().any(|pushed| same(pushed, tag));
+            let still = match out.front().is_some_and(|tag| tag.is_key_frame() && copied(tag)) {
+                true => out.pop_front(),
+                false => None,
+            };
             let resume = out.front().expect("headers never come alone");
-            self.key_frame_seen = resume.is_key_frame();
+            // Only in the absence of key frames may it be another one.
+            self.key_frame_seen = resume.kind() == TagKind::Video || still.is_some();
+            self.waiting_since = None;
             let index = pushed.iter().rposition(|tag| same(tag, resume)).unwrap();
             if let Some(next) = self.next {
                 assert_eq!(index as u64, next as u64 + count.skipped);
             }
+            if let Some(still) = still {
+                let shown = pushed[..index].iter().rfind(|tag| is_frame(tag)).unwrap();
+                assert_eq!((still.body(), still.timestamp()), (shown.body(), resume.timestamp()));
+            }
+            let held = &pushed[pushed.len() - self.reader.stream().held().0..];
             assert!(
                 resume.is_key_frame()
                     || pushed[..index].iter().all(|tag| tag.kind() != TagKind::Video)
                     || video_is_long_ago(&pushed[..=index])
+                    || !held.iter().any(Tag::is_key_frame)
             );
             self.next = Some(index);
         }
@@ -434,27 +639,24 @@ impl Model {
         for tag in out {
             while !same(&pushed[next], &tag) {
                 assert!(!self.key_frame_seen, "{tag:?} where {:?} was due", pushed[next]);
-                assert!(pushed[next].kind() == TagKind::Video && !is_header(&pushed[next]));
+                assert!(is_frame(&pushed[next]));
+                self.waiting_since.get_or_insert(pushed[next].timestamp());
                 next += 1;
             }
-            self.key_frame_seen |= tag.is_key_frame();
+            if is_frame(&tag) && !self.key_frame_seen {
+                let waited =
+                    self.waiting_since.map_or(0, |since| tag.timestamp().wrapping_sub(since));
+                assert!(tag.is_key_frame() || u64::from(waited) >= ANY_FRAME_AFTER_MS);
+                self.key_frame_seen = true;
+            }
             if is_header(&tag) {
-                note(&mut self.given, &tag);
+                self.given.learn(&tag);
             } else {
                 let mut due = Headers::default();
-                pushed[..next].iter().filter(|tag| is_header(tag)).for_each(|tag| {
-                    note(&mut due, tag);
+                pushed[..next].iter().for_each(|tag| {
+                    due.learn(tag);
                 });
-                for (given, due) in [
-                    (&self.given.video, due.video),
-                    (&self.given.audio, due.audio),
-                    (&self.given.metadata, due.metadata),
-                ] {
-                    assert_eq!(
-                        given.as_ref().map(|tag| tag.body()),
-                        due.as_ref().map(|tag| tag.body())
-                    );
-                }
+                assert_eq!(self.given.at(0), due.at(0));
             }
             next += 1;
         }
@@ -484,19 +686,16 @@ fn is_header(tag: &Tag) -> bool {
     tag.is_header()
 }
 
+/// A frame of video.
+fn is_frame(tag: &Tag) -> bool {
+    tag.kind() == TagKind::Video && !is_header(tag)
+}
+
 fn video_is_long_ago(tags: &[Tag]) -> bool {
     let at = tags.last().map_or(0, Tag::timestamp);
     tags.iter()
         .rfind(|tag| tag.kind() == TagKind::Video)
         .is_some_and(|tag| u64::from(at.wrapping_sub(tag.timestamp())) > AUDIO_ONLY_AFTER_MS)
-}
-
-fn note(headers: &mut Headers, tag: &Tag) {
-    match tag.kind() {
-        TagKind::Video => headers.video = Some(tag.clone()),
-        TagKind::Audio => headers.audio = Some(tag.clone()),
-        TagKind::Script => headers.metadata = Some(tag.clone()),
-    }
 }
 
 fn drain(reader: &mut Reader) -> Vec<Tag> {
@@ -505,8 +704,8 @@ fn drain(reader: &mut Reader) -> Vec<Tag> {
     out
 }
 
-fn headers(metadata: Option<Tag>, video: Option<Tag>, audio: Option<Tag>) -> Headers {
-    Headers { metadata, video, audio }
+fn headers<const N: usize>(tags: [Tag; N]) -> Headers {
+    tags.into_iter().collect()
 }
 
 fn hub() -> Hub {

@@ -4,6 +4,8 @@
 
 use bytes::{BufMut, BytesMut};
 
+use crate::amf3;
+
 /// One AMF0 value.
 ///
 /// Objects keep their properties in wire order. Names may repeat; lookups return the first.
@@ -156,18 +158,23 @@ impl From<f64> for Value {
 
 /// Iterator over the consecutive values of a message. Ends after the first error.
 ///
+/// AMF3 values are converted. Movie clips, references and record sets become [`Value::Undefined`]. An
+/// object ends at a property that cannot be read, and the message with it.
+///
 /// Safe on hostile input: at most [`MAX_DEPTH`] levels of nesting, [`MAX_VALUES`] values and
 /// [`MAX_LEN`] bytes, and no allocation is sized by a count from the input.
 #[derive(Debug, Clone)]
 pub struct Decoder<'a> {
     input: &'a [u8],
     values: usize,
+    /// `true` once the input was given up at a property that cannot be read.
+    is_cut: bool,
 }
 
 impl<'a> Decoder<'a> {
     /// A decoder at the start of `input`.
     pub fn new(input: &'a [u8]) -> Self {
-        Self { input, values: 0 }
+        Self { input, values: 0, is_cut: false }
     }
 
     /// Returns the input that has not been decoded yet.
@@ -205,8 +212,17 @@ impl<'a> Decoder<'a> {
                 let mut values = Vec::new();
                 for _ in 0..count {
                     values.push(self.value(depth + 1)?);
+                    if self.is_cut {
+                        break;
+                    }
                 }
                 Value::StrictArray(values)
+            }
+            // §2.6, §2.9, §2.16: reserved or a reference, none of which RTMP needs.
+            MOVIE_CLIP | RECORD_SET => Value::Undefined,
+            REFERENCE => {
+                self.array::<2>()?;
+                Value::Undefined
             }
             DATE => Value::Date {
                 millis: f64::from_be_bytes(self.array()?),
@@ -218,10 +234,18 @@ impl<'a> Decoder<'a> {
                 class: self.short_text()?,
                 properties: self.properties(depth)?,
             },
+            AVM_PLUS => {
+                let (value, rest) = amf3::read(self.input, &mut self.values, depth)
+                    .map_err(|_| Amf0Error::Unsupported(AVM_PLUS))?;
+                self.input = rest;
+                value
+            }
             _ => return Err(Amf0Error::Unsupported(marker)),
         })
     }
 
+    /// Reads properties up to the end marker, or to a value that cannot be read: nothing behind it can
+    /// be found, and the properties before it are worth having.
     fn properties(&mut self, depth: usize) -> Result<Vec<(String, Value)>, Amf0Error> {
         let mut properties = Vec::new();
         loop {
@@ -230,7 +254,17 @@ impl<'a> Decoder<'a> {
                 self.take(1)?;
                 return Ok(properties);
             }
-            properties.push((name, self.value(depth + 1)?));
+            match self.value(depth + 1) {
+                Ok(value) => properties.push((name, value)),
+                Err(Amf0Error::Unsupported(_)) => {
+                    (self.input, self.is_cut) = (&[], true);
+                    return Ok(properties);
+                }
+                Err(error) => return Err(error),
+            }
+            if self.is_cut {
+                return Ok(properties);
+            }
         }
     }
 
@@ -302,7 +336,7 @@ pub enum Amf0Error {
     /// More than [`MAX_LEN`] bytes of input, or a text longer than its length field can express.
     #[error("the AMF0 data is too long")]
     TooLong,
-    /// A movie clip, reference, record set or AMF3 value, or an undefined marker.
+    /// An undefined marker, or an AMF3 value that cannot be read.
     #[error("AMF0 marker {0:#04x} is not supported")]
     Unsupported(u8),
 }
@@ -349,16 +383,21 @@ const NUMBER: u8 = 0x00;
 const BOOLEAN: u8 = 0x01;
 const STRING: u8 = 0x02;
 const OBJECT: u8 = 0x03;
+const MOVIE_CLIP: u8 = 0x04;
 const NULL: u8 = 0x05;
 const UNDEFINED: u8 = 0x06;
+const REFERENCE: u8 = 0x07;
 const ECMA_ARRAY: u8 = 0x08;
 const OBJECT_END: u8 = 0x09;
 const STRICT_ARRAY: u8 = 0x0a;
 const DATE: u8 = 0x0b;
 const LONG_STRING: u8 = 0x0c;
 const UNSUPPORTED: u8 = 0x0d;
+const RECORD_SET: u8 = 0x0e;
 const XML_DOCUMENT: u8 = 0x0f;
 const TYPED_OBJECT: u8 = 0x10;
+/// An AMF3 value follows (§3.1).
+const AVM_PLUS: u8 = 0x11;
 
 #[cfg(test)]
 mod tests {
@@ -419,9 +458,38 @@ mod tests {
 
     #[test]
     fn an_unsupported_marker_is_named_in_the_error() {
-        for marker in [0x04, 0x07, 0x0e, 0x11, 0x12, 0xff] {
+        for marker in [OBJECT_END, 0x12, 0xff] {
             assert_eq!(decode(&[marker, 0, 0]), Err(Amf0Error::Unsupported(marker)));
         }
+        assert_eq!(decode(&[AVM_PLUS, 0x12]), Err(Amf0Error::Unsupported(AVM_PLUS)));
+    }
+
+    #[test]
+    fn reserved_markers_references_and_amf3_do_not_cost_the_rest_of_an_object() {
+        for odd in [
+            &[MOVIE_CLIP][..],
+            &[RECORD_SET],
+            &[REFERENCE, 0, 3],
+            &[AVM_PLUS, 0x06, 0x05, b'h', b'i'],
+            &[AVM_PLUS, 0x0a, 0x0b, 0x01, 0x03, b'w', 0x04, 0x85, 0x00, 0x01],
+        ] {
+            let mut input = vec![OBJECT, 0, 1, b'r'];
+            input.extend(odd);
+            input.extend(b"\0\x03app\x02\0\x04live\0\0\x09\x05");
+            let values = decode(&input).unwrap();
+            assert_eq!(values[0].property("app"), Some(&"live".into()), "{odd:?}");
+            assert_eq!(values[1], Value::Null);
+        }
+    }
+
+    #[test]
+    fn an_object_keeps_the_properties_before_one_that_cannot_be_read() {
+        let mut input = b"\x03\0\x03app\x02\0\x04live\0\x01o\x03\0\x01p".to_vec();
+        input.extend([AVM_PLUS, 0x0a, 0x07, 0x03, b'X', 1, 2, 3]);
+        let values = decode(&input).unwrap();
+        assert_eq!(values.len(), 1);
+        assert_eq!(values[0].property("app"), Some(&"live".into()));
+        assert_eq!(values[0].property("o"), Some(&Value::Object(vec![])));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 ///
 /// A timestamp more than 10 s behind the newest is a clock restart: it continues at the newest.
 /// Smaller steps back are interleaving of audio and video and are kept.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Timeline {
     /// The encoder's timestamp at 0 of this timeline; `None` before the first.
     base: Option<u32>,

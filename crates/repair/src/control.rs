@@ -4,11 +4,14 @@
 
 mod codec;
 mod compact;
+mod data;
 mod headers;
 mod messages;
 mod report;
 
 pub use codec::{ControlError, ControlReader, MAX_CONTROL_LEN, MAX_EDGE_MESSAGE, encode_control};
+pub use data::MAX_DATA_LEN;
+pub use headers::MAX_HEADER_LEN;
 pub use messages::{CloudMessage, EdgeMessage, Hello, Nonce, StreamInfo, Welcome};
 pub use report::{DelayReport, FATES, MAX_REPORTED, PathReport, Report, StreamReport};
 

@@ -13,3 +13,4 @@ pub mod receiver;
 pub mod repair_queue;
 pub mod retransmit;
 pub mod rtp;
+pub mod serial_requests;

@@ -20,15 +20,20 @@
 //! | expected | packet after a gap | held |
 //! | expected | later packet, or heartbeat | missing |
 //! | missing | packet over a path, as a repair, or from parity | held |
-//! | missing | deadline, [`Receiver::handle_gone`], [`Receiver::abandon_through`], full window | given up |
+//! | missing | deadline passed by [`Receiver::handle_timeout`], [`Receiver::handle_gone`], [`Receiver::abandon_through`], full window | given up |
 //! | held, given up | all earlier numbers are held or given up | handed on, [`Event::Lost`] |
 //!
 //! A missing packet is requested when its first wait ends ([`Receiver::poll_request`]), and again
 //! when an answer is overdue, until it arrives or cannot arrive in time.
 //!
-//! A restart of the sender ([`Event::Restart`]) is detected by two consecutive packets far from the
-//! window (RFC 3550 §A.1), or by a long run of old numbers in perfect order. It hands on everything
-//! and starts over.
+//! Only [`Receiver::handle_timeout`] gives packets up because of the time. Its time may be earlier than
+//! the present: a caller that was not scheduled for a while passes the time up to which it has read
+//! everything that arrived.
+//!
+//! A restart of the sender ([`Event::Restart`]) hands on everything and starts over. With
+//! [`Numbering::Guessed`] it is detected by two consecutive packets far from the window (RFC 3550
+//! §A.1), or by a long run of old numbers in perfect order. With [`Numbering::Announced`], packets far
+//! from the window count only near a number that the sender announced in a heartbeat.
 //!
 //! Invariants:
 //!
@@ -76,12 +81,30 @@ pub struct Settings {
     /// `true` if repairs may arrive like live packets, because the sender sends them to a multicast
     /// group.
     pub group: bool,
+    /// How a restart of the sender's numbers is known.
+    pub numbering: Numbering,
+}
+
+/// How a [`Receiver`] knows that the sender's numbers continue far from the window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Numbering {
+    /// From the numbers that arrive: the sender announces nothing.
+    #[default]
+    Guessed,
+    /// From the sender's heartbeats alone.
+    Announced,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let latency = Duration::from_millis(500);
-        Self { latency, join_latency: Duration::from_secs(1), window: 1 << 14, group: false }
+        Self {
+            latency,
+            join_latency: Duration::from_secs(1),
+            window: 1 << 14,
+            group: false,
+            numbering: Numbering::default(),
+        }
     }
 }
 
@@ -160,6 +183,10 @@ pub struct Receiver {
     parity_wait: Duration,
     /// A sequence number far from the window; its successor confirms a restart of the sender.
     probation: Option<Seq>,
+    /// The newest number in the sender's last heartbeat, if it was far from the window.
+    announced: Option<Seq>,
+    /// Requested packets that are no longer missing, for [`Receiver::poll_withdrawn`].
+    withdrawn: VecDeque<Seq>,
     /// Ranges of given-up numbers, to tell late packets from duplicates.
     given_up: VecDeque<(u64, u64)>,
     /// Consecutive live packets that all count as old.
@@ -214,6 +241,8 @@ impl Receiver {
             dual_path: DualPath::default(),
             parity_wait: Duration::ZERO,
             probation: None,
+            announced: None,
+            withdrawn: VecDeque::new(),
             given_up: VecDeque::new(),
             backward_run: None,
             before_restart: None,
@@ -283,7 +312,11 @@ impl Receiver {
         if distance > 0 {
             self.backward_run = None;
             self.loss_estimate.record(distance.unsigned_abs() - 1);
-        } else if live.is_some() && number < self.run.next && self.is_backward_run(now, seq) {
+        } else if live.is_some()
+            && self.settings.numbering == Numbering::Guessed
+            && number < self.run.next
+            && self.is_backward_run(now, seq)
+        {
             // The earlier packets of the run were taken for duplicates; they are requested again.
             self.restart(now, seq.plus(usize::from(u16::MAX) - RESTART_RUN + 2));
             self.handle_packet(now, packet, path);
@@ -301,6 +334,8 @@ impl Receiver {
         }
         let newest = self.newest();
         let distance = last.distance_from(Seq(newest as u16));
+        let is_far = distance.unsigned_abs() as usize > self.settings.window;
+        self.announced = is_far.then_some(last);
         if distance >= 0 {
             // The sender has not restarted.
             self.backward_run = None;
@@ -326,6 +361,23 @@ impl Receiver {
             self.release(now);
         }
         true
+    }
+
+    /// Handles the answer of a sender that may not hold these packets *yet* (wire v0): requests them
+    /// again soon, as long as they may arrive in time.
+    pub fn handle_not_held(&mut self, now: Instant, seqs: impl IntoIterator<Item = Seq>) {
+        for seq in seqs {
+            let distance = seq.distance_from(Seq(self.run.next as u16));
+            let Ok(index) = usize::try_from(distance) else { continue };
+            let Some(Slot::Missing(missing)) = self.window.get_mut(index) else { continue };
+            if missing.hopeless {
+                continue;
+            }
+            let pause = NOT_HELD_PAUSE * (1 << missing.tries.saturating_sub(1).min(4));
+            missing.due = now + pause;
+            missing.repeats_left = 0;
+            self.request_queue.push(Reverse((missing.due, self.run.next + index as u64)));
+        }
     }
 
     /// Handles the sender's refusal: it no longer holds these packets, so they are given up.
@@ -367,10 +419,26 @@ impl Receiver {
         self.parity_wait = wait;
     }
 
-    /// Gives up packets whose deadline has passed. Call [`Receiver::poll_request`] and
-    /// [`Receiver::poll_event`] afterwards.
-    pub fn handle_timeout(&mut self, now: Instant) {
-        self.release(now);
+    /// Gives up packets whose deadline is not after `until`, the time up to which everything that
+    /// arrived has been passed in. Call [`Receiver::poll_request`] and [`Receiver::poll_event`]
+    /// afterwards.
+    pub fn handle_timeout(&mut self, until: Instant) {
+        while let Some(Slot::Missing(missing)) = self.window.front()
+            && missing.deadline <= until
+        {
+            self.pop_front(until);
+            self.release(until);
+        }
+    }
+
+    /// Sets how a restart of the sender's numbers is known.
+    pub fn set_numbering(&mut self, numbering: Numbering) {
+        self.settings.numbering = numbering;
+    }
+
+    /// Returns the next packet that was requested and has arrived otherwise, or was given up.
+    pub fn poll_withdrawn(&mut self) -> Option<Seq> {
+        self.withdrawn.pop_front()
     }
 
     /// Sets the round trip as measured by the repair connection. Answers to requests refine it.
@@ -404,6 +472,12 @@ impl Receiver {
     /// `true` if everything up to `last` has been handed on or given up.
     pub fn is_done_through(&self, last: Seq) -> bool {
         self.started && last.distance_from(Seq(self.run.next as u16)) < 0
+    }
+
+    /// Returns how far `seq` is ahead of the newest packet, held or missing, or behind it; `None` before
+    /// the first packet.
+    pub fn distance_to_newest(&self, seq: Seq) -> Option<i32> {
+        self.started.then(|| seq.distance_from(Seq(self.newest() as u16)))
     }
 
     /// Returns the number of packets in the window, held and missing.
@@ -480,5 +554,7 @@ const BASE: u64 = 1 << 32;
 /// Added to the latency of every packet, so that a latency of n round trips has time for n tries in
 /// spite of coarse timers. Playout buffers were measured to add 2 to 16 ms to theirs.
 pub const GRACE: Duration = Duration::from_millis(15);
+/// Pause before a packet that the sender may not hold yet is requested again; doubles per try.
+const NOT_HELD_PAUSE: Duration = Duration::from_millis(5);
 /// Longest wait for a packet that a heartbeat announced before it is requested.
 const MAX_HEAD_START: Duration = Duration::from_millis(10);

@@ -20,9 +20,6 @@ pub enum ChunkError {
     /// A chunk with a compressed header on a chunk stream without a previous header.
     #[error("chunk stream {0} starts without a header")]
     NoHeader(u32),
-    /// A new message before the previous one on the chunk stream is complete.
-    #[error("chunk stream {0} starts a message inside a message")]
-    UnexpectedHeader(u32),
     /// More than [`MAX_CHUNK_STREAMS`] chunk streams.
     #[error("there are more than {MAX_CHUNK_STREAMS} chunk streams")]
     TooManyStreams,
@@ -89,6 +86,16 @@ struct Header {
     stream_id: u32,
     /// The extended timestamp field, if the last header had one.
     extended: Option<u32>,
+}
+
+impl Header {
+    /// `true` if this header of format 0, 1 or 2 repeats `unfinished`, that of an unfinished message,
+    /// rather than begins another message.
+    fn repeats(&self, unfinished: &Self, format: u8) -> bool {
+        let is_same = (self.length, self.kind, self.stream_id)
+            == (unfinished.length, unfinished.kind, unfinished.stream_id);
+        is_same && (format != 0 || self.timestamp == unfinished.timestamp)
+    }
 }
 
 /// §5.4.1.

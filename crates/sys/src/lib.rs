@@ -6,7 +6,9 @@
 //! | [`access`] | permissions on files |
 //! | [`buffer`] | reference-counted buffers carved out of shared blocks |
 //! | [`idle`] | nap or block: how a worker thread idles |
+//! | [`pktinfo`] | the local address of a datagram, where a host has several |
 //! | [`recvmmsg`], [`sendmmsg`] | many datagrams per system call, with GRO and GSO |
+//! | [`heap`] | freed memory, back to the system |
 //! | [`rlimit`] | the limit of file descriptors |
 //! | `timer` | a timerfd(2) that other threads set while a tokio task waits for it (feature `tokio`) |
 //! | [`udp`] | UDP sockets for RTP: large buffers, multicast |
@@ -17,8 +19,10 @@
 
 pub mod access;
 pub mod buffer;
+pub mod heap;
 pub mod idle;
 mod log_limit;
+pub mod pktinfo;
 mod prefetch;
 pub mod recvmmsg;
 pub mod rlimit;

@@ -19,6 +19,8 @@ pub struct RecvBatch {
     bytes: Box<[u8]>,
     /// Slots that the last call filled.
     count: usize,
+    /// Slots that the last call could have filled.
+    prepared: usize,
 }
 
 #[derive(Default)]
@@ -38,7 +40,7 @@ impl RecvBatch {
     /// An empty batch.
     pub fn new() -> Self {
         let bytes = vec![0; Self::CAPACITY * BUFFER_LEN].into_boxed_slice();
-        Self { slots: Box::default(), bytes, count: 0 }
+        Self { slots: Box::default(), bytes, count: 0, prepared: 0 }
     }
 
     /// Lets the kernel coalesce consecutive datagrams of one sender (UDP GRO, udp(7)).
@@ -57,7 +59,7 @@ impl RecvBatch {
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<()> {
         // Preparing a slot has a cost, so prepare twice the number that the last call filled.
         let prepared = (2 * self.count).clamp(2, Self::CAPACITY);
-        self.count = 0;
+        (self.count, self.prepared) = (0, prepared);
         // SAFETY: all zeroes are valid for both: integers and null pointers.
         let mut iovecs: [libc::iovec; Self::CAPACITY] = unsafe { mem::zeroed() };
         // SAFETY: zero is a valid value of every field of an `mmsghdr`.
@@ -96,6 +98,13 @@ impl RecvBatch {
             slot.control_len = header.msg_hdr.msg_controllen as _;
         }
         Ok(())
+    }
+
+    /// `true` if the last call filled all of its slots, so that more datagrams may be queued. If not, the
+    /// call has seen the queue empty.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.count == self.prepared
     }
 
     /// The datagrams that the last call read, grouped as the kernel coalesced them.

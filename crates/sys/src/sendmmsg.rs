@@ -5,14 +5,17 @@ use std::{
     io,
     marker::PhantomData,
     mem,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::AsRawFd,
     ptr::NonNull,
     slice,
     time::Duration,
 };
 
-use crate::sockaddr::{SockAddr, set_option};
+use crate::{
+    pktinfo::Source,
+    sockaddr::{SockAddr, set_option},
+};
 
 /// Reusable headers for the messages of one sendmmsg(2) call.
 ///
@@ -38,7 +41,7 @@ impl Batch {
             // SAFETY: the index is in bounds, and no other reference exists yet.
             unsafe {
                 let slot = slots.add(index).as_ptr();
-                (*slot).control.head = libc::cmsghdr {
+                (*slot).control.segment.head = libc::cmsghdr {
                     cmsg_len: CONTROL_LEN as _,
                     cmsg_level: libc::SOL_UDP,
                     cmsg_type: libc::UDP_SEGMENT,
@@ -47,7 +50,7 @@ impl Batch {
                 header.msg_name = (&raw mut (*slot).to).cast();
                 header.msg_iov = &raw mut (*slot).bytes;
                 header.msg_iovlen = 1;
-                header.msg_control = (&raw mut (*slot).control).cast();
+                header.msg_control = (&raw mut (*slot).control.segment).cast();
             }
         }
         Self { slots, headers, len: 0, default_segment: 0 }
@@ -95,6 +98,8 @@ pub struct Messages<'b, 'a> {
 pub struct Message<'a> {
     /// The destination.
     pub to: SocketAddr,
+    /// The local address to send from, of the family of `to`; `None` lets the routing table choose.
+    pub from: Option<IpAddr>,
     /// The payload.
     pub bytes: &'a [u8],
     /// Bytes per datagram, the last one excepted; 0 sends `bytes` as one datagram.
@@ -116,7 +121,9 @@ impl<'a> Messages<'_, 'a> {
         slot.to = message.to.into();
         slot.bytes.iov_base = message.bytes.as_ptr().cast_mut().cast();
         slot.bytes.iov_len = message.bytes.len();
-        slot.control.segment = message.segment;
+        slot.control.segment.segment = message.segment;
+        slot.control.source = Source::new(message.from);
+        header.msg_control = slot.control_start();
         header.msg_namelen = match message.to {
             SocketAddr::V4(_) => size_of::<libc::sockaddr_in>(),
             SocketAddr::V6(_) => size_of::<libc::sockaddr_in6>(),
@@ -172,13 +179,14 @@ impl<'a> Messages<'_, 'a> {
         let libc::iovec { iov_base, iov_len } = slot.bytes;
         // SAFETY: pointer and length come from a slice that lives for 'a.
         let bytes = unsafe { slice::from_raw_parts(iov_base.cast_const().cast(), iov_len) };
-        Some(Message { to: slot.to.get()?, bytes, segment: slot.control.segment })
+        let (from, segment) = (slot.control.source.get(), slot.control.segment.segment);
+        Some(Message { to: slot.to.get()?, from, bytes, segment })
     }
 
     /// Length and segment of each message, in bytes.
     #[inline]
     pub fn lengths(&self) -> impl Iterator<Item = (usize, u16)> {
-        self.slots().iter().map(|slot| (slot.bytes.iov_len, slot.control.segment))
+        self.slots().iter().map(|slot| (slot.bytes.iov_len, slot.control.segment.segment))
     }
 
     /// Sends the messages from `first` on, without blocking. Returns how many the kernel accepted.
@@ -210,12 +218,14 @@ impl<'a> Messages<'_, 'a> {
     }
 }
 
-/// Bytes of a slot's control message: 0 where the socket's own segment has the same effect.
+/// Bytes of a slot's control messages. There is none for the segment where the socket's own has the same
+/// effect.
 #[inline]
 fn control_len(slot: &Slot, default_segment: u16) -> usize {
-    let segment = slot.control.segment;
+    let segment = slot.control.segment.segment;
     let is_too_short = segment == 0 && slot.bytes.iov_len <= usize::from(default_segment);
-    if segment == default_segment || is_too_short { 0 } else { size_of::<Control>() }
+    let has_none = segment == default_segment || is_too_short;
+    slot.control.source.space() + if has_none { 0 } else { size_of::<SegmentControl>() }
 }
 
 /// Sets a socket's own GSO segment: the kernel segments every longer message without a control
@@ -257,10 +267,31 @@ struct Slot {
     control: Control,
 }
 
-/// The `UDP_SEGMENT` control message (udp(7)), `CMSG_SPACE` of a u16.
+impl Slot {
+    /// Where the control messages begin.
+    #[inline]
+    fn control_start(&mut self) -> *mut libc::c_void {
+        let space = self.control.source.space();
+        let control = &raw mut self.control;
+        // SAFETY: the source's message ends where that of the segment begins, and is no longer than the
+        // bytes before it.
+        unsafe { (&raw mut (*control).segment).cast::<u8>().sub(space).cast() }
+    }
+}
+
+/// The control messages of a slot. That of the source ends where that of the segment begins, so that
+/// the two are one buffer for either family, and each can be left out.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Control {
+    source: Source,
+    segment: SegmentControl,
+}
+
+/// The `UDP_SEGMENT` control message (udp(7)), `CMSG_SPACE` of a u16.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SegmentControl {
     head: libc::cmsghdr,
     segment: u16,
     padding: [u8; size_of::<usize>() - 2],
@@ -286,8 +317,8 @@ mod tests {
         let mut batch = Batch::new();
         let bytes: Vec<u8> = (0..25).collect();
         let mut messages = batch.begin();
-        let segmented = Message { to, bytes: &bytes, segment: 10 };
-        let whole = Message { to, bytes: &bytes[..7], segment: 0 };
+        let segmented = Message { to, from: None, bytes: &bytes, segment: 10 };
+        let whole = Message { to, from: None, bytes: &bytes[..7], segment: 0 };
         assert!(messages.push(segmented) && messages.push(whole));
         assert_eq!(messages.get(0), Some(segmented));
         assert_eq!(messages.get(1), Some(whole));
@@ -323,7 +354,7 @@ mod tests {
             let mut messages = batch.begin();
             messages.set_default_segment(before);
             for (len, segment) in [(25, 10), (25, 12), (25, 0), (7, 0), (10, 0)] {
-                assert!(messages.push(Message { to, bytes: &bytes[..len], segment }));
+                assert!(messages.push(Message { to, from: None, bytes: &bytes[..len], segment }));
             }
             messages.set_default_segment(after);
             assert_eq!(messages.default_segment(), after);
@@ -343,9 +374,46 @@ mod tests {
     fn control_message_has_the_layout_of_the_kernel() {
         // SAFETY: both only compute.
         let (space, len) = unsafe { (libc::CMSG_SPACE(2), libc::CMSG_LEN(2)) };
-        assert_eq!(size_of::<Control>(), space as usize);
+        assert_eq!(size_of::<SegmentControl>(), space as usize);
         assert_eq!(CONTROL_LEN, len as usize);
-        assert_eq!(mem::offset_of!(Control, segment), size_of::<libc::cmsghdr>());
+        assert_eq!(mem::offset_of!(SegmentControl, segment), size_of::<libc::cmsghdr>());
+        assert_eq!(mem::offset_of!(Control, segment), size_of::<Source>());
+    }
+
+    /// All of 127.0.0.0/8 is local.
+    #[test]
+    fn messages_leave_from_the_address_that_they_name() {
+        for (any, to, sources) in [
+            ("0.0.0.0:0", "127.0.0.1:0", &["127.0.0.2", "127.0.0.3"][..]),
+            ("[::]:0", "[::1]:0", &["::1"][..]),
+        ] {
+            let (Ok(sender), Ok(receiver)) = (UdpSocket::bind(any), UdpSocket::bind(to)) else {
+                continue;
+            };
+            receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let (to, bytes) = (receiver.local_addr().unwrap(), [7; 25]);
+            let mut batch = Batch::new();
+            let mut messages = batch.begin();
+            let froms: Vec<Option<IpAddr>> =
+                sources.iter().map(|ip| Some(ip.parse().unwrap())).chain([None]).collect();
+            for from in &froms {
+                for segment in [0, 10] {
+                    let message = Message { to, from: *from, bytes: &bytes, segment };
+                    assert!(messages.push(message));
+                    assert_eq!(messages.get(messages.len() - 1), Some(message));
+                }
+            }
+            let count = messages.len();
+            assert_eq!(messages.send(&sender, 0).unwrap(), count);
+            let mut buffer = [0; 100];
+            for from in froms {
+                for length in [25, 10, 10, 5] {
+                    let (received, source) = receiver.recv_from(&mut buffer).unwrap();
+                    assert_eq!(received, length);
+                    assert_eq!(source.ip(), from.unwrap_or(to.ip()));
+                }
+            }
+        }
     }
 
     #[test]
@@ -354,7 +422,7 @@ mod tests {
         let mut batch = Batch::new();
         let mut messages = batch.begin();
         let to = "255.255.255.255:9".parse().unwrap();
-        messages.push(Message { to, bytes: &[1], segment: 0 });
+        messages.push(Message { to, from: None, bytes: &[1], segment: 0 });
         let error = messages.send(&sender, 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EACCES));
         wait_writable(&sender, Duration::from_secs(5));

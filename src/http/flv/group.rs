@@ -208,7 +208,7 @@ impl Group {
     fn check(&mut self) {
         self.checked = Instant::now();
         let mut next = 0;
-        while let Some(member) = self.members.get(next) {
+        while let Some(member) = self.members.get_mut(next) {
             match member.viewer.check_all() {
                 Ok(()) => next += 1,
                 Err(closed) => self.close(next, &closed),

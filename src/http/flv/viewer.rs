@@ -7,12 +7,12 @@ use std::{
 };
 
 use prometheus::{IntCounter, IntGauge};
-use tokio::{net::TcpStream, task::coop};
+use tokio::{io::Interest, net::TcpStream, task::coop};
 
 use super::super::metrics::HttpMetrics;
 use crate::net::Slot;
 use downpour_hub::{MaxLag, ReadOutcome, Reader, Stream, ViewerGuard, admission::Playback};
-use downpour_media::flv::{FILE_HEADER, Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind, Tracks};
 use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// Limits of viewers and of HTTP connections.
@@ -33,9 +33,13 @@ pub struct ViewerSettings {
     pub merge_write: Duration,
     /// Time in which a connection must send the head of a request.
     pub head_timeout: Duration,
-    /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` lets the kernel tune it. A small one
-    /// makes slow viewers skip sooner and limits their kernel memory.
+    /// The kernel's send buffer (`SO_SNDBUF`) in bytes; `None` lets the kernel tune it. It limits the
+    /// bytes in flight, too.
     pub send_buffer: Option<usize>,
+    /// Bytes that the kernel takes for a viewer ahead of what it sends (`TCP_NOTSENT_LOWAT`); `None` is
+    /// 1.5 s of the stream. It bounds the kernel memory of a viewer that does not read, and keeps
+    /// `backlog` honest. Unlike a small send buffer it does not slow down viewers far away.
+    pub unsent: Option<u32>,
 }
 
 impl Default for ViewerSettings {
@@ -48,6 +52,7 @@ impl Default for ViewerSettings {
             merge_write: Duration::ZERO,
             head_timeout: Duration::from_secs(10),
             send_buffer: None,
+            unsent: None,
         }
     }
 }
@@ -78,6 +83,8 @@ pub(in crate::http) struct Viewer {
     sent: u64,
     /// `true` once the first tag has been read.
     joined: bool,
+    /// Set once the client has closed its sending side: when that was seen, or the last write since.
+    half_closed: Option<Instant>,
     /// `true` once its end has been logged.
     logged: bool,
     cut: IntCounter,
@@ -102,6 +109,7 @@ impl Viewer {
             began: Instant::now(),
             sent: 0,
             joined: false,
+            half_closed: None,
             logged: false,
             cut: metrics.closed.cut.clone(),
             _counted: Counted::new(&metrics.viewers),
@@ -109,9 +117,57 @@ impl Viewer {
         }
     }
 
+    /// Limits the bytes that the kernel holds for this viewer. The speed of the stream is known about a
+    /// second after its start, so this is called whenever the viewer has to catch up.
+    fn limit_unsent(&self, setting: Option<u32>) {
+        let stream = self.stream.stream();
+        let bytes = setting.unwrap_or_else(|| {
+            match (stream.video_speed() + stream.audio_speed()).saturating_mul(UNSENT_MS) {
+                0 => UNSENT_UNKNOWN,
+                bytes => bytes.clamp(MIN_UNSENT.into(), MAX_UNSENT.into()) as u32,
+            }
+        });
+        let socket = socket2::SockRef::from(&self.socket);
+        if let Err(error) = socket.set_tcp_notsent_lowat(bytes) {
+            tracing::debug!(peer = %self.connection.peer, %error, "cannot limit unsent bytes");
+        }
+    }
+
     /// Writes the head of the response.
     pub(in crate::http) async fn greet(&self, timeout: Duration) -> Result<(), Closed> {
         write_all(&self.socket, timeout, RESPONSE_HEAD).await
+    }
+
+    /// Waits until it is known which kinds of media the stream has. Returns the FLV header that says
+    /// so: a player in a browser waits for both if both are flagged, and without end if one is missing.
+    pub(in crate::http) async fn file_header(
+        &self,
+        reader: &mut Reader,
+    ) -> Result<WriteQueue, Closed> {
+        let mut deadline = std::pin::pin!(tokio::time::sleep(TRACKS_WAIT));
+        loop {
+            let stream = reader.stream().clone();
+            let is_last_chance = deadline.is_elapsed() || stream.ended();
+            let tracks = match reader.settled_tracks() {
+                None if is_last_chance => Some(reader.tracks()).filter(|it| !it.is_empty()),
+                settled => settled,
+            };
+            if let Some(tracks) = tracks {
+                return Ok(WriteQueue::file_header(tracks));
+            }
+            if stream.ended() {
+                return Ok(WriteQueue::file_header(Tracks::BOTH));
+            }
+            if self.playback.is_revoked() {
+                return Err(Closed::Revoked);
+            }
+            tokio::select! {
+                () = reader.woken() => {}
+                () = stream.over() => {}
+                () = &mut deadline, if !deadline.is_elapsed() => {}
+                closed = client_closed(&self.socket) => return Err(closed),
+            }
+        }
     }
 
     /// Writes `queue` and then the rest of the log, as fast as the viewer reads. Returns once the
@@ -123,6 +179,7 @@ impl Viewer {
         settings: &ViewerSettings,
         metrics: &HttpMetrics,
     ) -> Result<(), Closed> {
+        self.limit_unsent(settings.unsent);
         loop {
             while !queue.is_done() {
                 match self.socket.try_write_vectored(&queue.slices()) {
@@ -148,7 +205,7 @@ impl Viewer {
                 ReadOutcome::Pending if reader.position().is_some() => return Ok(()),
                 ReadOutcome::Pending => tokio::select! {
                     () = reader.woken() => {}
-                    closed = client_closed(&self.socket) => return Err(closed),
+                    closed = client_gone(&self.socket) => return Err(closed),
                 },
             }
         }
@@ -161,6 +218,9 @@ impl Viewer {
             Ok(0) => Err(Closed::Client),
             Ok(written) => {
                 self.sent += written as u64;
+                if let Some(since) = &mut self.half_closed {
+                    *since = Instant::now();
+                }
                 Ok(written)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
@@ -168,11 +228,17 @@ impl Viewer {
         }
     }
 
-    /// Fails if the client has closed its side. Makes no system call unless the client has closed or
-    /// sent something.
-    pub(in crate::http) fn check(&self) -> Result<(), Closed> {
+    /// Fails if the client has reset the connection, or has closed its side and got nothing for
+    /// [`HALF_CLOSED_WAIT`]. Makes no system call unless the client has closed or sent something.
+    ///
+    /// A client that closes only its sending side still reads. One that is gone answers the next write
+    /// with a reset, which is the only difference.
+    pub(in crate::http) fn check(&mut self) -> Result<(), Closed> {
         match self.socket.try_read(&mut [0; 64]) {
-            Ok(0) => Err(Closed::Client),
+            Ok(0) => match self.half_closed.get_or_insert_with(Instant::now).elapsed() {
+                silent if silent > HALF_CLOSED_WAIT => Err(Closed::Client),
+                _ => Ok(()),
+            },
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(error.into()),
@@ -180,7 +246,7 @@ impl Viewer {
     }
 
     /// As [`Viewer::check`], and fails if the playback was revoked. Not per frame: it reads cold memory.
-    pub(in crate::http) fn check_all(&self) -> Result<(), Closed> {
+    pub(in crate::http) fn check_all(&mut self) -> Result<(), Closed> {
         if self.playback.is_revoked() {
             return Err(Closed::Revoked);
         }
@@ -256,8 +322,8 @@ impl WriteQueue {
     pub(in crate::http) const EMPTY: Self = Self { tags: Vec::new(), done: 0, offset: 0 };
 
     /// The FLV header, which precedes the first tag.
-    pub(in crate::http) fn file_header() -> Self {
-        Self::new(vec![BufferMut::from(&FILE_HEADER[..]).freeze()], 0)
+    fn file_header(tracks: Tracks) -> Self {
+        Self::new(vec![BufferMut::from(&tracks.file_header()[..]).freeze()], 0)
     }
 
     /// `tags`, of which the first `written` bytes are written.
@@ -354,6 +420,25 @@ pub(in crate::http) async fn write_all(
     Ok(())
 }
 
+/// Waits until the client resets the connection, or for [`HALF_CLOSED_WAIT`] once it has closed its
+/// side, see [`Viewer::check`].
+async fn client_gone(socket: &TcpStream) -> Closed {
+    let closed = client_closed(socket).await;
+    tokio::select! {
+        () = tokio::time::sleep(HALF_CLOSED_WAIT) => closed,
+        closed = client_reset(socket) => closed,
+    }
+}
+
+/// Waits until the client resets the connection. That it closes its side is no reset.
+pub(in crate::http) async fn client_reset(socket: &TcpStream) -> Closed {
+    client_closed(socket).await;
+    match socket.ready(Interest::ERROR).await {
+        Ok(_) => Closed::Client,
+        Err(error) => error.into(),
+    }
+}
+
 /// Waits until the client closes its side. Bytes that it sends meanwhile are ignored.
 pub(in crate::http) async fn client_closed(socket: &TcpStream) -> Closed {
     loop {
@@ -394,6 +479,16 @@ pub(in crate::http) const RESPONSE_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n\
     Access-Control-Allow-Origin: *\r\n\
     Connection: close\r\n\r\n";
 
+/// Time without a write after which a viewer that has closed its sending side counts as gone.
+const HALF_CLOSED_WAIT: Duration = Duration::from_secs(10);
+/// Time of the stream that the kernel may hold unsent, in milliseconds.
+pub(in crate::http) const UNSENT_MS: u64 = 1500;
+/// Limit of unsent bytes while the speed of a stream is not known: 1.5 s at 1.4 Mbit/s.
+const UNSENT_UNKNOWN: u32 = 256 << 10;
+const MIN_UNSENT: u32 = 64 << 10;
+const MAX_UNSENT: u32 = 16 << 20;
+/// The longest time in which a viewer waits for the second kind of media of a stream that has one.
+const TRACKS_WAIT: Duration = Duration::from_secs(1);
 /// Bytes that a viewer reads from the log at once; whole tags, so it may be more.
 const BATCH_BYTES: usize = 64 * 1024;
 /// Tags per `writev`. The kernel allows 1024, and most frames need only a few.

@@ -78,12 +78,16 @@ impl Viewers {
     /// Starts to serve a viewer: the response's head, then the stream from its newest group of
     /// pictures on.
     pub(in crate::http) fn join(self: &Arc<Self>, viewer: Viewer, stream: &Arc<Stream>) {
-        let reader = stream.subscribe().waking_with_video().with_max_lag(self.settings.backlog);
+        let mut reader = stream.subscribe().waking_with_video().with_max_lag(self.settings.backlog);
         let viewers = self.clone();
         let behind = Counted::new(&self.metrics.viewers_behind);
         self.spawn(async move {
-            match viewer.greet(viewers.settings.write_timeout).await {
-                Ok(()) => viewers.catch_up(viewer, reader, WriteQueue::file_header(), behind).await,
+            let greeted = match viewer.greet(viewers.settings.write_timeout).await {
+                Ok(()) => viewer.file_header(&mut reader).await,
+                Err(closed) => Err(closed),
+            };
+            match greeted {
+                Ok(header) => viewers.catch_up(viewer, reader, header, behind).await,
                 Err(closed) => viewer.close(&closed, &viewers.metrics),
             }
         });

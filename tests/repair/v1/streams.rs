@@ -61,11 +61,15 @@ async fn cloud_announces_updates_and_ends_streams() {
     let info = stream_up(&mut edge).await;
     assert_eq!((info.ssrc, info.gop_start, info.newest), (Ssrc(3), None, None));
 
-    let headers = Headers {
-        video: Some(Tag::new(TagKind::Video, 0, &[0x17, 0, 1]).unwrap()),
-        audio: Some(Tag::new(TagKind::Audio, 0, &[0xaf, 0]).unwrap()),
-        metadata: Some(Tag::new(TagKind::Script, 0, b"\x02\x00\x0aonMetaData").unwrap()),
-    };
+    let tag = |kind, body: &[u8]| Tag::new(kind, 0, body).unwrap();
+    let headers: Headers = [
+        tag(TagKind::Video, &[0x17, 0, 0, 0, 0, 1]),
+        tag(TagKind::Audio, &[0xaf, 0, 0x12]),
+        tag(TagKind::Script, b"\x02\x00\x0aonMetaData"),
+        tag(TagKind::Audio, b"\x95\x00mp4a\x01\x12\x10"),
+    ]
+    .into_iter()
+    .collect();
     second.stream.set_headers(headers.clone());
     cloud.origin.updated(&second.stream);
     let wanted = RepairEvent::StreamUpdate { ssrc: Ssrc(3), headers };

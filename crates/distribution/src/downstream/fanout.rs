@@ -90,7 +90,7 @@ struct Shared {
     routes: Routes,
     queues: Vec<Arc<Queue>>,
     workers: Workers,
-    paces: bool,
+    pacing: Pacing,
     local_port: u16,
     /// Cancelled when the first worker ends, for whatever reason.
     failed: CancellationToken,
@@ -124,7 +124,7 @@ impl Fanout {
             routes,
             queues: (0..workers.count).map(|_| Arc::new(Queue::new(limits))).collect(),
             workers,
-            paces: settings.pacing != Pacing::Off,
+            pacing: settings.pacing,
             local_port: ports.number,
             failed: CancellationToken::new(),
             metrics,
@@ -161,7 +161,7 @@ impl Fanout {
         let (train, workers) = (train.into(), self.shared.workers);
         for (number, queue) in self.shared.queues.iter().enumerate() {
             if let Some(share) = TargetShare::of(targets, flow, number, workers) {
-                let pace = pace.filter(|_| self.shared.paces).cloned();
+                let pace = pace.filter(|_| self.paces()).cloned();
                 let packets = train.packets() * share.len();
                 let job = Job { flow, train: train.clone(), share, pace };
                 if !queue.push(Task::Send(job)) {
@@ -173,7 +173,7 @@ impl Fanout {
 
     /// Ends a flow: its paced packets leave at once.
     pub fn finish(&self, flow: Ssrc) {
-        if self.shared.paces {
+        if self.paces() {
             for queue in &self.shared.queues {
                 // If the queue is full, the pacer's frame interval ends the wait soon enough.
                 queue.push(Task::Finish(flow));
@@ -230,9 +230,14 @@ impl Fanout {
         self.shared.queues.len()
     }
 
-    /// `true` if bursts are spread over time.
+    /// `true` if bursts are spread over time, at least to the addresses that get every stream.
     pub fn paces(&self) -> bool {
-        self.shared.paces
+        self.shared.pacing != Pacing::Off
+    }
+
+    /// `true` if bursts are spread over time only to the addresses that get every stream.
+    pub fn paces_fixed_only(&self) -> bool {
+        self.shared.pacing == Pacing::Targets
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::sync::broadcast;
 
 pub use downpour_media::flv::Headers;
 
-use downpour_media::{PublicationId, StreamKey, flv::TagKind};
+use downpour_media::{PublicationId, StreamKey, flv::Tag};
 use downpour_repair::{
     history::History,
     rtp::{Burst, Seq, Ssrc},
@@ -31,6 +31,8 @@ use downpour_repair::{
 pub struct OutgoingStreams {
     streams: Arc<RwLock<HashMap<Ssrc, Arc<OutgoingStream>>>>,
     events: broadcast::Sender<OutgoingEvent>,
+    /// `true` once the node shuts down.
+    closing: Arc<AtomicBool>,
 }
 
 /// Event of an outgoing stream. A subscriber that lags must list [`OutgoingStreams::streams`] again.
@@ -40,6 +42,8 @@ pub enum OutgoingEvent {
     Up(Arc<OutgoingStream>),
     /// The stream's codec headers or metadata changed.
     Update(Arc<OutgoingStream>),
+    /// Script data in the stream, for edges that know the stream.
+    Data(Arc<OutgoingStream>, Tag),
     /// The stream ended. Its packets stay available for repair for a short time.
     End(Arc<OutgoingStream>),
 }
@@ -47,13 +51,24 @@ pub enum OutgoingEvent {
 impl OutgoingStreams {
     /// An empty table.
     pub fn new() -> Self {
-        Self { streams: Arc::default(), events: broadcast::channel(EVENT_CAPACITY).0 }
+        let events = broadcast::channel(EVENT_CAPACITY).0;
+        Self { streams: Arc::default(), events, closing: Arc::default() }
     }
 
     /// Adds a stream and announces it. Must precede the stream's first packet.
     pub fn insert(&self, stream: Arc<OutgoingStream>) {
         self.streams.write().insert(stream.ssrc, stream.clone());
         self.announce(OutgoingEvent::Up(stream));
+    }
+
+    /// Marks the ends of streams from now on as those of the node. Edges are told before the first one.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+
+    /// `true` once [`OutgoingStreams::close`] was called.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
     /// Announces the end of a stream, which stays available for repair until [`OutgoingStreams::remove`].
@@ -70,6 +85,11 @@ impl OutgoingStreams {
     /// Announces that [`OutgoingStream::headers`] changed.
     pub fn updated(&self, stream: &Arc<OutgoingStream>) {
         self.announce(OutgoingEvent::Update(stream.clone()));
+    }
+
+    /// Passes script data of a stream to the edges. A subscriber that lags loses it.
+    pub fn send_data(&self, stream: &Arc<OutgoingStream>, tag: Tag) {
+        self.announce(OutgoingEvent::Data(stream.clone(), tag));
     }
 
     /// The live or ended stream with this SSRC.
@@ -142,8 +162,8 @@ struct State {
     /// First sequence number of the newest GOP, and the number of packets pushed before it.
     gop_start: Option<(Seq, u64)>,
     headers: Headers,
-    /// Bursts of the current video and audio sequence headers.
-    header_bursts: [Option<Burst>; 2],
+    /// The current codec headers and their bursts.
+    header_bursts: Vec<(Tag, Burst)>,
 }
 
 impl OutgoingStream {
@@ -160,7 +180,7 @@ impl OutgoingStream {
                 rate: RateMeter::default(),
                 gop_start: None,
                 headers: Headers::default(),
-                header_bursts: [None, None],
+                header_bursts: Vec::new(),
             }),
             ended: AtomicBool::new(false),
             byte_rate: AtomicU64::new(0),
@@ -201,16 +221,19 @@ impl OutgoingStream {
         SentGuard { stream: this.clone(), last }
     }
 
-    /// Keeps the burst of a codec header for [`OutgoingStream::header_packet`], in place of the
-    /// previous one.
-    pub fn keep_header(&self, kind: TagKind, burst: Burst) {
-        let slot = usize::from(kind == TagKind::Audio);
-        self.state.lock().header_bursts[slot] = Some(burst);
-    }
-
     /// Replaces [`OutgoingStream::headers`]. The caller announces it with [`OutgoingStreams::updated`].
     pub fn set_headers(&self, headers: Headers) {
-        self.state.lock().headers = headers;
+        let mut state = self.state.lock();
+        state.header_bursts.retain(|(tag, _)| {
+            headers.like(tag).is_some_and(|current| current.body() == tag.body())
+        });
+        state.headers = headers;
+    }
+
+    /// Keeps the burst of a header among [`OutgoingStream::headers`] for
+    /// [`OutgoingStream::header_packet`].
+    pub fn keep_header(&self, tag: Tag, burst: Burst) {
+        self.state.lock().header_bursts.push((tag, burst));
     }
 
     /// The stream's name.
@@ -271,7 +294,7 @@ impl OutgoingStream {
     /// old. v0 edges that join late have no other way to get the headers.
     pub fn header_packet(&self, seq: Seq) -> Option<Bytes> {
         let state = self.state.lock();
-        state.header_bursts.iter().flatten().find_map(|burst| {
+        state.header_bursts.iter().find_map(|(_, burst)| {
             let index = usize::try_from(seq.distance_from(burst.first_seq())).ok()?;
             burst.packet(index)
         })
@@ -400,7 +423,7 @@ const EVENT_CAPACITY: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use downpour_media::flv::Tag;
+    use downpour_media::flv::TagKind;
     use downpour_repair::rtp::Packetizer;
 
     #[test]

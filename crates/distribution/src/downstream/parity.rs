@@ -329,11 +329,12 @@ mod tests {
     }
 
     fn snapshot(media: &[u16], parity: &[((u8, u8), u16)]) -> Arc<Snapshot> {
-        let target = |port: &u16| Target { addr: addr(*port) };
+        let target = |port: &u16| Target::from(addr(*port));
         let parity = parity.iter().map(|((columns, rows), port)| {
             (Matrix::new(*columns, *rows).unwrap(), Arc::from([target(port)]))
         });
-        Arc::new(Snapshot { media: media.iter().map(target).collect(), parity: parity.collect() })
+        let media = media.iter().map(target).collect();
+        Arc::new(Snapshot { media, parity: parity.collect(), ..Snapshot::default() })
     }
 
     #[test]

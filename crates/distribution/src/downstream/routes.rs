@@ -5,7 +5,7 @@ mod table;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -30,11 +30,14 @@ use downpour_repair::{
 pub struct Target {
     /// Address of an edge or a multicast group.
     pub addr: SocketAddr,
+    /// The address of this host to send from: the one that the edge asked; `None` lets the routing table
+    /// choose.
+    pub from: Option<IpAddr>,
 }
 
 impl From<SocketAddr> for Target {
     fn from(addr: SocketAddr) -> Self {
-        Self { addr }
+        Self { addr, from: None }
     }
 }
 
@@ -59,6 +62,10 @@ impl From<SocketAddr> for FixedTarget {
 pub struct Snapshot {
     /// Targets of the stream itself. Each address is listed once.
     pub media: Arc<[Target]>,
+    /// Those of `media` that get every stream.
+    pub fixed: Arc<[Target]>,
+    /// Those of `media` that edges proved.
+    pub dynamic: Arc<[Target]>,
     /// Targets of the stream's parity, by matrix. Each address gets one matrix.
     pub parity: Vec<(Matrix, Arc<[Target]>)>,
 }
@@ -106,7 +113,7 @@ impl Routes {
                 if let Entry::Vacant(entry) = table.fixed_routes.entry(addr) {
                     let adapted = before.remove(&addr).map(|route| route.adapted);
                     entry.insert(FixedRoute { fec, adapted: adapted.unwrap_or_default() });
-                    fixed.push(Target { addr });
+                    fixed.push(addr.into());
                 }
             }
             table.fixed = fixed.into();
@@ -127,12 +134,21 @@ impl Routes {
         self.change(|table| table.edges.entry(edge).or_default().takes_parity = takes_parity);
     }
 
-    /// Sets the RTP address of an edge on one of its paths, or removes it (`None`).
-    pub fn set_address(&self, edge: Nonce, path: u8, addr: Option<SocketAddr>) {
+    /// Sets the RTP address of an edge on one of its paths.
+    pub fn set_address(&self, edge: Nonce, path: u8, target: impl Into<Target>) {
+        self.set_target(edge, path, Some(target.into()));
+    }
+
+    /// Removes the RTP address of an edge on one of its paths.
+    pub fn remove_address(&self, edge: Nonce, path: u8) {
+        self.set_target(edge, path, None);
+    }
+
+    fn set_target(&self, edge: Nonce, path: u8, target: Option<Target>) {
         self.change(|table| {
             let edge = table.edges.entry(edge).or_default();
-            if let Some(slot) = edge.addrs.get_mut(usize::from(path)) {
-                *slot = addr;
+            if let Some(slot) = edge.targets.get_mut(usize::from(path)) {
+                *slot = target;
             }
         });
     }
@@ -265,13 +281,18 @@ pub struct Route {
 }
 
 impl Route {
+    /// The targets as they were at the last call of [`Route::targets`].
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
     /// The targets of the stream. Costs one atomic load while the table does not change. After
     /// changes, the snapshot is rebuilt at most every 10 ms.
     pub fn targets(&mut self, now: Instant) -> &Arc<Snapshot> {
         let generation = self.routes.shared.generation.load(Ordering::Acquire);
         let is_old = |at: Instant| now.saturating_duration_since(at) >= MIN_REBUILD_INTERVAL;
         if self.generation != Some(generation) && self.made.is_none_or(is_old) {
-            let before = &self.snapshot.media;
+            let before = &self.snapshot;
             let snapshot = self.routes.read().snapshot(&self.key, self.ssrc, before);
             self.snapshot = Arc::new(snapshot);
             self.generation = Some(generation);

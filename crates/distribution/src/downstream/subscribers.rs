@@ -32,7 +32,7 @@ use crate::{
         edges::{EdgeInfo, Edges, Listed, StreamInfo, unix_ms},
         outgoing::OutgoingStreams,
         repair_server::{EdgeHandler, EdgeHello, EdgeSession},
-        routes::Routes,
+        routes::{Routes, Target},
     },
     protocol::Protocol,
 };
@@ -71,6 +71,8 @@ struct State {
 
 struct Edge {
     node: String,
+    /// The RTP port at the address of its QUIC connection.
+    declared: Option<SocketAddr>,
     outbox: mpsc::Sender<CloudMessage>,
     listed: Listed,
     /// Validated addresses by path that are not announced to the edge yet, because its outbox was full.
@@ -92,9 +94,16 @@ impl Subscribers {
         Self { shared: Arc::new(Shared { routes, outgoing, edges, metrics, state, adaptation }) }
     }
 
-    /// Handles path validation messages that arrived at the RTP port, back to back in `datagrams`.
+    /// Handles path validation messages that arrived at the RTP port, back to back in `datagrams`. `from`
+    /// is their sender and the local address that they were sent to, from which its RTP will leave.
     /// Returns the answers to send back.
-    pub fn handle_datagrams(&self, now: Instant, from: SocketAddr, datagrams: &[u8]) -> Vec<Bytes> {
+    pub fn handle_datagrams(
+        &self,
+        now: Instant,
+        from: impl Into<Target>,
+        datagrams: &[u8],
+    ) -> Vec<Bytes> {
+        let from = from.into();
         let mut answers = Vec::new();
         let mut rest = datagrams;
         while !rest.is_empty() {
@@ -113,7 +122,7 @@ impl Subscribers {
         let mut state = self.shared.state.lock();
         let State { table, edges, .. } = &mut *state;
         for (nonce, path, address) in table.handle_timeout(now) {
-            self.shared.routes.set_address(nonce, path, None);
+            self.shared.routes.remove_address(nonce, path);
             self.shared.metrics.lost.inc();
             if let Some(edge) = edges.get(&nonce) {
                 edge.list_paths(table, &nonce);
@@ -148,7 +157,9 @@ impl EdgeHandler for Subscribers {
             group: edge.group,
             ..EdgeInfo::new(edge.peer, Protocol::Downpour.as_str())
         });
-        let admitted = Edge { node, outbox, listed, unannounced: Default::default() };
+        let declared =
+            edge.rtp_port.map(|port| SocketAddr::new(edge.peer.ip().to_canonical(), port));
+        let admitted = Edge { node, declared, outbox, listed, unannounced: Default::default() };
         admitted.list_paths(&state.table, &edge.nonce);
         state.edges.insert(edge.nonce, admitted);
         state.count += 1;
@@ -170,18 +181,22 @@ impl EdgeHandler for Subscribers {
 }
 
 impl Shared {
-    fn handle_message(
-        &self,
-        now: Instant,
-        from: SocketAddr,
-        message: ProbeMessage,
-    ) -> Option<Bytes> {
+    fn handle_message(&self, now: Instant, from: Target, message: ProbeMessage) -> Option<Bytes> {
         let mut state = self.state.lock();
         let State { table, edges, .. } = &mut *state;
-        let (counter, answer) = match table.handle_message(now, from, message) {
+        if let ProbeMessage::Probe { nonce, .. } = message
+            && self.routes.is_fixed(from.addr)
+            && edges.get(&nonce).is_none_or(|edge| edge.declared != Some(from.addr))
+        {
+            // A Go edge may be there, which a challenge would end. Only an edge that is known to hold
+            // the address is asked for proof.
+            self.metrics.at_target.inc();
+            return None;
+        }
+        let (counter, answer) = match table.handle_message(now, from.addr, message) {
             Outcome::Challenge(challenge) => (&self.metrics.challenged, Some(challenge.encode())),
             Outcome::Proven { nonce, path, address } => {
-                self.routes.set_address(nonce, path, Some(address));
+                self.routes.set_address(nonce, path, Target { addr: address, ..from });
                 if let Some(edge) = edges.get_mut(&nonce) {
                     tracing::info!(node = edge.node, path, %address, "edge path validated; RTP started");
                     if let Some(unannounced) = edge.unannounced.get_mut(usize::from(path)) {

@@ -12,12 +12,18 @@ use std::{
 use downpour_hub::{Sink, Stream, Tap};
 use downpour_media::flv::{Headers, Tag, TagKind};
 use downpour_repair::{
+    bucket::TokenBucket,
+    control::{MAX_DATA_LEN, MAX_HEADER_LEN},
     history::History,
     rtp::{Burst, Packetizer, Ssrc},
 };
+use downpour_sys::LogLimit;
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry, register_int_counter_with_registry};
 
+mod repeated_headers;
+
+use self::repeated_headers::RepeatedHeaders;
 use super::{
     fanout::{Fanout, FrameInterval, Pace, Train},
     outgoing::{OutgoingStream, OutgoingStreams},
@@ -59,12 +65,18 @@ pub struct SenderSettings {
     pub history_age: Duration,
     /// Bytes of RTP payload per packet at most.
     pub payload_max: usize,
+    /// Whether codec headers are sent again before key frames, while there are addresses that get every
+    /// stream.
+    pub repeat_headers: bool,
 }
 
 /// Counters of a [`StreamSender`].
 #[derive(Debug, Clone)]
 pub struct SenderMetrics {
     retired_early: IntCounter,
+    data_dropped: IntCounter,
+    headers_left_out: IntCounter,
+    short_tags: IntCounter,
     parity: ParityMetrics,
 }
 
@@ -79,7 +91,23 @@ impl SenderMetrics {
             "Ended streams whose packets were dropped early because all of them held too many",
             registry
         )?;
-        Ok(Self { retired_early, parity: ParityMetrics::register(registry)? })
+        let data_dropped = register_int_counter_with_registry!(
+            "downpour_script_tags_dropped_total",
+            "Script tags (cue points, captions) not sent to edges: too long, or too many per second",
+            registry
+        )?;
+        let headers_left_out = register_int_counter_with_registry!(
+            "downpour_long_headers_total",
+            "Metadata and codec headers not sent to edges because they are too long",
+            registry
+        )?;
+        let short_tags = register_int_counter_with_registry!(
+            "downpour_short_tags_dropped_total",
+            "Audio and video tags not sent as RTP because they are too short to hold media",
+            registry
+        )?;
+        let parity = ParityMetrics::register(registry)?;
+        Ok(Self { retired_early, data_dropped, headers_left_out, short_tags, parity })
     }
 }
 
@@ -126,7 +154,7 @@ impl StreamSender {
         let Shared { settings, outgoing, retired, .. } = &*self.shared;
         let mut retired = retired.lock();
         while let Some((ended, stream)) = retired.front()
-            && now.saturating_duration_since(*ended) >= settings.history_age
+            && now.saturating_duration_since(*ended) >= settings.history_age.min(RETIRED_FOR)
         {
             outgoing.remove(stream.ssrc());
             retired.pop_front();
@@ -207,7 +235,12 @@ struct TapState {
     outgoing: Arc<OutgoingStream>,
     packetizer: Packetizer,
     headers: Headers,
+    repeated_headers: RepeatedHeaders,
     has_video: bool,
+    /// Bounds the script data of one encoder on the control streams of all edges.
+    data_bucket: TokenBucket,
+    data_log: LogLimit,
+    header_log: LogLimit,
     /// `None` in debug mode: nothing is sent.
     route_out: Option<RouteOut>,
     parity_flag: ParityFlag,
@@ -215,7 +248,7 @@ struct TapState {
 
 impl TapState {
     fn new(shared: Arc<Shared>, stream: &Stream) -> Self {
-        let SenderSettings { history_packets, history_age, payload_max } = shared.settings;
+        let SenderSettings { history_packets, history_age, payload_max, .. } = shared.settings;
         let ssrc = shared.free_ssrc();
         let history = History::new(history_packets, history_age);
         let key = stream.key().clone();
@@ -229,36 +262,70 @@ impl TapState {
             .fanout
             .clone()
             .map(|fanout| RouteOut::new(fanout, outgoing.clone(), shared.metrics.parity.clone()));
-        Self {
+        let mut state = Self {
             outgoing,
             packetizer: Packetizer::new(ssrc, payload_max),
-            has_video: headers.video.is_some(),
+            repeated_headers: RepeatedHeaders::default(),
+            has_video: headers.video().is_some(),
+            data_bucket: TokenBucket::new(Instant::now(), DATA_RATE, DATA_BURST),
+            data_log: LogLimit::new(),
+            header_log: LogLimit::new(),
             headers,
             route_out,
             parity_flag: ParityFlag::new(shared.parity.clone()),
             shared,
+        };
+        // Encoders send the metadata before the stream starts.
+        let known = state.headers.clone();
+        for tag in known.iter() {
+            if tag.unit().len() > MAX_HEADER_LEN {
+                state.note_long_header(Instant::now(), tag);
+            }
         }
+        state
     }
 
     fn push(&mut self, now: Instant, tag: &Tag) {
         if tag.kind() == TagKind::Script {
-            // Script tags are not sent as RTP (wire v0). Edges get the metadata as a header; captions
-            // and cue points reach only readers of this node.
-            if tag.is_metadata() {
-                self.learn(tag, None);
+            // Script tags are not sent as RTP (wire v0). Edges on downpour/1 get the metadata as a
+            // header, and captions and cue points as messages.
+            match tag.is_metadata() {
+                true => self.learn(now, tag, None),
+                false => self.send_data(now, tag),
             }
             return;
         }
+        if is_too_short(tag) {
+            self.shared.metrics.short_tags.inc();
+            return;
+        }
         self.has_video |= tag.kind() == TagKind::Video;
+        if self.repeats_headers() {
+            for header in self.repeated_headers.due(now, tag, self.has_video) {
+                let burst = self.packetizer.packetize_again(&header);
+                self.send(now, &header, &burst, false);
+            }
+        }
+        self.repeated_headers.sent(now, tag);
         let burst = self.packetizer.packetize(tag);
-        if tag.is_sequence_header() {
-            self.learn(tag, Some(&burst));
+        if tag.is_header() {
+            self.learn(now, tag, Some(&burst));
         }
         let starts_gop = tag.is_key_frame() || !self.has_video;
+        self.send(now, tag, &burst, starts_gop);
+    }
+
+    /// `true` while there are addresses whose edges have no other way to learn the headers.
+    fn repeats_headers(&self) -> bool {
+        self.shared.settings.repeat_headers
+            && self.route_out.as_ref().is_some_and(|out| !out.route.snapshot().fixed.is_empty())
+    }
+
+    fn send(&mut self, now: Instant, tag: &Tag, burst: &Burst, starts_gop: bool) {
         // Into the history first: an edge may request a packet before the burst is sent.
         self.outgoing.push(now, burst.clone(), starts_gop);
         if let Some(route_out) = &mut self.route_out {
-            route_out.send(now, tag, &burst);
+            route_out.send(now, tag, burst);
             self.outgoing.set_parity_overhead(route_out.parity.overhead());
             self.parity_flag.set(route_out.parity.is_active());
         }
@@ -266,22 +333,56 @@ impl TapState {
 
     /// Stores a header, whose packets are `burst`, and announces it if it changed: encoders repeat
     /// headers.
-    fn learn(&mut self, tag: &Tag, burst: Option<&Burst>) {
-        let held = match tag.kind() {
-            TagKind::Video => &mut self.headers.video,
-            TagKind::Audio => &mut self.headers.audio,
-            TagKind::Script => &mut self.headers.metadata,
-        };
-        if held.as_ref().is_some_and(|held| held.body() == tag.body()) {
+    fn learn(&mut self, now: Instant, tag: &Tag, burst: Option<&Burst>) {
+        if !self.headers.learn(tag) {
             return;
         }
-        *held = Some(tag.clone());
+        self.outgoing.set_headers(self.headers.clone());
         if let Some(burst) = burst {
             // Copied: a header that lives long must not hold the buffer that it shares.
-            self.outgoing.keep_header(tag.kind(), burst.detached());
+            self.outgoing.keep_header(tag.detached(), burst.detached());
         }
         self.outgoing.set_headers(self.headers.clone());
+        if tag.unit().len() > MAX_HEADER_LEN {
+            self.note_long_header(now, tag);
+        }
         self.shared.outgoing.updated(&self.outgoing);
+    }
+
+    /// Counts and logs a header that no announcement can carry.
+    fn note_long_header(&mut self, now: Instant, tag: &Tag) {
+        self.shared.metrics.headers_left_out.inc();
+        if let Some(missed) = self.header_log.due(now) {
+            tracing::warn!(
+                stream = %self.outgoing.key(),
+                kind = ?tag.kind(),
+                bytes = tag.unit().len(),
+                max_bytes = MAX_HEADER_LEN,
+                missed,
+                "metadata or codec header not sent to edges: too long"
+            );
+        }
+    }
+
+    /// Passes a cue point, caption or text to the edges.
+    fn send_data(&mut self, now: Instant, tag: &Tag) {
+        let bytes = tag.unit().len();
+        if bytes <= MAX_DATA_LEN && self.data_bucket.take(now, bytes as u64 + DATA_OVERHEAD) {
+            // Copied: it waits for slow edges, and must not hold the buffer that it shares.
+            self.shared.outgoing.send_data(&self.outgoing, tag.detached());
+            return;
+        }
+        self.shared.metrics.data_dropped.inc();
+        if let Some(missed) = self.data_log.due(now) {
+            tracing::warn!(
+                stream = %self.outgoing.key(),
+                bytes,
+                max_bytes = MAX_DATA_LEN,
+                max_bytes_per_s = DATA_RATE,
+                missed,
+                "script data not sent to edges: too long, or too much"
+            );
+        }
     }
 
     fn handle_timeout(&mut self, now: Instant) {
@@ -334,7 +435,14 @@ impl RouteOut {
             ..pace
         });
         let snapshot = self.route.targets(now);
-        self.fanout.send(self.outgoing.ssrc(), burst, &snapshot.media, pace.as_ref());
+        let flow = self.outgoing.ssrc();
+        match self.fanout.paces_fixed_only() {
+            true => {
+                self.fanout.send(flow, burst, &snapshot.dynamic, None);
+                self.fanout.send(fixed_flow(flow), burst, &snapshot.fixed, pace.as_ref());
+            }
+            false => self.fanout.send(flow, burst, &snapshot.media, pace.as_ref()),
+        }
         // The fan-out holds a clone.
         drop(pace);
         self.with_parity(|parity, snapshot, send| parity.push(now, burst, snapshot, send), now);
@@ -347,6 +455,9 @@ impl RouteOut {
     fn finish(&mut self, now: Instant) {
         self.with_parity(|parity, _, send| parity.finish(now, send), now);
         self.fanout.finish(self.outgoing.ssrc());
+        if self.fanout.paces_fixed_only() {
+            self.fanout.finish(fixed_flow(self.outgoing.ssrc()));
+        }
     }
 
     /// Sends parity in the stream's flow, after the packets that it protects.
@@ -355,7 +466,7 @@ impl RouteOut {
         make: impl FnOnce(&mut ParityOut, &Arc<Snapshot>, &mut dyn FnMut(Train, Arc<[Target]>)),
         now: Instant,
     ) {
-        let pace = self.pace();
+        let pace = self.pace().filter(|_| !self.fanout.paces_fixed_only());
         let Self { fanout, route, parity, outgoing, .. } = self;
         let mut send = |train: Train, targets: Arc<[Target]>| {
             fanout.send(outgoing.ssrc(), train, &targets, pace.as_ref());
@@ -372,6 +483,40 @@ impl RouteOut {
     }
 }
 
+/// Bytes of script data per second and stream: 64 captions of 1 KiB.
+const DATA_RATE: u64 = 64 << 10;
+const DATA_BURST: u64 = 256 << 10;
+/// Bytes charged per script tag beside its own: the work of a message to each edge.
+const DATA_OVERHEAD: u64 = 256;
+/// The flow of a stream's packets to the addresses that get every stream, where only these are paced:
+/// other packets of the stream must not wait for them.
+fn fixed_flow(ssrc: Ssrc) -> Ssrc {
+    Ssrc(ssrc.0 ^ 1 << 31)
+}
+
+/// `true` for a tag that holds no media: an empty body, a video info frame, an AAC body without data. A
+/// Go edge ends when it gets one before it has both codec headers (wire v0).
+fn is_too_short(tag: &Tag) -> bool {
+    let body = tag.body();
+    match tag.kind() {
+        TagKind::Video => body.len() < VIDEO_LEAST,
+        TagKind::Audio => match body.first() {
+            Some(first) => first >> 4 == SOUND_FORMAT_AAC && body.len() < AAC_LEAST,
+            None => true,
+        },
+        TagKind::Script => false,
+    }
+}
+
+/// Bytes of a video body before its data: frame type and codec, packet type, composition time; or a
+/// FourCC in their place.
+const VIDEO_LEAST: usize = 5;
+/// Bytes of an AAC body before its data: format and packet type.
+const AAC_LEAST: usize = 2;
+/// FLV 10.1 §E.4.2.1, `SoundFormat`.
+const SOUND_FORMAT_AAC: u8 = 10;
+/// How long an ended stream is kept for repair at most: far longer than any packet is useful.
+const RETIRED_FOR: Duration = Duration::from_secs(60);
 /// Bytes of packets that all ended streams may hold.
 const RETIRED_BYTES: usize = 64 << 20;
 const RETIRED_STREAMS: usize = 1024;
@@ -379,107 +524,4 @@ const RETIRED_STREAMS: usize = 1024;
 const PARITY_TICK: Duration = Duration::from_millis(20);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::downstream::outgoing::OutgoingEvent;
-    use downpour_hub::{Hub, LogLimits};
-    use downpour_repair::rtp::Seq;
-
-    fn sender() -> (StreamSender, Hub, OutgoingStreams) {
-        let settings = SenderSettings {
-            history_packets: 100,
-            history_age: Duration::from_secs(10),
-            payload_max: 1120,
-        };
-        let hub = Hub::new(LogLimits { max_bytes: 1 << 20, max_age: 10_000 });
-        let outgoing = OutgoingStreams::new();
-        let metrics = SenderMetrics::register(&Registry::new()).unwrap();
-        let sender = StreamSender::new(settings, outgoing.clone(), None, metrics);
-        hub.add_sink(Arc::new(sender.clone()));
-        (sender, hub, outgoing)
-    }
-
-    fn frame(timestamp: u32, first: u8) -> Tag {
-        Tag::new(TagKind::Video, timestamp, &[first, 1, 0, 0, 0, 9]).unwrap()
-    }
-
-    fn header() -> Tag {
-        Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]).unwrap()
-    }
-
-    fn script(body: &[u8]) -> Tag {
-        Tag::new(TagKind::Script, 40, body).unwrap()
-    }
-
-    #[test]
-    fn a_live_stream_is_listed_and_its_packets_can_be_requested() {
-        let (sender, hub, outgoing) = sender();
-        let mut events = outgoing.subscribe();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
-        publisher.push(header());
-        publisher.push(frame(1000, 0x17));
-        publisher.push(frame(1040, 0x27));
-        let stream = outgoing.streams().pop().unwrap();
-        assert_eq!(stream.id(), publisher.stream().id());
-        assert_eq!(stream.start_unix_ms(), publisher.stream().start_unix_ms());
-        assert_eq!(stream.newest_seq(), Some(Seq(65002)));
-        assert_eq!(stream.gop_start(), Some(Seq(65001)));
-        assert!(stream.packet(Seq(65000)).is_some());
-        let headers = stream.headers();
-        assert!(headers.metadata.is_some() && headers.video.is_some() && headers.audio.is_none());
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Up(_))));
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the metadata");
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::Update(_))), "the video header");
-        drop(publisher);
-        assert!(matches!(events.try_recv(), Ok(OutgoingEvent::End(_))));
-        assert!(stream.ended());
-        sender.expire(Instant::now());
-        assert!(stream.packet(Seq(65001)).is_some(), "its last packets can still be requested");
-        sender.expire(Instant::now() + Duration::from_secs(11));
-        assert!(outgoing.streams().is_empty());
-    }
-
-    #[test]
-    fn streams_that_come_and_go_do_not_fill_the_memory() {
-        let (sender, hub, outgoing) = sender();
-        let mut body = vec![0; 8 << 20];
-        body[..2].copy_from_slice(&[0x17, 1]);
-        let tag = Tag::new(TagKind::Video, 0, &body).unwrap();
-        for _ in 0..20 {
-            hub.publish("live/a".parse().unwrap()).unwrap().push(tag.clone());
-        }
-        let held: usize = outgoing.streams().iter().map(|stream| stream.held().1).sum();
-        assert!(held <= RETIRED_BYTES, "{held} bytes are held");
-        assert!(sender.shared.metrics.retired_early.get() >= 12);
-        assert_eq!(outgoing.streams().len(), sender.shared.retired.lock().len());
-        assert!(sender.shared.live.lock().is_empty());
-    }
-
-    #[test]
-    fn captions_do_not_replace_the_metadata() {
-        let (_, hub, outgoing) = sender();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(script(b"\x02\x00\x0aonMetaData\x05"));
-        publisher.push(frame(0, 0x17));
-        publisher.push(script(b"\x02\x00\x0aonTextData\x05"));
-        assert!(outgoing.streams()[0].headers().metadata.unwrap().is_metadata());
-    }
-
-    #[test]
-    fn an_edge_that_joins_before_the_first_key_frame_starts_at_the_first_packet() {
-        let (_, hub, outgoing) = sender();
-        let mut publisher = hub.publish("live/a".parse().unwrap()).unwrap();
-        publisher.push(header());
-        let stream = outgoing.streams().pop().unwrap();
-        assert_eq!(stream.gop_start(), Some(Seq(65000)));
-        assert_eq!(stream.newest_seq(), Some(Seq(65000)));
-        for i in 0..200 {
-            publisher.push(frame(i, if i == 0 { 0x17 } else { 0x27 }));
-        }
-        assert_eq!(stream.gop_start(), None, "the ring holds 100 packets");
-        assert_eq!(stream.packet(Seq(65000)), None);
-        assert!(stream.header_packet(Seq(65000)).is_some_and(|p| p.ends_with(header().unit())));
-        assert_eq!(stream.header_packet(Seq(65001)), None);
-    }
-}
+mod tests;

@@ -33,7 +33,10 @@ use std::{
 
 use bytes::Bytes;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
 use tokio_util::sync::CancellationToken;
 
 use self::cloud::Connection;
@@ -46,11 +49,13 @@ use super::{
     stats::ReceiveMetrics,
     streams::Streams,
 };
-use crate::http_client::HttpClientError;
+use crate::{http_client::HttpClientError, protocol::Protocol};
+use downpour_media::{StreamKey, flv::Tag};
 use downpour_repair::{
     control::{Nonce, Report},
     probe::{ProbeMessage, is_probe_message},
     rtp::{
+        Ssrc,
         flexfec::Repair,
         packet::{HEADER_LEN, PAYLOAD_TYPE},
     },
@@ -65,7 +70,17 @@ pub struct Settings {
     pub pack_loss: f64,
     /// Opens the repair connection; `None` receives without repair.
     pub connect: Option<Connect>,
+    /// Fetches codec headers; `None` waits until the cloud sends them again. The streams' settings must
+    /// have [`fetches_headers`](super::streams::Settings::fetches_headers) accordingly.
+    pub fetch_headers: Option<FetchHeaders>,
 }
+
+/// Fetches the codec headers of a stream, and its metadata, from an RTMP server: host, port, stream.
+/// The error says why there are none.
+pub type FetchHeaders = Box<dyn Fn(String, u16, StreamKey) -> HeadersFuture + Send + Sync>;
+
+/// The result of [`FetchHeaders`].
+pub type HeadersFuture = Pin<Box<dyn Future<Output = Result<Vec<Tag>, String>> + Send>>;
 
 /// Opens a repair connection to `host:port`, which sends its events to the channel, and ends when
 /// the token is cancelled.
@@ -94,6 +109,15 @@ pub struct Upstream {
     nonce: Option<Nonce>,
     cloud: Option<Cloud>,
     connection: Option<Connection>,
+    /// Protocol of the current connection or the one before it.
+    last_protocol: Option<Protocol>,
+    /// Port of the cloud's RTMP, once known.
+    rtmp_port: Option<u16>,
+    header_fetches: JoinSet<(Ssrc, Result<Vec<Tag>, String>)>,
+    /// Up to which time everything that arrived has been read, per socket; `None` for a broken one.
+    read_until: Vec<Option<Instant>>,
+    /// The same for the sockets of the control thread.
+    control_until: Instant,
     name_lookup: Option<JoinHandle<Result<Vec<LiveStream>, LivestatError>>>,
     last_name_lookup: Option<Instant>,
     /// The last failure of a name look-up that was logged.
@@ -118,6 +142,11 @@ impl Upstream {
         Self {
             rtp_sockets: rtp.len(),
             rtp_left: rtp.len(),
+            read_until: vec![Some(Instant::now()); rtp.len() + parity.len()],
+            control_until: Instant::now(),
+            last_protocol: None,
+            rtmp_port: None,
+            header_fetches: JoinSet::new(),
             sockets: rtp.into_iter().chain(parity).collect(),
             streams,
             metrics,
@@ -174,6 +203,31 @@ impl Upstream {
         self.streams.prefetch(batch.iter().filter_map(|gro| gro.datagrams().next()));
     }
 
+    /// Records that everything that had arrived on socket `i` at `until` has been received.
+    pub(super) fn set_read_until(&mut self, i: usize, until: Instant) {
+        if let Some(Some(read_until)) = self.read_until.get_mut(i) {
+            *read_until = until;
+        }
+    }
+
+    /// Records that the control thread has handled everything that had arrived at `until`.
+    pub(super) fn set_control_until(&mut self, until: Instant) {
+        self.control_until = self.control_until.max(until);
+    }
+
+    /// The time up to which everything that arrived has been handled. On a starved machine packets lie
+    /// in a socket for longer than their deadlines; they are not lost.
+    fn settled(&self) -> Instant {
+        self.read_until.iter().flatten().fold(self.control_until, |a, b| a.min(*b))
+    }
+
+    /// Handles the streams' timeouts up to the time at which socket `i` was found empty.
+    pub(super) fn handle_idle(&mut self, now: Instant, i: usize, until: Instant) {
+        self.set_read_until(i, until);
+        self.streams.handle_timeout_until(now, self.settled());
+        self.send_nacks();
+    }
+
     /// Receives a batch read from socket `i`, and sends the NACKs that are due.
     pub(super) fn handle_batch(&mut self, now: Instant, i: usize, batch: &RecvBatch) {
         if let Some(socket) = self.sockets.get_mut(i) {
@@ -188,12 +242,15 @@ impl Upstream {
             // Soon, because only some of its packets are held until it has a name.
             self.look_up_names(now);
         }
-        self.streams.handle_timeout(now);
+        self.streams.handle_timeout_until(now, self.settled());
         self.send_nacks();
     }
 
     /// Stops counting on broken socket `i`. Returns `false` if no RTP socket is left.
     pub(super) fn give_up(&mut self, i: usize) -> bool {
+        if let Some(read_until) = self.read_until.get_mut(i) {
+            *read_until = None;
+        }
         if i < self.rtp_sockets {
             self.rtp_left -= 1;
             self.link.socket_broken(i);
@@ -203,7 +260,7 @@ impl Upstream {
 
     /// Handles all timeouts up to `now`: NACKs, probes, reports, periodic work.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
-        self.streams.handle_timeout(now);
+        self.streams.handle_timeout_until(now, self.settled());
         if self.next_tick <= now {
             self.next_tick = now + TICK;
             self.tick(now);
@@ -241,6 +298,12 @@ impl Upstream {
             self.handle_names(answer.unwrap_or_else(|error| {
                 Err(HttpClientError::Connect(io::Error::other(error)).into())
             }));
+        }
+        while let Poll::Ready(Some(fetched)) = self.header_fetches.poll_join_next(cx) {
+            // A fetch that panicked is a bug of its own; media is held no longer than its time.
+            if let Ok((ssrc, headers)) = fetched {
+                self.streams.headers_fetched(Instant::now(), ssrc, headers);
+            }
         }
         while let Poll::Ready((path, nonce, cloud)) = self.rtp_lookups.poll_next(cx) {
             if self.nonce == Some(nonce) {
@@ -322,6 +385,12 @@ impl Upstream {
                 None => self.metrics.nacks_dropped.inc(),
             }
         }
+        while let Some((ssrc, seq)) = self.streams.poll_withdrawn() {
+            if let Some(connection) = &self.connection {
+                connection.handle.withdraw(ssrc, seq);
+            }
+        }
+        self.fetch_headers();
     }
 
     /// Does the periodic work.

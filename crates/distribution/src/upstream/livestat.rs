@@ -17,6 +17,8 @@ pub struct LiveStream {
     pub ssrc: Ssrc,
     /// Unix time of media time 0, in milliseconds.
     pub start_unix_ms: u64,
+    /// TCP port of the cloud's RTMP, where the entry has an RTMP URL.
+    pub rtmp_port: Option<u16>,
 }
 
 /// Fetches the list of live streams from the API at `cloud`, a `host:port`. Entries without a valid
@@ -45,9 +47,19 @@ fn parse(body: &[u8]) -> Result<Vec<LiveStream>, LivestatError> {
             key: entry.key.parse().ok()?,
             ssrc: Ssrc(entry.ssrc),
             start_unix_ms: u64::try_from(entry.start_time).unwrap_or(0),
+            rtmp_port: rtmp_port(&entry.url),
         })
     };
     Ok(data.publishers.unwrap_or_default().into_iter().filter_map(usable).collect())
+}
+
+/// Returns the port of an `rtmp://` URL. Its host is the name by which the encoder knows the cloud.
+fn rtmp_port(url: &str) -> Option<u16> {
+    let authority = url.strip_prefix("rtmp://")?.split('/').next()?;
+    match authority.rsplit_once(':') {
+        Some((_, port)) if !port.ends_with(']') => port.parse().ok(),
+        _ => Some(RTMP_PORT),
+    }
 }
 
 /// Why there is no list of streams.
@@ -85,8 +97,12 @@ struct Entry {
     ssrc: u32,
     #[serde(default)]
     start_time: i64,
+    #[serde(default)]
+    url: String,
 }
 
+/// The port of RTMP where a URL has none.
+pub(super) const RTMP_PORT: u16 = 1935;
 const TIMEOUT: Duration = Duration::from_secs(3);
 const MAX_BODY: usize = 4 << 20;
 
@@ -97,18 +113,22 @@ mod tests {
     #[test]
     fn entries_without_a_valid_key_are_skipped() {
         let body = br#"{"status":200,"data":{"publishers":[
-            {"key":"live/movie","url":"","start_time":1700000000000,"ssrc":1020304,"stream_id":1},
+            {"key":"live/movie","url":"rtmp://h:1936/live/movie","start_time":1700000000000,"ssrc":1020304,"stream_id":1},
             {"key":"nothing","ssrc":5}],"players":null}}"#;
         let expected = LiveStream {
             key: "live/movie".parse().unwrap(),
             ssrc: Ssrc(1_020_304),
             start_unix_ms: 1_700_000_000_000,
+            rtmp_port: Some(1936),
         };
         assert_eq!(parse(body).unwrap(), [expected]);
         let none = br#"{"status":200,"data":{"publishers":null,"players":null}}"#;
         assert_eq!(parse(none).unwrap(), []);
         let refused = parse(br#"{"status":404,"data":"no such room"}"#);
         assert!(matches!(refused, Err(LivestatError::Status(404))));
+        let ports =
+            ["rtmp://[::1]/live/a", "rtmp://[::1]:19/live/a", "rtmp://h:x/a", "http://h:80/a"];
+        assert_eq!(ports.map(rtmp_port), [Some(1935), Some(19), None, None]);
         assert!(matches!(parse(b"<html>"), Err(LivestatError::Malformed)));
     }
 }

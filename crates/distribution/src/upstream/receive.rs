@@ -10,6 +10,13 @@
 //! that repair is not delayed by viewers, and answers need no hand-over between threads. All
 //! threads share one [`Upstream`] behind a mutex that is nearly always free.
 //!
+//! # Deadlines on a starved machine
+//!
+//! A thread that is not scheduled for a second leaves packets in its socket for longer than their
+//! deadlines. They are not lost: deadlines count only up to the time at which every receiver thread has
+//! seen its socket empty, and the control thread has handled everything that its runtime reported. A
+//! receiver thread looks at least every [`IDLE_CHECK`].
+//!
 //! Shutdown: the control thread ends first and shuts the sockets down, which wakes the receiver
 //! threads. The last thread to end drops the [`Upstream`], which ends the streams. A panic on any
 //! thread ends all of them.
@@ -80,15 +87,20 @@ fn start(
     running: &mpsc::Sender<()>,
 ) -> io::Result<Vec<thread::JoinHandle<()>>> {
     let runtime = ControlRuntime::new()?;
+    let parks = runtime.parks.clone();
     {
         let _inside = runtime.handle.enter();
         upstream.start();
     }
     let timer = Timer::new()?;
     let sockets: Vec<_> = upstream.sockets().cloned().collect();
+    for socket in &sockets {
+        socket.set_read_timeout(Some(IDLE_CHECK))?;
+    }
     let end_receivers = EndReceivers { ended: Arc::default(), sockets: sockets.clone() };
     let ended = end_receivers.ended.clone();
-    let shared = Arc::new(Shared { work: Mutex::new(Work { upstream, timer, control: None }) });
+    let shared =
+        Arc::new(Shared { work: Mutex::new(Work { upstream, timer, control: None }), parks });
     let handle = runtime.handle.clone();
     let spawn = |name, body: ThreadBody| {
         let (handle, running) = (handle.clone(), running.clone());
@@ -154,6 +166,7 @@ struct Shared {
     /// parking_lot's mutex is eventually fair: a socket that always has packets does not starve the
     /// other threads.
     work: Mutex<Work>,
+    parks: Arc<Parks>,
 }
 
 struct Work {
@@ -180,6 +193,7 @@ impl Shared {
             *control = Some(cx.waker().clone());
         }
         upstream.poll_inputs(cx);
+        upstream.set_control_until(self.parks.handled_until());
         upstream.handle_timeout(Instant::now());
         if upstream.needs_poll() {
             // Wake at once, but let the runtime's other tasks run before.
@@ -198,6 +212,7 @@ impl Shared {
         let mut batch = RecvBatch::new();
         let mut failures = None;
         loop {
+            let began = Instant::now();
             let received = batch.receive(socket);
             if ended.load(Ordering::SeqCst) {
                 return true;
@@ -205,6 +220,11 @@ impl Shared {
             match received {
                 Ok(()) => failures = None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    failures = None;
+                    self.handle_idle(i, began);
+                    continue;
+                }
                 // A single failure is normal, e.g. an ICMP error for an earlier send.
                 Err(error) => {
                     tracing::debug!(socket = i, %error, "RTP receive failed");
@@ -221,6 +241,9 @@ impl Shared {
             upstream.prefetch(&batch);
             // The clock is read while the prefetches complete.
             let now = Instant::now();
+            if !batch.is_full() {
+                upstream.set_read_until(i, began);
+            }
             upstream.handle_batch(now, i, &batch);
             let set = upstream.poll_stream_timeout().map(|due| timer.set(due));
             // If the timer cannot be set, the control task tries again and reports the error.
@@ -232,19 +255,60 @@ impl Shared {
             }
         }
     }
+
+    /// Handles the deadlines up to `until`, at which socket `i` was empty.
+    fn handle_idle(&self, i: usize, until: Instant) {
+        let mut work = self.work.lock();
+        let Work { upstream, timer, .. } = &mut *work;
+        upstream.handle_idle(Instant::now(), i, until);
+        let due = upstream.poll_stream_timeout();
+        // If the timer cannot be set, the control task tries again and reports the error.
+        let failed = due.is_some_and(|due| timer.set(due).is_err());
+        let wakes = upstream.needs_poll() || failed;
+        let control = work.control.as_ref().filter(|_| wakes).cloned();
+        drop(work);
+        if let Some(control) = control {
+            control.wake();
+        }
+    }
+}
+
+/// When the control thread's runtime last had nothing left to do, twice.
+struct Parks(Mutex<[Instant; 2]>);
+
+impl Parks {
+    fn new() -> Self {
+        Self(Mutex::new([Instant::now(); 2]))
+    }
+
+    /// Records that no task of the runtime is ready.
+    fn park(&self) {
+        let [_, last] = *self.0.lock();
+        *self.0.lock() = [last, Instant::now()];
+    }
+
+    /// The time up to which everything that arrived has been handled: what had arrived when the runtime
+    /// parked was reported to its tasks then, and they had nothing left to do at the next park.
+    fn handled_until(&self) -> Instant {
+        self.0.lock()[0]
+    }
 }
 
 /// Single-threaded runtime of the control thread. Dropping it does not wait for blocking tasks.
 struct ControlRuntime {
     handle: Handle,
+    parks: Arc<Parks>,
     /// `None` only while it is dropped.
     runtime: Option<Runtime>,
 }
 
 impl ControlRuntime {
     fn new() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
+        let parks = Arc::new(Parks::new());
+        let parked = parks.clone();
+        let mut builder = Builder::new_current_thread();
+        let runtime = builder.enable_all().on_thread_park(move || parked.park()).build()?;
+        Ok(Self { handle: runtime.handle().clone(), parks, runtime: Some(runtime) })
     }
 
     /// Runs the runtime on this thread until `task` ends.
@@ -308,6 +372,8 @@ impl FailureRun {
     }
 }
 
+/// How often a receiver thread without packets looks for deadlines.
+const IDLE_CHECK: Duration = Duration::from_millis(50);
 /// A socket is broken if every receive has failed for this long.
 const BROKEN_AFTER: Duration = Duration::from_secs(1);
 /// Pause after a failure, so that a persistent error is no busy loop.

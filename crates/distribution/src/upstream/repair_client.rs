@@ -4,10 +4,11 @@
 //!
 //! | state | event | next state |
 //! |---|---|---|
-//! | waiting, only with [`ProtocolChoice::Only`] v0 | first NACK | connecting |
+//! | waiting, with [`ProtocolChoice::Only`] v0, or after a v0 cloud has closed an idle connection | first NACK, or [`PROBE_AGAIN`] unless v0 is the only choice | connecting |
 //! | connecting: resolve, TLS, ALPN | established | v0, or hello sent; [`RepairEvent::Connected`] |
 //! | hello sent (with 0-RTT already while connecting) | welcome | running; [`RepairEvent::Welcome`] |
 //! | v0, running | messages of the cloud | the same; the other events |
+//! | v0 without anything to request | first NACK | connecting, at once |
 //! | connecting, hello sent, v0, running | any failure | back-off; [`RepairEvent::Disconnected`] |
 //! | back-off | pause over | connecting, or waiting |
 //! | any | shutdown, or the receiver of the events is dropped | ended |
@@ -34,7 +35,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     handle::{RepairHandle, TooManyPatterns},
@@ -44,7 +45,7 @@ pub use self::{
 use self::{
     backoff::Backoff,
     disconnect::{Disconnect, Stopped},
-    handle::Connected,
+    handle::{Ask, Connected},
 };
 use crate::tls::{ClientTls, TlsError, Trust};
 use crate::{
@@ -52,7 +53,7 @@ use crate::{
     transport,
 };
 use downpour_media::StreamPattern;
-use downpour_media::flv::Headers;
+use downpour_media::flv::{Headers, Tag};
 use downpour_repair::rtp::{Seq, Ssrc};
 use downpour_repair::{
     control::{Report, StreamInfo, Welcome},
@@ -69,6 +70,10 @@ pub struct RepairClient {
     config: quinn::ClientConfig,
     /// Whether the last connection spoke `downpour/1`; a resumed one then does, too.
     resumes: bool,
+    /// Whether the last connection spoke v0 and had nothing to request.
+    is_idle: bool,
+    /// v0 connections whose last answers are awaited.
+    leaving: TaskTracker,
     endpoint: Endpoint,
     ipv6: bool,
     connected: Arc<Connected>,
@@ -141,6 +146,13 @@ pub enum RepairEvent {
         /// All of its headers.
         headers: Headers,
     },
+    /// Script data in a stream.
+    StreamData {
+        /// The stream.
+        ssrc: Ssrc,
+        /// The script tag.
+        tag: Tag,
+    },
     /// A stream has ended.
     StreamEnd {
         /// The stream.
@@ -148,6 +160,8 @@ pub enum RepairEvent {
         /// The last sequence number sent, if any was.
         last_seq: Option<Seq>,
     },
+    /// The cloud is shutting down; the ends that follow are its own.
+    Closing,
     /// The cloud sends RTP to an address that this edge has proved to be its own.
     PathUp {
         /// Number of the path, 0 or 1.
@@ -196,12 +210,12 @@ impl RepairClient {
         config.transport_config(Arc::new(transport::client()));
         let (endpoint, ipv6) = bind_endpoint().map_err(ClientError::Socket)?;
 
-        let (nacks, nack_queue) = mpsc::channel(NACK_QUEUE);
+        let (asks, ask_queue) = mpsc::channel(NACK_QUEUE);
         let (report, reports) = watch::channel(Report::default());
         let (wanted, wanted_changes) = watch::channel(settings.streams.clone());
         let connected = Arc::new(Connected::default());
         let handle = RepairHandle {
-            nacks,
+            asks,
             report,
             wanted,
             connected: connected.clone(),
@@ -213,10 +227,12 @@ impl RepairClient {
             tls,
             config,
             resumes: false,
+            is_idle: false,
+            leaving: TaskTracker::new(),
             endpoint,
             ipv6,
             connected,
-            inbox: Inbox { nacks: nack_queue, reports, wanted: wanted_changes },
+            inbox: Inbox { asks: ask_queue, reports, wanted: wanted_changes },
             events: EventSender { events, metrics: metrics.clone() },
             metrics,
             shutdown,
@@ -229,16 +245,26 @@ impl RepairClient {
     async fn run(mut self) {
         let mut backoff = Backoff::default();
         let mut last_reason = String::new();
+        let mut redial = None;
         while !self.shutdown.is_cancelled() && !self.events.events.is_closed() {
-            let first_nack = match self.first_nack().await {
-                Ok(nack) => nack,
-                Err(Stopped) => break,
+            let first_nack = match redial.take() {
+                Some(nack) => Some(nack),
+                None => match self.first_nack().await {
+                    Ok(nack) => nack,
+                    Err(Stopped) => break,
+                },
             };
             let started = Instant::now();
             let result = self.session(first_nack).await;
             self.connected.set(None);
+            self.is_idle = matches!(result, Ok(After::Idle));
             let reason = match result {
-                Ok(()) | Err(Disconnect::Stopped) => break,
+                Ok(After::Stopped) | Err(Disconnect::Stopped) => break,
+                Ok(After::Idle) => continue,
+                Ok(After::Redial(nack)) => {
+                    redial = Some(nack);
+                    continue;
+                }
                 Err(reason) => {
                     self.metrics.count(&reason);
                     reason.to_string()
@@ -261,29 +287,37 @@ impl RepairClient {
                 () = self.shutdown.cancelled() => break,
             }
         }
+        self.leaving.close();
+        if timeout(LEAVE_TIMEOUT, self.leaving.wait()).await.is_err() {
+            // A close could bring down a v0 cloud that still answers: let the path fall silent instead.
+            tracing::debug!("v0 repair connections end without a close: answers are missing");
+            return;
+        }
         self.endpoint.close(close::DONE, b"the edge is shutting down");
         // On a timeout, the cloud has not acknowledged the close; nothing is left to do.
         let _ = timeout(CLOSE_TIMEOUT, self.endpoint.wait_idle()).await;
     }
 
-    /// With v0 only, waits for a NACK before connecting: a connection that closes without a
-    /// request brings down a v0 cloud.
+    /// With a v0 cloud, waits for a NACK before connecting, as existing edges do. Returns `None` if it
+    /// is time to see whether the cloud speaks `downpour/1` by now.
     async fn first_nack(&mut self) -> Result<Option<Nack>, Stopped> {
-        if self.settings.protocol != ProtocolChoice::Only(Protocol::V0) {
+        let only_v0 = self.settings.protocol == ProtocolChoice::Only(Protocol::V0);
+        if !only_v0 && !self.is_idle {
             return Ok(None);
         }
         tokio::select! {
-            nack = self.inbox.nacks.recv() => nack.map(Some).ok_or(Stopped),
+            nack = self.inbox.next_nack() => nack.map(Some).ok_or(Stopped),
+            () = sleep(PROBE_AGAIN), if !only_v0 => Ok(None),
             () = self.shutdown.cancelled() => Err(Stopped),
             () = self.events.events.closed() => Err(Stopped),
         }
     }
 
-    /// Makes one connection and runs it to its end. Returns `Ok` on shutdown.
-    async fn session(&mut self, first_nack: Option<Nack>) -> Result<(), Disconnect> {
+    /// Makes one connection and runs it to its end.
+    async fn session(&mut self, first_nack: Option<Nack>) -> Result<After, Disconnect> {
         let connected = tokio::select! {
             connected = self.connect() => connected,
-            () = self.shutdown.cancelled() => return Ok(()),
+            () = self.shutdown.cancelled() => return Ok(After::Stopped),
         };
         let Established { connection, protocol, greeted } = connected.inspect_err(|_| {
             self.metrics.connect_failures.inc();
@@ -297,9 +331,11 @@ impl RepairClient {
         }
         self.events.send(RepairEvent::Connected { protocol }).await?;
 
-        let result = match protocol {
-            Protocol::V0 => v0::run(self, &connection, first_nack).await,
-            Protocol::Downpour => downpour::run(self, &connection, greeted).await,
+        let result = match (protocol, first_nack) {
+            // These close the connection themselves.
+            (Protocol::V0, Some(nack)) => return v0::run(self, &connection, nack).await,
+            (Protocol::V0, None) => return v0::stand_by(self, &connection).await,
+            (Protocol::Downpour, _) => downpour::run(self, &connection, greeted).await,
         };
         match &result {
             Ok(()) => connection.close(close::DONE, b"the edge is shutting down"),
@@ -309,7 +345,7 @@ impl RepairClient {
             Err(Disconnect::Timeout(reason)) => connection.close(close::TIMEOUT, reason.as_bytes()),
             Err(_) => connection.close(close::DONE, b""),
         }
-        result
+        result.map(|()| After::Stopped)
     }
 
     async fn connect(&self) -> Result<Established, Disconnect> {
@@ -431,6 +467,16 @@ fn bind_endpoint() -> io::Result<(Endpoint, bool)> {
     Ok((endpoint, ipv6))
 }
 
+/// What follows a connection that ended in order.
+enum After {
+    /// Nothing: the client ends.
+    Stopped,
+    /// A v0 connection was closed while there was nothing to request.
+    Idle,
+    /// There is something to request on a new connection.
+    Redial(Nack),
+}
+
 /// A connection whose handshake is complete.
 struct Established {
     connection: Connection,
@@ -455,7 +501,7 @@ pub enum ClientError {
 
 /// Receiving ends of the handle's channels.
 struct Inbox {
-    nacks: mpsc::Receiver<Nack>,
+    asks: mpsc::Receiver<Ask>,
     reports: watch::Receiver<Report>,
     wanted: watch::Receiver<Vec<StreamPattern>>,
 }
@@ -463,8 +509,20 @@ struct Inbox {
 impl Inbox {
     /// Discards NACKs from before the connection. The receiver repeats those that still matter.
     fn discard_nacks(&mut self, metrics: &RepairClientMetrics) {
-        while let Ok(nack) = self.nacks.try_recv() {
-            metrics.dropped_nacks.inc_by(nack.seqs.len() as u64);
+        while let Ok(ask) = self.asks.try_recv() {
+            if let Ask::Nack(nack) = ask {
+                metrics.dropped_nacks.inc_by(nack.seqs.len() as u64);
+            }
+        }
+    }
+
+    /// Waits for the next NACK; `None` if the handle is dropped.
+    async fn next_nack(&mut self) -> Option<Nack> {
+        loop {
+            match self.asks.recv().await? {
+                Ask::Nack(nack) => return Some(nack),
+                Ask::Withdraw(..) => {}
+            }
         }
     }
 }
@@ -524,5 +582,9 @@ impl Drop for ConnectedGuard {
 const NACK_QUEUE: usize = 256;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a shutdown waits for the answers that a v0 cloud owes.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How often a v0 cloud without anything to request is asked for its protocol.
+const PROBE_AGAIN: Duration = Duration::from_secs(30);
 /// QUIC error code of TLS alert 0 (RFC 9001 §4.8).
 const CRYPTO_ERROR: u64 = 0x100;

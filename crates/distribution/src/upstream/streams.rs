@@ -11,9 +11,11 @@
 //! | unknown, unnamed | announced by the cloud, or named by its API | live: held packets are received |
 //! | unnamed | no name within 10 s | unknown |
 //! | live | the cloud announces the end | ending: waits for missing packets until a deadline |
-//! | live | no packets, and no connection that announces ends | unknown: it may start again |
-//! | live | not announced after a reconnect, replaced under its key, or not listed by the API | ended |
+//! | live | no packets, and no connection that announces ends; not listed by the API | unknown: it may start again |
+//! | live | the numbers begin again, and no connection announces streams | unnamed: another publication |
+//! | live | not announced after a reconnect, replaced under its key | ended |
 //! | ending | the last packet has arrived, or the deadline has passed | ended |
+//! | ended, but not by an announcement of the cloud, or by one while it shuts down | | the stream is held: its viewers stay |
 //! | ended | 30 s have passed | unknown; until then late packets are dropped |
 //!
 //! # Invariants
@@ -22,7 +24,10 @@
 //! - `wakes` has one entry for each stream whose `wake` is set, and no others.
 
 mod header_recovery;
+mod held;
+mod lifecycle;
 mod received_stream;
+mod script_data;
 mod unnamed_packets;
 
 use std::{
@@ -35,18 +40,22 @@ use std::{
 use bytes::Bytes;
 
 use self::{
+    held::HeldStreams,
     received_stream::{HOT_BYTES, PrefetchHints, ReceivedStream},
     unnamed_packets::UnnamedPackets,
 };
-use super::{livestat::LiveStream, parity::Parity, stats::ReceiveMetrics};
-use downpour_hub::{Hub, PublicationInfo, Publisher};
-use downpour_media::{StreamKey, flv::Headers};
+use super::{parity::Parity, stats::ReceiveMetrics};
+use downpour_hub::Hub;
+use downpour_media::{
+    StreamKey,
+    flv::{Headers, Tag},
+};
 use downpour_repair::{
-    control::{StreamInfo, StreamReport},
+    control::StreamReport,
     message::{Heartbeat, Nack},
-    receiver::{self, Path, Receiver},
+    receiver::{self, Numbering, Path},
     rtp::{
-        Depacketizer, Packet, Seq, Ssrc,
+        Packet, Seq, Ssrc,
         flexfec::Repair,
         packet::{Header, PAYLOAD_TYPE},
     },
@@ -61,8 +70,13 @@ pub struct Settings {
     pub receiver: receiver::Settings,
     /// Without a connection that announces ends, a stream ends after this long without a packet.
     pub silence: Duration,
+    /// How long a stream waits for the cloud to come back; zero ends it at once.
+    pub hold: Duration,
     /// Highest number of live streams; others are refused.
     pub max_streams: usize,
+    /// Whether the codec headers of a stream that is joined late can be fetched from the cloud in
+    /// another way: [`Streams::poll_header_fetch`].
+    pub fetches_headers: bool,
 }
 
 /// All streams that this edge receives.
@@ -73,11 +87,21 @@ pub struct Streams {
     streams: HashMap<Ssrc, StreamSlot, foldhash::fast::RandomState>,
     by_key: HashMap<StreamKey, Ssrc>,
     unnamed: UnnamedPackets,
+    /// Streams whose reception ended but not, as far as is known, their publication.
+    held: HeldStreams,
+    /// `true` from when the cloud says that it shuts down until another connection.
+    cloud_closes: bool,
     /// Round trip to the cloud and its variation, once measured.
     round_trip: Option<(Duration, Duration)>,
     /// Publications that ended recently, oldest first. Their late packets start nothing.
     ended: VecDeque<(Instant, Ssrc)>,
     nacks: VecDeque<Nack>,
+    /// Requests that are no longer needed.
+    withdrawn: VecDeque<(Ssrc, Seq)>,
+    /// Streams whose headers are to be fetched.
+    header_fetches: VecDeque<(Ssrc, StreamKey)>,
+    /// The time up to which everything that arrived has been passed in, once known.
+    settled: Option<Instant>,
     /// Each live stream once; the front is reported next.
     report_turns: VecDeque<Ssrc>,
     refusal_log: LogLimit,
@@ -106,9 +130,14 @@ impl Streams {
             streams: HashMap::default(),
             by_key: HashMap::new(),
             unnamed: UnnamedPackets::default(),
+            held: HeldStreams::default(),
+            cloud_closes: false,
             round_trip: None,
             ended: VecDeque::new(),
             nacks: VecDeque::new(),
+            withdrawn: VecDeque::new(),
+            header_fetches: VecDeque::new(),
+            settled: None,
             report_turns: VecDeque::new(),
             refusal_log: LogLimit::default(),
             announced: false,
@@ -181,12 +210,20 @@ impl Streams {
             self.hold_unnamed(now, packet, path);
             return;
         };
+        let may_restart = stream.numbering() == Numbering::Guessed;
         if matches!(path, Path::Live(_)) {
+            if may_restart && stream.is_restart(now, &packet) {
+                self.metrics.restarts.inc();
+                self.restart(now, ssrc);
+                self.hold_unnamed(now, packet, path);
+                return;
+            }
             stream.last_packet = now;
         } else if stream.recover_headers(&packet) {
             // It is from the start of the publication; the receiver did not ask for it.
             return;
         }
+        let again = may_restart.then(|| packet.clone());
         stream.receiver.handle_packet(now, packet, path);
         if let (Some(parity), Some(datagram)) = (&mut stream.parity, for_parity) {
             for packet in parity.handle_media(datagram) {
@@ -194,6 +231,12 @@ impl Streams {
             }
         }
         self.drive(now, ssrc);
+        if let Some(packet) = again
+            && !self.streams.contains_key(&ssrc)
+        {
+            // The receiver found that the sender began anew: the packet belongs to what follows.
+            self.hold_unnamed(now, packet, path);
+        }
     }
 
     /// Receives one parity datagram.
@@ -229,111 +272,6 @@ impl Streams {
         }
     }
 
-    /// Starts a publication that the cloud announced, or updates its headers if it is live.
-    pub fn stream_up(&mut self, now: Instant, up: StreamInfo) {
-        // Nothing sent yet: the first packet will be the publication's first.
-        let first = up.gop_start.or(up.newest.is_none().then_some(Seq::FIRST));
-        self.start_stream(now, up, first);
-    }
-
-    /// Starts a publication whose name the cloud's API gave. Its headers and position are unknown.
-    pub fn stream_named(&mut self, now: Instant, stream: LiveStream) {
-        let LiveStream { key, ssrc, start_unix_ms } = stream;
-        let first = self.unnamed.first_seq(ssrc).filter(|seq| *seq == Seq::FIRST);
-        let headers = Headers::default();
-        let up = StreamInfo {
-            key,
-            ssrc,
-            publication: None,
-            start_unix_ms,
-            headers,
-            gop_start: None,
-            newest: None,
-        };
-        self.start_stream(now, up, first);
-    }
-
-    /// Starts to receive at `first`, or at the first packet that arrives if `None`.
-    fn start_stream(&mut self, now: Instant, up: StreamInfo, first: Option<Seq>) {
-        if let Some(stream) = self.streams.get_mut(&up.ssrc) {
-            stream.unconfirmed_since = None;
-            self.stream_update(up.ssrc, up.headers);
-            return;
-        }
-        self.forget_ended(now);
-        self.ended.retain(|(_, ssrc)| *ssrc != up.ssrc);
-        if let Some(old) = self.by_key.get(&up.key).copied() {
-            // The cloud or the encoder restarted.
-            self.end(now, old, "replaced by a newer publication");
-        }
-        if self.streams.len() >= self.settings.max_streams {
-            self.refuse(now, &up);
-            return;
-        }
-        let mut info = PublicationInfo::starting_at(up.start_unix_ms);
-        if let Some(id) = up.publication {
-            info.id = id;
-        }
-        info.headers = up.headers;
-        let has_headers = info.headers != Headers::default();
-        let publisher = match self.hub.publish_with(up.key.clone(), info) {
-            Ok(publisher) => publisher,
-            Err(error) => {
-                tracing::error!(stream = %up.key, %error, "stream not received");
-                return;
-            }
-        };
-        tracing::info!(stream = %up.key, ssrc = %up.ssrc, "stream up");
-
-        // A GOP longer than the window cannot be fetched whole.
-        let first = first.filter(|first| {
-            let packets = up.newest.map_or(0, |newest| newest.distance_from(*first));
-            usize::try_from(packets).is_ok_and(|packets| packets < self.settings.receiver.window)
-        });
-        let mut stream = self.open(now, up.key.clone(), up.ssrc, publisher, first);
-        if first.is_none() && !has_headers {
-            self.nacks.push_back(stream.begin_header_recovery(now));
-        }
-        for (packet, path) in self.unnamed.take(up.ssrc) {
-            stream.receiver.handle_packet(now, packet, path);
-        }
-        if let (Some(_), Some(newest)) = (first, up.newest) {
-            stream.receiver.handle_heartbeat(now, newest);
-        }
-        self.by_key.insert(up.key, up.ssrc);
-        self.streams.insert(up.ssrc, StreamSlot { hints: stream.prefetch_hints(), stream });
-        self.report_turns.push_front(up.ssrc);
-        self.drive(now, up.ssrc);
-    }
-
-    /// Creates the receiving side of a stream.
-    fn open(
-        &self,
-        now: Instant,
-        key: StreamKey,
-        ssrc: Ssrc,
-        publisher: Publisher,
-        first: Option<Seq>,
-    ) -> Box<ReceivedStream> {
-        let settings = self.settings.receiver;
-        let (mut receiver, depacketizer) = match first {
-            Some(first) => (Receiver::starting_at(settings, first), Depacketizer::new()),
-            None => (Receiver::new(settings), Depacketizer::joining()),
-        };
-        if let Some((round_trip, variation)) = self.round_trip {
-            receiver.set_round_trip(now, round_trip, variation);
-        }
-        Box::new(ReceivedStream::new(now, key, ssrc, publisher, receiver, depacketizer))
-    }
-
-    fn refuse(&mut self, now: Instant, up: &StreamInfo) {
-        self.metrics.refused_streams.inc();
-        if let Some(missed) = self.refusal_log.due(now) {
-            let max_streams = self.settings.max_streams;
-            tracing::warn!(stream = %up.key, max_streams, missed, "stream refused: too many");
-        }
-    }
-
     /// Sets the headers that the cloud announced for a stream.
     pub fn stream_update(&mut self, ssrc: Ssrc, headers: Headers) {
         if let Some(stream) = self.streams.get_mut(&ssrc) {
@@ -341,42 +279,40 @@ impl Streams {
         }
     }
 
-    /// Ends a publication whose end the cloud announced, once its packets up to `last` have arrived
-    /// or can no longer arrive.
-    pub fn stream_end(&mut self, now: Instant, ssrc: Ssrc, last: Option<Seq>) {
-        self.unnamed.take(ssrc);
-        let Some(StreamSlot { stream, .. }) = self.streams.get_mut(&ssrc) else {
-            self.ended.push_back((now, ssrc));
-            return;
-        };
-        if let Some(last) = last {
-            stream.receiver.handle_heartbeat(now, last);
-        }
-        // Every missing packet has a deadline by now, and none is later than this.
-        let latency = self.settings.receiver.latency.max(self.settings.receiver.join_latency);
-        stream.ending = Some((last, now + latency + receiver::GRACE));
-        self.drive(now, ssrc);
-    }
-
-    /// Ends each stream that has been silent for `age` and is not in `listed`, the API's current
-    /// list.
-    pub fn retain_streams(&mut self, now: Instant, listed: &[Ssrc], age: Duration) {
-        let over = |s: &StreamSlot| {
-            !listed.contains(&s.ssrc) && now.saturating_duration_since(s.last_packet) >= age
-        };
-        let over: Vec<_> = self.streams.values().filter(|s| over(s)).map(|s| s.ssrc).collect();
-        for ssrc in over {
-            self.end(now, ssrc, "no longer listed by the cloud's API");
-        }
-    }
-
     /// Stops waiting for packets that the cloud no longer holds.
     pub fn handle_gone(&mut self, now: Instant, ssrc: Ssrc, seqs: &[Seq]) {
         if let Some(stream) = self.streams.get_mut(&ssrc) {
             stream.receiver.handle_gone(now, seqs.iter().copied());
-            stream.headers_gone(seqs);
+            stream.headers_gone(now, seqs);
             self.drive(now, ssrc);
         }
+    }
+
+    /// Requests packets again that a v0 cloud does not hold, or not yet.
+    pub fn handle_not_held(&mut self, now: Instant, ssrc: Ssrc, seqs: &[Seq]) {
+        if let Some(stream) = self.streams.get_mut(&ssrc) {
+            stream.receiver.handle_not_held(now, seqs.iter().copied());
+            stream.headers_gone(now, seqs);
+            self.drive(now, ssrc);
+        }
+    }
+
+    /// Takes the headers of a stream that were fetched, or the reason why there are none.
+    pub fn headers_fetched(&mut self, now: Instant, ssrc: Ssrc, headers: Result<Vec<Tag>, String>) {
+        if let Some(stream) = self.streams.get_mut(&ssrc) {
+            stream.headers_fetched(headers);
+            self.drive(now, ssrc);
+        }
+    }
+
+    /// Takes the next stream whose headers are to be fetched.
+    pub fn poll_header_fetch(&mut self) -> Option<(Ssrc, StreamKey)> {
+        self.header_fetches.pop_front()
+    }
+
+    /// Takes the next request that is no longer needed.
+    pub fn poll_withdrawn(&mut self) -> Option<(Ssrc, Seq)> {
+        self.withdrawn.pop_front()
     }
 
     /// Finds missing packets by the highest sequence numbers that the cloud has sent.
@@ -391,15 +327,6 @@ impl Streams {
         stream.last_packet = now;
         if stream.receiver.handle_heartbeat(now, last) {
             self.drive(now, ssrc);
-        }
-    }
-
-    /// Sets whether there is a connection on which the cloud announces streams and their ends.
-    pub fn set_announced(&mut self, now: Instant, announced: bool) {
-        self.announced = announced;
-        for stream in self.streams.values_mut() {
-            // A new connection announces each stream that is still live.
-            stream.unconfirmed_since = announced.then_some(now);
         }
     }
 
@@ -418,6 +345,14 @@ impl Streams {
 
     /// Makes requests that are due, gives up packets and ends streams whose deadline has passed.
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.handle_timeout_until(now, now);
+    }
+
+    /// The same where not everything that arrived may have been passed in yet, but all until
+    /// `settled`: only deadlines up to that time count.
+    pub fn handle_timeout_until(&mut self, now: Instant, settled: Instant) {
+        let settled = settled.min(now);
+        self.settled = Some(self.settled.map_or(settled, |before| before.max(settled)));
         if self.poll_timeout().is_none_or(|at| at > now) {
             return;
         }
@@ -426,40 +361,10 @@ impl Streams {
         for (_, ssrc) in mem::replace(&mut self.wakes, later) {
             if let Some(stream) = self.streams.get_mut(&ssrc) {
                 stream.wake = None;
-                stream.receiver.handle_timeout(now);
+                stream.receiver.handle_timeout(settled);
                 self.drive(now, ssrc);
             }
         }
-    }
-
-    /// Does the periodic work: ends silent streams, drops old unnamed packets, updates counters and
-    /// the wait for parity. Call it a few times per second.
-    pub fn tick(&mut self, now: Instant) {
-        self.forget_ended(now);
-        let silence = self.settings.silence;
-        let over = |stream: &&StreamSlot| match (self.announced, stream.unconfirmed_since) {
-            (true, None) => false,
-            (true, Some(since)) => now.saturating_duration_since(since) > CONFIRM_WITHIN,
-            (false, _) => now.saturating_duration_since(stream.last_packet) > silence,
-        };
-        let over: Vec<_> = self.streams.values().filter(over).map(|s| s.ssrc).collect();
-        for ssrc in over {
-            match self.announced {
-                true => self.end(now, ssrc, "not announced after the reconnect"),
-                // The publication may continue: its next packet makes it unnamed, so that it
-                // starts again.
-                false => self.remove(now, ssrc, "silent, with no connection to the cloud"),
-            }
-        }
-        self.metrics.unknown_dropped.inc_by(self.unnamed.expire(now));
-        for StreamSlot { stream, .. } in self.streams.values_mut() {
-            stream.count(&self.metrics);
-            if let Some(parity) = &mut stream.parity {
-                let wait = parity.wait(now, stream.receiver.stats().delays.total());
-                stream.receiver.set_parity_wait(wait);
-            }
-        }
-        self.metrics.publish(self.streams.values().map(|stream| stream.stats()));
     }
 
     /// Takes the next request for the cloud.
@@ -474,6 +379,7 @@ impl Streams {
 
     /// `true` if a stream has been silent for `age`, so that it may have ended unannounced.
     pub fn any_silent(&self, now: Instant, age: Duration) -> bool {
+        let now = self.settled.map_or(now, |settled| settled.min(now));
         let silent = |s: &StreamSlot| now.saturating_duration_since(s.last_packet) >= age;
         self.streams.values().any(silent)
     }
@@ -513,16 +419,32 @@ impl Streams {
                 self.metrics.nacks_dropped.inc();
             }
         }
+        while let Some(seq) = stream.receiver.poll_withdrawn() {
+            self.withdrawn.push_back((ssrc, seq));
+        }
+        while self.withdrawn.len() > MAX_NACKS {
+            self.withdrawn.pop_front();
+        }
         stream.deliver(now, &self.metrics);
-        self.nacks.extend(stream.poll_header_recovery(now));
-        let over = stream.ending.is_some_and(|(last, until)| {
-            last.is_none_or(|last| stream.receiver.is_done_through(last)) || until <= now
-        });
-        if over {
-            self.end(now, ssrc, "ended by the cloud");
+        stream.publish_data(now);
+        if stream.has_restarted() {
+            self.restart(now, ssrc);
             return;
         }
-        let wake = stream.poll_timeout();
+        self.nacks.extend(stream.poll_header_recovery(now));
+        if stream.take_header_fetch() {
+            self.header_fetches.push_back((ssrc, stream.key.clone()));
+        }
+        let settled = self.settled.map_or(now, |settled| settled.min(now));
+        let over = stream.ending.is_some_and(|(last, until)| {
+            last.is_none_or(|last| stream.receiver.is_done_through(last)) || until <= settled
+        });
+        if over {
+            self.end(now, ssrc, "ended by the cloud", self.cloud_closes);
+            return;
+        }
+        // What is overdue waits until everything that arrived by then is known.
+        let wake = stream.poll_timeout().map(|at| if at > now { at } else { now + SETTLE_PAUSE });
         if wake != stream.wake {
             if let Some(before) = mem::replace(&mut stream.wake, wake) {
                 self.wakes.remove(&(before, ssrc));
@@ -530,36 +452,6 @@ impl Streams {
             self.wakes.extend(wake.map(|at| (at, ssrc)));
         }
         *hints = stream.prefetch_hints();
-    }
-
-    /// Removes a stream that is surely over, so that its late packets are dropped.
-    fn end(&mut self, now: Instant, ssrc: Ssrc, reason: &str) {
-        self.ended.push_back((now, ssrc));
-        self.remove(now, ssrc, reason);
-    }
-
-    fn remove(&mut self, now: Instant, ssrc: Ssrc, reason: &str) {
-        let Some(mut stream) = self.streams.remove(&ssrc) else { return };
-        // Packets behind a gap are still useful.
-        stream.receiver.finish(now);
-        stream.deliver(now, &self.metrics);
-        self.report_turns.retain(|turn| *turn != ssrc);
-        if let Some(wake) = stream.wake {
-            self.wakes.remove(&(wake, ssrc));
-        }
-        stream.count(&self.metrics);
-        if self.by_key.get(&stream.key) == Some(&ssrc) {
-            self.by_key.remove(&stream.key);
-        }
-        tracing::info!(stream = %stream.key, %ssrc, reason, "stream ended");
-    }
-
-    fn forget_ended(&mut self, now: Instant) {
-        let is_old = |at: Instant| now.saturating_duration_since(at) > ENDED_REMEMBERED;
-        while self.ended.len() > MAX_ENDED || self.ended.front().is_some_and(|(at, _)| is_old(*at))
-        {
-            self.ended.pop_front();
-        }
     }
 }
 
@@ -584,6 +476,8 @@ const MAX_NACKS: usize = 4096;
 /// Longer than a packet can be late.
 const ENDED_REMEMBERED: Duration = Duration::from_secs(30);
 const MAX_ENDED: usize = 4096;
+/// Pause before an overdue deadline is looked at again.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 /// The step between two times of [`Streams::wakes`].
 const TIMER_STEP: Duration = Duration::from_nanos(1);
 

@@ -55,7 +55,7 @@ async fn a_stream_starts_with_its_first_media_and_has_its_metadata() {
     assert!(admission.hub().is_empty());
     publication.push(frame(1000, 0x17));
     let stream = admission.hub().streams().pop().unwrap();
-    assert_eq!(stream.headers().metadata.unwrap().body(), metadata().body());
+    assert_eq!(stream.headers().metadata().unwrap().body(), metadata().body());
     let age = unix_ms() - stream.start_unix_ms();
     assert!((1000..10_000).contains(&age), "media time 0 was a second before: {age}");
     drop(publication);
@@ -71,7 +71,7 @@ async fn captions_do_not_replace_the_metadata() {
     publication.push(frame(0, 0x17));
     publication.push(Tag::new(TagKind::Script, 40, b"\x02\x00\x0aonTextData\x05").unwrap());
     let stream = admission.hub().streams().pop().unwrap();
-    assert_eq!(stream.headers().metadata.unwrap().body(), metadata().body());
+    assert_eq!(stream.headers().metadata().unwrap().body(), metadata().body());
     assert_eq!(stream.counters().script_tags.load(Ordering::Relaxed), 2);
 }
 
@@ -86,6 +86,124 @@ async fn a_key_belongs_to_one_source_of_any_kind() {
     assert!(admission.hub().publish(key("live/a")).is_err(), "claimed before its first media");
     drop(publication);
     assert!(admission.hub().publish(key("live/a")).is_ok());
+}
+
+fn with_grace(grace: Duration) -> Admission {
+    admission(Settings { publish_grace: grace, ..Settings::default() })
+}
+
+fn from(address: &str, query: &str) -> Request {
+    let peer = SocketAddr::new(address.parse().unwrap(), 1);
+    Request { peer, query: query.into(), ..request(Action::Publish, "live/a") }
+}
+
+#[tokio::test]
+async fn an_encoder_that_comes_back_continues_its_stream_and_its_clock() {
+    let admission = with_grace(Duration::from_secs(60));
+    let mut publication = admission.publish(from("10.0.0.1", "k=1")).await.unwrap();
+    publication.push(frame(7000, 0x17));
+    let stream = admission.hub().streams().pop().unwrap();
+    let (mut reader, mut tags) = (stream.subscribe(), Vec::new());
+    assert!(matches!(reader.try_read(&mut tags, usize::MAX), ReadOutcome::Read(_)));
+    drop(publication);
+    assert!(!stream.ended());
+    // The key is kept for its encoder.
+    for stranger in [from("10.0.0.2", ""), from("10.0.0.2", "k=2")] {
+        let refused = admission.publish(stranger).await.err();
+        assert_eq!(refused, Some(Refusal::AlreadyLive(key("live/a"))));
+    }
+    // It comes back from another address, sends nothing, and comes again from the first one.
+    drop(admission.publish(from("10.0.0.3", "k=1")).await.unwrap());
+    drop(admission.publish(from("10.0.0.3", "")).await.unwrap());
+    assert!(!stream.ended());
+    let mut again = admission.publish(from("10.0.0.3", "other=2")).await.unwrap();
+    again.push(metadata());
+    again.push(frame(0, 0x17));
+    again.push(frame(40, 0x27));
+    assert_eq!(admission.hub().streams().pop().unwrap().id(), stream.id());
+    assert!(matches!(reader.try_read(&mut tags, usize::MAX), ReadOutcome::Read(_)));
+    let times: Vec<_> = tags.iter().map(|tag| (tag.kind(), tag.timestamp())).collect();
+    let expected = [
+        (TagKind::Video, 7000),
+        (TagKind::Script, 7040),
+        (TagKind::Video, 7040),
+        (TagKind::Video, 7080),
+    ];
+    assert_eq!(times, expected);
+    assert_eq!(admission.counters().resumed.load(Ordering::Relaxed), 3);
+    assert_eq!(admission.counters().takeovers.load(Ordering::Relaxed), 0);
+    // An operator ends it at once.
+    drop(again);
+    assert!(admission.revoke_publication(&key("live/a")));
+    assert!(stream.ended());
+    assert!(admission.publish(from("10.0.0.9", "")).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_key_that_its_encoder_gave_up_is_free_and_its_stream_goes_on() {
+    let admission = with_grace(Duration::from_secs(60));
+    let first = from("10.0.0.1", "");
+    let mut publication = admission.publish(first.clone()).await.unwrap();
+    publication.push(frame(0, 0x17));
+    let stream = admission.hub().streams().pop().unwrap();
+    publication.unpublish();
+    assert!(!stream.ended());
+    // Again on the same connection, which stays.
+    let mut again = admission.publish(first.clone()).await.unwrap();
+    again.push(frame(0, 0x17));
+    again.unpublish();
+    assert!(!cancelled(&first));
+    let mut other = admission.publish(from("10.0.0.2", "")).await.unwrap();
+    other.push(frame(0, 0x17));
+    assert!(!stream.ended());
+    other.end();
+    assert!(stream.ended());
+    assert!(admission.hub().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_whose_encoder_stays_away_ends_after_the_grace() {
+    // Paused time moves on only once all tasks wait, so the grace is over when `over` returns.
+    let admission = with_grace(Duration::from_secs(5));
+    let mut publication = publish(&admission, "live/a").await.unwrap();
+    publication.push(frame(0, 0x17));
+    let stream = admission.hub().streams().pop().unwrap();
+    drop(publication);
+    assert!(!stream.ended());
+    let began = tokio::time::Instant::now();
+    stream.over().await;
+    assert!((4000..=5000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    assert!(admission.hub().is_empty());
+    assert!(admission.hub().publish(key("live/a")).is_ok(), "the key is free");
+}
+
+#[tokio::test]
+async fn a_silent_publisher_hands_its_stream_over() {
+    let silence = Duration::from_millis(20);
+    let settings = Settings {
+        publisher_silence: silence,
+        publish_grace: Duration::from_secs(60),
+        ..Settings::default()
+    };
+    let admission = admission(settings);
+    let mut first = admission.publish(from("10.0.0.1", "")).await.unwrap();
+    first.push(frame(0, 0x17));
+    let stream = admission.hub().streams().pop().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut second = loop {
+        if let Ok(second) = admission.publish(from("10.0.0.2", "")).await {
+            break second;
+        }
+        assert!(Instant::now() < deadline);
+        tokio::task::yield_now().await;
+    };
+    second.push(frame(0, 0x17));
+    // What the first still sends, and its end, change nothing.
+    first.push(frame(40, 0x27));
+    drop(first);
+    assert!(!stream.ended());
+    assert_eq!(stream.counters().video_tags.load(Ordering::Relaxed), 2);
+    assert_eq!(admission.counters().takeovers.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
@@ -252,7 +370,7 @@ struct Notes(&'static str, Arc<Mutex<Vec<String>>>);
 
 impl Sink for Notes {
     fn stream_up(&self, stream: &Arc<Stream>) -> Option<Box<dyn Tap>> {
-        let has_metadata = stream.headers().metadata.is_some();
+        let has_metadata = stream.headers().metadata().is_some();
         self.1.lock().push(format!("{} up {} {has_metadata}", self.0, stream.key()));
         (self.0 != "reader").then(|| Box::new(NotesTap(self.clone(), stream.clone())) as _)
     }

@@ -5,6 +5,7 @@
 //! Source: *Adobe Flash Video File Format Specification*, version 10.1, annex E, and *Enhanced RTMP
 //! v2* for the extended (FourCC) video and audio headers.
 
+mod enhanced;
 pub mod headers;
 pub mod reader;
 pub mod tag;
@@ -13,4 +14,4 @@ pub mod writer;
 pub use headers::Headers;
 pub use reader::{FlvError, FlvReader, FlvTags};
 pub use tag::{Tag, TagError, TagKind};
-pub use writer::{FILE_HEADER, FlvWriter};
+pub use writer::{FILE_HEADER, FlvWriter, Tracks};

@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use super::{
+    enhanced::{self, ExHeader},
+    headers::HeaderSlot,
+};
 use downpour_sys::buffer::{Buffer, BufferMut};
 
 /// The type of a tag (FLV 10.1 §E.4.1, `TagType`).
@@ -167,48 +171,46 @@ impl Tag {
         if (first >> 4) & 0x7 != FRAME_TYPE_KEY {
             return false;
         }
-        match ex_video_packet_type(body) {
-            Some(kind) => matches!(kind, Some(EX_CODED_FRAMES | EX_CODED_FRAMES_X)),
-            // AVC, and HEVC under the unofficial codec id 12, have an `AVCPacketType` byte.
-            None if is_avc_like(first) => body.get(1) == Some(&AVC_NALU),
-            None => body.len() > 1,
+        if first & 0x80 != 0 {
+            return ExHeader::parse(self.kind, body).is_some_and(|header| {
+                matches!(header.packet_type, enhanced::CODED_FRAMES | enhanced::CODED_FRAMES_X)
+            });
+        }
+        // AVC, and HEVC under the unofficial codec id 12, have an `AVCPacketType` byte.
+        match is_avc_like(first) {
+            true => body.get(1) == Some(&AVC_NALU),
+            false => body.len() > 1,
         }
     }
 
-    /// Returns `true` for a decoder configuration: `AVCDecoderConfigurationRecord`,
-    /// `AudioSpecificConfig`, or an Enhanced RTMP `SequenceStart`.
+    /// Returns `true` for a decoder configuration with content: `AVCDecoderConfigurationRecord`,
+    /// `AudioSpecificConfig`, or an Enhanced RTMP `SequenceStart`, of any track.
     #[inline]
     pub fn is_sequence_header(&self) -> bool {
-        let body = self.body();
-        let Some(&first) = body.first() else { return false };
-        match self.kind {
-            TagKind::Video => match ex_video_packet_type(body) {
-                Some(kind) => kind == Some(EX_SEQUENCE_START),
-                None => is_avc_like(first) && body.get(1) == Some(&AVC_SEQUENCE_HEADER),
-            },
-            TagKind::Audio => match first >> 4 {
-                SOUND_FORMAT_AAC => body.get(1) == Some(&0),
-                SOUND_FORMAT_EX_HEADER => {
-                    ex_packet_type(body, EX_AUDIO_MULTITRACK) == Some(EX_SEQUENCE_START)
-                }
-                _ => false,
-            },
-            TagKind::Script => false,
-        }
+        HeaderSlot::of(self).is_some_and(|slot| slot.is_sequence())
     }
 
-    /// Returns `true` for metadata and sequence headers, the contents of
-    /// [`Headers`](super::Headers).
+    /// Returns `true` for metadata, sequence headers, and Enhanced RTMP's video metadata and channel
+    /// configurations: the contents of [`Headers`](super::Headers).
     #[inline]
     pub fn is_header(&self) -> bool {
-        self.is_metadata() || self.is_sequence_header()
+        HeaderSlot::of(self).is_some()
+    }
+
+    /// Returns `true` for a decoder configuration of AVC or AAC, with or without content.
+    pub(crate) fn is_config_packet(&self) -> bool {
+        let is_config = self.body().get(1) == Some(&0);
+        self.body().first().is_some_and(|first| match self.kind {
+            TagKind::Video => first & 0x80 == 0 && is_avc_like(*first) && is_config,
+            TagKind::Audio => first >> 4 == SOUND_FORMAT_AAC && is_config,
+            TagKind::Script => false,
+        })
     }
 
     /// Returns `true` for `onMetaData`; `false` for captions, cue points and other script data.
     #[inline]
     pub fn is_metadata(&self) -> bool {
-        // An AMF0 string: marker, length, bytes.
-        self.kind == TagKind::Script && self.body().starts_with(b"\x02\x00\x0aonMetaData")
+        self.kind == TagKind::Script && self.is_header()
     }
 }
 
@@ -268,52 +270,17 @@ fn header(kind: TagKind, timestamp: u32, body_len: u32) -> [u8; Tag::HEADER_LEN]
     [kind as u8, s0, s1, s2, t0, t1, t2, t3, 0, 0, 0]
 }
 
-fn is_avc_like(first: u8) -> bool {
+/// `true` for the first byte of AVC, and of HEVC under the unofficial codec id 12.
+pub(super) fn is_avc_like(first: u8) -> bool {
     matches!(first & 0x0f, 7 | 12)
 }
 
-/// The packet type of an `ExVideoTagHeader`, which the high bit of the first byte marks. The outer
-/// `None` is a legacy header, the inner one a truncated header.
-fn ex_video_packet_type(body: &[u8]) -> Option<Option<u8>> {
-    (body.first()? & 0x80 != 0).then(|| ex_packet_type(body, EX_VIDEO_MULTITRACK))
-}
-
-/// The packet type in the low 4 bits of the first byte (Enhanced RTMP v2), after any `ModEx`
-/// prefixes. For a multitrack packet, the packet type of its tracks.
-fn ex_packet_type(body: &[u8], multitrack: u8) -> Option<u8> {
-    let (first, mut rest) = body.split_first()?;
-    let mut kind = first & 0x0f;
-    while kind == EX_MOD_EX {
-        let (size, tail) = rest.split_first()?;
-        let (size, tail) = match size {
-            // Sizes from 256 on follow in two more bytes.
-            255 => {
-                let (size, tail) = tail.split_first_chunk()?;
-                (usize::from(u16::from_be_bytes(*size)) + 1, tail)
-            }
-            size => (usize::from(*size) + 1, tail),
-        };
-        let (next, tail) = tail.get(size..)?.split_first()?;
-        kind = next & 0x0f;
-        rest = tail;
-    }
-    match kind == multitrack {
-        true => rest.first().map(|tracks| tracks & 0x0f),
-        false => Some(kind),
-    }
-}
-
 const FRAME_TYPE_KEY: u8 = 1;
-const AVC_SEQUENCE_HEADER: u8 = 0;
+/// An information or command frame, which has no picture.
+pub(super) const FRAME_TYPE_COMMAND: u8 = 5;
 const AVC_NALU: u8 = 1;
-const EX_SEQUENCE_START: u8 = 0;
-const EX_CODED_FRAMES: u8 = 1;
-const EX_CODED_FRAMES_X: u8 = 3;
-const EX_AUDIO_MULTITRACK: u8 = 5;
-const EX_VIDEO_MULTITRACK: u8 = 6;
-const EX_MOD_EX: u8 = 7;
-const SOUND_FORMAT_AAC: u8 = 10;
-const SOUND_FORMAT_EX_HEADER: u8 = 9;
+pub(super) const SOUND_FORMAT_AAC: u8 = 10;
+pub(super) const SOUND_FORMAT_EX_HEADER: u8 = 9;
 
 #[cfg(test)]
 mod tests {
@@ -335,13 +302,15 @@ mod tests {
     fn sequence_headers_are_not_key_frames() {
         let video = |body: &[u8]| Tag::new(TagKind::Video, 0, body).unwrap();
         let audio = |body: &[u8]| Tag::new(TagKind::Audio, 0, body).unwrap();
-        assert!(video(&[0x17, 0]).is_sequence_header() && !video(&[0x17, 0]).is_key_frame());
+        let header = video(&[0x17, 0, 0, 0, 0, 1]);
+        assert!(header.is_sequence_header() && !header.is_key_frame());
         assert!(video(&[0x1c, 1]).is_key_frame());
         assert!(!video(&[0x27, 1]).is_key_frame());
-        assert!(video(&[0x90, b'h', b'v', b'c', b'1']).is_sequence_header());
+        assert!(video(&[0x90, b'h', b'v', b'c', b'1', 1]).is_sequence_header());
         assert!(video(&[0x91, b'h', b'v', b'c', b'1']).is_key_frame());
-        assert!(!video(&[0x94, b'h', b'v', b'c', b'1']).is_key_frame());
-        assert!(audio(&[0xaf, 0]).is_sequence_header() && !audio(&[0xaf, 1]).is_sequence_header());
+        assert!(!video(&[0x94, b'h', b'v', b'c', b'1', 2]).is_key_frame());
+        assert!(audio(&[0xaf, 0, 0x12]).is_sequence_header());
+        assert!(!audio(&[0xaf, 1]).is_sequence_header());
         assert!(!audio(&[0x2f]).is_sequence_header());
         assert!(!video(&[]).is_key_frame());
         // ffmpeg's end of sequence, a truncated body, an Enhanced RTMP end of sequence.
@@ -352,8 +321,8 @@ mod tests {
         for starts in [&[0x12, 0][..], &[0x93, b'a'], &[0x96, 0x01], &[0x97, 2, 0, 0, 0, 0x01]] {
             assert!(video(starts).is_key_frame());
         }
-        assert!(video(&[0x96, 0x00]).is_sequence_header());
-        assert!(audio(&[0x95, 0x00]).is_sequence_header());
+        assert!(video(b"\x96\x00avc1\x01\x01").is_sequence_header());
+        assert!(audio(b"\x95\x00mp4a\x01\x12").is_sequence_header());
         assert!(!video(&[0x97, 255, 0]).is_key_frame());
         let script = |body: &[u8]| Tag::new(TagKind::Script, 0, body).unwrap();
         assert!(script(b"\x02\x00\x0aonMetaData\x08").is_metadata());

@@ -4,9 +4,12 @@ use std::{fmt, net::SocketAddr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{headers, report::Report};
+use super::{data, headers, report::Report};
 use crate::rtp::{Seq, Ssrc};
-use downpour_media::{PublicationId, StreamKey, StreamPattern, flv::Headers};
+use downpour_media::{
+    PublicationId, StreamKey, StreamPattern,
+    flv::{Headers, Tag},
+};
 
 /// A message from an edge to the cloud.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -47,6 +50,15 @@ pub enum CloudMessage {
         #[serde(with = "headers")]
         headers: Headers,
     },
+    /// Script data in a stream: a cue point, caption or text. Metadata is a header instead.
+    StreamData {
+        /// The stream.
+        ssrc: Ssrc,
+        /// The tag, at most [`MAX_DATA_LEN`](super::MAX_DATA_LEN) bytes with its header. Its timestamp
+        /// is its place in the stream.
+        #[serde(with = "data")]
+        tag: Tag,
+    },
     /// A stream ended.
     StreamEnd {
         /// The stream.
@@ -54,6 +66,9 @@ pub enum CloudMessage {
         /// The last sequence number sent; `None` if no packet was.
         last_seq: Option<Seq>,
     },
+    /// The cloud is shutting down: the ends of streams that follow are the node's, not the encoders'. An
+    /// edge keeps its viewers in case the cloud comes back.
+    Closing {},
     /// The edge proved an address, and RTP is now sent to it.
     PathUp {
         /// Index of the edge's path: 0 or 1.

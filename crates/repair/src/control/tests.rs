@@ -8,7 +8,14 @@ use crate::{
     rtp::{Seq, Ssrc},
 };
 use downpour_media::PublicationId;
-use downpour_media::flv::{Headers, Tag, TagKind};
+use downpour_media::flv::{Tag, TagKind};
+
+fn main_headers() -> [Tag; 2] {
+    [
+        Tag::new(TagKind::Video, 0, &[0x17, 0, 0, 0, 0, 1]).unwrap(),
+        Tag::new(TagKind::Audio, 9, &[0xaf, 0, 0x12]).unwrap(),
+    ]
+}
 
 fn info() -> StreamInfo {
     StreamInfo {
@@ -16,11 +23,7 @@ fn info() -> StreamInfo {
         ssrc: Ssrc(0xdead_beef),
         publication: Some(PublicationId(0xab)),
         start_unix_ms: 1_700_000_000_000,
-        headers: Headers {
-            video: Some(Tag::new(TagKind::Video, 0, &[0x17, 0, 1, 2]).unwrap()),
-            audio: Some(Tag::new(TagKind::Audio, 9, &[0xaf, 0]).unwrap()),
-            metadata: None,
-        },
+        headers: main_headers().into_iter().collect(),
         gop_start: Some(Seq(65000)),
         newest: None,
     }
@@ -36,8 +39,8 @@ fn messages_have_the_json_of_the_wire_document() {
             "publication": "00000000000000ab",
             "start_unix_ms": 1_700_000_000_000_u64,
             "headers": {
-                "video": "090000040000000000000017000102",
-                "audio": "08000002000009000000 00af00".replace(' ', ""),
+                "video": "0900000600000000000000170000000001",
+                "audio": "0800000300000900000000af0012",
                 "metadata": null,
             },
             "gop_start": 65000, "newest": null,
@@ -48,6 +51,29 @@ fn messages_have_the_json_of_the_wire_document() {
         serde_json::to_value(CloudMessage::Welcome(welcome)).unwrap()["nonce"],
         "a1".repeat(16)
     );
+}
+
+fn cue() -> Tag {
+    Tag::new(TagKind::Script, 40, b"\x02\x00\x0aonCuePoint\x05").unwrap()
+}
+
+#[test]
+fn stream_data_is_a_script_tag_of_bounded_length() {
+    let json =
+        serde_json::to_value(CloudMessage::StreamData { ssrc: Ssrc(9), tag: cue() }).unwrap();
+    let hex = "1200000e0000280000000002000a6f6e437565506f696e7405";
+    assert_eq!(json, serde_json::json!({ "type": "stream_data", "ssrc": 9, "tag": hex }));
+    let parse = |tag: &Tag| {
+        let json = serde_json::json!({
+            "type": "stream_data", "ssrc": 9, "tag": hex::encode(tag.unit())
+        });
+        serde_json::from_value::<CloudMessage>(json)
+    };
+    assert!(parse(&cue()).is_ok());
+    assert!(parse(&Tag::new(TagKind::Video, 0, &[0x17, 1]).unwrap()).is_err());
+    let script = |len| Tag::new(TagKind::Script, 0, &vec![2; len - Tag::HEADER_LEN]).unwrap();
+    assert!(parse(&script(MAX_DATA_LEN)).is_ok());
+    assert!(parse(&script(MAX_DATA_LEN + 1)).is_err());
 }
 
 #[test]
@@ -75,12 +101,41 @@ fn lengths_out_of_range_are_refused_from_the_prefix() {
 #[test]
 fn an_oversized_header_is_left_out() {
     let mut info = info();
-    info.headers.metadata = Some(Tag::new(TagKind::Script, 0, &vec![0; 200_000]).unwrap());
+    let mut metadata = b"\x02\x00\x0aonMetaData".to_vec();
+    metadata.resize(200_000, 0);
+    assert!(info.headers.learn(&Tag::new(TagKind::Script, 0, &metadata).unwrap()));
     let frame = encode_control(&CloudMessage::StreamUp(info.clone())).unwrap();
     let mut reader = ControlReader::new(MAX_CONTROL_LEN);
     reader.push(&frame);
-    info.headers.metadata = None;
+    info.headers = main_headers().into_iter().collect();
     assert_eq!(reader.next_message(), Ok(Some(CloudMessage::StreamUp(info))));
+}
+
+#[test]
+fn headers_of_many_tracks_fit_in_a_message_and_old_nodes_read_the_main_ones() {
+    let second = Tag::new(TagKind::Audio, 9, b"\x95\x00mp4a\x01\x12\x10").unwrap();
+    let mut info = info();
+    assert!(info.headers.learn(&second));
+    let json = serde_json::to_value(CloudMessage::StreamUp(info.clone())).unwrap();
+    assert_eq!(json["headers"]["audio"], "0800000300000900000000af0012");
+    assert_eq!(json["headers"]["more"], serde_json::json!([hex::encode(second.unit())]));
+    let read: CloudMessage = serde_json::from_value(json).unwrap();
+    assert_eq!(read, CloudMessage::StreamUp(info.clone()));
+    for id in 2..60 {
+        let body = [&b"\x95\x00mp4a"[..], &[id], &[0x12; 40_000]].concat();
+        info.headers.learn(&Tag::new(TagKind::Audio, 0, &body).unwrap());
+    }
+    let frame = encode_control(&CloudMessage::StreamUp(info.clone())).unwrap();
+    let mut reader = ControlReader::new(MAX_CONTROL_LEN);
+    reader.push(&frame);
+    let Ok(Some(CloudMessage::StreamUp(read))) = reader.next_message() else {
+        panic!("no message")
+    };
+    assert_eq!(
+        (read.headers.video(), read.headers.audio()),
+        (info.headers.video(), info.headers.audio())
+    );
+    assert!((10..20).contains(&read.headers.iter().count()));
 }
 
 #[test]
@@ -112,6 +167,8 @@ proptest! {
         let sent = [
             CloudMessage::StreamUp(info()),
             CloudMessage::StreamEnd { ssrc: Ssrc(1), last_seq: None },
+            CloudMessage::StreamData { ssrc: Ssrc(1), tag: cue() },
+            CloudMessage::Closing {},
             CloudMessage::StreamUpdate { ssrc: Ssrc(1), headers: info().headers },
         ];
         let bytes: Vec<u8> =

@@ -1,8 +1,9 @@
-//! Detection of a sender that restarted under the same SSRC.
+//! A sender whose numbers continue far from the window: after a restart under the same SSRC, or after
+//! an interruption longer than the window.
 
 use std::time::{Duration, Instant};
 
-use super::{Event, Path, Receiver, timing::ControlSkew};
+use super::{Event, Numbering, Path, Receiver, timing::ControlSkew};
 use crate::rtp::{Packet, Seq};
 
 /// Consecutive live packets with consecutive sequence numbers, all before the window.
@@ -16,10 +17,14 @@ pub(super) struct BackwardRun {
 }
 
 impl Receiver {
-    /// Handles a packet too far from the window to be late or early. Two consecutive ones mean that
-    /// the sender restarted (RFC 3550 §A.1).
+    /// Handles a packet too far from the window to be late or early. The numbers continue there if the
+    /// sender announced so; with [`Numbering::Guessed`], if two consecutive ones arrive (RFC 3550
+    /// §A.1).
     pub(super) fn handle_stray(&mut self, now: Instant, packet: Packet, path: Path) {
         let seq = packet.header.seq;
+        if self.settings.numbering == Numbering::Announced {
+            return self.handle_announced_stray(now, packet, path);
+        }
         let confirmed = self.probation.is_some_and(|first| first.plus(1) == seq);
         if !matches!(path, Path::Live(_)) {
             self.stats.duplicate += 1;
@@ -39,6 +44,20 @@ impl Receiver {
         }
         // The first of the two was not kept; it is requested like any other.
         self.restart(now, seq.plus(usize::from(u16::MAX)));
+        self.handle_packet(now, packet, path);
+        self.stats.received -= 1;
+    }
+
+    /// Handles a stray packet of a sender that announces its numbers: a path that was interrupted for
+    /// longer than the window continues near the announced number; anything else is old.
+    fn handle_announced_stray(&mut self, now: Instant, packet: Packet, path: Path) {
+        let seq = packet.header.seq;
+        let near = |at: Seq| seq.distance_from(at).unsigned_abs() as usize <= self.settings.window;
+        if !matches!(path, Path::Live(_)) || !self.announced.is_some_and(near) {
+            self.stats.too_late += 1;
+            return;
+        }
+        self.restart(now, seq);
         self.handle_packet(now, packet, path);
         self.stats.received -= 1;
     }
@@ -67,6 +86,7 @@ impl Receiver {
         self.given_up.clear();
         self.dual_path.reset();
         self.probation = None;
+        self.announced = None;
         self.backward_run = None;
         self.stats.restarts += 1;
         self.events.push_back(Event::Restart(first));

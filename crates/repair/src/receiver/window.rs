@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Event, GRACE, Path, Receiver};
-use crate::rtp::Packet;
+use crate::rtp::{Packet, Seq};
 
 /// One sequence number of the window.
 #[derive(Debug)]
@@ -167,6 +167,9 @@ impl Receiver {
         *slot = Slot::Held { packet, since };
         self.stats.delays.add(delay);
         self.record_answer(since_request.is_some());
+        if since_request.is_some() && path != Path::Repair {
+            self.withdraw(number);
+        }
     }
 
     pub(super) fn missing_at(&self, number: u64) -> Option<&Missing> {
@@ -181,12 +184,18 @@ impl Receiver {
         while let Some(slot) = self.window.front() {
             let full = self.window.len() > self.settings.window;
             match slot {
-                Slot::Missing(missing) if !full && !missing.hopeless && missing.deadline > now => {
-                    break;
-                }
+                Slot::Missing(missing) if !full && !missing.hopeless => break,
                 _ => self.pop_front(now),
             }
         }
+    }
+
+    /// Notes that a requested packet need not be requested any more.
+    fn withdraw(&mut self, number: u64) {
+        if self.withdrawn.len() >= MAX_WITHDRAWN {
+            self.withdrawn.pop_front();
+        }
+        self.withdrawn.push_back(Seq(number as u16));
     }
 
     /// Hands on the front of the window, or gives it up if it is missing.
@@ -198,6 +207,9 @@ impl Receiver {
             }
             Some(Slot::Missing(missing)) => {
                 self.record_answer(missing.tries > 0);
+                if missing.tries > 0 {
+                    self.withdraw(self.run.next);
+                }
                 self.stats.lost += 1;
                 match self.events.back_mut() {
                     Some(Event::Lost(count)) => *count += 1,
@@ -219,3 +231,5 @@ impl Receiver {
 
 /// Given-up ranges that are remembered to tell late packets from duplicates.
 const MAX_GIVEN_UP_RANGES: usize = 64;
+/// Withdrawn requests that are kept for a caller that does not poll them.
+const MAX_WITHDRAWN: usize = 1024;

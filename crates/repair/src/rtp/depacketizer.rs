@@ -1,6 +1,6 @@
 //! Reassembles FLV tags from RTP packets.
 
-use super::{Packet, Seq, packet::Header};
+use super::{Packet, Seq, packet::Header, packetizer::repeated_timestamp};
 use downpour_media::flv::{
     Tag,
     tag::{TagError, TagHeader},
@@ -39,6 +39,8 @@ pub struct Depacketizer {
     last_seq: Seq,
     /// Payload length of the tag's first packet; all but the last are equally long (wire v0).
     slice_len: usize,
+    /// RTP timestamp of the last packet.
+    timestamp: u32,
     damage: Damage,
 }
 
@@ -74,6 +76,7 @@ impl Depacketizer {
             expected_len: 0,
             last_seq: Seq::default(),
             slice_len: 0,
+            timestamp: 0,
             damage: Damage::default(),
         }
     }
@@ -118,6 +121,7 @@ impl Depacketizer {
             self.slice_len = payload.len();
         }
         self.last_seq = header.seq;
+        self.timestamp = header.timestamp;
         partial.put_slice(payload);
         if !complete {
             self.partial = Some(partial);
@@ -171,6 +175,12 @@ impl Depacketizer {
         self.discard_partial();
         self.state = State::Lost;
         useless_through
+    }
+
+    /// `true` if `tag`, which the last packet completed, is a codec header that the sender sent again.
+    #[inline]
+    pub fn is_repeated(&self, tag: &Tag) -> bool {
+        self.timestamp == repeated_timestamp(tag.timestamp())
     }
 
     /// Returns the damage since the last call, or `None` if there was none.
@@ -227,6 +237,12 @@ fn starts_tag(payload: &[u8], marker: bool) -> bool {
         }
         Err(TagError::Truncated | TagError::UnknownType(_) | TagError::TooLong(_)) => false,
     }
+}
+
+/// Returns the timestamp of the tag that a packet starts, in milliseconds; `None` if it is not beyond
+/// doubt the first packet of a tag.
+pub fn tag_timestamp(payload: &[u8], marker: bool) -> Option<u32> {
+    starts_tag(payload, marker).then(|| TagHeader::parse(payload).ok())?.map(|tag| tag.timestamp)
 }
 
 /// Payloads to reserve for a started tag; most frames have fewer.

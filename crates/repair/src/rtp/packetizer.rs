@@ -42,9 +42,20 @@ impl Packetizer {
 
     /// Slices one tag into packets. This copies its bytes, once for all receivers.
     pub fn packetize(&mut self, tag: &Tag) -> Burst {
+        self.slice(tag, tag.timestamp().wrapping_mul(CLOCK_KHZ))
+    }
+
+    /// Slices a codec header that is sent again. Its RTP timestamp is one tick late, by which receivers
+    /// tell that the publication does not have the tag here ([`Depacketizer::is_repeated`]).
+    ///
+    /// [`Depacketizer::is_repeated`]: super::Depacketizer::is_repeated
+    pub fn packetize_again(&mut self, header: &Tag) -> Burst {
+        self.slice(header, repeated_timestamp(header.timestamp()))
+    }
+
+    fn slice(&mut self, tag: &Tag, timestamp: u32) -> Burst {
         let unit = tag.unit();
         let count = unit.len().div_ceil(self.payload_max);
-        let timestamp = tag.timestamp().wrapping_mul(CLOCK_KHZ);
         let first_seq = self.next_seq;
         let len = unit.len() + count * HEADER_LEN;
         let mut bytes = self.pool.take(len);
@@ -67,6 +78,11 @@ impl Packetizer {
     pub fn next_seq(&self) -> Seq {
         self.next_seq
     }
+}
+
+/// The RTP timestamp of a tag that is sent again; `timestamp` is the tag's, in milliseconds.
+pub(super) fn repeated_timestamp(timestamp: u32) -> u32 {
+    timestamp.wrapping_mul(CLOCK_KHZ).wrapping_add(1)
 }
 
 /// The packets of one tag in one buffer at a fixed stride, the last one shorter. UDP segmentation

@@ -23,6 +23,10 @@ use super::{
 /// Each chunk stream is either **idle** (no `buffer`) or **assembling** a message:
 /// - idle → assembling: the first chunk of a message. A format 3 chunk repeats the last header.
 /// - assembling → idle: the message is complete or aborted.
+/// - assembling → assembling: a chunk of format 3 continues the message. So does one with a header that
+///   repeats it, as some encoders write them: format 2, format 1 of the same length and type, and
+///   format 0 of the same timestamp and message stream, too. Any other header begins another message,
+///   and the unfinished one is given up.
 ///
 /// # Invariants
 /// - Between chunks, `carry` holds the start of one header; inside a chunk, it can hold the first
@@ -43,6 +47,8 @@ pub struct ChunkReader {
     pub(super) carry_len: usize,
     /// Bytes granted to the buffers of unfinished messages.
     pub(super) assembling: usize,
+    /// Messages given up for another one since the last [`ChunkReader::take_given_up`].
+    given_up: u64,
 }
 
 impl ChunkReader {
@@ -57,7 +63,14 @@ impl ChunkReader {
             carry: [0; MAX_HEADER_LEN],
             carry_len: 0,
             assembling: 0,
+            given_up: 0,
         }
+    }
+
+    /// Returns the number of messages since the last call that their chunk stream gave up for another
+    /// message.
+    pub fn take_given_up(&mut self) -> u64 {
+        std::mem::take(&mut self.given_up)
     }
 
     /// Consumes `input` up to the end of the next message and returns the message. Returns `None`
@@ -130,11 +143,22 @@ impl ChunkReader {
         let Some((format, csid, rest)) = parse_basic_header(input) else { return Ok(None) };
         let index = self.streams.iter().position(|stream| stream.csid == csid);
         let stream = index.and_then(|index| self.streams.get(index));
-        let header = match format {
+        let parsed = match format {
             3 => parse_repeated_header(stream.ok_or(ChunkError::NoHeader(csid))?, rest),
             _ => parse_message_header(format, csid, stream, rest)?,
         };
-        Ok(header.map(|(header, rest)| (Parsed { csid, index, header }, rest)))
+        let unfinished = stream.filter(|stream| stream.buffer.is_some());
+        Ok(parsed.map(|(header, rest)| {
+            let (header, begins) = match unfinished {
+                Some(_) if format == 3 => (header, false),
+                Some(stream) if header.repeats(&stream.header, format) => {
+                    // The message keeps its timestamp; only the field's form is that of this chunk.
+                    (Header { extended: header.extended, ..stream.header }, false)
+                }
+                _ => (header, true),
+            };
+            (Parsed { csid, index, header, begins }, rest)
+        }))
     }
 
     /// Prepares the buffer of a message that begins. Returns the index of the chunk's stream and
@@ -155,6 +179,10 @@ impl ChunkReader {
             return Err(ChunkError::NoHeader(parsed.csid));
         };
         stream.header = header;
+        if parsed.begins && stream.buffer.take().is_some() {
+            self.assembling -= std::mem::take(&mut stream.granted);
+            self.given_up += 1;
+        }
         let received = match &stream.buffer {
             Some(buffer) => buffer.len() - Tag::HEADER_LEN,
             None => {
@@ -272,6 +300,8 @@ struct Parsed {
     /// The index of the chunk stream; `None` for a new one.
     index: Option<usize>,
     header: Header,
+    /// `true` for the first chunk of a message.
+    begins: bool,
 }
 
 /// Parses the basic header (§5.3.1.1) into format and chunk stream id.
@@ -319,7 +349,6 @@ fn parse_message_header<'a>(
     input: &'a [u8],
 ) -> Result<Option<(Header, &'a [u8])>, ChunkError> {
     let mut header = match stream {
-        Some(stream) if stream.buffer.is_some() => return Err(ChunkError::UnexpectedHeader(csid)),
         Some(stream) => stream.header,
         // librtmp begins a chunk stream with format 1 for its first ping.
         None if format < 2 => Header::default(),

@@ -198,15 +198,55 @@ fn a_command_has_a_lower_limit_than_media() {
     assert_eq!(read(&[0x03, 0, 0, 0, 1, 0, 1, COMMAND_AMF0, 0, 0, 0, 0]), Err(error));
 }
 
+/// The first chunk of a message of 300 bytes on chunk stream 6 at 40 ms.
+fn unfinished() -> Vec<u8> {
+    let mut input = vec![0x06, 0, 0, 40, 0, 1, 44, VIDEO, 1, 0, 0, 0];
+    input.extend([1; 128]);
+    input
+}
+
 #[test]
-fn a_header_inside_a_message_is_an_error() {
-    let input = [0x04, 0, 0, 0, 0, 0, 3, VIDEO, 1, 0, 0, 0, 1];
-    let twice = [&input[..], &input].concat();
-    assert_eq!(ChunkReader::new(9).read(&mut &input[..]), Ok(None));
-    let mut split = ChunkReader::new(9);
-    let mut set = &[2, 0, 0, 0, 0, 0, 4, SET_CHUNK_SIZE, 0, 0, 0, 0, 0, 0, 0, 1][..];
-    assert_eq!(split.read(&mut set), Ok(None));
-    assert_eq!(split.read(&mut &twice[..]), Err(ChunkError::UnexpectedHeader(4)));
+fn a_repeated_header_continues_the_message() {
+    for header in [
+        &[0x46, 0, 0, 0, 0, 1, 44, VIDEO][..],
+        &[0x46, 0, 0, 40, 0, 1, 44, VIDEO],
+        &[0x86, 0, 0, 40],
+        &[0x06, 0, 0, 40, 0, 1, 44, VIDEO, 1, 0, 0, 0],
+    ] {
+        let mut input = unfinished();
+        input.extend(header);
+        input.extend([2; 128]);
+        input.extend(header);
+        input.extend([3; 44]);
+        // A delta on the timestamp of the message, which the repetitions did not move.
+        input.extend([0x46, 0, 0, 5, 0, 0, 1, VIDEO, 9]);
+        let body = [[1; 128].as_slice(), &[2; 128], &[3; 44]].concat();
+        assert_eq!(read(&input).unwrap(), [(40, body), (45, vec![9])], "{header:?}");
+    }
+}
+
+#[test]
+fn a_header_of_another_message_gives_the_unfinished_one_up() {
+    for (header, time) in [
+        (&[0x06, 0, 0, 80, 0, 0, 2, VIDEO, 1, 0, 0, 0][..], 80),
+        (&[0x06, 0, 0, 80, 0, 1, 44, VIDEO, 1, 0, 0, 0], 80),
+        (&[0x46, 0, 0, 40, 0, 0, 2, VIDEO], 80),
+        (&[0x46, 0, 0, 40, 0, 1, 44, AUDIO], 80),
+    ] {
+        let mut input = unfinished();
+        input.extend(header);
+        let length = usize::from(u16::from_be_bytes([header[5], header[6]]));
+        for (i, piece) in vec![7; length].chunks(128).enumerate() {
+            input.extend((i > 0).then_some(0xc6));
+            input.extend(piece);
+        }
+        assert_eq!(read(&input).unwrap(), [(time, vec![7; length])], "{header:?}");
+        let mut reader = ChunkReader::new(Tag::MAX_BODY_LEN);
+        let mut rest = &input[..];
+        while reader.read(&mut rest).unwrap().is_some() {}
+        assert_eq!((reader.take_given_up(), reader.take_given_up()), (1, 0));
+        assert_eq!(reader.assembling, 0);
+    }
 }
 
 #[test]

@@ -41,6 +41,11 @@ impl ChunkChannel {
         self.received = self.received.wrapping_add(bytes as u32);
     }
 
+    /// Returns the number of messages since the last call that the peer left unfinished.
+    pub(super) fn take_given_up(&mut self) -> u64 {
+        self.reader.take_given_up()
+    }
+
     /// Returns the next message that is not protocol control, or `None` once `input` is consumed.
     pub(super) fn read(&mut self, input: &mut &[u8]) -> Result<Option<Message>, SessionError> {
         loop {

@@ -32,8 +32,8 @@ use downpour_media::{StreamKey, amf0::Value, flv::Tag};
 ///   [`ServerEvent::Publish`].
 /// - requested → **live**: [`ServerSession::accept`]; media is returned as [`ServerEvent::Tag`].
 /// - requested → idle: [`ServerSession::refuse`].
-/// - live → idle: `FCUnpublish`, or `closeStream` or `deleteStream` of its message stream; returns
-///   [`ServerEvent::Unpublish`].
+/// - live → idle: `FCUnpublish` with its name or without one, or `closeStream` or `deleteStream` of its
+///   message stream; returns [`ServerEvent::Unpublish`].
 ///
 /// # Invariants
 /// - At most one publication at a time per connection, whatever the number of message streams.
@@ -155,10 +155,10 @@ impl ServerSession {
         std::mem::take(&mut self.channel.output)
     }
 
-    /// Returns the number of messages ignored since the last call: unknown, empty or truncated
-    /// ones, and media outside a publication.
+    /// Returns the number of messages ignored since the last call: unknown, empty, truncated or
+    /// unfinished ones, and media outside a publication.
     pub fn take_ignored(&mut self) -> u64 {
-        std::mem::take(&mut self.ignored)
+        std::mem::take(&mut self.ignored) + self.channel.take_given_up()
     }
 
     /// Returns the key of the accepted publication.
@@ -238,6 +238,9 @@ impl ServerSession {
                 let info = status_info("status", UNPUBLISH_SUCCESS, "unpublished");
                 self.channel.write_command(0, "onFCUnpublish", 0.0, &[Value::Null, info])?;
                 self.result(transaction, Value::Null, Value::Undefined)?;
+                if self.is_of_another_stream(command.argument(0)) {
+                    return Ok(None);
+                }
                 return self.unpublish(None);
             }
             "closeStream" => return self.unpublish(Some(stream_id)),
@@ -325,6 +328,14 @@ impl ServerSession {
                 Ok(Some(ServerEvent::Publish(PublishIntent { key, query })))
             }
         }
+    }
+
+    /// `true` if the name in `FCUnpublish` is not that of the publication: encoders tidy up after an
+    /// earlier stream.
+    fn is_of_another_stream(&self, name: &Value) -> bool {
+        let Some(name) = name.as_str().filter(|name| !name.trim().is_empty()) else { return false };
+        let key = self.target.as_ref().and_then(|target| target.resolve(name).ok());
+        key.as_ref().map(|(key, _)| key) != self.live_key()
     }
 
     /// Ends the publication, if there is one and its message stream is `only` (`None` matches any).

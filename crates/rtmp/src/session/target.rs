@@ -6,6 +6,8 @@ use downpour_media::{InvalidStreamKey, StreamKey, amf0::Value};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ConnectTarget {
     app: String,
+    /// The path of `tcUrl`, which may have the stream's name at its end.
+    url_path: String,
     query: String,
 }
 
@@ -17,24 +19,38 @@ impl ConnectTarget {
         let (app, app_query) = split_query(text("app").unwrap_or_default());
         let (url, url_query) =
             split_query(text("tcUrl").or_else(|| text("tcurl")).unwrap_or_default());
-        let app = if app.trim_matches('/').is_empty() { path(url) } else { app };
+        let url_path = path(url);
+        let app = if app.trim_matches('/').is_empty() { url_path } else { app };
         let mut query = app_query;
         join(&mut query, url_query);
-        Self { app: app.to_owned(), query }
+        Self { app: app.to_owned(), url_path: url_path.to_owned(), query }
     }
 
-    /// Returns the key and the whole query of the stream `name`.
+    /// Returns the key and the whole query of the stream `name`. If `name` is empty, the stream's name is
+    /// the end of the application: users put the whole URL into the field for the server.
     ///
     /// # Errors
     /// If application and name are not a valid key, or the query is over [`MAX_QUERY_LEN`].
     pub(super) fn resolve(&self, name: &str) -> Result<(StreamKey, String), InvalidTarget> {
         let (name, name_query) = split_query(unquote(name));
+        let name = name.trim();
         let mut query = self.query.clone();
         join(&mut query, name_query);
         if query.len() > MAX_QUERY_LEN {
             return Err(InvalidTarget::QueryTooLong);
         }
-        Ok((StreamKey::new(&self.app, name)?, query))
+        let key = match name.trim_matches('/') {
+            "" => self.key_without_name(),
+            name => StreamKey::new(&self.app, name),
+        };
+        Ok((key?, query))
+    }
+
+    fn key_without_name(&self) -> Result<StreamKey, InvalidStreamKey> {
+        let whole = [&self.app, &self.url_path];
+        let mut halves = whole.iter().filter_map(|path| path.trim_matches('/').rsplit_once('/'));
+        let (app, name) = halves.next().unwrap_or((&self.app, ""));
+        StreamKey::new(app, name)
     }
 }
 
@@ -115,6 +131,25 @@ mod tests {
     fn the_application_is_taken_from_the_url_if_missing() {
         let object = Value::object([("tcurl", "rtmp://h/a/b".into())]);
         assert_eq!(ConnectTarget::new(&object).resolve("c").unwrap().0.to_string(), "a/b/c");
+    }
+
+    #[test]
+    fn a_whole_url_in_the_server_field_names_the_stream() {
+        for (app, url, name) in [
+            ("live/x", "rtmp://h/live/x", ""),
+            ("live/x?k=1", "rtmp://h/live/x?k=1", ""),
+            ("live", "rtmp://h/live/x", ""),
+            ("", "rtmp://h/live/x/", "?k=1"),
+        ] {
+            let (key, _) = resolve(app, url, name).unwrap();
+            assert_eq!(key, "live/x", "{app} {url} {name}");
+        }
+        assert_eq!(resolve("a/b/c", "", "").unwrap().0, "a/b/c");
+    }
+
+    #[test]
+    fn names_with_spaces_and_hashes_are_kept() {
+        assert_eq!(resolve("live", "", " my cam #1 ?k=1").unwrap().0, "live/my cam #1");
     }
 
     #[test]

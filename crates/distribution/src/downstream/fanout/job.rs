@@ -217,7 +217,9 @@ mod tests {
     use super::*;
 
     fn targets(count: usize) -> Arc<[Target]> {
-        (0..count).map(|n| Target { addr: ([127, 0, 0, 1], n as u16).into() }).collect()
+        (0..count)
+            .map(|n| Target::from(std::net::SocketAddr::from(([127, 0, 0, 1], n as u16))))
+            .collect()
     }
 
     #[test]

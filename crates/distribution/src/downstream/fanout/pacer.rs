@@ -2,12 +2,11 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
-    net::SocketAddr,
     time::{Duration, Instant},
 };
 
 use super::{job::Job, pacing::PaceFactor};
-use crate::downstream::fanout::work_batch::STALE;
+use crate::downstream::{fanout::work_batch::STALE, routes::Target};
 use downpour_repair::rtp::Ssrc;
 use downpour_sys::buffer::Buffer;
 
@@ -43,7 +42,7 @@ pub(super) struct Pacer {
 /// Consecutive packets of a train, for one target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Group {
-    pub(super) to: SocketAddr,
+    pub(super) to: Target,
     pub(super) bytes: Buffer,
     pub(super) stride: usize,
 }
@@ -188,7 +187,7 @@ impl PacedJob {
             if let Some(target) = self.job.share.get(target) {
                 let train = &self.job.train;
                 let bytes = train.slice(group * GROUP, GROUP);
-                groups.push(Group { to: target.addr, bytes, stride: train.stride() });
+                groups.push(Group { to: target, bytes, stride: train.stride() });
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, UdpSocket},
+    net::UdpSocket,
     sync::{Arc, Weak},
     thread,
     time::Duration,
@@ -11,11 +11,13 @@ use std::{
 use bytes::Bytes;
 
 use super::{FanoutMetrics, metrics::SendErrorKind};
+use crate::downstream::routes::Target;
+use downpour_sys::pktinfo;
 
-/// Callback for datagrams that arrive at the RTP port. Its arguments are the sender's address and the
-/// bytes of one or more datagrams of that sender, back to back (UDP GRO). Each returned buffer is sent
-/// back to the sender as one datagram.
-pub type OnDatagrams = Arc<dyn Fn(SocketAddr, &[u8]) -> Vec<Bytes> + Send + Sync>;
+/// Callback for datagrams that arrive at the RTP port. Its arguments are the sender's address, with the
+/// local address that it sent to, and the bytes of one or more datagrams of that sender, back to back
+/// (UDP GRO). Each returned buffer is sent back to the sender as one datagram, from that address.
+pub type OnDatagrams = Arc<dyn Fn(Target, &[u8]) -> Vec<Bytes> + Send + Sync>;
 
 /// Starts a thread that reads `socket` until the last owner of `alive` is gone.
 ///
@@ -28,7 +30,9 @@ pub(super) fn spawn<T: Send + Sync + 'static>(
 ) -> io::Result<()> {
     socket.set_nonblocking(false)?;
     socket.set_read_timeout(Some(READ_TIMEOUT))?;
-    socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
+    if let Err(error) = pktinfo::enable(&socket) {
+        tracing::info!(%error, "local addresses of probes unknown; answers leave from the default one");
+    }
     let (on_datagrams, metrics) = (on_datagrams.clone(), metrics.clone());
     let thread = thread::Builder::new().name("rtp-port".into());
     thread.spawn(move || listen(&socket, &on_datagrams, &metrics, &alive)).map(drop)
@@ -43,10 +47,11 @@ fn listen<T>(
     // The kernel joins datagrams of one sender up to the largest UDP payload (UDP GRO).
     let mut buffer = vec![0; usize::from(u16::MAX)];
     while alive.strong_count() > 0 {
-        match socket.recv_from(&mut buffer) {
-            Ok((len, from)) => {
-                for answer in on_datagrams(from, &buffer[..len]) {
-                    if let Err(error) = socket.send_to(&answer, from) {
+        match pktinfo::receive(socket, &mut buffer) {
+            Ok((len, addr, from)) => {
+                for answer in on_datagrams(Target { addr, from }, &buffer[..len]) {
+                    // One that the kernel does not take at once is lost; the edge repeats its probe.
+                    if let Err(error) = pktinfo::send(socket, &answer, addr, from) {
                         metrics.errors(SendErrorKind::from(&error)).inc();
                     }
                 }
@@ -62,7 +67,5 @@ fn listen<T>(
 
 /// Interval at which a reader without datagrams checks whether the fan-out still exists.
 const READ_TIMEOUT: Duration = Duration::from_millis(500);
-/// An answer that cannot be sent by then is lost; the edge repeats its probe.
-const WRITE_TIMEOUT: Duration = Duration::from_millis(20);
 /// Wait after an error, so that a lasting error does not become a busy loop.
 const ERROR_PAUSE: Duration = Duration::from_millis(10);

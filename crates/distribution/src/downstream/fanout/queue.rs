@@ -168,8 +168,8 @@ mod tests {
     use downpour_repair::rtp::Ssrc;
 
     fn task(flow: u32, len: usize) -> Task {
-        let addr = ([127, 0, 0, 1], 9).into();
-        let share = TargetShare::of(&Arc::from([Target { addr }]), Ssrc(flow), 0, 1);
+        let addr: std::net::SocketAddr = ([127, 0, 0, 1], 9).into();
+        let share = TargetShare::of(&Arc::from([Target::from(addr)]), Ssrc(flow), 0, 1);
         let train = Bytes::from(vec![0; len]).into();
         Task::Send(Job { flow: Ssrc(flow), train, share: share.unwrap(), pace: None })
     }

@@ -12,15 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use socket2::SockRef;
-
 use super::{
     FanoutMetrics,
     gso::{GsoState, is_gso_error},
     metrics::SendErrorKind,
 };
+use crate::downstream::routes::Target;
 use downpour_sys::sendmmsg::{Batch, Message, Messages, set_segment, wait_writable};
-use downpour_sys::{KeyedLogLimit, LogLimit};
+use downpour_sys::{KeyedLogLimit, LogLimit, pktinfo};
 
 /// The socket calls that a [`UdpSender`] makes. Only `wait_writable` and `pause` block.
 pub(super) trait SendSocket {
@@ -28,7 +27,7 @@ pub(super) trait SendSocket {
     fn send(&self, messages: &mut Messages<'_, '_>, first: usize) -> io::Result<usize>;
 
     /// Sends one datagram.
-    fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()>;
+    fn send_one(&self, to: Target, packet: &[u8]) -> io::Result<()>;
 
     /// Sets the segment size of messages without a control message (`UDP_SEGMENT`) in bytes; 0 switches
     /// segmentation off.
@@ -118,19 +117,20 @@ impl<'a, S: SendSocket> Round<'_, 'a, S> {
 
     /// Sends a piece of a train as datagrams of `stride` bytes. The last one may be shorter.
     #[inline]
-    pub(super) fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
+    pub(super) fn send(&mut self, to: impl Into<Target>, piece: &'a [u8], stride: usize) {
+        let Target { addr: to, from } = to.into();
         if piece.len() <= stride {
-            return self.push(Message { to, bytes: piece, segment: 0 });
+            return self.push(Message { to, from, bytes: piece, segment: 0 });
         }
         if self.gso.is_on_for(to) {
             let segment = stride as u16;
             if segment != self.messages.default_segment() {
                 self.want_option(segment);
             }
-            return self.push(Message { to, bytes: piece, segment });
+            return self.push(Message { to, from, bytes: piece, segment });
         }
         for packet in piece.chunks(stride) {
-            self.push(Message { to, bytes: packet, segment: 0 });
+            self.push(Message { to, from, bytes: packet, segment: 0 });
         }
     }
 
@@ -251,8 +251,9 @@ impl<'a, S: SendSocket> Round<'_, 'a, S> {
     fn handle_failure(&mut self, message: &Message<'a>, error: io::Error, sent: &mut Sent) {
         if message.segment > 0 && is_gso_error(&error) {
             self.gso.refused(message.to, &error, self.metrics);
+            let to = Target { addr: message.to, from: message.from };
             for packet in message.bytes.chunks(usize::from(message.segment)) {
-                self.send_one(message.to, packet, sent);
+                self.send_one(to, packet, sent);
             }
             return;
         }
@@ -260,7 +261,7 @@ impl<'a, S: SendSocket> Round<'_, 'a, S> {
         self.fail(message.to, packets, error, sent);
     }
 
-    fn send_one(&mut self, to: SocketAddr, packet: &[u8], sent: &mut Sent) {
+    fn send_one(&mut self, to: Target, packet: &[u8], sent: &mut Sent) {
         loop {
             sent.calls += 1;
             match self.socket.send_one(to, packet) {
@@ -269,7 +270,7 @@ impl<'a, S: SendSocket> Round<'_, 'a, S> {
                     return sent.add(packet.len(), 0);
                 }
                 Err(error) if self.wait_to_retry(&error) => {}
-                Err(error) => return self.fail(to, 1, error, sent),
+                Err(error) => return self.fail(to.addr, 1, error, sent),
             }
         }
     }
@@ -291,10 +292,9 @@ impl SendSocket for UdpSocket {
         messages.send(self, first)
     }
 
-    fn send_one(&self, to: SocketAddr, packet: &[u8]) -> io::Result<()> {
-        // The socket is in blocking mode, because a thread reads it.
-        let socket = SockRef::from(self);
-        socket.send_to_with_flags(packet, &to.into(), libc::MSG_DONTWAIT).map(drop)
+    fn send_one(&self, to: Target, packet: &[u8]) -> io::Result<()> {
+        // The socket is in blocking mode, because a thread reads it; this does not block.
+        pktinfo::send(self, packet, to.addr, to.from)
     }
 
     fn set_segment(&self, segment: u16) -> io::Result<()> {

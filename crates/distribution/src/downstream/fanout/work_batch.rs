@@ -44,6 +44,11 @@ impl WorkBatch {
         self.tasks.is_empty()
     }
 
+    /// `true` if a task is to be spread over time.
+    pub(super) fn is_paced(&self) -> bool {
+        self.tasks.iter().any(|task| matches!(task, Task::Send(job) if job.pace.is_some()))
+    }
+
     /// The tasks of the next step: at least one, unless the batch is empty.
     pub(super) fn next_step(&self) -> vec_deque::Iter<'_, Task> {
         let mut bytes = 0_usize;
@@ -92,7 +97,7 @@ mod tests {
     }
 
     fn push(queue: &Queue, len: usize, targets: u16) {
-        let target = |n| Target { addr: ([10, 0, 0, 1], n).into() };
+        let target = |n| Target::from(std::net::SocketAddr::from(([10, 0, 0, 1], n)));
         let share = TargetShare::of(&(0..targets).map(target).collect(), Ssrc(0), 0, 1).unwrap();
         let train = Bytes::from(vec![0; len]).into();
         assert!(queue.push(Task::Send(Job { flow: Ssrc(0), train, share, pace: None })));

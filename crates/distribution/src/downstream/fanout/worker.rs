@@ -15,6 +15,7 @@ use crate::downstream::fanout::{
     udp_sender::{Round, UdpSender},
     work_batch::WorkBatch,
 };
+use crate::downstream::routes::Target;
 use downpour_sys::idle::{self, IdleStrategy, Next};
 
 /// A worker: takes tasks from its queue and sends their packets to its share of the targets.
@@ -25,7 +26,7 @@ use downpour_sys::idle::{self, IdleStrategy, Next};
 /// |---|---|---|
 /// | fresh tasks | none | send one step of the batch |
 /// | stale tasks | none | skip the batch and count its packets |
-/// | any | has or gets packets that are due | move the batch to the pacer, send what is due |
+/// | any | has packets that are due, or the batch has paced tasks | move the batch to the pacer, send what is due |
 /// | empty | nothing due yet | nap or park until the next deadline or task |
 /// | empty | empty, queue closed | end |
 ///
@@ -57,10 +58,7 @@ impl Worker {
             v4: sender(v4),
             v6: v6.map(sender),
             logged_no_v6: false,
-            pacer: match pacing {
-                Pacing::Off => None,
-                Pacing::Factor(factor) => Some(Pacer::new(factor)),
-            },
+            pacer: pacing.factor().map(Pacer::new),
             metrics: metrics.clone(),
             due: Due::default(),
         }
@@ -89,7 +87,9 @@ impl Worker {
                 continue;
             }
             idle.begin_round(now);
-            match self.pacer.is_some() {
+            // Nothing overtakes what the pacer holds of its flow.
+            let paces = self.pacer.is_some() && (deadline.is_some() || batch.is_paced());
+            match paces {
                 true => self.pace(now, &mut batch, &mut done),
                 false if batch.is_stale(now) => self.skip(&mut batch, &mut done),
                 false => {
@@ -123,7 +123,7 @@ impl Worker {
                 // cache, and no target waits until another has the whole train.
                 for chunk in job.share.chunks() {
                     for piece in bytes.chunks(round.max_piece_len(stride)) {
-                        chunk.iter().for_each(|target| round.send(target.addr, piece, stride));
+                        chunk.iter().for_each(|target| round.send(*target, piece, stride));
                     }
                 }
             }
@@ -193,15 +193,15 @@ impl<'o, 'a> DualRound<'o, 'a> {
         self.v6.as_ref().map_or(v4, |v6| v6.max_piece_len(stride).max(v4))
     }
 
-    fn send(&mut self, to: SocketAddr, piece: &'a [u8], stride: usize) {
-        match (to, &mut self.v6) {
+    fn send(&mut self, to: Target, piece: &'a [u8], stride: usize) {
+        match (to.addr, &mut self.v6) {
             (SocketAddr::V4(_), _) => self.v4.send(to, piece, stride),
             (SocketAddr::V6(_), Some(v6)) => v6.send(to, piece, stride),
             (SocketAddr::V6(_), None) => {
                 let packets = piece.len().div_ceil(stride.max(1));
                 self.metrics.errors(SendErrorKind::Unreachable).inc_by(packets as u64);
                 if !std::mem::replace(self.logged_no_v6, true) {
-                    tracing::warn!(target = %to, "RTP target unreachable: this machine has no IPv6");
+                    tracing::warn!(target = %to.addr, "RTP target unreachable: this machine has no IPv6");
                 }
             }
         }

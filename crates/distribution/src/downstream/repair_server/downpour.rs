@@ -8,7 +8,7 @@
 //! ```
 //!
 //! While serving, the session announces each stream that matches the subscription: `stream_up` once,
-//! `stream_update` per change of headers, `stream_end` once. Events of streams arrive over a bounded
+//! `stream_update` per change of headers, `stream_data` per script tag, `stream_end` once. Events of streams arrive over a bounded
 //! channel; if that overflows, all streams are compared with their last announcement instead.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
@@ -29,7 +29,10 @@ use crate::{
     protocol::close,
     transport::SERVER_UNI_STREAMS,
 };
-use downpour_media::{StreamPattern, flv::Headers};
+use downpour_media::{
+    StreamPattern,
+    flv::{Headers, Tag},
+};
 use downpour_repair::{
     control::{
         CloudMessage, EdgeMessage, Hello, MAX_EDGE_MESSAGE, MAX_PATTERNS, Nonce, StreamInfo,
@@ -109,7 +112,8 @@ async fn run(
         }))
         .await?;
     let subscription = Mutex::default();
-    let mut session = ControlSession { shared, control, edge, subscription: &subscription };
+    let mut session =
+        ControlSession { shared, control, edge, subscription: &subscription, said_closing: false };
     session.subscribe(hello.streams).await?;
 
     let (stream_tx, stream_rx) = mpsc::channel(SERVER_UNI_STREAMS as usize);
@@ -280,6 +284,8 @@ struct ControlSession<'a> {
     control: ControlStream,
     edge: Option<Box<dyn EdgeSession>>,
     subscription: &'a Mutex<Subscription>,
+    /// `true` once the edge was told that the node shuts down.
+    said_closing: bool,
 }
 
 impl ControlSession<'_> {
@@ -298,6 +304,7 @@ impl ControlSession<'_> {
                 event = events.recv() => match event {
                     Ok(OutgoingEvent::Up(stream) | OutgoingEvent::Update(stream)
                         | OutgoingEvent::End(stream)) => self.announce(&stream).await?,
+                    Ok(OutgoingEvent::Data(stream, tag)) => self.send_data(&stream, tag).await?,
                     Err(_) => self.announce_all().await?,
                 },
                 Some(message) = messages.recv() => self.control.send(&message).await?,
@@ -359,10 +366,26 @@ impl ControlSession<'_> {
 
     async fn announce(&mut self, stream: &Arc<OutgoingStream>) -> Result<(), EdgeError> {
         let announcement = self.subscription.lock().announcement(stream);
+        if matches!(announcement, Some(CloudMessage::StreamEnd { .. }))
+            && self.shared.outgoing.is_closing()
+            && !std::mem::replace(&mut self.said_closing, true)
+        {
+            self.control.send(&CloudMessage::Closing {}).await?;
+        }
         match announcement {
             Some(message) => Ok(self.control.send(&message).await?),
             None => Ok(()),
         }
+    }
+
+    /// Sends script data of a stream that the edge knows.
+    async fn send_data(&mut self, stream: &OutgoingStream, tag: Tag) -> Result<(), EdgeError> {
+        let ssrc = stream.ssrc();
+        let is_known = self.subscription.lock().has_announced(ssrc);
+        if is_known {
+            self.control.send(&CloudMessage::StreamData { ssrc, tag }).await?;
+        }
+        Ok(())
     }
 
     /// Sends all announcements that are due, also of announced streams that were removed since.
@@ -436,7 +459,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use downpour_media::flv::{Tag, TagKind};
+    use downpour_media::flv::TagKind;
     use downpour_repair::{
         history::History,
         receiver::{Receiver, Settings},

@@ -180,7 +180,9 @@ impl<'a> Repairer<'a> {
                 further: nack.copies - 1,
                 packet: RepairPacket { stream: stream.clone(), packet, group: None },
             };
-            if self.group.is_some() && self.answer_by_group(now, round_trip, &mut repair) {
+            // A Go edge in the group that began after the stream's end would not find it in the API.
+            let may_group = self.group.is_some() && !stream.ended();
+            if may_group && self.answer_by_group(now, round_trip, &mut repair) {
                 continue;
             }
             queued += self.queue(repair);

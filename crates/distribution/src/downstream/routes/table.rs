@@ -37,25 +37,35 @@ impl Table {
     }
 
     /// The targets of one stream. Targets in `before` keep their index as far as possible.
-    pub(super) fn snapshot(&self, key: &StreamKey, ssrc: Ssrc, before: &[Target]) -> Snapshot {
+    pub(super) fn snapshot(&self, key: &StreamKey, ssrc: Ssrc, before: &Snapshot) -> Snapshot {
         let wanting: Vec<_> = self.edges.values().filter(|edge| edge.wanted.matches(key)).collect();
-        Snapshot { media: self.media(&wanting, before), parity: self.parity(&wanting, ssrc) }
+        let dynamic = self.dynamic(&wanting);
+        let media = match dynamic.is_empty() {
+            true => self.fixed.clone(),
+            false => {
+                let all = self.fixed.iter().chain(&dynamic).copied();
+                keep_indices(&before.media, all.collect()).into()
+            }
+        };
+        let dynamic = match self.fixed.is_empty() {
+            true => Arc::clone(&media),
+            false => keep_indices(&before.dynamic, dynamic).into(),
+        };
+        let (fixed, parity) = (self.fixed.clone(), self.parity(&wanting, ssrc));
+        Snapshot { media, fixed, dynamic, parity }
     }
 
-    fn media(&self, wanting: &[&EdgeRoute], before: &[Target]) -> Arc<[Target]> {
-        let mut addrs: Vec<_> = wanting
+    /// The addresses of edges that are not fixed ones, in order.
+    fn dynamic(&self, wanting: &[&EdgeRoute]) -> Vec<Target> {
+        let mut targets: Vec<_> = wanting
             .iter()
-            .flat_map(|edge| edge.addrs())
-            .filter(|addr| !self.fixed_routes.contains_key(addr))
+            .flat_map(|edge| edge.targets())
+            .filter(|target| !self.fixed_routes.contains_key(&target.addr))
             .collect();
-        if addrs.is_empty() {
-            return self.fixed.clone();
-        }
-        addrs.sort_unstable();
+        targets.sort_unstable_by_key(|target| target.addr);
         // A reconnected edge is in the table twice until its old connection times out.
-        addrs.dedup();
-        let dynamic = addrs.into_iter().map(Target::from);
-        keep_indices(before, self.fixed.iter().copied().chain(dynamic).collect()).into()
+        targets.dedup_by_key(|target| target.addr);
+        targets
     }
 
     fn parity(&self, wanting: &[&EdgeRoute], ssrc: Ssrc) -> Vec<(Matrix, Arc<[Target]>)> {
@@ -111,12 +121,13 @@ pub(super) fn keep_indices(before: &[Target], targets: Vec<Target>) -> Vec<Targe
         return targets;
     }
     let held: HashSet<_> = before.iter().map(|target| target.addr).collect();
-    let wanted: HashSet<_> = targets.iter().map(|target| target.addr).collect();
+    let wanted: HashMap<_, _> = targets.iter().map(|target| (target.addr, *target)).collect();
     let mut new = targets.into_iter().filter(|target| !held.contains(&target.addr));
     let mut placed = before.to_vec();
     let mut next = 0;
     while let Some(place) = placed.get_mut(next) {
-        if wanted.contains(&place.addr) {
+        if let Some(target) = wanted.get(&place.addr) {
+            *place = *target;
             next += 1;
         } else if let Some(target) = new.next() {
             *place = target;
@@ -155,7 +166,7 @@ impl FixedRoute {
 pub(super) struct EdgeRoute {
     pub(super) wanted: Wanted,
     /// Validated RTP addresses, by path.
-    pub(super) addrs: [Option<SocketAddr>; MAX_PATHS as usize],
+    pub(super) targets: [Option<Target>; MAX_PATHS as usize],
     pub(super) takes_parity: bool,
     /// Parity that the edge's reports call for, by stream.
     pub(super) adapted: HashMap<Ssrc, Option<Matrix>>,
@@ -163,7 +174,11 @@ pub(super) struct EdgeRoute {
 
 impl EdgeRoute {
     pub(super) fn addrs(&self) -> impl Iterator<Item = SocketAddr> + use<> {
-        self.addrs.into_iter().flatten()
+        self.targets().map(|target| target.addr)
+    }
+
+    fn targets(&self) -> impl Iterator<Item = Target> + use<> {
+        self.targets.into_iter().flatten()
     }
 
     /// The parity of a stream. An adaptive edge gets none until it reports a loss: it can send NACKs.

@@ -48,16 +48,16 @@ fn an_edge_gets_its_streams_at_its_validated_addresses() {
     let routes = routes();
     routes.set_patterns(edge(1), &patterns(&["live/*"]));
     assert_eq!(media_at(&routes, "live/a"), []);
-    routes.set_address(edge(1), 0, Some(addr(1)));
-    routes.set_address(edge(1), 1, Some(addr(2)));
+    routes.set_address(edge(1), 0, addr(1));
+    routes.set_address(edge(1), 1, addr(2));
     assert_eq!(media_at(&routes, "live/a"), [addr(1), addr(2)]);
     assert_eq!(media_at(&routes, "other/a"), []);
     assert_eq!(routes.shared.dynamic_targets.get(), 2);
     routes.set_patterns(edge(1), &patterns(&["other/a"]));
     assert_eq!(media_at(&routes, "live/a"), []);
     assert_eq!(media_at(&routes, "other/a"), [addr(1), addr(2)]);
-    routes.set_address(edge(1), 0, None);
-    routes.set_address(edge(1), 2, Some(addr(9)));
+    routes.remove_address(edge(1), 0);
+    routes.set_address(edge(1), 2, addr(9));
     assert_eq!(media_at(&routes, "other/a"), [addr(2)]);
     routes.remove(&edge(1));
     assert_eq!(media_at(&routes, "other/a"), []);
@@ -70,8 +70,8 @@ fn each_address_is_listed_once() {
     routes.set_fixed([addr(1), addr(2), addr(1)]);
     for n in 1..=3 {
         routes.set_patterns(edge(n), &patterns(&["*", "live/a"]));
-        routes.set_address(edge(n), 0, Some(addr(n.max(2))));
-        routes.set_address(edge(n), 1, Some(addr(n.max(2))));
+        routes.set_address(edge(n), 0, addr(n.max(2)));
+        routes.set_address(edge(n), 1, addr(n.max(2)));
     }
     assert_eq!(media_at(&routes, "live/a"), [addr(1), addr(2), addr(3)]);
     assert!(routes.is_fixed(addr(2)) && !routes.is_fixed(addr(3)));
@@ -85,7 +85,7 @@ fn each_address_is_listed_once() {
 fn a_snapshot_is_shared_until_something_changes() {
     let routes = routes();
     routes.set_patterns(edge(1), &patterns(&["*"]));
-    routes.set_address(edge(1), 0, Some(addr(1)));
+    routes.set_address(edge(1), 0, addr(1));
     let mut route = routes.route("live/a".parse().unwrap(), SSRC);
     let now = Instant::now();
     let first = route.targets(now).clone();
@@ -109,8 +109,8 @@ fn parity_goes_to_the_parity_port_of_fixed_addresses_and_to_the_rtp_address_of_e
     for n in 3..=5 {
         routes.set_patterns(edge(n), &patterns(&[if n == 5 { "other/*" } else { "live/*" }]));
         routes.set_takes_parity(edge(n), n != 4);
-        routes.set_address(edge(n), 0, Some(addr(n)));
-        routes.set_address(edge(n), 1, Some(addr(n + 10)));
+        routes.set_address(edge(n), 0, addr(n));
+        routes.set_address(edge(n), 1, addr(n + 10));
     }
     let parity_port = SocketAddr::new(addr(1).ip(), addr(1).port() + PARITY_PORT_OFFSET);
     let expected = [(matrix(10, 5), vec![parity_port]), (matrix(5, 1), vec![addr(3), addr(13)])];
@@ -118,7 +118,7 @@ fn parity_goes_to_the_parity_port_of_fixed_addresses_and_to_the_rtp_address_of_e
     assert_eq!(routes.parity_of(&edge(3), None, SSRC), Some(matrix(5, 1)));
     assert_eq!(routes.parity_of(&edge(4), Some(addr(1)), SSRC), None, "accepts no parity");
     // An edge that validated a fixed address gets that address's parity there.
-    routes.set_address(edge(3), 0, Some(addr(1)));
+    routes.set_address(edge(3), 0, addr(1));
     let expected = [(matrix(10, 5), vec![addr(1)]), (matrix(5, 1), vec![addr(13)])];
     assert_eq!(parity_at(&routes, "live/a"), expected);
     assert_eq!(routes.parity_of(&edge(3), None, SSRC), Some(matrix(10, 5)));
@@ -141,7 +141,7 @@ fn adaptive_parity_is_the_choice_and_blind_until_a_receiver_reports() {
     routes.set_takes_parity(edge(3), true);
     assert_eq!(routes.adapted_by(&edge(3), Some(addr(1))), [ParityTarget::Fixed(addr(1))]);
     assert!(routes.adapted_by(&edge(3), Some(addr(9))).is_empty(), "unknown group");
-    routes.set_address(edge(3), 0, Some(addr(3)));
+    routes.set_address(edge(3), 0, addr(3));
     assert_eq!(routes.adapted_by(&edge(3), None), [ParityTarget::Edge(edge(3))]);
 
     let used = || -> Vec<_> { parity_at(&routes, "live/a").iter().map(|(m, _)| *m).collect() };
@@ -183,7 +183,7 @@ fn remaining_targets_keep_their_indices() {
     };
     let add_edge = |n| {
         routes.set_patterns(edge(n), &patterns(&["*"]));
-        routes.set_address(edge(n), 0, Some(addr(n)));
+        routes.set_address(edge(n), 0, addr(n));
     };
     // Each new edge sorts before all others.
     for n in (100..200).rev() {

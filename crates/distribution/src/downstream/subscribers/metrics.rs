@@ -13,6 +13,7 @@ pub struct ProbeMetrics {
     pub(super) bad_cookie: IntCounter,
     pub(super) malformed: IntCounter,
     pub(super) lost: IntCounter,
+    pub(super) at_target: IntCounter,
 }
 
 impl ProbeMetrics {
@@ -39,6 +40,7 @@ impl ProbeMetrics {
             bad_cookie: outcome("bad_cookie"),
             malformed: outcome("malformed"),
             lost: outcome("lost"),
+            at_target: outcome("at_target"),
         })
     }
 }

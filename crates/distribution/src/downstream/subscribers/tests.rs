@@ -189,3 +189,20 @@ fn too_many_paths_are_refused() {
     let refused = World::new().hello(3).err().unwrap();
     assert_eq!(refused, "rtp_paths is 3, but must be 0 to 2");
 }
+
+#[test]
+fn an_address_that_gets_every_stream_is_challenged_only_if_the_edge_declared_it() {
+    let mut world = World::new();
+    // The address of the edge's connection and its RTP port, and that of a Go edge.
+    let (own, of_go_edge) = (address(5222), address(5224));
+    world.routes.set_fixed([own, of_go_edge]);
+    let _session = world.hello(1).unwrap();
+    let probe = |nonce| ProbeMessage::Probe { path: 0, nonce }.encode();
+    for nonce in [NONCE, Nonce([4; 16])] {
+        let answers = world.subscribers.handle_datagrams(world.now, of_go_edge, &probe(nonce));
+        assert_eq!(answers.len(), 0, "it would end a Go edge");
+    }
+    assert_eq!(world.subscribers.shared.metrics.at_target.get(), 2);
+    world.validate(0, own);
+    assert_eq!(world.targets(), [own, of_go_edge]);
+}

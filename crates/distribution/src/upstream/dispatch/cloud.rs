@@ -56,9 +56,12 @@ impl Connection {
     pub(in crate::upstream) async fn close(mut self) {
         self.cancel.cancel();
         let handle = self.handle.clone();
+        // Answers that never come may keep the events open for longer than the client.
         let closed = async {
-            while self.events.recv().await.is_some() {}
-            handle.closed().await;
+            tokio::select! {
+                () = handle.closed() => {}
+                () = async { while self.events.recv().await.is_some() {} } => handle.closed().await,
+            }
         };
         if tokio::time::timeout(CLOSE_TIMEOUT, closed).await.is_err() {
             tracing::debug!("repair connection close timed out");
@@ -126,6 +129,7 @@ impl Upstream {
                     None
                 }
             };
+            self.last_protocol = None;
             self.streams.set_announced(Instant::now(), false);
             self.stop_probing();
             self.needs_poll = true;
@@ -142,5 +146,5 @@ fn host_port(host: &str, port: u16) -> String {
 }
 
 /// Longer than the repair client's own timeouts when it closes.
-const CLOSE_TIMEOUT: Duration = Duration::from_millis(1500);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(2500);
 const EVENT_QUEUE: usize = 4096;

@@ -15,6 +15,7 @@ impl Upstream {
             self.stop_probing();
             return;
         };
+        let is_v0 = self.protocol() == Some(Protocol::V0);
         let streams = &mut self.streams;
         match event {
             RepairEvent::Connected { protocol } => {
@@ -51,14 +52,21 @@ impl Upstream {
                 streams.stream_up(now, up);
             }
             RepairEvent::StreamUpdate { ssrc, headers } => streams.stream_update(ssrc, headers),
+            RepairEvent::Closing => streams.cloud_closes(),
+            RepairEvent::StreamData { ssrc, tag } => streams.stream_data(now, ssrc, tag),
             RepairEvent::StreamEnd { ssrc, last_seq } => streams.stream_end(now, ssrc, last_seq),
             RepairEvent::Repair(packet) => streams.handle_packet(now, packet, Path::Repair),
+            // A v0 cloud sends a packet before it holds it.
+            RepairEvent::Gone(gone) if is_v0 => {
+                streams.handle_not_held(now, gone.ssrc, &gone.seqs);
+            }
             RepairEvent::Gone(gone) => streams.handle_gone(now, gone.ssrc, &gone.seqs),
             RepairEvent::Heartbeats(beats) => streams.handle_heartbeats(now, &beats),
         }
     }
 
     fn set_protocol(&mut self, protocol: Option<Protocol>) {
+        self.last_protocol = protocol.or(self.last_protocol);
         if let Some(connection) = &mut self.connection {
             connection.protocol = protocol;
         }

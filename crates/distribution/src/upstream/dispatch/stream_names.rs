@@ -1,9 +1,10 @@
-//! Look-ups of stream names in the cloud's HTTP API, for clouds that announce none.
+//! What a cloud that announces no streams tells in other ways: names in its HTTP API, codec headers
+//! over RTMP.
 
 use std::time::{Duration, Instant};
 
 use super::{
-    super::livestat::{self, LiveStream, LivestatError},
+    super::livestat::{self, LiveStream, LivestatError, RTMP_PORT},
     Upstream,
 };
 use crate::protocol::Protocol;
@@ -17,15 +18,19 @@ impl Upstream {
         if self.is_announced() {
             return;
         }
-        // A connection that is being made may announce the stream soon.
+        // A connection that is being made may announce the stream soon, unless it is made again to a v0
+        // cloud.
         let wait = match (&self.connection, self.protocol()) {
-            (Some(_), None) => NAME_WAIT,
+            (Some(_), None) if self.last_protocol != Some(Protocol::V0) => NAME_WAIT,
             _ => Duration::ZERO,
         };
         let is_needed = self.streams.unnamed(now, wait).next().is_some()
             || self.streams.any_silent(now, SUSPECT_AFTER);
+        let is_new =
+            self.streams.unnamed(now, wait).count() > self.streams.unnamed(now, NEW_FOR).count();
+        let interval = if is_new { NEW_LOOK_UP_INTERVAL } else { LOOK_UP_INTERVAL };
         let recent =
-            self.last_name_lookup.is_some_and(|at| now.duration_since(at) < LOOK_UP_INTERVAL);
+            self.last_name_lookup.is_some_and(|at| now.saturating_duration_since(at) < interval);
         if !is_needed || recent || self.name_lookup.is_some() {
             return;
         }
@@ -51,13 +56,35 @@ impl Upstream {
             }
         };
         self.name_lookup_failure.clear();
-        let unnamed: Vec<_> = self.streams.unnamed(now, Duration::ZERO).collect();
+        // A publication that began after the question may have the SSRC of another, which the answer
+        // names (a Go cloud that restarted).
+        let asked = self.last_name_lookup.map_or(Duration::ZERO, |at| now - at.min(now));
+        let unnamed: Vec<_> = self.streams.unnamed(now, asked).collect();
         let listed: Vec<Ssrc> = found.iter().map(|stream| stream.ssrc).collect();
         for stream in found.into_iter().filter(|stream| unnamed.contains(&stream.ssrc)) {
+            self.rtmp_port = stream.rtmp_port.or(self.rtmp_port);
             self.streams.stream_named(now, stream);
         }
+        self.fetch_headers();
         if !self.is_announced() {
             self.streams.retain_streams(now, &listed, SUSPECT_AFTER);
+        }
+        self.look_up_names(now);
+    }
+
+    /// Starts to fetch the headers that streams have asked for.
+    pub(super) fn fetch_headers(&mut self) {
+        while let Some((ssrc, key)) = self.streams.poll_header_fetch() {
+            let (Some(cloud), Some(fetch)) = (&self.cloud, &self.settings.fetch_headers) else {
+                continue;
+            };
+            let host = cloud.api_host.as_ref().unwrap_or(&cloud.host).clone();
+            let headers = fetch(host, self.rtmp_port.unwrap_or(RTMP_PORT), key);
+            self.header_fetches.spawn(async move {
+                let headers = tokio::time::timeout(FETCH_TIMEOUT, headers).await;
+                (ssrc, headers.unwrap_or_else(|_| Err("no answer in time".into())))
+            });
+            self.needs_poll = true;
         }
     }
 
@@ -69,5 +96,10 @@ impl Upstream {
 /// While the repair connection is being made, a stream waits this long for its announcement.
 const NAME_WAIT: Duration = Duration::from_secs(1);
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(1);
+/// The same while a publication is new: the API may list it a moment after its first packet.
+const NEW_LOOK_UP_INTERVAL: Duration = Duration::from_millis(200);
+const NEW_FOR: Duration = Duration::from_secs(3);
+/// Less than media is held for the headers.
+const FETCH_TIMEOUT: Duration = Duration::from_millis(2500);
 /// A stream may have ended if it has been silent for this long.
 const SUSPECT_AFTER: Duration = Duration::from_secs(3);

@@ -56,7 +56,9 @@ fn rig(sink: impl Fn() -> Option<Box<dyn Tap>> + Send + Sync + 'static) -> Rig {
     let settings = streams::Settings {
         receiver: receiver::Settings::default(),
         silence: Duration::from_secs(10),
+        hold: Duration::ZERO,
         max_streams: 1000,
+        fetches_headers: false,
     };
     hub.add_sink(Arc::new(OnStreamUp(sink)));
     let streams = Streams::new(settings, hub.clone(), metrics.clone());
@@ -88,7 +90,7 @@ fn rig(sink: impl Fn() -> Option<Box<dyn Tap>> + Send + Sync + 'static) -> Rig {
     });
     let cloud =
         Cloud { host: "127.0.0.1".into(), quic_host: None, quic_port, api_host: None, api_port: 9 };
-    let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect) };
+    let settings = Settings { cloud, pack_loss: 0.0, connect: Some(connect), fetch_headers: None };
     let probe_metrics = ProbeMetrics::register(&registry).unwrap();
     let sockets = sockets.map(RtpSocket::new).into();
     let upstream =

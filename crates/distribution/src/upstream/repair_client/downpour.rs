@@ -11,6 +11,7 @@ use tokio::{
 
 use super::{
     Disconnect, EventSender, RepairClient, RepairClientMetrics, RepairClientSettings, RepairEvent,
+    handle::Ask,
 };
 use crate::{
     control_stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
@@ -20,7 +21,7 @@ use crate::{
 use downpour_media::StreamPattern;
 use downpour_repair::{
     control::{CloudMessage, EdgeMessage, Hello, MAX_CONTROL_LEN, Report, VERSION},
-    message::{Message, MessageError, Nack},
+    message::{Message, MessageError},
 };
 
 /// A control stream on which hello has been sent.
@@ -93,7 +94,7 @@ pub(super) async fn run(
         result = receive_control(&mut control.receiver, events) => result,
         result = receive_messages(connection, stream_rx, events) => result,
         error = read_messages(connection, stream_tx) => Err(error.into()),
-        result = send_nacks(connection, &mut inbox.nacks, metrics) => result,
+        result = send_nacks(connection, &mut inbox.asks, metrics) => result,
         () = shutdown.cancelled() => Ok(()),
         // Also while the others wait for something else.
         error = connection.closed() => Err(error.into()),
@@ -161,9 +162,13 @@ async fn receive_control(
             Some(CloudMessage::StreamUpdate { ssrc, headers }) => {
                 events.send(RepairEvent::StreamUpdate { ssrc, headers }).await?;
             }
+            Some(CloudMessage::StreamData { ssrc, tag }) => {
+                events.send(RepairEvent::StreamData { ssrc, tag }).await?;
+            }
             Some(CloudMessage::StreamEnd { ssrc, last_seq }) => {
                 events.send(RepairEvent::StreamEnd { ssrc, last_seq }).await?;
             }
+            Some(CloudMessage::Closing {}) => events.send(RepairEvent::Closing).await?,
             Some(CloudMessage::PathUp { path, address }) => {
                 events.send(RepairEvent::PathUp { path, address }).await?;
             }
@@ -205,13 +210,15 @@ async fn receive_messages(
 /// Sends NACKs as datagrams.
 async fn send_nacks(
     connection: &Connection,
-    nacks: &mut mpsc::Receiver<Nack>,
+    asks: &mut mpsc::Receiver<Ask>,
     metrics: &RepairClientMetrics,
 ) -> Result<(), Disconnect> {
     loop {
-        let Some(nack) = nacks.recv().await else {
+        let nack = match asks.recv().await {
+            Some(Ask::Nack(nack)) => nack,
+            Some(Ask::Withdraw(..)) => continue,
             // The handle is dropped; events are still received.
-            return Err(connection.closed().await.into());
+            None => return Err(connection.closed().await.into()),
         };
         let Some(max_len) = connection.max_datagram_size() else {
             return Err(Disconnect::Malformed("the cloud takes no datagrams".into()));

@@ -12,12 +12,21 @@ use downpour_media::StreamPattern;
 use downpour_repair::{
     control::{MAX_PATTERNS, Report},
     message::Nack,
+    rtp::{Seq, Ssrc},
 };
+
+/// A message to the task of the connection.
+pub(super) enum Ask {
+    /// Packets to request.
+    Nack(Nack),
+    /// A packet that need not be requested any more.
+    Withdraw(Ssrc, Seq),
+}
 
 /// Sends to the cloud through a [`RepairClient`](super::RepairClient). Cloning shares it.
 #[derive(Clone)]
 pub struct RepairHandle {
-    pub(super) nacks: mpsc::Sender<Nack>,
+    pub(super) asks: mpsc::Sender<Ask>,
     pub(super) report: watch::Sender<Report>,
     pub(super) wanted: watch::Sender<Vec<StreamPattern>>,
     pub(super) connected: Arc<Connected>,
@@ -28,16 +37,27 @@ impl RepairHandle {
     /// Requests packets; the answers arrive as events. Never blocks: drops and counts the NACK if
     /// the queue is full.
     pub fn nack(&self, nack: Nack) {
-        if let Err(error) = self.nacks.try_send(nack) {
-            let (mpsc::error::TrySendError::Full(nack) | mpsc::error::TrySendError::Closed(nack)) =
+        if let Err(error) = self.asks.try_send(Ask::Nack(nack)) {
+            let (mpsc::error::TrySendError::Full(ask) | mpsc::error::TrySendError::Closed(ask)) =
                 error;
-            self.metrics.dropped_nacks.inc_by(nack.seqs.len() as u64);
+            if let Ask::Nack(nack) = ask {
+                self.metrics.dropped_nacks.inc_by(nack.seqs.len() as u64);
+            }
+        }
+    }
+
+    /// Withdraws the request for a packet that has arrived otherwise or was given up. Only a v0
+    /// connection holds requests back.
+    pub fn withdraw(&self, ssrc: Ssrc, seq: Seq) {
+        if self.protocol() == Some(Protocol::V0) {
+            // If the queue is full, the request ends at its deadline.
+            let _ = self.asks.try_send(Ask::Withdraw(ssrc, seq));
         }
     }
 
     /// Waits until the client has ended, and the cloud has acknowledged the close or timed out.
     pub async fn closed(&self) {
-        self.nacks.closed().await;
+        self.asks.closed().await;
     }
 
     /// Sends the cloud a report, split into as many messages as needed. A report that is still

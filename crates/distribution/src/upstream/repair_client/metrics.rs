@@ -40,10 +40,13 @@ pub struct RepairClientMetrics {
     pub repair_bytes: IntCounter,
     /// Sequence numbers that the cloud no longer holds.
     pub gone: IntCounter,
-    /// Sequence numbers not requested because a v0 cloud has not answered an earlier request yet.
+    /// Sequence numbers not requested because an earlier request was waiting or in flight (v0), or the
+    /// packet had arrived otherwise.
     pub suppressed: IntCounter,
     /// Sequence numbers not requested because too many NACKs waited, or there was no connection.
     pub dropped_nacks: IntCounter,
+    /// Sequence numbers not requested because the answer of a v0 cloud would have been too late.
+    pub dropped_expired: IntCounter,
     /// NACK datagrams dropped because the send buffer was full.
     pub dropped_backlog: IntCounter,
     /// Events dropped because their channel was full.
@@ -107,6 +110,7 @@ impl RepairClientMetrics {
                 "Requests suppressed because an earlier one was in flight",
             )?,
             dropped_nacks: dropped.with_label_values(&["nack"]),
+            dropped_expired: dropped.with_label_values(&["expired"]),
             dropped_backlog: dropped.with_label_values(&["backlog"]),
             dropped_events: dropped.with_label_values(&["event"]),
             malformed: counter(

@@ -7,7 +7,9 @@
 //!
 //! | state | event | next state |
 //! |---|---|---|
-//! | holding: media waits, because headers are useless behind the frames that need them | all requested packets arrived, one is gone, [`HOLD_TIME`] passed, or [`MAX_HELD_BYTES`] are held | flowing |
+//! | holding: media waits, because headers are useless behind the frames that need them | all requested packets arrived, or [`MAX_HELD_BYTES`] are held | flowing |
+//! | holding | a requested packet is gone, or [`HOLD_TIME`] passed | holding, while the headers are fetched for [`FETCH_TIME`]; flowing where they cannot be |
+//! | holding | the headers were fetched, or could not be | flowing |
 //! | flowing: media is published | timeout, no headers, tries left | flowing, with a new request |
 //! | flowing | timeout, and headers are known or no tries left | done: the owner drops it |
 //!
@@ -34,6 +36,17 @@ pub(super) struct HeaderRecovery {
     until: Instant,
     tries_left: u8,
     media: Media,
+    fetch: Fetch,
+}
+
+/// Fetching the headers in another way than from the publication's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fetch {
+    /// Not possible, or done.
+    Never,
+    Possible,
+    /// To be started by the owner.
+    Wanted,
 }
 
 enum Media {
@@ -43,14 +56,34 @@ enum Media {
 
 impl HeaderRecovery {
     /// Starts to hold media. Send [`HeaderRecovery::request`] now.
-    pub(super) fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant, may_fetch: bool) -> Self {
         Self {
             depacketizer: Depacketizer::new(),
             next: Seq::FIRST,
             until: now + HOLD_TIME,
             tries_left: RETRIES,
             media: Media::Holding { tags: Vec::new(), bytes: 0 },
+            fetch: if may_fetch { Fetch::Possible } else { Fetch::Never },
         }
+    }
+
+    /// Holds media until the headers are fetched. Returns `false` if they cannot be, or were.
+    pub(super) fn begin_fetch(&mut self, now: Instant) -> bool {
+        let begins = self.fetch == Fetch::Possible && self.is_holding();
+        if begins {
+            self.fetch = Fetch::Wanted;
+            self.until = now + FETCH_TIME;
+        }
+        begins
+    }
+
+    /// `true`, once, if the headers are to be fetched.
+    pub(super) fn take_fetch(&mut self) -> bool {
+        let wanted = self.fetch == Fetch::Wanted;
+        if wanted {
+            self.fetch = Fetch::Never;
+        }
+        wanted
     }
 
     /// Returns the request for the first packets of a publication.
@@ -124,6 +157,8 @@ impl HeaderRecovery {
 
 /// How long media is held for the headers.
 pub(super) const HOLD_TIME: Duration = Duration::from_millis(700);
+/// How long media is held while the headers are fetched.
+pub(super) const FETCH_TIME: Duration = Duration::from_secs(3);
 const MAX_HELD_BYTES: usize = 8 << 20;
 /// Retries, because the connection may not exist yet, and because the cloud answers with newer
 /// packets of the same sequence numbers for as long as its history holds them.

@@ -3,21 +3,31 @@ use super::{
     unnamed_packets::{MAX_UNNAMED, UNNAMED_HELD_FOR},
     *,
 };
+use crate::upstream::livestat::LiveStream;
 use downpour_hub::{LogLimits, ReadOutcome};
 use downpour_media::flv::{Tag, TagKind};
 use downpour_repair::{
+    control::StreamInfo,
     fec,
     receiver::Settings as ReceiverSettings,
     rtp::{Burst, Packetizer},
 };
 
+mod go_cloud;
+
 fn table() -> (Streams, Hub) {
+    table_with(Duration::ZERO)
+}
+
+fn table_with(hold: Duration) -> (Streams, Hub) {
     let hub = Hub::new(LogLimits { max_bytes: 1 << 22, max_age: 60_000 });
     let metrics = ReceiveMetrics::register(&prometheus::Registry::new()).unwrap();
     let settings = Settings {
         receiver: ReceiverSettings::default(),
         silence: Duration::from_secs(10),
+        hold,
         max_streams: 3,
+        fetches_headers: false,
     };
     (Streams::new(settings, hub.clone(), metrics), hub)
 }
@@ -35,7 +45,7 @@ fn up(key: &str, ssrc: u32, gop_start: Option<Seq>, newest: Option<Seq>) -> Stre
 }
 
 fn named(key: &str, ssrc: u32) -> LiveStream {
-    LiveStream { key: key.parse().unwrap(), ssrc: Ssrc(ssrc), start_unix_ms: 0 }
+    LiveStream { key: key.parse().unwrap(), ssrc: Ssrc(ssrc), start_unix_ms: 0, rtmp_port: None }
 }
 
 /// A sequence header, then GOPs of five frames.
@@ -91,7 +101,7 @@ fn late_joiner_requests_the_newest_gop() {
     let now = Instant::now();
     let (tags, bursts) = bursts(7, 9);
     let mut info = up("live/a", 7, Some(bursts[6].first_seq()), Some(bursts[8].last_seq()));
-    info.headers.video = Some(tags[0].clone());
+    assert!(info.headers.learn(&tags[0]));
     streams.stream_up(now, info);
     let nack = streams.poll_nack().unwrap();
     assert_eq!(nack.seqs.first(), Some(&bursts[6].first_seq()));
@@ -164,7 +174,7 @@ fn header_recovery_retries_until_a_header_arrives() {
     streams.handle_timeout(now + HOLD_TIME + RETRY_INTERVAL);
     assert_eq!(streams.poll_nack(), None);
     let headers = hub.streams()[0].headers();
-    assert_eq!(headers.video.unwrap().body(), tags[0].body());
+    assert_eq!(headers.video().unwrap().body(), tags[0].body());
 }
 
 #[test]
@@ -293,7 +303,7 @@ fn only_streams_with_missing_packets_have_a_timer() {
     streams.handle_timeout(streams.poll_timeout().unwrap());
     assert_eq!(streams.poll_timeout(), None);
     feed(&mut streams, now, &bursts(7, 4).1[3], Path::Live(0));
-    streams.end(now, Ssrc(7), "test");
+    streams.end(now, Ssrc(7), "test", false);
     assert!(streams.wakes.is_empty());
 }
 
@@ -312,7 +322,7 @@ fn streams_are_reported_in_turn() {
     };
     assert_eq!(reported(&mut streams), [7, 8, 9]);
     assert_eq!(reported(&mut streams), [7, 8, 9]);
-    streams.end(now, Ssrc(8), "test");
+    streams.end(now, Ssrc(8), "test", false);
     assert_eq!(streams.reports(9).len(), 2);
     assert_eq!(streams.report_turns.len(), 2);
 }
@@ -460,4 +470,85 @@ fn malformed_packets_are_counted() {
         streams.handle_packet(now, Bytes::copy_from_slice(garbage), Path::Live(0));
     }
     assert_eq!(streams.metrics.malformed.get(), 4);
+}
+
+#[test]
+fn script_data_takes_its_place_among_the_media() {
+    let (mut streams, hub) = table();
+    let now = Instant::now();
+    let (tags, bursts) = bursts(7, 4);
+    let cue = |timestamp| Tag::new(TagKind::Script, timestamp, b"\x02\0\x01c\x05").unwrap();
+    streams.stream_data(now, Ssrc(7), cue(0));
+    streams.stream_up(now, up("live/a", 7, None, None));
+    bursts[..3].iter().for_each(|burst| feed(&mut streams, now, burst, Path::Live(0)));
+    // One of the past, one of the next frame, one far ahead.
+    for timestamp in [20, 80, 9000] {
+        streams.stream_data(now, Ssrc(7), cue(timestamp));
+    }
+    bursts[3..].iter().for_each(|burst| feed(&mut streams, now, burst, Path::Live(0)));
+    let mut expected = tags[..3].to_vec();
+    expected.extend([cue(20), cue(80)]);
+    expected.extend_from_slice(&tags[3..]);
+    assert_eq!(read(&hub, "live/a"), expected);
+    let due = streams.poll_timeout().unwrap();
+    streams.handle_timeout(due);
+    expected.push(cue(9000));
+    assert_eq!(read(&hub, "live/a"), expected);
+}
+
+#[test]
+fn viewers_stay_while_the_cloud_restarts() {
+    let hold = Duration::from_secs(5);
+    // The cloud says that it shuts down, is silent, or another publication takes the key.
+    for cause in ["closing", "silent", "replaced"] {
+        let (mut streams, hub) = table_with(hold);
+        let now = Instant::now();
+        let (_, before) = bursts(7, 5);
+        streams.stream_up(now, up("live/a", 7, None, None));
+        before.iter().for_each(|burst| feed(&mut streams, now, burst, Path::Live(0)));
+        let (mut reader, mut read) = (hub.subscribe("live/a").unwrap(), Vec::new());
+        while let ReadOutcome::Read(_) = reader.try_read(&mut read, usize::MAX) {}
+        let later = match cause {
+            "closing" => {
+                streams.set_announced(now, true);
+                streams.cloud_closes();
+                streams.stream_end(now, Ssrc(7), Some(before[5].last_seq()));
+                now
+            }
+            "silent" => now + Duration::from_secs(11),
+            _ => now,
+        };
+        streams.set_announced(later, false);
+        streams.tick(later);
+        assert_eq!(streams.streams.len(), usize::from(cause == "replaced"));
+        let (tags, after) = bursts(8, 5);
+        let mut info = up("live/a", 8, Some(after[1].first_seq()), None);
+        info.headers = [tags[0].clone()].into_iter().collect();
+        streams.set_announced(later, true);
+        streams.stream_up(later, info);
+        after[1..].iter().for_each(|burst| feed(&mut streams, later, burst, Path::Live(0)));
+        while let ReadOutcome::Read(_) = reader.try_read(&mut read, usize::MAX) {}
+        let frames: Vec<_> = read.iter().filter(|tag| !tag.is_header()).collect();
+        let times: Vec<_> = frames.iter().map(|tag| tag.timestamp()).collect();
+        assert_eq!(times, [0, 40, 80, 120, 160, 200, 240, 280, 320, 360], "{cause}");
+        // The cloud says that the encoder left: no more waiting.
+        streams.stream_end(later, Ssrc(8), Some(after[5].last_seq()));
+        assert!(hub.is_empty(), "{cause}");
+    }
+}
+
+#[test]
+fn a_held_stream_ends_if_the_cloud_stays_away() {
+    let hold = Duration::from_secs(5);
+    let (mut streams, hub) = table_with(hold);
+    let now = Instant::now();
+    streams.stream_up(now, up("live/a", 7, None, None));
+    let gone = now + Duration::from_secs(11);
+    streams.tick(gone);
+    assert!(streams.streams.is_empty());
+    assert_eq!(hub.len(), 1);
+    streams.tick(gone + hold - Duration::from_millis(1));
+    assert_eq!(hub.len(), 1);
+    streams.tick(gone + hold);
+    assert!(hub.is_empty());
 }

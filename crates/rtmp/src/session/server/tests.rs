@@ -277,7 +277,7 @@ fn a_refused_publication_gets_the_status_code_and_reason() {
 
 #[test]
 fn an_invalid_stream_name_is_refused() {
-    for name in ["", "?k=1", "a b", "../x"] {
+    for name in ["", "?k=1", "a\nb", "../x"] {
         let mut encoder = Encoder::connected();
         let events = encoder.publish(1, name);
         assert!(matches!(events[..], [ServerEvent::Refused(Refusal::Name(_))]), "{events:?}");
@@ -330,13 +330,43 @@ fn a_connection_publishes_one_stream_after_another() {
     encoder.command(0, "deleteStream", 6.0, &[Value::Null, 2.0.into()]);
     assert!(encoder.run().unwrap().is_empty());
     for (name, end) in [("y", "FCUnpublish"), ("z", "deleteStream"), ("w", "closeStream")] {
-        encoder.command(1, end, 6.0, &[Value::Null, 1.0.into()]);
+        let live = encoder.server.live_key().unwrap().name().to_owned();
+        let argument = if end == "FCUnpublish" { (&live[..]).into() } else { 1.0.into() };
+        encoder.command(1, end, 6.0, &[Value::Null, argument]);
         assert!(matches!(encoder.run().unwrap()[..], [ServerEvent::Unpublish]), "{end}");
         assert_eq!(encoder.server.live_key(), None);
         encoder.answers();
         assert_eq!(encoder.publish(1, name).len(), 1);
         assert_eq!(encoder.server.live_key().unwrap().name(), name);
     }
+}
+
+#[test]
+fn fc_unpublish_of_another_name_ends_nothing() {
+    let mut encoder = Encoder::live();
+    for other in ["y", "x/y", "../x"] {
+        encoder.command(0, "FCUnpublish", 6.0, &[Value::Null, other.into()]);
+        assert!(encoder.run().unwrap().is_empty(), "{other}");
+    }
+    assert_eq!(encoder.server.live_key().unwrap().name(), "x");
+    encoder.command(0, "FCUnpublish", 6.0, &[Value::Null, "x?k=1".into()]);
+    assert!(matches!(encoder.run().unwrap()[..], [ServerEvent::Unpublish]));
+    // Without a name.
+    encoder.publish(1, "x");
+    encoder.command(0, "FCUnpublish", 6.0, &[Value::Null, Value::Null]);
+    assert!(matches!(encoder.run().unwrap()[..], [ServerEvent::Unpublish]));
+}
+
+#[test]
+fn amf3_arguments_name_the_stream() {
+    let mut encoder = Encoder::connected();
+    let mut publish = vec![0];
+    publish.extend(script(&["publish".into(), 2.0.into(), Value::Null]));
+    publish.extend([0x11, 0x06, 0x07]);
+    publish.extend(b"cam\x11\x06\x09live");
+    encoder.message(COMMAND_AMF3, 0, &publish);
+    assert!(matches!(encoder.run().unwrap()[..], [ServerEvent::Publish(_)]));
+    assert_eq!(encoder.server.live_key().unwrap().name(), "cam");
 }
 
 #[test]

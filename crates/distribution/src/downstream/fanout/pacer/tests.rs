@@ -13,7 +13,9 @@ use downpour_netem::{Link, LinkSettings};
 const FRAME: Duration = Duration::from_millis(40);
 
 fn targets(count: usize) -> Arc<[Target]> {
-    (1..=count).map(|n| Target { addr: ([10, 0, 0, 1], n as u16).into() }).collect()
+    (1..=count)
+        .map(|n| Target::from(std::net::SocketAddr::from(([10, 0, 0, 1], n as u16))))
+        .collect()
 }
 
 /// A job of 4-byte packets that contain their sequence numbers.
@@ -81,7 +83,7 @@ fn targets_take_turns_and_flows_start_at_different_targets() {
     let sent = drain(&mut pacer, start);
     let times: Vec<_> = sent.iter().map(|(at, _)| *at).collect();
     assert_eq!(times, [0, 5, 10, 15, 20, 25, 30, 35].map(|ms| ms * 1000));
-    let order: Vec<_> = sent.iter().map(|(_, group)| group.to.port()).collect();
+    let order: Vec<_> = sent.iter().map(|(_, group)| group.to.addr.port()).collect();
     assert_eq!(order[..4], order[4..]);
     pacer.push(start, job(2, 0..16, &to, 1));
     assert_ne!(drain(&mut pacer, start)[0].1.to, sent[0].1.to);
@@ -121,7 +123,7 @@ fn neighbouring_targets_are_not_served_consecutively() {
         let sent = drain(&mut pacer, start);
         let mut turns = vec![usize::MAX; count];
         for (turn, (_, group)) in sent.iter().enumerate() {
-            turns[usize::from(group.to.port()) - 1] = turn;
+            turns[usize::from(group.to.addr.port()) - 1] = turn;
         }
         assert!(sent.len() == count && !turns.contains(&usize::MAX), "each target once");
         // Twenty targets at one site: their turns are spread out.
@@ -147,7 +149,7 @@ fn one_poll_emits_at_most_max_groups() {
         pacer.poll(start, &mut due);
         assert!((1..=MAX_GROUPS).contains(&due.groups.len()));
         for group in due.groups.drain(..) {
-            *came.entry(group.to).or_insert(0) += group.bytes.len();
+            *came.entry(group.to.addr).or_insert(0) += group.bytes.len();
         }
         finished += due.finished.drain(..).count();
     }
@@ -194,10 +196,9 @@ fn pacing_reduces_losses_in_a_short_queue() {
         let train = Train::collect(vec![Bytes::from(vec![0; 1132]); packets]).remove(0);
         let job = paced(1, train, &to, rate);
         let sent = match factor {
-            None => vec![(
-                0,
-                Group { to: to[0].addr, bytes: job.train.slice(0, packets), stride: 1132 },
-            )],
+            None => {
+                vec![(0, Group { to: to[0], bytes: job.train.slice(0, packets), stride: 1132 })]
+            }
             Some(factor) => {
                 let mut pacer = pacer(factor);
                 pacer.push(start, job);
@@ -260,7 +261,7 @@ proptest! {
         let (start, mut pacer, to) = (Instant::now(), pacer(factor), targets(count));
         let longest = pushes.iter().map(|push| push.interval).max().unwrap_or_default();
         let mut pushed: HashMap<u32, Vec<Instant>> = HashMap::new();
-        let mut came: HashMap<(u32, SocketAddr), usize> = HashMap::new();
+        let mut came: HashMap<(u32, std::net::SocketAddr), usize> = HashMap::new();
         let (mut now, mut due) = (start, Due::default());
         let mut check = |pacer: &mut Pacer, pushed: &HashMap<u32, Vec<Instant>>, now: Instant| {
             due.groups.clear();
@@ -270,7 +271,7 @@ proptest! {
                 for packet in group.bytes.chunks(8) {
                     let [flow, number] = [&packet[..4], &packet[4..]]
                         .map(|bytes| u32::from_be_bytes(bytes.try_into().unwrap()));
-                    let next = came.entry((flow, group.to)).or_default();
+                    let next = came.entry((flow, group.to.addr)).or_default();
                     prop_assert_eq!(number as usize, *next);
                     *next += 1;
                     let late = now - pushed[&flow][number as usize];

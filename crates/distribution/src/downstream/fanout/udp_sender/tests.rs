@@ -82,7 +82,7 @@ fn packets_are_sent_one_by_one_where_gso_is_refused() {
     assert!(sender.gso.is_on_for("127.0.0.1:9".parse().unwrap()), "other targets are tried");
     for port in 1..=20 {
         let mut sending = sender.round();
-        sending.send(([127, 0, 0, 1], port).into(), &bytes, 100);
+        sending.send(std::net::SocketAddr::from(([127, 0, 0, 1], port)), &bytes, 100);
         sending.flush();
     }
     assert_eq!(metrics.gso_refused.get(), MAX_REFUSALS as u64);
@@ -132,7 +132,7 @@ fn the_segment_option_of_a_shared_socket_is_not_set() {
     let mut sender = UdpSender::new(fake.clone(), 64, false, Arc::default(), metrics);
     for _ in 0..2 * OPTION_THRESHOLD {
         let mut round = sender.round();
-        round.send(([127, 0, 0, 1], 9).into(), &[7; 250], 100);
+        round.send(std::net::SocketAddr::from(([127, 0, 0, 1], 9)), &[7; 250], 100);
         round.flush();
     }
     assert!(fake.segments.lock().is_empty());
@@ -188,7 +188,7 @@ impl SendSocket for Fake {
         Ok(())
     }
 
-    fn send_one(&self, _: SocketAddr, packet: &[u8]) -> io::Result<()> {
+    fn send_one(&self, _: Target, packet: &[u8]) -> io::Result<()> {
         self.next(1)?;
         self.taken.lock().push(packet.len());
         Ok(())
@@ -216,7 +216,7 @@ fn nothing_is_dropped_while_the_kernel_accepts_messages() {
         let (mut sender, metrics) = Fake::new_sender(answers);
         let mut round = sender.round();
         for _ in 0..64 {
-            round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+            round.send(std::net::SocketAddr::from(([127, 0, 0, 1], 9)), &[7; 5400], 100);
         }
         round.flush();
         assert_eq!(sender.socket.taken.lock()[..], [5400; 64]);
@@ -233,7 +233,7 @@ fn progress_of_another_worker_renews_the_timeout() {
     let fake = Fake { answers, other: Some(Arc::clone(&progress)), ..Fake::default() };
     let mut sender = UdpSender::new(Arc::new(fake), 64, true, progress, metrics.clone());
     let mut round = sender.round();
-    round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+    round.send(std::net::SocketAddr::from(([127, 0, 0, 1], 9)), &[7; 5400], 100);
     round.flush();
     assert_eq!(metrics.datagrams.get(), 54);
     assert_eq!(metrics.errors(SendErrorKind::WouldBlock).get(), 0);
@@ -244,7 +244,7 @@ fn messages_are_dropped_and_counted_after_the_send_timeout() {
     let (mut sender, metrics) = Fake::new_sender([Answer::Fail(libc::EAGAIN); WAITS + 3]);
     let mut round = sender.round();
     for _ in 0..4 {
-        round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+        round.send(std::net::SocketAddr::from(([127, 0, 0, 1], 9)), &[7; 5400], 100);
     }
     round.flush();
     assert_eq!(sender.socket.waits.load(Ordering::Relaxed), WAITS);
@@ -265,7 +265,7 @@ fn packets_sent_one_by_one_share_the_send_timeout() {
         answers.extend([Answer::Fail(libc::EAGAIN); WAITS + 2]);
         let (mut sender, metrics) = Fake::new_sender(answers);
         let mut round = sender.round();
-        round.send(([127, 0, 0, 1], 9).into(), &[7; 5400], 100);
+        round.send(std::net::SocketAddr::from(([127, 0, 0, 1], 9)), &[7; 5400], 100);
         round.flush();
         assert_eq!(metrics.gso_refused.get(), 1);
         assert_eq!(sender.socket.taken.lock()[..], [100; 52]);
