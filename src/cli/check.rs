@@ -1,19 +1,24 @@
 //! `downpour check`: checks a settings file.
 
-use std::{collections::BTreeSet, io::Write, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 
-use super::{Failure, requirements};
+use super::{Failure, files, node::NodeConfig};
 use crate::{
-    config::{self, CloudConfig, EdgeConfig, Key, Reload, Role, Settings},
-    node::limits::{self, Requirements, SystemLimits},
+    config::{self, CloudConfig, EdgeConfig, Key, Loaded, Reload, Role, Settings},
+    node::limits::{self, SystemLimits},
 };
 
 /// Check a settings file, and print what is wrong with it and where
 ///
 /// The keys show whether the file is a cloud's or an edge's; --role decides if they do not. Nothing
-/// is started or resolved. If a limit of this machine is below what the settings may need (file
+/// is started or resolved. Directories that a node writes to must be writable for whoever runs this
+/// command; a key or a token that others can read is a warning. If a limit of this machine is below what the settings may need (file
 /// descriptors, buffers, queues), a warning has the command that raises it. The last line lists the
 /// keys that take effect on reload. The exit code is 0 for a good file and 2 for a bad one.
 ///
@@ -37,23 +42,8 @@ pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Res
     let file = args.file.as_path();
     let text = config::read(file)
         .map_err(|error| Failure::Usage(format!("{}: cannot read it: {error}", file.display())))?;
-    let low_limits = |requirements: &Requirements| {
-        let found =
-            [limits::small_buffers(requirements, machine), limits::advice(requirements, machine)];
-        found.concat().into_iter().map(|advice| format!("this machine: {advice}"))
-    };
-    let cloud = || {
-        CloudConfig::parse(file, &text).map(|loaded| {
-            let machine = low_limits(&requirements::of_cloud(&loaded.config));
-            loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
-        })
-    };
-    let edge = || {
-        EdgeConfig::parse(file, &text).map(|loaded| {
-            let machine = low_limits(&requirements::of_edge(&loaded.config));
-            loaded.warnings.into_iter().chain(machine).collect::<Vec<_>>()
-        })
-    };
+    let cloud = || check_role(CloudConfig::parse(file, &text)?, file, machine);
+    let edge = || check_role(EdgeConfig::parse(file, &text)?, file, machine);
     let role = args.role.or_else(|| Role::detect(&text));
     let (node, warnings) = match role {
         Some(Role::Cloud) => ("a cloud", cloud()?),
@@ -71,6 +61,25 @@ pub fn run(args: &CheckArgs, machine: &SystemLimits, out: &mut dyn Write) -> Res
     };
     lines += &reload_note(sections.iter().flat_map(|section| &section.keys));
     out.write_all(lines.as_bytes()).map_err(|error| Failure::Run(error.to_string()))
+}
+
+/// Checks what the settings of a role need of this machine. Returns warnings.
+fn check_role<T: NodeConfig>(
+    loaded: Loaded<T>,
+    file: &Path,
+    machine: &SystemLimits,
+) -> Result<Vec<String>, Failure> {
+    let Loaded { config, mut warnings, .. } = loaded;
+    if let Some(fault) = files::unwritable(&config).into_iter().next() {
+        return Err(Failure::Usage(format!("{}: {fault}", file.display())));
+    }
+    let exposed = files::exposed(&config, file);
+    warnings.extend(exposed.into_iter().map(|text| format!("{}: {text}", file.display())));
+    let requirements = config.requirements();
+    let low =
+        [limits::small_buffers(&requirements, machine), limits::advice(&requirements, machine)];
+    warnings.extend(low.concat().into_iter().map(|advice| format!("this machine: {advice}")));
+    Ok(warnings)
 }
 
 /// Returns the line about when a change of the file takes effect.
@@ -107,7 +116,11 @@ mod tests {
     fn verdict_names_the_role_of_the_file() {
         let good = |text: &str| check(text, None).unwrap();
         let verdict = |node: &str| {
-            format!("my.yaml: good, for {node}\na change takes effect after a restart\n")
+            format!(
+                "my.yaml: good, for {node}\na change takes effect on reload for \
+                 downstream.cert_file, downstream.key_file, downstream.targets, log.level; after a \
+                 restart for the rest\n"
+            )
         };
         assert_eq!(good(&CloudConfig::sample()), verdict("a cloud"));
         assert_eq!(good(&EdgeConfig::sample()), verdict("an edge"));
@@ -120,6 +133,22 @@ mod tests {
                 verdict("an edge")
             )
         );
+    }
+
+    #[test]
+    fn directory_that_cannot_be_written_is_refused() {
+        let text = "record: {enabled: true, dir: /dev/null/records}\nrtmp: {}\n";
+        let Failure::Usage(message) = check(text, None).unwrap_err() else { panic!() };
+        assert!(
+            message.contains("my.yaml: record.dir: cannot write in /dev/null/records"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn token_that_others_can_read_is_a_warning() {
+        let output = check("downstream: {edge_token: secret}\n", Some(Role::Cloud)).unwrap();
+        assert!(output.contains("warning: my.yaml: others can read the token in it"), "{output}");
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! `downpour cloud`.
 
-use super::{CloudArgs, Failure, block_on, requirements, start_failure};
+use std::path::Path;
+
+use super::{
+    CloudArgs, Failure,
+    node::{self, NodeConfig},
+    requirements,
+};
 use crate::{
-    config::{CloudConfig, Loaded},
-    node::{
-        DownstreamAddrs, Node, NodeSettings, limits,
-        logging::{self, LogFile},
-    },
+    config::{CloudConfig, DownstreamConfig, LogConfig, RecordConfig},
+    node::{DownstreamAddrs, NodeAddrs, NodeSettings, limits::Requirements},
 };
 
 /// Runs a cloud node until SIGTERM or SIGINT.
@@ -14,16 +17,47 @@ use crate::{
 /// # Errors
 /// If the settings or an address cannot be used, or a part of the node fails.
 pub fn run(args: &CloudArgs) -> Result<(), Failure> {
-    let Loaded { config, file, notes, warnings } = CloudConfig::load(args.config.as_deref())?;
-    let _log = logging::init(config.log_level, LogFile::of_cloud(&config))?;
-    logging::log_notes(&notes, &warnings);
-    for advice in limits::prepare(&requirements::of_cloud(&config)) {
-        tracing::warn!("{advice}");
+    node::run::<CloudConfig>(args.config.as_deref())
+}
+
+impl NodeConfig for CloudConfig {
+    fn log(&self) -> &LogConfig {
+        &self.log
     }
-    block_on(|shutdown| async move {
-        let cloud = Node::bind(NodeSettings::from(&config))
-            .map_err(|error| start_failure(file.as_deref(), &error))?;
-        let addrs = cloud.addrs();
+
+    fn set_log_level(&mut self, other: &Self) {
+        self.log.level = other.log.level;
+    }
+
+    fn record(&self) -> &RecordConfig {
+        &self.record
+    }
+
+    fn state_files(&self) -> Vec<(&'static str, &Path)> {
+        Vec::new()
+    }
+
+    fn has_token(&self) -> bool {
+        false
+    }
+
+    fn downstream(&self) -> Option<&DownstreamConfig> {
+        Some(&self.downstream)
+    }
+
+    fn downstream_mut(&mut self) -> &mut DownstreamConfig {
+        &mut self.downstream
+    }
+
+    fn requirements(&self) -> Requirements {
+        requirements::of_cloud(self)
+    }
+
+    fn node(&self) -> NodeSettings {
+        self.into()
+    }
+
+    fn log_start(&self, addrs: &NodeAddrs) {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             rtmp = addrs.rtmp.map(tracing::field::display),
@@ -34,11 +68,8 @@ pub fn run(args: &CloudArgs) -> Result<(), Failure> {
         if let Some(DownstreamAddrs { fingerprint, .. }) = addrs.downstream {
             tracing::info!(%fingerprint, "certificate for edges to pin");
         }
-        if config.downstream.debug {
+        if self.downstream.debug {
             tracing::warn!("no RTP is sent: downstream.debug is true");
         }
-        cloud.run(shutdown).await?;
-        tracing::info!("cloud stopped");
-        Ok(())
-    })
+    }
 }

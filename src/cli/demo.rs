@@ -20,6 +20,7 @@ use crate::{
     node::{DownstreamAddrs, Node, NodeAddrs, NodeSettings, StartError, logging},
 };
 use downpour_distribution::upstream::stats::{ReceiveMetrics, StreamStats};
+use downpour_hub::Hub;
 use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 
 /// Runs a cloud, edges, a lossy network between them and a looping test stream until Ctrl-C.
@@ -28,8 +29,7 @@ use downpour_netem::{LinkSettings, RelaySettings, UdpRelay};
 /// If the file is not FLV, an address cannot be bound, or a node fails.
 pub fn run(args: &DemoArgs) -> Result<(), Failure> {
     let clip = match &args.file {
-        Some(path) => Clip::open(path)
-            .map_err(|error| Failure::Usage(format!("{}: {error}", path.display())))?,
+        Some(path) => Clip::open(path).map_err(|error| push::unusable(path, &error))?,
         None => Clip::read(TEST_STREAM)
             .map_err(|error| Failure::Run(format!("the built-in test stream: {error}")))?,
     };
@@ -52,6 +52,7 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
 
     println!("A cloud and {} on this machine. Watch:", count(edges.len(), "edge"));
     for edge in &edges {
+        println!("    http://{}/   in a browser", edge.addrs.http);
         println!("    ffplay http://{}/{STREAM}.flv", edge.addrs.http);
     }
     println!("Publish another stream:");
@@ -63,7 +64,8 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
         (args.loss * 1000.0).round() / 10.0
     });
 
-    let relays: Vec<UdpRelay> = edges.iter_mut().flat_map(|edge| edge.relays.drain(..)).collect();
+    let _relays: Vec<UdpRelay> = edges.iter_mut().flat_map(|edge| edge.relays.drain(..)).collect();
+    let hub = cloud.admission().hub().clone();
     let metrics: Vec<ReceiveMetrics> =
         edges.iter().filter_map(|edge| edge.edge.received()).collect();
     let nodes_stop = CancellationToken::new();
@@ -79,7 +81,7 @@ async fn demo(args: &DemoArgs, clip: Clip, shutdown: CancellationToken) -> Resul
     let publishing =
         tokio::spawn(async move { push::publish(&clip, &url, true, &stop, |_| ()).await });
     tokio::select! {
-        () = report(&metrics, &relays) => {}
+        () = report(&hub, &metrics) => {}
         () = shutdown.cancelled() => {}
         // A node that ends before the shutdown has failed.
         Some(ended) = nodes.join_next() => {
@@ -201,27 +203,17 @@ fn loopback(port: u16) -> ListenAddr {
     ListenAddr::from(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
 }
 
-/// Prints the packets lost and repaired once per second. On a terminal it rewrites one line.
-async fn report(edges: &[ReceiveMetrics], relays: &[UdpRelay]) {
+/// Prints the packets lost and repaired once per second. On a terminal it redraws one line.
+async fn report(hub: &Hub, edges: &[ReceiveMetrics]) {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     let terminal = io::stdout().is_terminal();
     loop {
         ticks.tick().await;
-        let streams: Vec<StreamStats> = edges.iter().flat_map(ReceiveMetrics::streams).collect();
-        let sum = |of: fn(&StreamStats) -> u64| streams.iter().map(of).sum::<u64>();
-        let dropped: u64 = relays
-            .iter()
-            .map(UdpRelay::stats)
-            .map(|stats| stats.to_client.dropped() + stats.to_upstream.dropped())
-            .sum();
-        let line = format!(
-            "{}  received {}  dropped by the network {dropped}  repaired {}  missing now {}  lost {}",
-            count(streams.len(), "stream"),
-            sum(|s| s.report.received),
-            sum(|s| s.report.repaired.iter().sum()),
-            sum(|s| s.missing as u64),
-            sum(|s| s.report.given_up),
-        );
+        let stats: Vec<StreamStats> = edges.iter().flat_map(ReceiveMetrics::streams).collect();
+        let repaired = |s: &StreamStats| s.report.repaired.iter().sum::<u64>() + s.report.parity;
+        let repaired = stats.iter().map(repaired).sum();
+        let lost_for_good = stats.iter().map(|s| s.report.given_up).sum();
+        let line = live_line(hub.len(), edges.len(), repaired, lost_for_good);
         let mut out = io::stdout().lock();
         // A closed pipe does not end the demo.
         let _ = match terminal {
@@ -231,9 +223,42 @@ async fn report(edges: &[ReceiveMetrics], relays: &[UdpRelay]) {
     }
 }
 
+/// The state of the demo in at most 80 columns. A packet that is lost on the way counts once it is
+/// repaired or lost for good, so that the numbers add up.
+fn live_line(streams: usize, edges: usize, repaired: u64, lost_for_good: u64) -> String {
+    let lost = repaired + lost_for_good;
+    let numbers =
+        format!("lost on the way {lost} → repaired {repaired} → lost for good {lost_for_good}");
+    let line = format!("{} × {}: {numbers}", count(streams, "stream"), count(edges, "edge"));
+    // The terminal would wrap a longer line, and then it cannot be redrawn.
+    if line.chars().count() <= COLUMNS { line } else { format!("{streams} × {edges}: {numbers}") }
+}
+
 fn count(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
+/// Columns of the narrowest terminal that is usual.
+const COLUMNS: usize = 80;
 const TEST_STREAM: &[u8] = include_bytes!("../../assets/test.flv");
 const STREAM: &str = "live/demo";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn live_line_fits_a_terminal_and_adds_up() {
+        assert_eq!(
+            live_line(1, 2, 40, 2),
+            "1 stream × 2 edges: lost on the way 42 → repaired 40 → lost for good 2"
+        );
+        for (streams, edges, repaired, lost) in
+            [(1, 1, 0, 0), (1, 64, 123_456, 0), (12, 64, 98_765_432, 1_234_567)]
+        {
+            let line = live_line(streams, edges, repaired, lost);
+            assert!(line.chars().count() <= COLUMNS, "{line}");
+            assert!(line.contains(&(repaired + lost).to_string()), "{line}");
+        }
+    }
+}

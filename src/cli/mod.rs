@@ -4,25 +4,23 @@ pub mod check;
 pub mod cloud;
 pub mod demo;
 pub mod edge;
+mod files;
+mod node;
 pub mod pull;
 pub mod push;
 mod rates;
 mod requirements;
+mod signals;
 
-use std::{
-    fmt, io,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{fmt, io, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::ConfigError,
-    node::{StartError, TaskEnded, limits::SystemLimits, logging::LogError},
+    node::{TaskEnded, limits::SystemLimits, logging::LogError},
 };
 
 /// Live video from one cloud node to many edge nodes: RTMP in, RTP over UDP between with lost
@@ -65,14 +63,16 @@ enum Command {
 ///
 /// It listens for encoders on rtmp.addr (:1935), for edges on downstream.quic_addr (:4242) and for
 /// HTTP on http.addr (:8090). Edges subscribe to streams; addresses in downstream.targets get every
-/// stream. SIGTERM and SIGINT shut it down in order.
+/// stream. SIGTERM and SIGINT shut it down in order, SIGHUP reloads the settings file as far as
+/// `downpour check` says, and SIGUSR1 opens the log file again. The exit code is 2 if the settings
+/// are at fault, and 1 for all other failures.
 ///
 /// Example: downpour cloud --config /etc/downpour/config.yaml
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct CloudArgs {
-    /// The settings file. Without it, config.yaml in the working directory is used, and is created
-    /// with the defaults if it is missing
+    /// The settings file; without it, config.yaml in the working directory. If the file is missing, it
+    /// is created with the defaults
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -80,14 +80,15 @@ pub struct CloudArgs {
 /// Run an edge node: receive RTP, request lost packets, serve viewers
 ///
 /// It receives RTP on rtp.addr (:5222) and serves viewers on http.addr (:8092) as
-/// http://HOST:8092/APP/NAME.flv. SIGTERM and SIGINT shut it down in order.
+/// http://HOST:8092/APP/NAME.flv. Signals and exit codes are those of `downpour cloud`. An edge
+/// that starts before its network is there waits for it.
 ///
 /// Example: downpour edge --config /etc/downpour/edge.yaml
 #[derive(Debug, Clone, Args)]
 #[command(verbatim_doc_comment)]
 pub struct EdgeArgs {
-    /// The settings file. Without it, edge.yaml in the working directory is used, and is created
-    /// with the defaults if it is missing
+    /// The settings file; without it, edge.yaml in the working directory. If the file is missing, it
+    /// is created with the defaults
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -179,10 +180,10 @@ pub struct PullArgs {
 /// Why a command failed, as one line for standard error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// The settings, the arguments or the machine (a port in use) are at fault, and a restart with the
-    /// same ones fails too: exit code 2.
+    /// The settings or the arguments are at fault, and a restart with the same ones fails too: exit
+    /// code 2.
     Usage(String),
-    /// It failed while running: exit code 1.
+    /// It failed while running, or the machine is at fault, as when a port is in use: exit code 1.
     Run(String),
 }
 
@@ -229,45 +230,29 @@ fn block_on<F>(work: impl FnOnce(CancellationToken) -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<(), Failure>>,
 {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    run_on(runtime()?, work)
+}
+
+fn runtime() -> Result<Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .map_err(|error| Failure::Run(format!("cannot start the runtime: {error}")))?;
+        .map_err(|error| Failure::Run(format!("cannot start the runtime: {error}")))
+}
+
+/// Runs `work` on `runtime`. SIGTERM and SIGINT cancel its token.
+fn run_on<F>(runtime: Runtime, work: impl FnOnce(CancellationToken) -> F) -> Result<(), Failure>
+where
+    F: Future<Output = Result<(), Failure>>,
+{
     let outcome = runtime.block_on(async {
         let shutdown = CancellationToken::new();
-        tokio::spawn(signals(shutdown.clone()));
+        tokio::spawn(signals::shut_down(shutdown.clone()));
         work(shutdown).await
     });
     // A task that does not end, such as a name resolution, must not delay the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
-}
-
-/// Cancels `shutdown` at the first SIGTERM or SIGINT; a second one ends the process at once.
-async fn signals(shutdown: CancellationToken) {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        tracing::error!("signal handlers cannot be installed; SIGTERM will not drain");
-        return;
-    };
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        if shutdown.is_cancelled() {
-            std::process::exit(130);
-        }
-        tracing::info!("shutting down");
-        shutdown.cancel();
-    }
-}
-
-/// The failure of a node's start, with the path of its settings file.
-fn start_failure(file: Option<&Path>, error: &StartError) -> Failure {
-    let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
-    Failure::Usage(format!("{file}{error}"))
 }
 
 fn count<const MAX: usize>(text: &str) -> Result<usize, String> {

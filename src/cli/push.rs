@@ -50,7 +50,7 @@ pub async fn publish_all(
     let clip = spawn_blocking(move || Clip::open(&path))
         .await
         .map_err(|error| Failure::Run(error.to_string()))?
-        .map_err(|error| Failure::Usage(format!("{}: {error}", args.file.display())))?;
+        .map_err(|error| unusable(&args.file, &error))?;
     let rates = Arc::new(Rates::new(urls.len()));
     let mut connections = JoinSet::new();
     for (i, url) in (0..).zip(urls) {
@@ -73,6 +73,23 @@ pub async fn publish_all(
         () = async { while connections.join_next().await.is_some() {} } => {}
     }
     rates.finish(out)
+}
+
+/// The failure of a file that cannot be published, with the line that makes an FLV file of it.
+pub(super) fn unusable(file: &Path, error: &io::Error) -> Failure {
+    let shown = file.display();
+    let Some(flv) =
+        (error.kind() == io::ErrorKind::InvalidData).then(|| file.with_extension("flv"))
+    else {
+        return Failure::Usage(format!("{shown}: {error}"));
+    };
+    let flv = if flv == file { file.with_extension("new.flv") } else { flv };
+    let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', "'\\''"));
+    Failure::Usage(format!(
+        "{shown}: {error}; make an FLV file of it with: ffmpeg -i {} -c:v libx264 -c:a aac {}",
+        quoted(file),
+        quoted(&flv)
+    ))
 }
 
 /// Publishes a clip over one connection at the pace of its timestamps, in a loop if `repeat`, until it
@@ -312,6 +329,17 @@ mod tests {
         let clip = Clip::read(&file(&tags)[..]).unwrap();
         let due: Vec<_> = clip.play(false).map(|(due, _)| due.as_millis()).collect();
         assert_eq!(due, [0, 0, 10_000, 10_020, 10_020, 10_040]);
+    }
+
+    #[test]
+    fn file_of_another_kind_gets_the_line_that_converts_it() {
+        let error = Clip::read(&b"\0\0\0\x20ftypisom"[..]).unwrap_err();
+        let failure = unusable(Path::new("my 'best' film.mp4"), &error).to_string();
+        assert!(failure.contains("not FLV"), "{failure}");
+        let line = r"ffmpeg -i 'my '\''best'\'' film.mp4' -c:v libx264 -c:a aac 'my '\''best'\'' film.flv'";
+        assert!(failure.ends_with(line), "{failure}");
+        let error = io::ErrorKind::NotFound.into();
+        assert!(!unusable(Path::new("a.flv"), &error).to_string().contains("ffmpeg"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub(super) fn of_cloud(config: &CloudConfig) -> Requirements {
     let encoders = Connections::encoders(config.rtmp_max_connections as u64);
     let viewers = config.http_flv.then(|| Connections::viewers(config.max_viewers as u64));
     let connections: Vec<_> = [Some(encoders), viewers].into_iter().flatten().collect();
-    let recordings = config.enable_record.then_some(config.max_streams as u64);
+    let recordings = config.record.enabled.then_some(config.stream_limits.max as u64);
     Requirements {
         descriptors: descriptors(&connections, recordings),
         connections,
@@ -28,14 +28,14 @@ pub(super) fn of_cloud(config: &CloudConfig) -> Requirements {
 /// RTP arrives on; of a parent, the sockets that RTP leaves by as well.
 pub(super) fn of_edge(config: &EdgeConfig) -> Requirements {
     let connections = vec![Connections::viewers(config.max_viewers as u64)];
-    let recordings = config.enable_record.then_some(config.max_streams as u64);
+    let recordings = config.record.enabled.then_some(config.stream_limits.max as u64);
     Requirements {
         descriptors: descriptors(&connections, recordings),
         connections,
         receive_buffer: Some(config.udp_recv_buffer as u64),
         receivers: 1 + u64::from(config.udp_addr_2.is_some()),
         send_buffer: config.downstream_enabled.then(|| send_buffer(&config.downstream)).flatten(),
-        streams_in: config.max_streams as u64,
+        streams_in: config.stream_limits.max as u64,
     }
 }
 
@@ -62,6 +62,7 @@ const OTHER_DESCRIPTORS: u64 = CONNECTIONS_BESIDE_VIEWERS as u64 + 230;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::RecordConfig;
 
     #[test]
     fn cloud_needs_descriptors_for_encoders_and_viewers() {
@@ -81,11 +82,12 @@ mod tests {
 
     #[test]
     fn recordings_need_a_descriptor_per_stream() {
-        let recording = CloudConfig { enable_record: true, ..CloudConfig::default() };
+        let record = RecordConfig { enabled: true, ..RecordConfig::default() };
+        let recording = CloudConfig { record: record.clone(), ..CloudConfig::default() };
         let settings = "rtmp.max_connections, http.max_viewers and, for recordings, streams.max";
         let expected = (8192 + 10_000 + 1000 + 1254, settings.into());
         assert_eq!(of_cloud(&recording).descriptors, expected);
-        let recording = EdgeConfig { enable_record: true, ..EdgeConfig::default() };
+        let recording = EdgeConfig { record, ..EdgeConfig::default() };
         assert_eq!(of_edge(&recording).descriptors.0, 10_000 + 1000 + 1254);
     }
 

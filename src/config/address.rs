@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     str::FromStr,
 };
 
@@ -14,7 +14,7 @@ use super::{
     value::{self, Setting, optional},
 };
 
-/// Where to listen: `:4242` (every IPv4 address), `0.0.0.0:4242`, `[::]:4242` (every IPv6 and IPv4
+/// Where to listen: `:4242` or `[::]:4242` (every IPv6 and IPv4 address), `0.0.0.0:4242` (every IPv4
 /// address) or `host:4242`. Port 0 takes a free one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenAddr {
@@ -23,7 +23,7 @@ pub struct ListenAddr {
 }
 
 impl ListenAddr {
-    /// Every IPv4 address, on this port.
+    /// Every address, on this port.
     pub const fn any(port: u16) -> Self {
         Self { host: String::new(), port }
     }
@@ -38,16 +38,32 @@ impl ListenAddr {
         self.port
     }
 
-    /// Returns the address to bind. Looks up a host name, which blocks.
+    /// `true` if a socket on this address and one on `other` would get the same packets or connections.
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
+        let is_any = |addr: &Self| {
+            addr.host.is_empty() || addr.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified())
+        };
+        self.port != 0
+            && self.port == other.port
+            && (is_any(self) || is_any(other) || self.host == other.host)
+    }
+
+    /// Returns the address to bind: every address is `[::]`, which takes IPv4, too, or `0.0.0.0` on a
+    /// machine without IPv6. Looks up a host name, which blocks.
     ///
     /// # Errors
     /// If the name is not found.
     pub fn resolve(&self) -> io::Result<SocketAddr> {
         match self.host() {
+            None if has_ipv6() => Ok((Ipv6Addr::UNSPECIFIED, self.port).into()),
             None => Ok((Ipv4Addr::UNSPECIFIED, self.port).into()),
             Some(host) => lookup(host, self.port),
         }
     }
+}
+
+fn has_ipv6() -> bool {
+    UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok()
 }
 
 impl FromStr for ListenAddr {
@@ -129,7 +145,7 @@ mod tests {
     #[test]
     fn listen_addresses_take_the_four_forms() {
         for (text, host, bound) in [
-            (":4242", None, "0.0.0.0:4242"),
+            (":4242", None, if has_ipv6() { "[::]:4242" } else { "0.0.0.0:4242" }),
             ("0.0.0.0:4242", Some("0.0.0.0"), "0.0.0.0:4242"),
             ("[::]:4242", Some("::"), "[::]:4242"),
             ("localhost:80", Some("localhost"), "127.0.0.1:80"),
@@ -159,6 +175,22 @@ mod tests {
             "a:1:2",
         ] {
             assert!(text.parse::<ListenAddr>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_on_one_port_overlap_if_one_of_them_is_every_address() {
+        for (a, b, overlap) in [
+            (":80", ":80", true),
+            (":80", ":81", false),
+            (":0", ":0", false),
+            (":80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "[::]:80", true),
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "127.0.0.2:80", false),
+        ] {
+            let [a, b] = [a, b].map(|text| text.parse::<ListenAddr>().unwrap());
+            assert_eq!(a.overlaps(&b), overlap, "{a} {b}");
         }
     }
 

@@ -1,9 +1,8 @@
 //! A cloud node's settings.
 
-use std::path::PathBuf;
-
 use super::{
-    Conflict, DownstreamConfig, ListenAddr, LogLevel, Role, parse::Given, schema::settings,
+    Conflict, DownstreamConfig, ListenAddr, LogConfig, RecordConfig, Role, ShutdownConfig,
+    StreamLimits, parse::Given, schema::settings,
 };
 use downpour_distribution::address::Destination;
 
@@ -38,8 +37,8 @@ settings! {
             restart addr -> api_addr: ListenAddr = ListenAddr::any(8090), also [api_addr];
             /// Whether viewers are served: /{app}/{name}.flv.
             restart flv -> http_flv: bool = true;
-            /// Connections of one client address that are not viewers; 0 is half of all 1024.
-            /// Loopback addresses have no such limit.
+            /// Connections of one client address that are not viewers; 0 is half of
+            /// max_viewers + 1024. Loopback addresses have no such limit.
             restart max_connections_per_address -> http_max_connections_per_address: usize = 0,
                 in 0..=1_000_000;
             /// Viewers at one time.
@@ -62,50 +61,19 @@ settings! {
         }
         /// Streams and the media that is kept of them.
         streams {
-            /// Streams at one time.
-            restart max -> max_streams: usize = 1000, in 1..=100_000, also [max_streams];
-            /// Time that a stream waits for its encoder to come back, in milliseconds; 0 ends it with its
-            /// publication. Viewers, edges and recordings stay, and timestamps continue.
-            restart publish_grace_ms -> publish_grace_ms: u64 = 5000,
-                in 0..=600_000, also [publish_grace_ms];
-            /// Media per stream that is kept in memory for viewers and a recording that are behind, in
-            /// milliseconds. Others need the newest group of pictures only.
-            restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,
-                in 1000..=600_000, also [gop_cache_max_ms];
-            /// The same limit in bytes.
-            restart gop_cache_max_bytes -> gop_cache_max_bytes: usize = 32 << 20,
-                in 1 << 20..=4 << 30, also [gop_cache_max_bytes];
+            ..stream_limits: StreamLimits = StreamLimits::default(), flat;
         }
         /// Recording to FLV files.
         record {
-            /// Whether each publication is recorded.
-            restart enabled -> enable_record: bool = false,
-                also [enable_record, flv_archive];
-            /// Directory of the files.
-            restart dir -> record_dir: PathBuf = "records".into(),
-                also [record_dir, flv_dir];
+            ..record: RecordConfig = RecordConfig::default(), flat;
         }
         /// The log.
         log {
-            /// trace, debug, info, warn or error. The environment variable RUST_LOG overrides it.
-            restart level -> log_level: LogLevel = LogLevel::Info, also [log_level, level];
-            /// Whether the log is also written to a file.
-            restart to_file -> enable_log_file: bool = false, also [enable_log_file];
-            /// Directory of the log files.
-            restart dir -> log_dir: PathBuf = "logs".into(), also [log_dir];
-            /// Name of the log file.
-            restart file -> log_file: String = "cloud.log".into(), also [log_file];
-            /// Bytes after which a new log file is started.
-            restart file_max_bytes -> log_file_max_bytes: u64 = 100 << 20,
-                in 1 << 16..=16 << 30, also [log_file_max_bytes];
-            /// Log files that are kept.
-            restart file_count -> log_file_count: u64 = 10, in 1..=1000, also [log_file_count];
+            ..log: LogConfig = LogConfig::named("cloud.log"), flat;
         }
         /// Shutdown after SIGTERM or SIGINT.
         shutdown {
-            /// Time that connections have to finish, in milliseconds.
-            restart grace_ms -> shutdown_grace_ms: u64 = 5000,
-                in 0..=60_000, also [shutdown_grace_ms];
+            ..shutdown: ShutdownConfig = ShutdownConfig::default(), flat;
         }
     }
 }
@@ -117,7 +85,13 @@ impl CloudConfig {
 
     fn check(&self) -> Result<(), Conflict> {
         self.downstream.check()?;
-        super::check_log_file(&self.log_file)
+        super::check_ports(&[("rtmp.addr", &self.rtmp_addr), ("http.addr", &self.api_addr)])?;
+        let rtp_out = ListenAddr::any(self.downstream.rtp_port);
+        super::check_ports(&[
+            ("downstream.quic_addr", &self.downstream.quic_addr),
+            ("downstream.rtp_port", &rtp_out),
+        ])?;
+        self.log.check()
     }
 
     fn warnings(&self) -> Vec<String> {

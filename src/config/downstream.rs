@@ -17,15 +17,15 @@ group! {
         restart rtp_port -> rtp_port: u16 = 5220, in 0..=65535, also [rtp_port];
         /// Addresses that get every stream without subscribing: multicast groups and existing Go
         /// edges. A list of ip:port, host:port or `{addr: ip:port, fec: auto}`.
-        restart targets -> targets: Vec<ClientAddr> = Vec::new(), also [client_addr_list];
+        live targets -> targets: Vec<ClientAddr> = Vec::new(), also [client_addr_list];
         /// Edges connected over QUIC at one time.
         restart max_edges -> max_edges: usize = 10_000, in 1..=1_000_000, also [max_edges];
         /// Token that an edge must present to subscribe; "" requires none.
         restart edge_token -> edge_token: String = String::new(), also [edge_token];
         /// Certificate for QUIC, PEM. Created at the first start if neither it nor the key exists.
-        restart cert_file -> cert_file: PathBuf = tls::DEFAULT_CERT_FILE.into(), also [cert_file];
+        live cert_file -> cert_file: PathBuf = tls::DEFAULT_CERT_FILE.into(), also [cert_file];
         /// Private key of the certificate, PEM.
-        restart key_file -> key_file: PathBuf = tls::DEFAULT_KEY_FILE.into(), also [key_file];
+        live key_file -> key_file: PathBuf = tls::DEFAULT_KEY_FILE.into(), also [key_file];
         /// Rate of repair packets per edge, in per cent of the rate of its streams; 0 is no limit.
         /// A burst may be ten seconds' worth, and at least 2 MiB.
         restart repair_budget -> repair_budget: u32 = 100, in 0..=1000, also [repair_budget];
@@ -70,6 +70,13 @@ group! {
 }
 
 impl DownstreamConfig {
+    /// Copies the values that take effect on reload.
+    pub(crate) fn take_live(&mut self, new: &Self) {
+        self.targets.clone_from(&new.targets);
+        self.cert_file.clone_from(&new.cert_file);
+        self.key_file.clone_from(&new.key_file);
+    }
+
     /// A file of an existing cloud has the size of its cache alone: no time may cut that short.
     pub(super) fn settle(&mut self, given: &Given) {
         let has = |key: &str| given.has_key(&format!("downstream.{key}"));

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use super::{
-    Conflict, DownstreamConfig, InterfaceAddr, ListenAddr, LogLevel, RepairProtocol, Role,
-    parse::Given, schema::settings,
+    Conflict, DownstreamConfig, InterfaceAddr, ListenAddr, LogConfig, RecordConfig, RepairProtocol,
+    Role, ShutdownConfig, StreamLimits, parse::Given, schema::settings,
 };
 use downpour_distribution::address::Destination;
 use downpour_distribution::tls::Fingerprint;
@@ -87,8 +87,8 @@ settings! {
         http {
             /// Address that HTTP is served on.
             restart addr -> flv_addr: ListenAddr = ListenAddr::any(8092), also [flv_addr];
-            /// Connections of one client address that are not viewers; 0 is half of all 1024.
-            /// Loopback addresses have no such limit.
+            /// Connections of one client address that are not viewers; 0 is half of
+            /// max_viewers + 1024. Loopback addresses have no such limit.
             restart max_connections_per_address -> http_max_connections_per_address: usize = 0,
                 in 0..=1_000_000;
             /// Viewers at one time.
@@ -120,54 +120,30 @@ settings! {
         }
         /// Streams and the media that is kept of them.
         streams {
-            /// Streams at one time.
-            restart max -> max_streams: usize = 1000, in 1..=100_000, also [max_streams];
-            /// Time that a stream waits for its cloud to come back, in milliseconds; 0 ends it with its
-            /// reception. Viewers and recordings stay, and timestamps continue.
-            restart publish_grace_ms -> publish_grace_ms: u64 = 5000,
-                in 0..=600_000, also [publish_grace_ms];
-            /// Media per stream that is kept in memory for viewers and a recording that are behind, in
-            /// milliseconds. Others need the newest group of pictures only.
-            restart gop_cache_max_ms -> gop_cache_max_ms: u32 = 20_000,
-                in 1000..=600_000, also [gop_cache_max_ms];
-            /// The same limit in bytes.
-            restart gop_cache_max_bytes -> gop_cache_max_bytes: usize = 32 << 20,
-                in 1 << 20..=4 << 30, also [gop_cache_max_bytes];
+            ..stream_limits: StreamLimits = StreamLimits::default(), flat;
         }
         /// Recording to FLV files.
         record {
-            /// Whether each stream is recorded.
-            restart enabled -> enable_record: bool = false, also [enable_record];
-            /// Directory of the files.
-            restart dir -> record_dir: PathBuf = "records".into(), also [record_dir];
+            ..record: RecordConfig = RecordConfig::default(), flat;
         }
         /// The log.
         log {
-            /// trace, debug, info, warn or error. The environment variable RUST_LOG overrides it.
-            restart level -> log_level: LogLevel = LogLevel::Info, also [log_level];
-            /// Whether the log is also written to a file.
-            restart to_file -> enable_log_file: bool = false, also [enable_log_file];
-            /// Directory of the log files.
-            restart dir -> log_dir: PathBuf = "logs".into(), also [log_dir];
-            /// Name of the log file.
-            restart file -> log_file: String = "edge.log".into(), also [log_file];
-            /// Bytes after which a new log file is started.
-            restart file_max_bytes -> log_file_max_bytes: u64 = 100 << 20,
-                in 1 << 16..=16 << 30, also [log_file_max_bytes];
-            /// Log files that are kept.
-            restart file_count -> log_file_count: u64 = 10, in 1..=1000, also [log_file_count];
+            ..log: LogConfig = LogConfig::named("edge.log"), flat;
         }
         /// Shutdown after SIGTERM or SIGINT.
         shutdown {
-            /// Time that connections have to finish, in milliseconds.
-            restart grace_ms -> shutdown_grace_ms: u64 = 5000,
-                in 0..=60_000, also [shutdown_grace_ms];
+            ..shutdown: ShutdownConfig = ShutdownConfig::default(), flat;
         }
     }
 }
 
 impl EdgeConfig {
     fn settle(&mut self, given: &Given) {
+        // `[::1]`, as in an address with a port.
+        let host = self.cloud_host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        if let Some(host) = host.filter(|host| host.parse::<std::net::Ipv6Addr>().is_ok()) {
+            self.cloud_host = host.to_owned();
+        }
         if given.has_section("downstream") && !given.has_key("downstream.enabled") {
             self.downstream_enabled = true;
         }
@@ -175,7 +151,7 @@ impl EdgeConfig {
     }
 
     fn check(&self) -> Result<(), Conflict> {
-        let fail = |keys, message: &str| Err(Conflict::new(keys, message));
+        let fail = |keys: &[&'static str], message: &str| Err(Conflict::new(keys, message));
         if self.insecure && self.fingerprint.is_some() {
             return fail(
                 &["trust.insecure"],
@@ -190,10 +166,11 @@ impl EdgeConfig {
         }
         if !self.cloud_host.is_empty() && !downpour_distribution::address::is_host(&self.cloud_host)
         {
-            return fail(
-                &["upstream.host"],
-                "use a host name or an address, without a port or brackets",
+            let message = format!(
+                "{:?} is not valid; use a host name or an address, without a port",
+                self.cloud_host
             );
+            return Err(Conflict::new(&["upstream.host"], message));
         }
         if self.udp_addr_2.is_none() && self.cloud_rtp_addr_2.is_some() {
             return fail(&["upstream.rtp_addr_2"], "it needs rtp.addr_2, which is not set");
@@ -214,7 +191,16 @@ impl EdgeConfig {
             return fail(&["upstream.token"], "use at most 1024 bytes");
         }
         self.downstream.check()?;
-        super::check_log_file(&self.log_file)
+        let quic = &self.downstream.quic_addr;
+        let rtp_out = ListenAddr::any(self.downstream.rtp_port);
+        let mut udp = vec![("rtp.addr", &self.udp_addr)];
+        udp.extend(self.udp_addr_2.as_ref().map(|addr| ("rtp.addr_2", addr)));
+        if self.downstream_enabled {
+            udp.push(("downstream.quic_addr", quic));
+            udp.push(("downstream.rtp_port", &rtp_out));
+        }
+        super::check_ports(&udp)?;
+        self.log.check()
     }
 
     fn warnings(&self) -> Vec<String> {

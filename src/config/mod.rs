@@ -7,6 +7,7 @@
 
 mod address;
 mod cloud;
+mod common;
 mod downstream;
 mod edge;
 mod fec;
@@ -25,6 +26,7 @@ mod value;
 
 pub use address::{InterfaceAddr, ListenAddr};
 pub use cloud::CloudConfig;
+pub use common::{LogConfig, RecordConfig, ShutdownConfig, StreamLimits};
 pub use downstream::DownstreamConfig;
 pub use edge::EdgeConfig;
 pub use fec::ClientAddr;
@@ -131,39 +133,49 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Reads the named file, or `default` if it exists; else uses the defaults and writes the sample to
-/// `default`.
-fn load<T: Settings>(named: Option<&Path>, default: &Path) -> Result<Loaded<T>, ConfigError> {
+/// Reads the named file, or `default`. If it is missing, uses the defaults and writes the sample there.
+/// If that fails, a named file is an error and `default` a warning.
+pub(crate) fn load<T: Settings>(
+    named: Option<&Path>,
+    default: &Path,
+) -> Result<Loaded<T>, ConfigError> {
     let file = named.unwrap_or(default);
+    let fail = |message| Err(ConfigError::new(file, None, message));
     match read(file) {
-        Ok(text) => parse::parse(file, &text),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && named.is_none() => {
-            Ok(defaults(default))
-        }
-        Err(error) => Err(ConfigError::new(file, None, format!("cannot read it: {error}"))),
+        Ok(text) => return parse(file, &text),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return fail(format!("cannot read it: {error}")),
     }
-}
-
-fn defaults<T: Settings>(file: &Path) -> Loaded<T> {
     let config = T::default();
-    let mut loaded = Loaded { config, file: None, notes: Vec::new(), warnings: Vec::new() };
-    // `create_new` keeps a file that was created in the meantime.
-    let written = fs::File::options()
-        .write(true)
-        .create_new(true)
-        .open(file)
-        .and_then(|mut file| file.write_all(sample::sample(&T::default()).as_bytes()));
-    match written {
-        Ok(()) => loaded.notes.push(format!(
+    let (mut notes, mut warnings) = (Vec::new(), Vec::new());
+    match (write_new(file, &sample::sample(&config)), named) {
+        (Ok(()), _) => notes.push(format!(
             "{} does not exist; using the defaults, which are now written there",
             file.display()
         )),
-        Err(error) => loaded.warnings.push(format!(
+        (Err(error), None) => warnings.push(format!(
             "{} does not exist; using the defaults, which cannot be written there: {error}",
             file.display()
         )),
+        (Err(error), Some(_)) => {
+            return fail(format!("it does not exist and cannot be created: {error}"));
+        }
     }
-    loaded
+    Ok(Loaded { config, file: None, notes, warnings })
+}
+
+/// Checks a text; `file` is named in errors.
+///
+/// # Errors
+/// One line: the file, line and column, the key, and what would be right.
+pub(crate) fn parse<T: Settings>(file: &Path, text: &str) -> Result<Loaded<T>, ConfigError> {
+    parse::parse(file, text)
+}
+
+/// Keeps a file that was created in the meantime.
+fn write_new(file: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::File::options().write(true).create_new(true).open(file)?;
+    file.write_all(text.as_bytes())
 }
 
 /// Reads a configuration's text, 1 MiB at most.
@@ -179,25 +191,26 @@ pub fn read(file: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-fn check_log_file(name: &str) -> Result<(), Conflict> {
-    // `%` would be a pattern for dates to the rotation.
-    if name.is_empty() || name == ".." || name == "." || name.contains(['/', '%', '\0']) {
-        return Err(Conflict::new(
-            &["log.file"],
-            "use a file name without / and %; log.dir is the directory",
-        ));
+/// Checks that the addresses of these keys, all TCP or all UDP, can be listened on at one time.
+fn check_ports(addrs: &[(&'static str, &ListenAddr)]) -> Result<(), Conflict> {
+    for (i, (key, addr)) in addrs.iter().enumerate() {
+        if let Some((other, _)) = addrs.iter().take(i).find(|(_, other)| addr.overlaps(other)) {
+            let message =
+                format!("{other} and {key} both use port {}; change one of them", addr.port());
+            return Err(Conflict::new(&[*key, *other], message));
+        }
     }
     Ok(())
 }
 
 fn check_pair(cert: &Path, key: &Path) -> Result<(), Conflict> {
-    let fail = |keys, message: &str| Err(Conflict::new(keys, message));
+    let fail = |keys: &[&'static str], message: &str| Err(Conflict::new(keys, message));
     match (cert.as_os_str().is_empty(), key.as_os_str().is_empty()) {
-        (true, _) => fail(&["downstream.cert_file"], "use a path"),
-        (_, true) => fail(&["downstream.key_file"], "use a path"),
+        (true, _) => fail(&["downstream.cert_file"], "is empty; use a path"),
+        (_, true) => fail(&["downstream.key_file"], "is empty; use a path"),
         _ if cert == key => fail(
             &["downstream.key_file", "downstream.cert_file"],
-            "use a path that differs from cert_file's",
+            "is the same file as cert_file; use another",
         ),
         _ => Ok(()),
     }

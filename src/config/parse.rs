@@ -9,6 +9,7 @@ use super::{
     CloudConfig, ConfigError, EdgeConfig, Loaded, Role,
     invalid::shown_key,
     record::nearest,
+    sample,
     schema::{self, Section, Settings, Slot, Spec, Visitor},
     tree::{self, Entry, Node, Place, Value},
 };
@@ -36,6 +37,14 @@ impl Given {
 /// Reads and checks a file's text.
 pub(super) fn parse<T: Settings>(file: &Path, text: &str) -> Result<Loaded<T>, ConfigError> {
     let fail = |at: Place, message| Err(ConfigError::new(file, Some(at), message));
+    if sample::is_cut_off(text) {
+        let message = format!(
+            "the file ends in the middle: its last line, `{}`, is missing; restore the file, or \
+             remove its first line",
+            sample::LAST_LINE
+        );
+        return fail(Place { line: text.lines().count().max(1), column: 1 }, message);
+    }
     let root = match tree::parse(text) {
         Ok(root) => root,
         Err(fault) => return fail(fault.at, fault.message),
@@ -67,13 +76,16 @@ pub(super) fn parse<T: Settings>(file: &Path, text: &str) -> Result<Loaded<T>, C
     let retired = retired.into_iter().map(|(at, key)| {
         format!("{}:{at}: {key} has no effect and can be removed", file.display())
     });
+    let empty = entries
+        .is_empty()
+        .then(|| format!("{}: the file has no keys: each of them has its default", file.display()));
     let of_livego = given.keys.iter().filter(|(_, (name, _))| LIVEGO.contains(&&name[..]));
     let mut of_livego: Vec<_> = of_livego.map(|(path, (name, at))| (*at, name, path)).collect();
     of_livego.sort();
     let of_livego = of_livego.into_iter().map(|(at, name, path)| {
         format!("{}:{at}: {name} is livego's name; it sets {path}", file.display())
     });
-    let warnings = retired.chain(of_livego).chain(warnings).collect();
+    let warnings = empty.into_iter().chain(retired).chain(of_livego).chain(warnings).collect();
     Ok(Loaded { config, file: Some(file.to_owned()), notes: Vec::new(), warnings })
 }
 

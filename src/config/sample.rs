@@ -5,7 +5,8 @@ use super::schema::{Key, Reload, Settings};
 /// Returns a file with the values of `settings` and the description of every key.
 pub(super) fn sample<T: Settings>(settings: &T) -> String {
     let mut text = format!(
-        "# The {} node's settings, each at its default; docs/configuration.md says more.\n\
+        "{FIRST_LINE}\n\
+         # The {} node's settings, each at its default; docs/configuration.md says more.\n\
          # A change takes effect after a restart, except for keys that are marked (live).\n",
         T::ROLE
     );
@@ -16,8 +17,20 @@ pub(super) fn sample<T: Settings>(settings: &T) -> String {
             text += &format!("  # {}{live}\n  {}: {}\n", meaning(&key), key.spec.name, key.value);
         }
     }
-    text
+    text + "\n" + LAST_LINE + "\n"
 }
+
+/// `true` if the text begins as a sample does and does not end as one: it was cut off.
+pub(super) fn is_cut_off(text: &str) -> bool {
+    let is_sample = text.lines().next().is_some_and(|line| line.trim_end() == FIRST_LINE);
+    is_sample && text.trim_end().lines().next_back() != Some(LAST_LINE)
+}
+
+/// The mark that a file is a sample, perhaps edited.
+const FIRST_LINE: &str =
+    "# If the last line of this file is missing, it was cut off and is not read.";
+/// The mark that it is whole.
+pub(super) const LAST_LINE: &str = "# The end of the settings.";
 
 /// The meaning and, for a number, its range.
 fn meaning(key: &Key) -> String {

@@ -162,15 +162,15 @@ impl<T: Setting + Number + PartialOrd + fmt::Display> Slot for Bounded<'_, T> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
     /// The paths of the keys, the one most likely at fault first.
-    pub keys: &'static [&'static str],
+    pub keys: Vec<&'static str>,
     /// The fault and the remedy.
     pub message: String,
 }
 
 impl Conflict {
     /// A conflict between `keys`.
-    pub fn new(keys: &'static [&'static str], message: impl Into<String>) -> Self {
-        Self { keys, message: message.into() }
+    pub fn new(keys: &[&'static str], message: impl Into<String>) -> Self {
+        Self { keys: keys.to_vec(), message: message.into() }
     }
 }
 
@@ -274,8 +274,8 @@ macro_rules! settings {
         }
 
         impl $name {
-            /// Reads `path`, or the default file of the working directory. When no path is given
-            /// and that file is missing, the defaults are used and written there.
+            /// Reads `path`, or the default file of the working directory. If the file is missing,
+            /// the defaults are used and written there.
             ///
             /// # Errors
             /// One line: the file, line and column, the key, and valid values.
@@ -293,7 +293,7 @@ macro_rules! settings {
                 file: &std::path::Path,
                 text: &str,
             ) -> Result<$crate::config::Loaded<Self>, $crate::config::ConfigError> {
-                $crate::config::parse::parse(file, text)
+                $crate::config::parse(file, text)
             }
 
             /// Returns the sample file: the defaults, every key with its meaning.

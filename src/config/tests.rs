@@ -30,6 +30,8 @@ fn written<T: Settings>(config: &T) -> String {
 fn empty_file_means_defaults() {
     for text in ["", "\n", "# nothing\n", "---\n", "rtmp:\nhttp: {}\nstreams: ~\n"] {
         assert_eq!(cloud(text).unwrap().config, CloudConfig::default(), "{text:?}");
+        let warned = cloud(text).unwrap().warnings.len();
+        assert_eq!(warned, usize::from(!text.contains("rtmp")), "{text:?}");
     }
 }
 
@@ -42,7 +44,7 @@ fn sections_and_flat_keys_may_be_mixed() {
     let config = config.unwrap().config;
     assert_eq!(config.rtmp_addr, ListenAddr::any(1936));
     assert_eq!(config.downstream.rtp_cache_size, 7);
-    assert_eq!(config.max_streams, 3);
+    assert_eq!(config.stream_limits.max, 3);
     let targets: Vec<_> = config.downstream.targets.iter().map(ToString::to_string).collect();
     assert_eq!(targets, ["10.0.0.7:5222", "10.0.0.8:5222"]);
     assert_eq!(config.downstream.targets[1].fec, Some(downpour_repair::fec::Fec::Auto));
@@ -51,9 +53,9 @@ fn sections_and_flat_keys_may_be_mixed() {
 #[test]
 fn the_edges_streams_are_a_list_and_a_section() {
     let config = edge("streams: [live/a]\nmax_streams: 3").unwrap().config;
-    assert_eq!((config.streams.len(), config.max_streams), (1, 3));
+    assert_eq!((config.streams.len(), config.stream_limits.max), (1, 3));
     let config = edge("streams: {max: 3}\nupstream: {streams: [live/a, live/b]}").unwrap().config;
-    assert_eq!((config.streams.len(), config.max_streams), (2, 3));
+    assert_eq!((config.streams.len(), config.stream_limits.max), (2, 3));
 }
 
 #[test]
@@ -154,9 +156,12 @@ fn a_fault_in_a_list_or_map_has_the_place_of_the_item() {
         ),
         (
             "downstream: {key_file: a, cert_file: a}",
-            "1:24: downstream.key_file: use a path that differs from cert_file's",
+            "1:24: downstream.key_file: is the same file as cert_file; use another",
         ),
-        ("log: {file: a/b}", "1:13: log.file: use a file name without / and %"),
+        (
+            "log: {file: a/b}",
+            "1:13: log.file: \"a/b\" is not valid; use a file name without / and %",
+        ),
         ("- a\n- b", "1:1: the file must hold lines of the form `key: value`"),
         ("{[a]: b}", "1:2: a key must be one word"),
     ] {
@@ -264,7 +269,7 @@ fn settings_that_contradict_each_other_are_refused() {
         ),
         ("rtp: {addr: ':9', addr_2: ':9'}", "1:27: rtp.addr_2: use an address that differs"),
         ("streams: []", "1:10: streams: use 1 to 1000 patterns"),
-        ("downstream: {cert_file: ''}", "1:25: downstream.cert_file: use a path"),
+        ("downstream: {cert_file: ''}", "1:25: downstream.cert_file: is empty; use a path"),
         ("fingerprint: zz", "1:14: fingerprint: \"zz\" is not valid; use 64 hexadecimal digits"),
         ("streams: [li*e]", "1:11: streams[0]: \"li*e\" is not valid; use app/name"),
     ] {
@@ -273,6 +278,55 @@ fn settings_that_contradict_each_other_are_refused() {
     }
     let warnings = edge("hls: {enabled: true}").unwrap().warnings;
     assert_eq!(warnings, ["edge.yaml: hls.enabled: HLS is not served yet; viewers have HTTP-FLV"]);
+}
+
+#[test]
+fn a_port_that_is_set_twice_is_refused() {
+    for (text, expected) in [
+        (
+            "rtmp: {addr: ':8090'}",
+            "1:14: rtmp.addr: rtmp.addr and http.addr both use port 8090; change one of them",
+        ),
+        (
+            "downstream:\n  rtp_port: 4242\n",
+            "2:13: downstream.rtp_port: downstream.quic_addr and downstream.rtp_port both use port \
+             4242; change one of them",
+        ),
+    ] {
+        refused(text, expected);
+    }
+    // TCP and UDP have separate ports, and 0 is a free one.
+    cloud("http: {addr: ':4242'}").unwrap();
+    cloud("rtmp: {addr: ':0'}\nhttp: {addr: ':0'}").unwrap();
+    let error = edge("rtp: {addr_2: '239.0.0.1:5222'}").unwrap_err();
+    assert!(error.contains("rtp.addr and rtp.addr_2 both use port 5222"), "{error}");
+    edge("rtp: {addr: '10.0.0.1:5222', addr_2: '239.0.0.1:5222'}").unwrap();
+    assert!(edge("downstream: {rtp_port: 5222}").is_err());
+}
+
+#[test]
+fn a_host_may_have_brackets() {
+    for text in ["upstream: {host: '[::1]'}", "cloud_host: ::1"] {
+        assert_eq!(edge(text).unwrap().config.cloud_host, "::1", "{text}");
+    }
+    for text in ["cloud_host: '[::1'", "cloud_host: '[::1]:80'", "cloud_host: '[a]'"] {
+        let error = edge(text).unwrap_err();
+        assert!(error.contains(" is not valid; use a host name or an address"), "{error}");
+    }
+}
+
+#[test]
+fn a_generated_file_that_was_cut_off_is_refused() {
+    let whole = CloudConfig::sample();
+    for cut in [whole.len() / 3, whole.len() / 2, whole.len() - 40, whole.len() - 2] {
+        let error = cloud(&whole[..cut]).unwrap_err();
+        assert!(error.contains("the file ends in the middle"), "{error}");
+    }
+    // Lines may be added, changed and removed.
+    cloud(&whole.replace("addr: :1935", "addr: :1936")).unwrap();
+    cloud(&format!("{whole}\n\n")).unwrap();
+    cloud(whole.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>().as_str())
+        .unwrap();
 }
 
 #[test]
@@ -292,15 +346,21 @@ fn missing_file_means_defaults_and_the_sample_has_them() {
 }
 
 #[test]
-fn a_named_file_must_exist() {
+fn a_named_file_that_is_missing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("mine.yaml");
-    let error = CloudConfig::load(Some(&file)).unwrap_err();
-    assert_eq!(error.file(), file);
-    assert!(error.to_string().contains("cannot read it: No such file"), "{error}");
-    assert!(!file.exists());
+    let loaded = EdgeConfig::load(Some(&file)).unwrap();
+    assert_eq!(loaded.config, EdgeConfig::default());
+    assert_eq!(fs::read_to_string(&file).unwrap(), EdgeConfig::sample());
+    let error = EdgeConfig::load(Some(&dir.path().join("no/mine.yaml"))).unwrap_err().to_string();
+    assert!(
+        error.contains("mine.yaml: it does not exist and cannot be created: No such"),
+        "{error}"
+    );
     fs::write(&file, [0xff, 0xfe]).unwrap();
-    assert!(CloudConfig::load(Some(&file)).is_err());
+    let error = EdgeConfig::load(Some(&file)).unwrap_err();
+    assert_eq!(error.file(), file);
+    assert!(error.to_string().contains("cannot read it"), "{error}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use axum::{
     Json, Router,
     extract::{Query, State},
     http::{
-        HeaderMap, StatusCode,
+        HeaderMap, HeaderName, StatusCode,
         header::{
             ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
             ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONTENT_TYPE, HOST,
@@ -21,6 +21,7 @@ use axum::{
 use prometheus::Registry;
 use serde::{Deserialize, Serialize};
 
+use super::readiness::Readiness;
 use crate::node::metrics;
 use downpour_distribution::downstream::{
     edges::{EdgeInfo, Edges},
@@ -39,6 +40,8 @@ pub struct ApiState {
     pub registry: Registry,
     /// When the node started.
     pub started: Instant,
+    /// Whether the node can do its work.
+    pub readiness: Readiness,
     /// `None` on a node without a downstream.
     pub downstream: Option<DownstreamApi>,
 }
@@ -54,15 +57,16 @@ pub struct DownstreamApi {
     pub rtmp_port: Option<u16>,
 }
 
-/// Returns the router of `/stats/time`, `/healthz` and `/metrics`; with a downstream also of
+/// Returns the router of `/stats/time`, `/healthz`, `/readyz` and `/metrics`; with a downstream also of
 /// `/stat/livestat` and `/api/v1/edges`.
 pub fn router(state: ApiState) -> Router {
-    let ApiState { hub, registry, started, downstream } = state;
+    let ApiState { hub, registry, started, readiness, downstream } = state;
     let healthy = hub.clone();
     let mut router = Router::new()
         .route("/stats/time", get(stream_time).options(preflight))
         .with_state(hub.clone())
-        .route("/healthz", get(move || async move { health(&healthy, started) }))
+        .route("/healthz", get(move || async move { health(&healthy, started) }).options(preflight))
+        .route("/readyz", get(move || async move { ready(&readiness) }).options(preflight))
         .route("/metrics", get(move || async move { scrape(&registry) }));
     if let Some(downstream) = downstream {
         let serving = Router::new()
@@ -232,13 +236,28 @@ struct Health {
 }
 
 fn health(hub: &Hub, started: Instant) -> Response {
-    Json(Health {
+    let health = Health {
         status: "ok",
         version: env!("CARGO_PKG_VERSION"),
         uptime_seconds: started.elapsed().as_secs(),
         streams: hub.len(),
-    })
-    .into_response()
+    };
+    (FOR_EVERYONE, Json(health)).into_response()
+}
+
+#[derive(Serialize)]
+struct Ready {
+    status: &'static str,
+    reasons: Vec<String>,
+}
+
+fn ready(readiness: &Readiness) -> Response {
+    let reasons = readiness.reasons();
+    let (code, status) = match reasons.is_empty() {
+        true => (StatusCode::OK, "ready"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+    };
+    (code, FOR_EVERYONE, Json(Ready { status, reasons })).into_response()
 }
 
 fn scrape(registry: &Registry) -> Response {
@@ -256,8 +275,7 @@ async fn not_found() -> Response {
 }
 
 fn answer(status: StatusCode, data: impl Serialize) -> Response {
-    let headers = [(ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (CACHE_CONTROL, "no-store")];
-    (status, headers, Json(Answer { status: status.as_u16(), data })).into_response()
+    (status, FOR_EVERYONE, Json(Answer { status: status.as_u16(), data })).into_response()
 }
 
 /// The host of a `Host` header (RFC 9110 §7.2), without its port.
@@ -268,6 +286,9 @@ fn host_name(host: &str) -> &str {
     }
 }
 
+/// Headers of an answer that web pages of any origin may read.
+const FOR_EVERYONE: [(HeaderName, &str); 2] =
+    [(ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (CACHE_CONTROL, "no-store")];
 /// RTMP servers number the message streams of a connection from 1, and a publisher creates one.
 const RTMP_MESSAGE_STREAM: u32 = 1;
 
@@ -309,6 +330,7 @@ mod tests {
             hub: hub.clone(),
             registry: metrics::registry(&admission, outgoing).unwrap(),
             started: Instant::now(),
+            readiness: Readiness::default(),
             downstream,
         }
     }
@@ -425,11 +447,30 @@ mod tests {
         assert_eq!(get_json(&router, "/stats/time").await.0, 400);
         let (status, health) = get_json(&router, "/healthz").await;
         assert_eq!((status, &health["streams"]), (200, &json!(1)));
+        for path in ["/healthz", "/readyz", "/stats/time?stream=live/movie"] {
+            let request = Request::get(path).body(Body::empty()).unwrap();
+            let response = TowerToHyperService::new(router.clone()).call(request).await.unwrap();
+            assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_ORIGIN], "*", "{path}");
+        }
         let (status, body) = get_json(&router, "/nothing").await;
         assert_eq!((status, &body["status"]), (404, &json!(404)));
         let (status, text) = get_text(&router, "/metrics").await;
         assert_eq!(status, 200);
         assert!(text.contains("downpour_streams 1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn readiness_has_its_reasons() {
+        let mut state = state(&hub(), None);
+        let readiness = Readiness::default();
+        state.readiness = readiness.clone();
+        let router = router(state);
+        let answer = get_json(&router, "/readyz").await;
+        assert_eq!(answer, (200, json!({"status": "ready", "reasons": []})));
+        readiness.draining.cancel();
+        let answer = get_json(&router, "/readyz").await;
+        let reasons = json!(["the node is shutting down"]);
+        assert_eq!(answer, (503, json!({"status": "not ready", "reasons": reasons})));
     }
 
     #[test]

@@ -46,7 +46,11 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
         if !connection.slot.set_busy() {
             return;
         }
+        let is_reserved = connection.slot.is_reserved();
         let outcome = match (&head.request, &shared.admission) {
+            (request, _) if is_reserved && *request != Request::Monitoring => {
+                return shared.refuse_for_lack_of_slots(socket, &connection).await;
+            }
             (Request::Flv { method: Method::Get, key, query }, Some(admission)) => {
                 let request = play_request(peer, key, query);
                 // Frees memory: a viewer needs neither the head nor the bytes after it.
@@ -65,7 +69,7 @@ pub(super) async fn serve(shared: Arc<Shared>, mut socket: TcpStream, connection
         if !connection.slot.set_idle(std::time::Instant::now(), idle) {
             return;
         }
-        if outcome == Outcome::Closing {
+        if outcome == Outcome::Closing || is_reserved {
             return linger(socket, &connection.slot).await;
         }
     }
@@ -152,7 +156,8 @@ impl Shared {
         admission: &Admission,
     ) {
         let (peer, key) = (connection.peer, request.key.clone());
-        if !connection.slot.pin() {
+        // While its stream is not live, it takes nobody's place.
+        if !connection.slot.set_idle(std::time::Instant::now(), Idle::NotLive) {
             return;
         }
         // The client may have closed its sending side behind the request, and still read.
@@ -160,22 +165,30 @@ impl Shared {
             biased;
             admitted = admission.play(request) => admitted,
             _ = viewer::client_reset(&socket) => return,
+            () = connection.slot.displaced() => return,
         };
         match admitted {
             Ok(playback) => {
-                // Already pinned: this frees memory.
-                let _ = connection.slot.pin_for_good();
+                if !connection.slot.pin_for_good() {
+                    return;
+                }
                 // A smaller task takes the connection over, and this one ends.
                 let stream = playback.stream().clone();
                 let viewer = Viewer::new(socket, connection, playback, &self.metrics);
                 self.viewers.join(viewer, &stream);
             }
             Err(refusal) => {
-                connection.slot.unpin(std::time::Instant::now(), peer.ip());
                 self.refuse_viewer(&socket, peer, &key, &refusal).await;
                 linger(socket, &connection.slot).await;
             }
         }
+    }
+
+    async fn refuse_for_lack_of_slots(&self, socket: TcpStream, connection: &Connection) {
+        self.metrics.refused.connections_full.inc();
+        let status = "503 Service Unavailable\r\nRetry-After: 5";
+        self.refuse(&socket, status, "All connections are in use.", true, false).await;
+        linger(socket, &connection.slot).await;
     }
 
     async fn refuse_viewer(

@@ -20,6 +20,8 @@ pub(super) struct Head {
 pub(super) enum Request {
     /// `/{app}/{name}.flv`
     Flv { method: Method, key: StreamKey, query: String },
+    /// A request of monitoring: see [`MONITORING`].
+    Monitoring,
     /// Any other target.
     Other,
 }
@@ -77,6 +79,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
             let query = query.map_or_else(String::new, |(_, query)| query.to_owned());
             Request::Flv { method, key, query }
         }
+        None if request.path.is_some_and(is_monitoring) => Request::Monitoring,
         None => Request::Other,
     };
     let body = match request.method {
@@ -116,6 +119,10 @@ fn asks_to_close(headers: &[httparse::Header<'_>]) -> bool {
     })
 }
 
+fn is_monitoring(target: &str) -> bool {
+    target.split('?').next().is_some_and(|path| MONITORING.contains(&path))
+}
+
 /// The stream key in a request target in origin form or absolute form (RFC 9112 §3.2); `None` if the
 /// target is not that of a stream.
 fn flv_key(target: &str) -> Option<StreamKey> {
@@ -132,6 +139,8 @@ fn flv_key(target: &str) -> Option<StreamKey> {
 /// Maximum bytes of a head: players send a few hundred bytes, browsers with cookies a few KB.
 pub(super) const MAX_HEAD_LEN: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
+/// Paths that are served even if all connections are in use.
+const MONITORING: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
 #[cfg(test)]
 mod tests {

@@ -56,7 +56,8 @@ impl HttpServer {
         let connections = settings.max_viewers.saturating_add(CONNECTIONS_BESIDE_VIEWERS);
         let accept = AcceptSettings {
             protocol: "HTTP",
-            limits: SlotLimits::new(connections, settings.max_connections_per_address),
+            limits: SlotLimits::new(connections, settings.max_connections_per_address)
+                .with_reserved(RESERVED_CONNECTIONS),
             keepalive: KEEPALIVE,
         };
         let accept = AcceptLoop::new(listener, accept, metrics.accept_counters());
@@ -97,5 +98,7 @@ impl HttpServer {
 /// Slots for connections that are not viewers: idle ones, and requests to the router. Viewers cannot
 /// take them.
 pub(crate) const CONNECTIONS_BESIDE_VIEWERS: usize = 1024;
+/// Further slots, in which only `/healthz`, `/readyz` and `/metrics` are served.
+const RESERVED_CONNECTIONS: usize = 16;
 /// Time without data after which TCP probes a connection.
 const KEEPALIVE: Duration = Duration::from_secs(30);

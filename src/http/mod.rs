@@ -7,6 +7,8 @@ mod flv;
 mod head;
 pub mod listener;
 mod metrics;
+pub mod page;
+pub mod readiness;
 mod routed;
 
 pub use flv::ViewerSettings;

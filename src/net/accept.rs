@@ -27,6 +27,10 @@ use downpour_sys::LogLimit;
 pub fn bind(addr: SocketAddr, connections: usize) -> io::Result<TcpListener> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
+    if addr.is_ipv6() {
+        // `[::]` is every IPv4 address, too, whatever net.ipv6.bindv6only says.
+        SockRef::from(&socket).set_only_v6(false)?;
+    }
     socket.bind(addr)?;
     socket.listen(limits::backlog(connections))
 }
@@ -137,6 +141,8 @@ impl AcceptLoop {
     }
 
     fn admit(&mut self, now: Instant, stream: TcpStream, peer: SocketAddr) -> Option<Accepted> {
+        // A dual-stack socket has IPv4 addresses in the form ::ffff:192.0.2.1.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let protocol = self.settings.protocol;
         let (slot, displaced) = match self.slots.admit(now, peer.ip()) {
             Ok(admitted) => admitted,
@@ -148,7 +154,7 @@ impl AcceptLoop {
         if displaced {
             self.counters.displaced.inc();
             if let Some(missed) = self.displaced.due(now) {
-                let SlotLimits { total, per_address } = self.settings.limits;
+                let SlotLimits { total, per_address, .. } = self.settings.limits;
                 warn!(
                     protocol, %peer, total, per_address, missed,
                     "idle connection closed for a new one: all connection slots are in use"

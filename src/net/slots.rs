@@ -12,9 +12,11 @@
 //! - The total counts all three states. An address's share counts idle and busy connections only:
 //!   many viewers or publishers may be behind one address.
 //! - If the total or the share is used up, a new connection takes the slot of an idle one: of one that
-//!   is kept alive if there is one, otherwise of one that has sent no complete request; in each case
-//!   of the one that has been idle longest. If none is idle, the new connection is refused. So idle
+//!   is kept alive if there is one, otherwise of one that has sent no complete request, otherwise of a
+//!   viewer whose stream is not live; in each case of the one that has been idle longest. So idle
 //!   connections never prevent a client with a request from being served.
+//! - If none is idle, the new connection takes a reserved slot, if there are any, or is refused. In a
+//!   reserved slot only the requests of monitoring are served, and nothing is pinned.
 //! - Loopback addresses have no share: proxies and monitoring run there.
 
 use std::{
@@ -34,13 +36,21 @@ pub struct SlotLimits {
     pub total: usize,
     /// Per client address (an IPv6 /64 is one address), not counting viewers and publishers.
     pub per_address: usize,
+    /// Slots beyond the total, for connections that find all others in use.
+    pub reserved: usize,
 }
 
 impl SlotLimits {
     /// `total` connections, of which one address may have `per_address`; `None` is half.
     pub fn new(total: usize, per_address: Option<usize>) -> Self {
         let total = total.max(1);
-        Self { total, per_address: per_address.unwrap_or(total.div_ceil(2)).max(1) }
+        let per_address = per_address.unwrap_or(total.div_ceil(2)).max(1);
+        Self { total, per_address, reserved: 0 }
+    }
+
+    /// The same with reserved slots.
+    pub fn with_reserved(self, reserved: usize) -> Self {
+        Self { reserved, ..self }
     }
 }
 
@@ -56,6 +66,8 @@ pub enum Idle {
     KeptAlive,
     /// No complete request has arrived.
     NoRequest,
+    /// A viewer waits for a stream that is not live.
+    NotLive,
 }
 
 /// Why a connection is refused.
@@ -81,11 +93,15 @@ impl Slots {
     /// Takes a slot. Returns it, and `true` if another connection was displaced.
     pub(super) fn admit(&self, now: Instant, address: IpAddr) -> Result<(Slot, bool), SlotRefusal> {
         let signal = Arc::new(Notify::new());
-        let (id, displaced) = self.0.lock().admit(now, address, signal.clone())?;
+        let mut table = self.0.lock();
+        let (id, displaced) = table.admit(now, address, signal.clone())?;
+        let is_reserved = table.is_reserved(id);
+        drop(table);
         if let Some(displaced) = &displaced {
             displaced.notify_one();
         }
-        let slot = Slot { slots: self.clone(), id: Some(id), signal: Some(signal) };
+        let (slots, id, signal) = (self.clone(), Some(id), Some(signal));
+        let slot = Slot { slots, id, signal, is_reserved };
         Ok((slot, displaced.is_some()))
     }
 }
@@ -97,9 +113,15 @@ pub struct Slot {
     /// `None` while it is pinned.
     id: Option<u64>,
     signal: Option<Arc<Notify>>,
+    is_reserved: bool,
 }
 
 impl Slot {
+    /// `true` if it is one of the reserved slots. Such a slot must not be pinned.
+    pub fn is_reserved(&self) -> bool {
+        self.is_reserved
+    }
+
     /// The only slot of a listener.
     #[cfg(test)]
     pub(crate) fn alone() -> Self {
@@ -182,6 +204,8 @@ struct Table<S> {
     /// Number of pinned connections. They have no entry.
     pinned: usize,
     entries: HashMap<u64, Entry<S>>,
+    /// Number of entries in reserved slots.
+    reserved: usize,
     idle: IdleQueue,
     addresses: HashMap<IpAddr, AddressSlots>,
 }
@@ -192,6 +216,7 @@ struct Entry<S> {
     address: Option<IpAddr>,
     /// `None` while it is busy.
     idle: Option<(Idle, Instant)>,
+    is_reserved: bool,
     signal: S,
 }
 
@@ -211,6 +236,7 @@ impl<S> Table<S> {
             next_id: 0,
             pinned: 0,
             entries: HashMap::new(),
+            reserved: 0,
             idle: IdleQueue::new(),
             addresses: HashMap::new(),
         }
@@ -227,9 +253,11 @@ impl<S> Table<S> {
         let share = address.and_then(|address| self.addresses.get(&address));
         let displaced = match share.filter(|share| share.count >= self.limits.per_address) {
             Some(share) => Some(share.idle.first().ok_or(SlotRefusal::Address)?.2),
-            None if self.entries.len() + self.pinned >= self.limits.total => {
-                Some(self.idle.first().ok_or(SlotRefusal::Total)?.2)
-            }
+            None if self.is_full() => match self.idle.first() {
+                Some((.., id)) => Some(*id),
+                None if self.reserved < self.limits.reserved => None,
+                None => return Err(SlotRefusal::Total),
+            },
             None => None,
         };
         let displaced = displaced.and_then(|id| self.remove(id));
@@ -239,12 +267,23 @@ impl<S> Table<S> {
     fn insert(&mut self, now: Instant, address: Option<IpAddr>, signal: S) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
+        let is_reserved = self.is_full() && self.limits.reserved > 0;
+        self.reserved += usize::from(is_reserved);
         if let Some(address) = address {
             self.addresses.entry(address).or_default().count += 1;
         }
-        self.entries.insert(id, Entry { address, idle: None, signal });
+        self.entries.insert(id, Entry { address, idle: None, is_reserved, signal });
         self.set_idle(id, Some((Idle::NoRequest, now)));
         id
+    }
+
+    /// `true` if all slots that are not reserved are in use.
+    fn is_full(&self) -> bool {
+        self.entries.len() + self.pinned - self.reserved >= self.limits.total
+    }
+
+    fn is_reserved(&self, id: u64) -> bool {
+        self.entries.get(&id).is_some_and(|entry| entry.is_reserved)
     }
 
     /// Returns `false` if the connection has been displaced.
@@ -280,6 +319,7 @@ impl<S> Table<S> {
     fn remove(&mut self, id: u64) -> Option<S> {
         self.set_idle(id, None);
         let entry = self.entries.remove(&id)?;
+        self.reserved -= usize::from(entry.is_reserved);
         if let Some(address) = entry.address
             && let Some(share) = self.addresses.get_mut(&address)
         {
@@ -406,6 +446,29 @@ mod tests {
         sim.admit(61, client(1), 8).unwrap();
         assert_eq!(sim.admit(62, client(1), 9).unwrap().1, Some(8));
         assert_eq!(sim.table.pinned, 49);
+    }
+
+    #[test]
+    fn reserved_slots_are_for_those_that_find_all_others_in_use() {
+        let mut sim = Sim::new(2, 2);
+        sim.table.limits = sim.table.limits.with_reserved(1);
+        let busy = [0, 1].map(|i| sim.admit(i, LOOPBACK, 0).unwrap().0);
+        for id in busy {
+            assert!(!sim.table.is_reserved(id) && sim.table.set_idle(id, None));
+        }
+        let (reserved, displaced) = sim.admit(2, LOOPBACK, 7).unwrap();
+        assert!(sim.table.is_reserved(reserved) && displaced.is_none());
+        // The next one takes it over while it is idle, and is refused while it is busy.
+        let (next, displaced) = sim.admit(3, LOOPBACK, 8).unwrap();
+        assert!(sim.table.is_reserved(next));
+        assert_eq!(displaced, Some(7));
+        assert!(sim.table.set_idle(next, None));
+        assert_eq!(sim.admit(4, LOOPBACK, 9), Err(SlotRefusal::Total));
+        // A slot that is free again is not a reserved one.
+        sim.table.remove(busy[0]);
+        let (id, displaced) = sim.admit(5, LOOPBACK, 10).unwrap();
+        assert!(!sim.table.is_reserved(id) && displaced.is_none());
+        assert_eq!(sim.table.reserved, 1);
     }
 
     #[test]

@@ -29,6 +29,8 @@ use crate::{
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, ApiState, DownstreamApi},
+        page,
+        readiness::Readiness,
     },
     node,
     record::{RecordMetrics, Recorder},
@@ -37,6 +39,7 @@ use crate::{
         listener::{Server as RtmpServer, ServerSettings as RtmpSettings},
     },
 };
+pub use downpour_distribution::downstream::DownstreamReload;
 use downpour_distribution::{
     downstream::{self, Downstream, outgoing::OutgoingStreams},
     tls::{Fingerprint, Identity},
@@ -139,6 +142,7 @@ pub struct Node {
     recorder: Option<Recorder>,
     http: HttpServer,
     http_grace: Duration,
+    draining: CancellationToken,
     addrs: NodeAddrs,
     grace: Duration,
 }
@@ -155,6 +159,11 @@ impl Node {
         let outgoing = settings.downstream.is_some().then(OutgoingStreams::new);
         let registry = metrics::registry(&admission, outgoing.clone())?;
 
+        // The first: at boot its network may be missing, and then the rest is not needed.
+        let upstream = settings
+            .upstream
+            .map(|upstream| upstream::bind(upstream, hub.clone(), &registry))
+            .transpose()?;
         let rtmp = settings.rtmp.map(|(addr, rtmp)| bind_rtmp(&addr, rtmp, &registry));
         let rtmp = rtmp.transpose()?;
         let addr = &settings.http.addr;
@@ -169,10 +178,6 @@ impl Node {
         let record_metrics = RecordMetrics::register(&registry)?;
         let recorder = settings.record.map(|dir| Recorder::new(dir, record_metrics));
         add_sinks(&hub, downstream.as_ref().map(|(downstream, _)| downstream), recorder.as_ref());
-        let upstream = settings
-            .upstream
-            .map(|upstream| upstream::bind(upstream, hub.clone(), &registry))
-            .transpose()?;
 
         let addrs = NodeAddrs {
             rtmp: rtmp.as_ref().map(|(key, rtmp)| local(key, rtmp.local_addr())).transpose()?,
@@ -180,17 +185,24 @@ impl Node {
             downstream: downstream.as_ref().map(|(_, addrs)| *addrs),
             rtp_in: upstream.as_ref().map_or_else(Vec::new, |upstream| upstream.addrs.clone()),
         };
+        let draining = CancellationToken::new();
+        let link = upstream.as_ref().map(|upstream| upstream.link.clone());
         let state = ApiState {
             hub,
             registry: registry.clone(),
             started: std::time::Instant::now(),
+            readiness: Readiness { upstream: link, draining: draining.clone() },
             downstream: downstream.as_ref().map(|(part, _)| downstream_api(part, addrs.rtmp)),
         };
         let HttpSettings { flv, viewers, grace: http_grace, .. } = settings.http;
+        let mut router = api::router(state);
+        if flv {
+            router = router.merge(page::router(admission.hub().clone()));
+        }
         let http = HttpServer::new(
             listener,
             flv.then(|| admission.clone()),
-            api::router(state),
+            router,
             viewers,
             HttpMetrics::register(&registry)?,
         );
@@ -204,6 +216,7 @@ impl Node {
             recorder,
             http,
             http_grace,
+            draining,
             addrs,
             grace: settings.grace,
         })
@@ -217,6 +230,11 @@ impl Node {
     /// The node's admission: lists publications and playbacks, and revokes them.
     pub fn admission(&self) -> &Admission {
         &self.admission
+    }
+
+    /// Changes the downstream while the node runs; `None` on a node without one.
+    pub fn downstream_reload(&self) -> Option<DownstreamReload> {
+        self.downstream.as_ref().map(Downstream::reload)
     }
 
     /// Counters of the streams that arrive from another node, updated while the node runs; `None` on
@@ -256,6 +274,7 @@ impl Node {
             outcome = source_tasks.run_until(&shutdown) => outcome,
             outcome = sink_tasks.run_until(&shutdown) => outcome,
         };
+        self.draining.cancel();
         let grace = Grace::starting_now(self.grace);
         // Asked before the sources end: their streams leave the hub at once.
         let had_streams = !admission.hub().is_empty();

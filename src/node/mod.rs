@@ -8,7 +8,7 @@ pub mod metrics;
 pub mod settings;
 pub mod upstream;
 
-pub use assemble::{DownstreamAddrs, Node, NodeAddrs, NodeSettings};
+pub use assemble::{DownstreamAddrs, DownstreamReload, Node, NodeAddrs, NodeSettings};
 
 use std::{fmt::Display, future::Future, io, net::SocketAddr};
 
@@ -23,36 +23,65 @@ use crate::{config::ListenAddr, net};
 pub struct StartError {
     key: &'static str,
     message: String,
+    cause: Cause,
+}
+
+/// What must change for a node to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    /// The settings.
+    Settings,
+    /// Something on this machine, such as a program that uses the port.
+    Machine,
+    /// The network: an address or a route is missing, and comes when an interface does.
+    Network,
 }
 
 impl StartError {
     /// The setting `key` cannot be used; `message` says why.
     pub fn new(key: &'static str, message: impl Display) -> Self {
-        Self { key, message: message.to_string() }
+        Self { key, message: message.to_string(), cause: Cause::Settings }
     }
 
     /// The node cannot listen on the address in `key`.
     pub fn listen(key: &'static str, addr: impl Display, error: &io::Error) -> Self {
-        Self::new(
-            key,
-            match error.kind() {
-                io::ErrorKind::AddrInUse => {
-                    format!("{addr} is in use; change it, or stop the program that listens there")
-                }
-                io::ErrorKind::PermissionDenied => {
-                    format!("{addr} is not permitted; use a port above 1023, or run as root")
-                }
-                io::ErrorKind::AddrNotAvailable => {
-                    format!("{addr} is not an address of this machine")
-                }
-                _ => format!("cannot listen on {addr}: {error}"),
-            },
-        )
+        let (cause, message) = match error.kind() {
+            io::ErrorKind::AddrInUse => (
+                Cause::Machine,
+                format!("{addr} is in use; change it, or stop the program that listens there"),
+            ),
+            io::ErrorKind::PermissionDenied => (
+                Cause::Settings,
+                format!("{addr} is not permitted; use a port above 1023, or run as root"),
+            ),
+            io::ErrorKind::AddrNotAvailable => {
+                (Cause::Network, format!("{addr} is not an address of this machine"))
+            }
+            io::ErrorKind::NetworkDown | io::ErrorKind::NetworkUnreachable => {
+                (Cause::Network, format!("cannot listen on {addr}: {error}"))
+            }
+            // To join a group takes an interface and a route.
+            _ if error.raw_os_error() == Some(libc::ENODEV) => {
+                (Cause::Network, format!("no network interface for {addr}"))
+            }
+            _ => (Cause::Machine, format!("cannot listen on {addr}: {error}")),
+        };
+        Self { key, message, cause }
     }
 
     /// The setting at fault.
     pub fn key(&self) -> &'static str {
         self.key
+    }
+
+    /// `true` if the node can start once the network is there.
+    pub fn is_network(&self) -> bool {
+        self.cause == Cause::Network
+    }
+
+    /// `true` if the node may start later with the same settings.
+    pub fn is_machine(&self) -> bool {
+        self.cause != Cause::Settings
     }
 }
 
@@ -67,7 +96,11 @@ impl From<prometheus::Error> for StartError {
 /// # Errors
 /// If its host name cannot be resolved.
 pub fn resolve(key: &'static str, addr: &ListenAddr) -> Result<SocketAddr, StartError> {
-    addr.resolve().map_err(|error| StartError::new(key, format!("{addr}: {error}")))
+    addr.resolve().map_err(|error| StartError {
+        key,
+        message: format!("{addr}: {error}"),
+        cause: Cause::Machine,
+    })
 }
 
 /// Listens for TCP on the address in the setting `key`, for about `connections` connections at one
@@ -146,6 +179,20 @@ mod tests {
                 "rtmp.addr: {address} is in use; change it, or stop the program that listens there"
             )
         );
+    }
+
+    #[test]
+    fn missing_network_is_told_from_wrong_settings_and_from_a_port_in_use() {
+        let cause = |number| {
+            let error = StartError::listen("rtp.addr", ":1", &io::Error::from_raw_os_error(number));
+            (error.is_network(), error.is_machine())
+        };
+        assert_eq!(cause(libc::ENODEV), (true, true));
+        assert_eq!(cause(libc::EADDRNOTAVAIL), (true, true));
+        assert_eq!(cause(libc::ENETUNREACH), (true, true));
+        assert_eq!(cause(libc::EADDRINUSE), (false, true));
+        assert_eq!(cause(libc::EACCES), (false, false));
+        assert!(!StartError::new("rtp.addr", "use another").is_machine());
     }
 
     #[tokio::test]

@@ -1,35 +1,34 @@
 //! Settings of a node from those of a cloud and of an edge: two sets of defaults of one node.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use super::{
     assemble::{DownstreamSettings, HttpSettings, NodeSettings, Setting},
     upstream::UpstreamSettings,
 };
 use crate::{
-    config::{ClientAddr, CloudConfig, DownstreamConfig, EdgeConfig},
+    config::{ClientAddr, CloudConfig, DownstreamConfig, EdgeConfig, StreamLimits},
     http::ViewerSettings,
     net,
     rtmp::listener::ServerSettings as RtmpSettings,
 };
-use downpour_distribution::downstream::{
-    self, fanout, repair_server::RepairServerSettings, tap::SenderSettings,
+use downpour_distribution::{
+    address::Destination,
+    downstream::{self, fanout, repair_server::RepairServerSettings, tap::SenderSettings},
 };
 use downpour_hub::{LogLimits, admission};
+use downpour_repair::fec::Fec;
 use downpour_sys::udp::MulticastOut;
 
 impl From<&CloudConfig> for NodeSettings {
     fn from(config: &CloudConfig) -> Self {
-        let grace = Duration::from_millis(config.shutdown_grace_ms);
+        let grace = Duration::from_millis(config.shutdown.grace_ms);
         Self {
-            log: LogLimits {
-                max_bytes: config.gop_cache_max_bytes,
-                max_age: config.gop_cache_max_ms,
-            },
+            log: stream_log(&config.stream_limits),
             admission: admission::Settings {
                 publisher_silence: Duration::from_millis(config.publisher_silence_ms),
-                publish_grace: Duration::from_millis(config.publish_grace_ms),
-                max_streams: config.max_streams,
+                publish_grace: stream_grace(&config.stream_limits),
+                max_streams: config.stream_limits.max,
                 max_players: config.max_viewers,
                 ..admission::Settings::default()
             },
@@ -56,7 +55,7 @@ impl From<&CloudConfig> for NodeSettings {
                 ),
                 grace: grace / 2,
             },
-            record: config.enable_record.then(|| config.record_dir.clone()),
+            record: config.record.dir().map(Path::to_owned),
             grace,
         }
     }
@@ -64,14 +63,11 @@ impl From<&CloudConfig> for NodeSettings {
 
 impl From<&EdgeConfig> for NodeSettings {
     fn from(config: &EdgeConfig) -> Self {
-        let grace = Duration::from_millis(config.shutdown_grace_ms);
+        let grace = Duration::from_millis(config.shutdown.grace_ms);
         Self {
-            log: LogLimits {
-                max_bytes: config.gop_cache_max_bytes,
-                max_age: config.gop_cache_max_ms,
-            },
+            log: stream_log(&config.stream_limits),
             admission: admission::Settings {
-                max_streams: config.max_streams,
+                max_streams: config.stream_limits.max,
                 max_players: config.max_viewers,
                 ..admission::Settings::default()
             },
@@ -89,10 +85,18 @@ impl From<&EdgeConfig> for NodeSettings {
                 ),
                 grace: grace / 2,
             },
-            record: config.enable_record.then(|| config.record_dir.clone()),
+            record: config.record.dir().map(Path::to_owned),
             grace,
         }
     }
+}
+
+fn stream_log(limits: &StreamLimits) -> LogLimits {
+    LogLimits { max_bytes: limits.gop_cache_max_bytes, max_age: limits.gop_cache_max_ms }
+}
+
+fn stream_grace(limits: &StreamLimits) -> Duration {
+    Duration::from_millis(limits.publish_grace_ms)
 }
 
 fn viewers(
@@ -110,6 +114,12 @@ fn viewers(
     }
 }
 
+/// Addresses that get every stream, and the parity of each.
+pub(crate) fn targets(config: &DownstreamConfig) -> Vec<(Destination, Fec)> {
+    let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
+    config.targets.iter().map(with_fec).collect()
+}
+
 /// `default_name` is the node's name if the machine has no host name.
 fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettings {
     let fanout = fanout::Settings {
@@ -123,7 +133,6 @@ fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettin
         pacing: config.pacing,
         ..fanout::Settings::default()
     };
-    let with_fec = |target: &ClientAddr| (target.addr.clone(), target.fec.unwrap_or(config.fec));
     DownstreamSettings {
         quic_addr: Setting::new("downstream.quic_addr", config.quic_addr.clone()),
         cert_file: config.cert_file.clone(),
@@ -136,7 +145,7 @@ fn downstream(config: &DownstreamConfig, default_name: &str) -> DownstreamSettin
                 repeat_headers: config.repeat_headers,
             },
             fanout: (!config.debug).then_some(fanout),
-            targets: config.targets.iter().map(with_fec).collect(),
+            targets: targets(config),
             edge_fec: config.fec,
             // Replaced by the address above once that is resolved.
             quic_addr: ([0, 0, 0, 0], 0).into(),

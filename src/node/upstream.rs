@@ -19,6 +19,7 @@ use downpour_distribution::{
     tls::{ClientTls, Trust},
     upstream::{
         dispatch::{self, Cloud, Connect, Upstream},
+        link_state::LinkState,
         prober::ProbeMetrics,
         repair_client::{ProtocolChoice, RepairClient, RepairClientMetrics, RepairClientSettings},
         socket::RtpSocket,
@@ -39,6 +40,7 @@ pub struct UpstreamSettings(pub(super) EdgeConfig);
 pub(super) struct Bound {
     pub(super) upstream: Upstream,
     pub(super) metrics: ReceiveMetrics,
+    pub(super) link: LinkState,
     /// Addresses that RTP arrives on, one per path.
     pub(super) addrs: Vec<SocketAddr>,
 }
@@ -73,8 +75,8 @@ pub(super) fn bind(
                 ..receiver::Settings::default()
             },
             silence: SILENCE,
-            hold: Duration::from_millis(config.publish_grace_ms),
-            max_streams: config.max_streams,
+            hold: Duration::from_millis(config.stream_limits.publish_grace_ms),
+            max_streams: config.stream_limits.max,
             fetches_headers: true,
         },
         hub,
@@ -100,7 +102,13 @@ pub(super) fn bind(
     let probe_metrics = ProbeMetrics::register(registry)?;
     let upstream =
         Upstream::new(sockets, parity, settings, streams, metrics.clone(), probe_metrics);
-    Ok(Bound { upstream, metrics, addrs })
+    // To a v0 cloud there is a connection only while packets are missing.
+    let link = match config.repair_protocol {
+        RepairProtocol::V0 => LinkState::lazy(),
+        RepairProtocol::Auto | RepairProtocol::Downpour => LinkState::default(),
+    };
+    let upstream = upstream.with_link_state(link.clone());
+    Ok(Bound { upstream, metrics, link, addrs })
 }
 
 fn bind_rtp(

@@ -34,6 +34,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     ServerMetrics,
+    arrival::Arrival,
     metrics::{
         REFUSED_ALREADY_LIVE, REFUSED_FULL, REFUSED_NAME, REFUSED_NOT_CONNECTED, REFUSED_PLAY,
         REFUSED_TOO_MANY, REFUSED_UNAUTHORIZED,
@@ -45,7 +46,7 @@ use downpour_hub::{
     Admission,
     admission::{self, Publication},
 };
-use downpour_media::StreamKey;
+use downpour_media::{StreamKey, flv::Tag};
 use downpour_rtmp::session::{
     PublishIntent, PublishRefusal, Refusal, ServerEvent, ServerSession, SessionError,
     SessionSettings,
@@ -81,6 +82,7 @@ impl Connection {
                 session: ServerSession::new(session, rand::random()),
                 unread: Vec::new(),
                 publication: None,
+                arrival: Arrival::default(),
                 last_key: None,
                 peer,
                 slot,
@@ -251,6 +253,8 @@ struct ConnectionState {
     /// Bytes after a `publish` that admission is deciding on.
     unread: Vec<u8>,
     publication: Option<Publication>,
+    /// What the publication sends, until it is logged.
+    arrival: Arrival,
     /// The key of the current or the last publication, for the log.
     last_key: Option<StreamKey>,
     peer: SocketAddr,
@@ -289,6 +293,7 @@ impl ConnectionState {
                 None => break Step::Continue,
                 Some(ServerEvent::Tag(tag)) => {
                     self.metrics.tags(tag.kind()).inc();
+                    self.note_arrival(&tag);
                     if let Some(publication) = &mut self.publication {
                         publication.push(tag);
                     }
@@ -315,6 +320,16 @@ impl ConnectionState {
             ignored => self.metrics.ignored_messages.inc_by(ignored),
         }
         Ok(step)
+    }
+
+    /// Logs codecs, size and rate of a new publication once they are known.
+    fn note_arrival(&mut self, tag: &Tag) {
+        let now = self.last_read.into_std();
+        if let Some(publication) = &self.publication
+            && self.arrival.push(now, tag)
+        {
+            self.arrival.log(now, self.peer, publication.key());
+        }
     }
 
     fn unpublish(&mut self) {
@@ -366,6 +381,7 @@ impl ConnectionState {
             Err(_) => Ok(Some(Close::PublishTimeout)),
             Ok(Ok(publication)) => {
                 self.publication = Some(publication);
+                self.arrival = Arrival::default();
                 self.last_read = Instant::now();
                 self.session.accept()?;
                 info!(peer = %self.peer, stream = %key, "RTMP publication started");

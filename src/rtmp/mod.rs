@@ -2,6 +2,7 @@
 //!
 //! The protocol itself, without I/O, is in the crate `downpour-rtmp`.
 
+mod arrival;
 pub mod client;
 mod connection;
 pub mod listener;

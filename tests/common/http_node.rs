@@ -9,6 +9,7 @@ use downpour::{
     http::{
         HttpMetrics, HttpServer, ViewerSettings,
         api::{self, ApiState},
+        readiness::Readiness,
     },
     node::metrics,
 };
@@ -54,6 +55,7 @@ impl HttpNode {
             hub: hub.clone(),
             registry: registry.clone(),
             started: Instant::now(),
+            readiness: Readiness::default(),
             downstream: None,
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

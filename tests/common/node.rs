@@ -500,6 +500,35 @@ impl Node {
         files
     }
 
+    /// Sends it a signal, by the name that kill(1) gives it.
+    #[track_caller]
+    pub fn signal(&self, name: &str) {
+        process::signal(self.pid(), name);
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> String {
+        std::fs::read_to_string(self.file("node.yaml")).expect("no configuration")
+    }
+
+    /// Writes its configuration file, which it reads at its next start or reload.
+    pub fn set_config(&self, text: &str) {
+        std::fs::write(self.file("node.yaml"), text).expect("cannot write a configuration");
+    }
+
+    /// A file in its directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Waits until it has logged a text.
+    #[track_caller]
+    pub fn until_logged(&self, text: &str) {
+        wait_for(&format!("the {} logs {text:?}", self.role), SOON, || {
+            self.log_text().contains(text).then_some(())
+        });
+    }
+
     /// The log so far.
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(self.log()).expect("no log")
@@ -550,7 +579,7 @@ fn collect_files(dir: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-pub(super) fn loopback(port: u16) -> SocketAddr {
+pub fn loopback(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 

@@ -1,6 +1,9 @@
 //! Processes: tests that need a separate one, child processes, signals and memory.
 
-use std::process::{Child, Command, Output, Stdio};
+use std::{
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    time::Duration,
+};
 
 /// Runs the calling test in a separate process. Returns `true` in that process, where the test
 /// continues, and `false` in the original one, where it is done.
@@ -55,6 +58,16 @@ impl Guard {
         let child = self.0.take().expect("only this method takes it");
         signal(child.id(), "INT");
         child.wait_with_output().expect("cannot wait for a process")
+    }
+
+    /// The same, with a deadline and without the output.
+    #[track_caller]
+    pub fn interrupt_within(mut self, deadline: Duration) -> ExitStatus {
+        let child = self.0.as_mut().expect("only these methods take it");
+        signal(child.id(), "INT");
+        super::wait_for("a process ends after SIGINT", deadline, || {
+            child.try_wait().expect("cannot wait for a process")
+        })
     }
 }
 

@@ -7,9 +7,10 @@ use std::{
 };
 
 use crate::common::{
-    media,
+    SOON, http, media,
     process::Guard,
     viewer::{Viewer, save},
+    wait_for,
 };
 
 #[test]
@@ -28,7 +29,14 @@ fn demo_prints_urls_of_a_whole_stream() {
         .take_while(|line| !line.starts_with("Publish"))
         .filter_map(|line| Some(line.split_once("http://")?.1.to_owned()))
         .collect();
-    assert_eq!(urls.len(), 2, "{urls:?}");
+    let (urls, pages): (Vec<_>, Vec<_>) = urls.into_iter().partition(|url| url.ends_with(".flv"));
+    assert_eq!((urls.len(), pages.len()), (2, 2), "{urls:?} {pages:?}");
+    let page = pages[0].strip_suffix("/   in a browser").expect("no URL for a browser");
+    let page = wait_for("the page plays the stream", SOON, || {
+        let text = http::get(page.parse().ok()?, "/").ok()?.body;
+        text.contains("data-stream=\"live/demo\"").then_some(text)
+    });
+    assert!(page.contains("<video"), "{page}");
     // The reports must be read, or the pipe fills.
     let reports = std::thread::spawn(move || lines.collect::<Vec<_>>());
 
@@ -56,4 +64,6 @@ fn demo_prints_urls_of_a_whole_stream() {
         count.parse::<u64>().ok()
     };
     assert!(reports.iter().filter_map(repaired).max() > Some(0), "{reports:?}");
+    let longest = reports.iter().map(|line| line.chars().count()).max();
+    assert!(longest <= Some(80), "{reports:?}");
 }

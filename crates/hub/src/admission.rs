@@ -210,6 +210,7 @@ impl Admission {
         let Request { key, peer, revoked, query, .. } = request;
         let settings = self.shared.settings;
         let live = Arc::new(Live {
+            peer,
             revoked,
             encoder: Rival { address: peer.ip(), query },
             since: Instant::now(),
@@ -247,12 +248,14 @@ impl Admission {
         };
         if silent >= settings.publisher_silence {
             counters.takeovers.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(stream = %key, %peer, silent_s = silent.as_secs(), "publisher replaced a silent one");
+            let (old_peer, silent_s) = (holder.peer(), silent.as_secs());
+            tracing::warn!(stream = %key, %peer, %old_peer, silent_s, "publisher replaced a silent one");
         }
         if publisher.is_some() {
             counters.resumed.fetch_add(1, Ordering::Relaxed);
             let silent_ms = silent.as_millis() as u64;
-            tracing::info!(stream = %key, %peer, silent_ms, "stream continues with a new publication");
+            let old_peer = holder.peer();
+            tracing::info!(stream = %key, %peer, %old_peer, silent_ms, "stream continues with a new publication");
         }
         // The encoder gets its answer after this, so there is no tag yet.
         if let State::Waiting { publisher: slot, .. } = &mut *live.state.lock() {
@@ -267,10 +270,13 @@ impl Admission {
     /// in time, and the refusals of policies.
     pub async fn play(&self, request: Request) -> Result<Playback, Refusal> {
         self.decide(&request).await?;
-        let Ok(permit) = self.shared.permits.clone().try_acquire_owned() else {
+        let full = || {
             let limit = self.shared.settings.max_players;
-            return Err(Refusal::Full(format!("max_viewers is {limit}")));
+            Refusal::Full(format!("max_viewers is {limit}"))
         };
+        if self.shared.permits.available_permits() == 0 {
+            return Err(full());
+        }
         let Request { key, peer, protocol, revoked, .. } = request;
         let hub = &self.shared.hub;
         let wanted = hub.want(&key);
@@ -278,6 +284,8 @@ impl Admission {
         let Some(stream) = hub.wait_for(&key, deadline).await else {
             return Err(Refusal::NotLive(key));
         };
+        // Only now: requests for streams that are not there take nobody's place.
+        let permit = self.shared.permits.clone().try_acquire_owned().map_err(|_| full())?;
         let id = self.shared.next_playback.fetch_add(1, Ordering::Relaxed);
         let is_revoked = AtomicBool::new(false);
         let playing = Arc::new(Playing { stream, peer, protocol, revoked, is_revoked });
@@ -438,6 +446,7 @@ impl Drop for Publication {
 
 /// The part of a publication that others can end.
 struct Live {
+    peer: SocketAddr,
     revoked: Option<CancellationToken>,
     encoder: Rival,
     since: Instant,
@@ -497,6 +506,10 @@ impl Live {
 }
 
 impl Holder for Live {
+    fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
     fn yields_to(&self, rival: &Rival, silence: Duration) -> Option<Duration> {
         let silent = self.silent_for();
         let yields = match self.held_for.load(Ordering::Acquire) {

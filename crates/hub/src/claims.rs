@@ -12,7 +12,7 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -47,6 +47,9 @@ pub(crate) trait Holder: Send + Sync {
 
     /// Ends the source, but not its stream: returns the stream's publisher, if there is one.
     fn hand_over(&self) -> Option<Publisher>;
+
+    /// The address of the source.
+    fn peer(&self) -> SocketAddr;
 
     /// Ends the source. Once this returns, its stream is over, even if another thread ended it.
     fn end(&self, reason: EndReason);

@@ -3,6 +3,7 @@
 //!
 //! | module | contents |
 //! |---|---|
+//! | [`access`] | permissions on files |
 //! | [`buffer`] | reference-counted buffers carved out of shared blocks |
 //! | [`idle`] | nap or block: how a worker thread idles |
 //! | [`pktinfo`] | the local address of a datagram, where a host has several |
@@ -16,6 +17,7 @@
 
 #![warn(missing_docs, unreachable_pub)]
 
+pub mod access;
 pub mod buffer;
 pub mod heap;
 pub mod idle;

@@ -24,7 +24,12 @@ use std::{
 #[derive(Debug, Clone)]
 pub struct LogLimit {
     interval: Duration,
+    /// Lines per interval.
+    burst: u32,
+    /// When the current interval began.
     last: Option<Instant>,
+    /// Lines of the current interval.
+    used: u32,
     missed: u64,
 }
 
@@ -39,21 +44,31 @@ impl LogLimit {
 
     /// A limit of one line per `interval`.
     pub const fn every(interval: Duration) -> Self {
-        Self { interval, last: None, missed: 0 }
+        Self { interval, burst: 1, last: None, used: 0, missed: 0 }
+    }
+
+    /// The same with `burst` lines per interval.
+    #[must_use]
+    pub const fn with_burst(self, burst: u32) -> Self {
+        Self { burst, ..self }
     }
 
     /// Returns how many lines were left out since the last one if a line is due at `now`, and
     /// `None` if this line is to be left out too.
     pub fn due(&mut self, now: Instant) -> Option<u64> {
-        if self.is_active(now) {
+        if !self.is_active(now) {
+            self.last = Some(now);
+            self.used = 0;
+        }
+        if self.used >= self.burst {
             self.missed += 1;
             return None;
         }
-        self.last = Some(now);
+        self.used += 1;
         Some(std::mem::take(&mut self.missed))
     }
 
-    /// `true` while a line would be left out.
+    /// `true` until the interval of the last line is over.
     fn is_active(&self, now: Instant) -> bool {
         self.last.is_some_and(|last| now.saturating_duration_since(last) < self.interval)
     }
@@ -71,7 +86,8 @@ impl Default for LogLimit {
 /// one limit, so that peers that make up keys cannot flood the log either.
 #[derive(Debug, Clone)]
 pub struct KeyedLogLimit<K> {
-    interval: Duration,
+    /// The limit of a new key.
+    new: LogLimit,
     max_keys: usize,
     limits: HashMap<K, LogLimit>,
     overflow: LogLimit,
@@ -87,8 +103,17 @@ impl<K: Hash + Eq> KeyedLogLimit<K> {
 
     /// A limit of one line per key and `interval`.
     pub fn every(interval: Duration, max_keys: usize) -> Self {
-        let (overflow, purge) = (LogLimit::every(interval), LogLimit::every(interval));
-        Self { interval, max_keys, limits: HashMap::new(), overflow, purge }
+        let new = LogLimit::every(interval);
+        let (overflow, purge) = (new.clone(), new.clone());
+        Self { new, max_keys, limits: HashMap::new(), overflow, purge }
+    }
+
+    /// The same with `burst` lines per key and interval.
+    #[must_use]
+    pub fn with_burst(mut self, burst: u32) -> Self {
+        self.new = self.new.with_burst(burst);
+        self.overflow = self.overflow.with_burst(burst);
+        self
     }
 
     /// As [`LogLimit::due`], for `key`.
@@ -103,7 +128,7 @@ impl<K: Hash + Eq> KeyedLogLimit<K> {
         if self.limits.len() >= self.max_keys {
             return self.overflow.due(now);
         }
-        self.limits.entry(key).or_insert(LogLimit::every(self.interval)).due(now)
+        self.limits.entry(key).or_insert_with(|| self.new.clone()).due(now)
     }
 }
 
@@ -125,6 +150,18 @@ mod tests {
         assert_eq!(limit.due(start), Some(0));
         assert_eq!(limit.due(start + Duration::from_millis(999)), None);
         assert_eq!(limit.due(start + Duration::from_secs(1)), Some(1));
+    }
+
+    #[test]
+    fn a_burst_of_lines_is_due_per_interval() {
+        let (mut limit, start) = (LogLimit::new().with_burst(3), Instant::now());
+        let lines: Vec<_> = (0..10).map(|_| limit.due(start)).collect();
+        assert_eq!(lines[..4], [Some(0), Some(0), Some(0), None]);
+        assert_eq!(limit.due(start + LogLimit::INTERVAL), Some(7));
+        assert_eq!(limit.due(start + LogLimit::INTERVAL), Some(0));
+        let (mut limits, now) = (KeyedLogLimit::new(8).with_burst(2), Instant::now());
+        let lines = (0..30).filter(|i| limits.due(now, i % 3).is_some()).count();
+        assert_eq!(lines, 6);
     }
 
     #[test]

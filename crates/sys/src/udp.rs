@@ -94,6 +94,10 @@ pub fn receiver(
     if addr.ip().is_multicast() {
         socket.set_reuse_address(true)?;
     }
+    if addr.is_ipv6() {
+        // `[::]` is every IPv4 address, too, whatever net.ipv6.bindv6only says.
+        socket.set_only_v6(false)?;
+    }
     socket.bind(&addr.into())?;
     match addr.ip() {
         IpAddr::V4(group) if group.is_multicast() => {

@@ -192,8 +192,9 @@ enable_sr:        false
 sr_api:           \"\"
 ";
     let loaded = cloud(text).unwrap();
-    let mut expected =
-        CloudConfig { log_level: LogLevel::Debug, enable_log_file: true, ..CloudConfig::default() };
+    let mut expected = CloudConfig::default();
+    expected.log.level = LogLevel::Debug;
+    expected.log.to_file = true;
     // The Go cloud knows no time: only the number of packets limits its cache.
     expected.downstream.rtp_cache_ms = 600_000;
     assert_eq!(loaded.config, expected);
@@ -240,9 +241,9 @@ server:
     live: true
 ";
     let loaded = cloud(text).unwrap();
-    assert_eq!(loaded.config.log_level, LogLevel::Debug);
-    assert!(loaded.config.enable_record);
-    assert_eq!(loaded.config.record_dir.to_str(), Some("./tmp"));
+    assert_eq!(loaded.config.log.level, LogLevel::Debug);
+    assert!(loaded.config.record.enabled);
+    assert_eq!(loaded.config.record.dir.to_str(), Some("./tmp"));
     let named = |key: &str| loaded.warnings.iter().any(|w| w.contains(&format!(": {key} ")));
     for key in
         ["level", "flv_archive", "flv_dir", "httpflv_addr", "hls_addr", "rtmp_noauth", "gop_num"]
@@ -289,7 +290,7 @@ protect: true
 ";
     let loaded = edge(text).unwrap();
     assert_eq!(loaded.config.udp_addr.to_string(), "239.0.0.1:5222");
-    assert_eq!(loaded.config.log_level, LogLevel::Info);
+    assert_eq!(loaded.config.log.level, LogLevel::Info);
     assert_eq!(loaded.config.pack_loss, 0.001);
     for key in ["padding_size", "chan_size", "init", "protect"] {
         let warning = format!("{key} has no effect and can be removed");

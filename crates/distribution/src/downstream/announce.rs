@@ -8,7 +8,7 @@ use std::{
 
 use bytes::{BufMut, Bytes, BytesMut};
 use downpour_repair::fec::Fec;
-use tokio::{task::JoinSet, time::MissedTickBehavior};
+use tokio::{sync::watch, task::JoinSet, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::{fanout::Fanout, routes::FixedTarget};
@@ -19,7 +19,7 @@ use crate::address::Destination;
 /// (wire v0).
 pub(super) async fn announce(
     fanout: Fanout,
-    destinations: Vec<(Destination, Fec)>,
+    mut destinations: watch::Receiver<Vec<(Destination, Fec)>>,
     (quic_port, api_port): (u16, u16),
     shutdown: CancellationToken,
 ) {
@@ -28,7 +28,7 @@ pub(super) async fn announce(
     datagram.put_u16(quic_port);
     datagram.put_u16(api_port);
     let datagram: Bytes = datagram.freeze();
-    let mut targets = Targets::new(destinations);
+    let mut targets = Targets::new(destinations.borrow_and_update().clone());
     fanout.routes().set_fixed(targets.known());
     let mut ticks = tokio::time::interval(ANNOUNCE_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -39,6 +39,11 @@ pub(super) async fn announce(
                 fanout.routes().set_fixed(targets.known());
                 fanout.send_to_fixed(datagram.clone());
             },
+            Ok(()) = destinations.changed() => {
+                targets.replace(destinations.borrow_and_update().clone());
+                fanout.routes().set_fixed(targets.known());
+                fanout.send_to_fixed(datagram.clone());
+            }
             _ = ticks.tick() => {
                 targets.look_up();
                 fanout.send_to_fixed(datagram.clone());
@@ -68,6 +73,18 @@ impl Targets {
             last_round: None,
             look_ups: JoinSet::new(),
         }
+    }
+
+    /// Replaces the destinations. Names that stay keep their addresses; the others are looked up.
+    fn replace(&mut self, destinations: Vec<(Destination, Fec)>) {
+        let before = std::mem::replace(self, Self::new(destinations));
+        for ((destination, _), address) in self.destinations.iter().zip(&mut self.addresses) {
+            let mut old = before.destinations.iter().zip(&before.addresses);
+            let old =
+                old.find(|((old, _), _)| old == destination).and_then(|(_, address)| *address);
+            *address = address.or(old);
+        }
+        self.look_up();
     }
 
     fn known(&self) -> Vec<FixedTarget> {
@@ -173,6 +190,14 @@ mod tests {
         targets.look_ups.spawn(async { (1, Err("gone".into())) });
         assert!(!targets.next().await);
         assert_eq!(targets.known().len(), 2);
+
+        // Replaced destinations: a name that stays keeps its address.
+        targets.replace(vec![
+            ("localhost:5001".parse().unwrap(), Fec::Off),
+            ("127.0.0.2:5000".parse().unwrap(), Fec::Off),
+        ]);
+        let known: Vec<_> = targets.known().iter().map(|target| target.addr.port()).collect();
+        assert_eq!(known, [5001, 5000]);
 
         let [v6, a, b] = ["[::1]:1", "10.0.0.1:1", "10.0.0.2:1"].map(|a| a.parse().unwrap());
         assert_eq!(choose([v6, a, b].into_iter(), None), Some(a));

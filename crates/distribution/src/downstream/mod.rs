@@ -19,6 +19,7 @@ pub mod tap;
 use std::{
     io,
     net::SocketAddr,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,17 +27,17 @@ use std::{
 use downpour_hub::Sink;
 use downpour_repair::fec::Fec;
 use prometheus::Registry;
-use tokio::task::JoinSet;
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     address::Destination,
-    tls::{Identity, TlsError},
+    tls::{Fingerprint, Identity, TlsError},
 };
 use edges::{Edges, metrics::ReportCollector};
 use fanout::{Fanout, FanoutMetrics, OnDatagrams};
 use outgoing::OutgoingStreams;
-use repair_server::{RepairServer, RepairServerMetrics, RepairServerSettings};
+use repair_server::{IdentitySetter, RepairServer, RepairServerMetrics, RepairServerSettings};
 use routes::Routes;
 use subscribers::{ProbeMetrics, Subscribers};
 use tap::{SenderMetrics, SenderSettings, StreamSender};
@@ -50,7 +51,7 @@ pub struct Downstream {
     fanout: Option<Fanout>,
     repair: RepairServer,
     subscribers: Subscribers,
-    targets: Vec<(Destination, Fec)>,
+    targets: watch::Sender<Vec<(Destination, Fec)>>,
 }
 
 /// Settings of a [`Downstream`].
@@ -134,7 +135,7 @@ impl Downstream {
         }
         let metrics = SenderMetrics::register(registry)?;
         let sender = StreamSender::new(settings.streams, outgoing.clone(), fanout.clone(), metrics);
-        let targets = settings.targets;
+        let targets = watch::Sender::new(settings.targets);
         Ok(Self { sender, outgoing, edges, fanout, repair, subscribers, targets })
     }
 
@@ -166,6 +167,11 @@ impl Downstream {
         self.fanout.as_ref().map(Fanout::local_port)
     }
 
+    /// A handle that changes settings while this runs.
+    pub fn reload(&self) -> DownstreamReload {
+        DownstreamReload { targets: self.targets.clone(), identity: self.repair.identity_setter() }
+    }
+
     /// A handle that waits for queued packets.
     pub fn drain(&self) -> Drain {
         Drain { fanout: self.fanout.clone() }
@@ -188,13 +194,40 @@ impl Downstream {
             let watched = fanout.clone();
             parts.spawn(until(shutdown.clone(), async move { watched.failed().await }));
             let ports = (quic_port, api_port);
-            parts.spawn(announce::announce(fanout, targets, ports, shutdown.clone()));
+            parts.spawn(announce::announce(fanout, targets.subscribe(), ports, shutdown.clone()));
         }
         if let Some(Err(error)) = parts.join_next().await {
             tracing::error!(%error, "a task of the RTP sender failed");
         }
         shutdown.cancel();
         while parts.join_next().await.is_some() {}
+    }
+}
+
+/// Changes settings of a [`Downstream`] while it runs.
+pub struct DownstreamReload {
+    targets: watch::Sender<Vec<(Destination, Fec)>>,
+    identity: IdentitySetter,
+}
+
+impl DownstreamReload {
+    /// Replaces the addresses that get every stream, and their parity.
+    pub fn set_targets(&self, targets: Vec<(Destination, Fec)>) {
+        self.targets.send_if_modified(|current| {
+            let is_new = *current != targets;
+            *current = targets;
+            is_new
+        });
+    }
+
+    /// Reads the certificate and its key again, for new connections. Returns the fingerprint.
+    ///
+    /// # Errors
+    /// Those of [`Identity::load`]; the old certificate stays.
+    pub fn reload_certificate(&self, cert: &Path, key: &Path) -> Result<Fingerprint, TlsError> {
+        let identity = Identity::load(cert, key)?;
+        self.identity.set(&identity)?;
+        Ok(identity.fingerprint())
     }
 }
 

@@ -169,14 +169,7 @@ impl RepairServer {
         settings: RepairServerSettings,
         metrics: RepairServerMetrics,
     ) -> Result<Self, BindError> {
-        let downpour = Protocol::Downpour.alpn();
-        let protocols: &[_] =
-            if settings.v0 { &[downpour, Protocol::V0.alpn()] } else { &[downpour] };
-        let mut config = identity.resuming_server_config(protocols, settings.max_connections)?;
-        config
-            .transport_config(Arc::new(transport::server()))
-            .max_incoming(MAX_INCOMING)
-            .incoming_buffer_size_total(INCOMING_BUFFER);
+        let config = server_config(identity, settings.v0, settings.max_connections)?;
         let runtime = quinn::default_runtime()
             .ok_or_else(|| BindError::Socket(addr, io::Error::other("no tokio runtime")))?;
         let endpoint = transport::bind(addr)
@@ -197,6 +190,12 @@ impl RepairServer {
             heartbeats,
         };
         Ok(Self { endpoint, shared: Arc::new(shared) })
+    }
+
+    /// A handle that replaces the certificate while the server runs.
+    pub(super) fn identity_setter(&self) -> IdentitySetter {
+        let RepairServerSettings { v0, max_connections, .. } = self.shared.settings;
+        IdentitySetter { endpoint: self.endpoint.clone(), v0, max_connections }
     }
 
     /// Sets the handler that admits edges. Without one, every edge is admitted.
@@ -282,6 +281,37 @@ impl RepairServer {
     }
 }
 
+/// Replaces the certificate of a [`RepairServer`].
+pub(super) struct IdentitySetter {
+    endpoint: Endpoint,
+    v0: bool,
+    max_connections: usize,
+}
+
+impl IdentitySetter {
+    /// Presents `identity` to connections from now on. Sessions of the old one are not resumed.
+    pub(super) fn set(&self, identity: &Identity) -> Result<(), TlsError> {
+        let config = server_config(identity, self.v0, self.max_connections)?;
+        self.endpoint.set_server_config(Some(config));
+        Ok(())
+    }
+}
+
+fn server_config(
+    identity: &Identity,
+    v0: bool,
+    max_connections: usize,
+) -> Result<quinn::ServerConfig, TlsError> {
+    let downpour = Protocol::Downpour.alpn();
+    let protocols: &[_] = if v0 { &[downpour, Protocol::V0.alpn()] } else { &[downpour] };
+    let mut config = identity.resuming_server_config(protocols, max_connections)?;
+    config
+        .transport_config(Arc::new(transport::server()))
+        .max_incoming(MAX_INCOMING)
+        .incoming_buffer_size_total(INCOMING_BUFFER);
+    Ok(config)
+}
+
 /// Why a [`RepairServer`] cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -306,6 +336,13 @@ struct Shared {
     /// Cached byte rate of all streams, and when it was computed.
     total_rate: Mutex<(Instant, Option<u64>)>,
     heartbeats: broadcast::Sender<Arc<DueHeartbeats>>,
+}
+
+/// How the connection of an edge ended.
+enum Ended {
+    /// The edge was not admitted.
+    Refused(String),
+    Disconnected(String),
 }
 
 /// A connection that can be served.
@@ -360,35 +397,46 @@ impl Shared {
         if resumed {
             self.metrics.early_hellos.inc();
         }
-        tracing::info!(%peer, protocol = protocol.as_str(), resumed, "edge connected for repair");
-        let reason = self.serve_protocol(protocol, &connection, early, &shutdown).await;
+        // An edge of downpour/1 is logged as connected once its hello is admitted.
+        match protocol {
+            Protocol::V0 => tracing::info!(%peer, protocol = protocol.as_str(), "edge connected"),
+            Protocol::Downpour => tracing::debug!(%peer, resumed, "connection of an edge open"),
+        }
+        let ended = self.serve_protocol(protocol, &connection, early, &shutdown).await;
         drop(open);
-        tracing::info!(%peer, protocol = protocol.as_str(), reason, "edge disconnected");
+        let protocol = protocol.as_str();
+        match ended {
+            Ended::Refused(reason) => tracing::warn!(%peer, protocol, reason, "edge refused"),
+            Ended::Disconnected(reason) => {
+                tracing::info!(%peer, protocol, reason, "edge disconnected");
+            }
+        }
     }
 
-    /// Serves until the connection ends. Returns the reason.
+    /// Serves until the connection ends.
     async fn serve_protocol(
         &self,
         protocol: Protocol,
         connection: &Connection,
         early: Option<Early>,
         shutdown: &CancellationToken,
-    ) -> String {
+    ) -> Ended {
         match protocol {
             Protocol::V0 => {
                 let peer = connection.remote_address();
                 let _listed = self.handler.as_ref().map(|handler| handler.v0_connected(peer));
-                match v0::serve(self, connection, shutdown).await {
+                Ended::Disconnected(match v0::serve(self, connection, shutdown).await {
                     Ok(()) => "done".into(),
                     Err(error) => {
                         connection.close(close::DONE, b"");
                         error.to_string()
                     }
-                }
+                })
             }
             Protocol::Downpour => match downpour::serve(self, connection, early, shutdown).await {
-                Ok(()) => "done".into(),
-                Err(error) => error.to_string(),
+                Ok(()) => Ended::Disconnected("done".into()),
+                Err(error) if error.is_refusal() => Ended::Refused(error.to_string()),
+                Err(error) => Ended::Disconnected(error.to_string()),
             },
         }
     }

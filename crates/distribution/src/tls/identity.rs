@@ -1,6 +1,12 @@
 //! A node's certificate and private key, and the QUIC server settings made from them.
 
-use std::{fmt, fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc};
+use std::{
+    fmt, fs,
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    sync::Arc,
+};
 
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn_proto::HashedConnectionIdGenerator;
@@ -43,6 +49,18 @@ impl Identity {
                 Err(TlsError::HalfPair { there: key_file.into(), missing: cert_file.into() })
             }
         }
+    }
+
+    /// Reads a certificate and key.
+    ///
+    /// # Errors
+    /// Those of [`Identity::load_or_create`], and if neither file exists.
+    pub fn load(cert_file: &Path, key_file: &Path) -> Result<Self, TlsError> {
+        if read(cert_file)?.is_none() && read(key_file)?.is_none() {
+            let error = io::ErrorKind::NotFound.into();
+            return Err(TlsError::File { path: cert_file.into(), error });
+        }
+        Self::load_or_create(cert_file, key_file)
     }
 
     /// Creates a self-signed pair in memory only.

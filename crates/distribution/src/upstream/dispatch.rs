@@ -41,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::cloud::Connection;
 use super::{
+    link_state::LinkState,
     livestat::{LiveStream, LivestatError},
     prober::ProbeMetrics,
     repair_client::{ClientError, RepairEvent, RepairHandle},
@@ -101,6 +102,7 @@ pub struct Upstream {
     streams: Streams,
     metrics: ReceiveMetrics,
     probe_metrics: ProbeMetrics,
+    link: LinkState,
     /// Look-ups of the cloud's RTP address.
     rtp_lookups: Lookups,
     /// Nonce of the current connection.
@@ -149,6 +151,7 @@ impl Upstream {
             streams,
             metrics,
             probe_metrics,
+            link: LinkState::default(),
             rtp_lookups: Lookups::default(),
             nonce: None,
             cloud: None,
@@ -164,11 +167,23 @@ impl Upstream {
         }
     }
 
+    /// Reports to `link` whether streams can arrive.
+    #[must_use]
+    pub fn with_link_state(self, link: LinkState) -> Self {
+        Self { link, ..self }
+    }
+
     /// Connects if the cloud's address is configured. Call it inside the runtime that is to run the
     /// repair client.
     pub(super) fn start(&mut self) {
         if !self.learns_cloud() {
             self.connect(self.settings.cloud.clone());
+        } else if self.settings.connect.is_some() {
+            self.link.disconnected(
+                "the cloud's address is not known: upstream.host is empty, and no datagram of a \
+                 cloud has arrived"
+                    .into(),
+            );
         }
     }
 
@@ -236,7 +251,10 @@ impl Upstream {
         if let Some(read_until) = self.read_until.get_mut(i) {
             *read_until = None;
         }
-        self.rtp_left -= usize::from(i < self.rtp_sockets);
+        if i < self.rtp_sockets {
+            self.rtp_left -= 1;
+            self.link.socket_broken(i);
+        }
         self.rtp_left > 0
     }
 

@@ -1,6 +1,7 @@
 //! The source that receives streams from another node: RTP in, repair by request.
 
 pub mod dispatch;
+pub mod link_state;
 pub mod livestat;
 mod parity;
 pub mod prober;

@@ -326,10 +326,9 @@ impl RepairClient {
         self.metrics.connects.inc();
         let _connected = ConnectedGuard::new(self.metrics.connected(protocol));
         self.connected.set(Some((connection.clone(), protocol)));
-        tracing::info!(
-            cloud = self.settings.cloud, peer = %connection.remote_address(),
-            protocol = protocol.as_str(), "repair connection established",
-        );
+        if protocol == Protocol::V0 {
+            log_connected(&self.settings.cloud, &connection, protocol);
+        }
         self.events.send(RepairEvent::Connected { protocol }).await?;
 
         let result = match (protocol, first_nack) {
@@ -448,6 +447,13 @@ impl RepairClient {
             _ => Disconnect::Connect(error.to_string()),
         }
     }
+}
+
+/// Under `downpour/1` only after the cloud's welcome: before that it may refuse this edge.
+fn log_connected(cloud: &str, connection: &Connection, protocol: Protocol) {
+    let peer = connection.remote_address();
+    let protocol = protocol.as_str();
+    tracing::info!(cloud, %peer, protocol, "repair connection established");
 }
 
 /// Binds a UDP socket of any port. Returns whether it is an IPv6 socket, which reaches IPv4, too.

@@ -167,6 +167,11 @@ pub(super) enum EdgeError {
 }
 
 impl EdgeError {
+    /// `true` if the edge was not admitted.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Token | Self::Refused(_))
+    }
+
     /// The code to close the connection with; `None` if it is closed already.
     fn code(&self) -> Option<quinn::VarInt> {
         match self {
@@ -419,8 +424,13 @@ fn admit(
             return Err(EdgeError::Token);
         }
     }
-    tracing::info!(%peer, node, version = hello.version, "edge hello received");
-    let Some(handler) = &shared.handler else { return Ok(None) };
+    let connected = || {
+        tracing::info!(%peer, protocol = "downpour", node, version = hello.version, "edge connected");
+    };
+    let Some(handler) = &shared.handler else {
+        connected();
+        return Ok(None);
+    };
     let edge = EdgeHello {
         peer,
         node: node.clone(),
@@ -433,7 +443,9 @@ fn admit(
         nonce,
         outbox,
     };
-    handler.hello(&edge).map(Some).map_err(EdgeError::Refused)
+    let session = handler.hello(&edge).map_err(EdgeError::Refused)?;
+    connected();
+    Ok(Some(session))
 }
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);

@@ -119,8 +119,12 @@ impl Upstream {
             let (events_in, events) = mpsc::channel(EVENT_QUEUE);
             let cancel = CancellationToken::new();
             self.connection = match connect(&cloud.quic(), events_in, cancel.clone()) {
-                Ok(handle) => Some(Connection { handle, events, cancel, protocol: None }),
+                Ok(handle) => {
+                    self.link.disconnected(format!("connecting to the cloud {}", cloud.quic()));
+                    Some(Connection { handle, events, cancel, protocol: None })
+                }
                 Err(error) => {
+                    self.link.disconnected(format!("no connection to {}: {error}", cloud.quic()));
                     tracing::error!(cloud = cloud.quic(), %error, "repair client cannot start");
                     None
                 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{super::socket::CloudRtp, Upstream};
+use super::{super::socket::CloudRtp, Cloud, Upstream};
 use crate::{protocol::Protocol, upstream::repair_client::RepairEvent};
 use downpour_repair::{control::Welcome, receiver::Path};
 
@@ -20,14 +20,23 @@ impl Upstream {
         match event {
             RepairEvent::Connected { protocol } => {
                 streams.set_announced(now, protocol == Protocol::Downpour);
+                // Under downpour/1 the cloud may still refuse.
+                if protocol == Protocol::V0 {
+                    self.link.connected();
+                }
                 self.set_protocol(Some(protocol));
             }
-            RepairEvent::Disconnected { .. } => {
+            RepairEvent::Disconnected { reason } => {
+                let cloud = self.cloud.as_ref().map(Cloud::quic).unwrap_or_default();
+                self.link.disconnected(format!("no connection to the cloud {cloud}: {reason}"));
                 streams.set_announced(now, false);
                 self.set_protocol(None);
                 self.stop_probing();
             }
-            RepairEvent::Welcome(welcome) => self.start_probing(now, &welcome),
+            RepairEvent::Welcome(welcome) => {
+                self.link.connected();
+                self.start_probing(now, &welcome);
+            }
             RepairEvent::PathUp { path, address } => {
                 tracing::info!(path, %address, "path up; the cloud sends RTP");
                 for socket in &mut self.sockets {

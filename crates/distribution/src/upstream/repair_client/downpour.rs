@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     control_stream::{ControlReceiver, ControlSender, ControlStream, StreamError, read_messages},
+    protocol::Protocol,
     transport::CLIENT_UNI_STREAMS,
 };
 use downpour_media::StreamPattern;
@@ -82,6 +83,7 @@ pub(super) async fn run(
         error = connection.closed() => return Err(error.into()),
         () = shutdown.cancelled() => return Ok(()),
     };
+    super::log_connected(&settings.cloud, connection, Protocol::Downpour);
     events.send(RepairEvent::Welcome(welcome)).await?;
 
     let (stream_tx, stream_rx) = mpsc::channel(CLIENT_UNI_STREAMS as usize);
