@@ -1,7 +1,7 @@
 //! Logging: to standard error, and to a rotated file if the settings have one.
 //!
-//! A line is the time, the level, the place, the message, and fields as `key=value` ([`logfmt`]).
-//! Lines that repeat are limited ([`repeats`]). The level can change while the node runs, and the file
+//! A line is the time, the level, the place, the message, and fields as `key=value` (`logfmt`).
+//! Lines that repeat are limited (`repeats`). The level can change while the node runs, and the file
 //! can be opened again after it was moved.
 
 mod logfmt;

@@ -4,7 +4,7 @@
 //!
 //! | state | event | next state |
 //! |---|---|---|
-//! | waiting, with [`ProtocolChoice::Only`] v0, or after a v0 cloud has closed an idle connection | first NACK, or [`PROBE_AGAIN`] unless v0 is the only choice | connecting |
+//! | waiting, with [`ProtocolChoice::Only`] v0, or after a v0 cloud has closed an idle connection | first NACK, or `PROBE_AGAIN` unless v0 is the only choice | connecting |
 //! | connecting: resolve, TLS, ALPN | established | v0, or hello sent; [`RepairEvent::Connected`] |
 //! | hello sent (with 0-RTT already while connecting) | welcome | running; [`RepairEvent::Welcome`] |
 //! | v0, running | messages of the cloud | the same; the other events |
