@@ -1,8 +1,7 @@
 //! Gives the memory of ended streams and viewers back to the system.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{sync::atomic::Ordering, thread, time::Duration};
 
-use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 use downpour_hub::Admission;
@@ -18,9 +17,12 @@ pub(super) async fn give_back(admission: Admission, shutdown: CancellationToken)
         }
         let streams = admission.hub().streams_ended();
         let viewers = admission.counters().playbacks_ended.load(Ordering::Relaxed);
-        // Not on a worker: it takes milliseconds.
-        if due.is_due(streams, viewers) && spawn_blocking(give_back_free_memory).await.is_err() {
-            return;
+        if due.is_due(streams, viewers) {
+            // Not on a worker, since it takes milliseconds, and on a thread that ends at once.
+            let thread = thread::Builder::new().name("free-memory".into());
+            if let Err(error) = thread.spawn(give_back_free_memory) {
+                tracing::warn!(%error, "free memory not given back: no thread");
+            }
         }
     }
 }
