@@ -243,8 +243,8 @@ fn amf3_commands_are_amf0_after_a_zero_byte() {
     let object = Value::object([("app", "live".into()), ("objectEncoding", 3.0.into())]);
     let mut connect = vec![0];
     connect.extend(script(&["connect".into(), 1.0.into(), object]));
-    // An AMF3 argument after the relevant ones.
-    connect.push(0x11);
+    // An AMF3 argument, null, after the relevant ones.
+    connect.extend([0x11, 0x01]);
     encoder.message(COMMAND_AMF3, 0, &connect);
     encoder.run().unwrap();
     let answers = encoder.answers();
