@@ -4,7 +4,7 @@
 
 use bytes::{BufMut, BytesMut};
 
-use crate::amf3;
+use crate::{amf3, input::take_chunk};
 
 /// One AMF0 value.
 ///
@@ -282,15 +282,11 @@ impl<'a> Decoder<'a> {
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], Amf0Error> {
-        let (head, rest) = self.input.split_first_chunk().ok_or(Amf0Error::Truncated)?;
-        self.input = rest;
-        Ok(*head)
+        take_chunk(&mut self.input).ok_or(Amf0Error::Truncated)
     }
 
     fn take(&mut self, len: usize) -> Result<&'a [u8], Amf0Error> {
-        let (head, rest) = self.input.split_at_checked(len).ok_or(Amf0Error::Truncated)?;
-        self.input = rest;
-        Ok(head)
+        self.input.split_off(..len).ok_or(Amf0Error::Truncated)
     }
 }
 

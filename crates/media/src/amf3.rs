@@ -3,7 +3,10 @@
 //! Source: *Action Message Format – AMF 3*, Adobe 2013. Section numbers refer to it. Clients that
 //! connect with `objectEncoding` 3 put names and objects in this form.
 
-use crate::amf0::{Amf0Error, MAX_DEPTH, MAX_LEN, MAX_VALUES, Value};
+use crate::{
+    amf0::{Amf0Error, MAX_DEPTH, MAX_LEN, MAX_VALUES, Value},
+    input::take_chunk,
+};
 
 /// Reads one AMF3 value at the start of `input`. Returns it as its nearest AMF0 value, with the rest of
 /// the input. `values` counts the values of the message, `depth` is the level of nesting.
@@ -218,15 +221,11 @@ impl<'a> Reader<'a, '_> {
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], Amf0Error> {
-        let (head, rest) = self.input.split_first_chunk().ok_or(Amf0Error::Truncated)?;
-        self.input = rest;
-        Ok(*head)
+        take_chunk(&mut self.input).ok_or(Amf0Error::Truncated)
     }
 
     fn take(&mut self, len: usize) -> Result<&'a [u8], Amf0Error> {
-        let (head, rest) = self.input.split_at_checked(len).ok_or(Amf0Error::Truncated)?;
-        self.input = rest;
-        Ok(head)
+        self.input.split_off(..len).ok_or(Amf0Error::Truncated)
     }
 }
 

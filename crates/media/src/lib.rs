@@ -4,6 +4,7 @@
 pub mod amf0;
 mod amf3;
 pub mod flv;
+mod input;
 mod publication_id;
 mod stream_key;
 mod stream_pattern;

@@ -1,6 +1,7 @@
 //! Extended (FourCC) headers of Enhanced RTMP v1 and v2, and the records that configure decoders.
 
 use super::TagKind;
+use crate::input::take_chunk;
 
 /// An extended audio or video header, after any `ModEx` prefixes.
 pub(super) struct ExHeader<'a> {
@@ -79,9 +80,7 @@ impl<'a> ExHeader<'a> {
                 _ => {
                     let [s0, s1, s2] = take_chunk(&mut rest)?;
                     let size = u32::from_be_bytes([0, s0, s1, s2]) as usize;
-                    let (body, tail) = rest.split_at_checked(size)?;
-                    rest = tail;
-                    body
+                    rest.split_off(..size)?
                 }
             };
             Some(ExTrack { id: Some(id), four_cc, body })
@@ -145,18 +144,10 @@ pub(super) fn is_sound_aac(config: &[u8]) -> bool {
     first >> 3 != 0 && !matches!(frequency, 13 | 14)
 }
 
-fn take_chunk<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
-    let (chunk, rest) = bytes.split_first_chunk::<N>()?;
-    *bytes = rest;
-    Some(*chunk)
-}
-
 /// Takes a u16 and that many bytes.
 fn take_sized<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
     let size = usize::from(u16::from_be_bytes(take_chunk(bytes)?));
-    let (taken, rest) = bytes.split_at_checked(size)?;
-    *bytes = rest;
-    Some(taken)
+    bytes.split_off(..size)
 }
 
 pub(super) const SEQUENCE_START: u8 = 0;
