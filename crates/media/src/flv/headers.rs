@@ -87,6 +87,11 @@ impl HeaderSlot {
         matches!(self.class, Class::Sequence | Class::Mpeg2TsSequence)
     }
 
+    /// `true` unless the header comes in a multitrack packet.
+    pub(super) fn is_main(&self) -> bool {
+        self.tracks == TrackIds::Main
+    }
+
     /// `true` if a header in this slot makes one in `other` obsolete.
     fn covers(&self, other: &Self) -> bool {
         let tracks = match (self.tracks, other.tracks) {

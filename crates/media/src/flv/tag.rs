@@ -190,6 +190,12 @@ impl Tag {
         HeaderSlot::of(self).is_some_and(|slot| slot.is_sequence())
     }
 
+    /// Returns `true` for a decoder configuration of the main track: one that is not in a multitrack
+    /// packet (Enhanced RTMP v2).
+    pub fn is_main_sequence_header(&self) -> bool {
+        HeaderSlot::of(self).is_some_and(|slot| slot.is_sequence() && slot.is_main())
+    }
+
     /// Returns `true` for metadata, sequence headers, and Enhanced RTMP's video metadata and channel
     /// configurations: the contents of [`Headers`](super::Headers).
     #[inline]
@@ -323,6 +329,9 @@ mod tests {
         }
         assert!(video(b"\x96\x00avc1\x01\x01").is_sequence_header());
         assert!(audio(b"\x95\x00mp4a\x01\x12").is_sequence_header());
+        assert!(!video(b"\x96\x00avc1\x01\x01").is_main_sequence_header());
+        assert!(!audio(b"\x95\x00mp4a\x01\x12").is_main_sequence_header());
+        assert!(header.is_main_sequence_header());
         assert!(!video(&[0x97, 255, 0]).is_key_frame());
         let script = |body: &[u8]| Tag::new(TagKind::Script, 0, body).unwrap();
         assert!(script(b"\x02\x00\x0aonMetaData\x08").is_metadata());

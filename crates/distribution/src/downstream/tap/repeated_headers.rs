@@ -33,7 +33,8 @@ impl RepeatedHeaders {
     /// Records a tag that is sent.
     pub(super) fn sent(&mut self, now: Instant, tag: &Tag) {
         if tag.is_sequence_header() {
-            if is_main_track(tag) {
+            // A Go edge plays no other track of Enhanced RTMP.
+            if tag.is_main_sequence_header() {
                 let slot = &mut self.headers[usize::from(tag.kind() == TagKind::Audio)];
                 *slot = Some(Header { tag: tag.detached(), is_behind: false });
             }
@@ -53,15 +54,6 @@ impl RepeatedHeaders {
             self.last = Some(now);
         }
         starts
-    }
-}
-
-/// `true` unless the tag is of another track of Enhanced RTMP, which a Go edge cannot play.
-fn is_main_track(tag: &Tag) -> bool {
-    let first = tag.body().first().copied().unwrap_or_default();
-    match tag.kind() {
-        TagKind::Video => first & 0x8f != 0x86,
-        _ => first != 0x95,
     }
 }
 
