@@ -277,11 +277,7 @@ impl TapState {
         };
         // Encoders send the metadata before the stream starts.
         let known = state.headers.clone();
-        for tag in known.iter() {
-            if tag.unit().len() > MAX_HEADER_LEN {
-                state.note_long_header(Instant::now(), tag);
-            }
-        }
+        known.iter().for_each(|tag| state.note_if_long(Instant::now(), tag));
         state
     }
 
@@ -342,15 +338,15 @@ impl TapState {
             // Copied: a header that lives long must not hold the buffer that it shares.
             self.outgoing.keep_header(tag.detached(), burst.detached());
         }
-        self.outgoing.set_headers(self.headers.clone());
-        if tag.unit().len() > MAX_HEADER_LEN {
-            self.note_long_header(now, tag);
-        }
+        self.note_if_long(now, tag);
         self.shared.outgoing.updated(&self.outgoing);
     }
 
-    /// Counts and logs a header that no announcement can carry.
-    fn note_long_header(&mut self, now: Instant, tag: &Tag) {
+    /// Counts and logs a header if no announcement can carry it.
+    fn note_if_long(&mut self, now: Instant, tag: &Tag) {
+        if tag.unit().len() <= MAX_HEADER_LEN {
+            return;
+        }
         self.shared.metrics.headers_left_out.inc();
         if let Some(missed) = self.header_log.due(now) {
             tracing::warn!(
