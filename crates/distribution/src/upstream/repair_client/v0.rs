@@ -204,16 +204,15 @@ impl Shared {
     /// Returns once every request has been answered.
     async fn settled(&self) {
         loop {
+            // Before the look, so that no change between the two is missed.
+            let changed = self.changed.notified();
             {
                 let state = self.state.lock();
                 if state.requests.is_settled() && !state.is_out_of_step {
                     return;
                 }
             }
-            tokio::select! {
-                () = self.changed.notified() => {}
-                () = sleep(SETTLE_CHECK) => {}
-            }
+            changed.await;
         }
     }
 
@@ -223,8 +222,11 @@ impl Shared {
         let entered = Instant::now();
         loop {
             let since = self.state.lock().heard.max(entered);
-            let Some(left) = LINGER.checked_sub(since.elapsed()) else { return };
-            sleep(left.max(SETTLE_CHECK)).await;
+            let left = LINGER.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            sleep(left).await;
         }
     }
 }
@@ -396,5 +398,3 @@ const STALLED: Duration = Duration::from_secs(2);
 /// a stream that has just ended are never answered.
 const LINGER: Duration = Duration::from_secs(60);
 const FINISH_TIMEOUT: Duration = Duration::from_millis(1000);
-/// Least time between two looks at a connection that is left.
-const SETTLE_CHECK: Duration = Duration::from_millis(20);
