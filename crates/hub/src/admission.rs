@@ -18,6 +18,8 @@
 //! Each publication has one lock, which is held while a tag is pushed, while the stream starts and
 //! while it ends. Behind it the lock of all claims may be taken, never the other way round.
 
+mod playback;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -36,14 +38,13 @@ use downpour_media::{
     flv::{Tag, TagKind},
 };
 use parking_lot::{Mutex, RwLock};
-use tokio::{
-    runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
+use tokio::{runtime::Handle, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use self::playback::Playing;
+pub use self::playback::{Playback, PlaybackInfo};
 use crate::{
-    Hub, PublicationInfo, Publisher, Stream, Wanted,
+    Hub, PublicationInfo, Publisher,
     claims::{Claim, ClaimError, EndReason, Holder, Replaced, Rival},
     unix_ms,
 };
@@ -546,68 +547,6 @@ const HELD_FOR_NOBODY: u8 = 0;
 const HELD_FOR_ITS_ENCODER: u8 = 1;
 /// Its encoder ended it.
 const HELD_FOR_ANYONE: u8 = 2;
-
-/// One admitted player. Dropping it frees its share of the limit.
-pub struct Playback {
-    playing: Arc<Playing>,
-    id: u64,
-    admission: Admission,
-    _permit: OwnedSemaphorePermit,
-    _wanted: Wanted,
-}
-
-impl Playback {
-    /// The stream to play.
-    pub fn stream(&self) -> &Arc<Stream> {
-        &self.playing.stream
-    }
-
-    /// Its id in [`Admission::playbacks`].
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// `true` once [`Admission::revoke_playback`] was called. For tasks that serve many players; others
-    /// wait for [`Request::revoked`].
-    pub fn is_revoked(&self) -> bool {
-        self.playing.is_revoked.load(Ordering::Acquire)
-    }
-}
-
-impl fmt::Debug for Playback {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Playback").field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
-impl Drop for Playback {
-    fn drop(&mut self) {
-        self.admission.shared.playbacks.lock().remove(&self.id);
-        self.admission.shared.counters.playbacks_ended.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// One playback in [`Admission::playbacks`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlaybackInfo {
-    /// Its id, for [`Admission::revoke_playback`].
-    pub id: u64,
-    /// The stream.
-    pub key: StreamKey,
-    /// The player's address.
-    pub peer: SocketAddr,
-    /// The protocol, as in [`Request::protocol`].
-    pub protocol: &'static str,
-}
-
-/// The part of a playback that its player and [`Admission::playbacks`] share.
-struct Playing {
-    stream: Arc<Stream>,
-    peer: SocketAddr,
-    protocol: &'static str,
-    revoked: Option<CancellationToken>,
-    is_revoked: AtomicBool,
-}
 
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::*;
-use crate::{LogLimits, OnDemand, ReadOutcome, Sink, Tap};
+use crate::{LogLimits, OnDemand, ReadOutcome, Sink, Stream, Tap};
 
 const LIMITS: LogLimits = LogLimits { max_bytes: 1 << 20, max_age: 60_000 };
 
