@@ -290,27 +290,29 @@ impl Writing {
             }
             None => Recording::create(dir, key, SystemTime::now(), metrics),
         };
-        let written =
-            recording.and_then(|recording| match recording.write(&self.batch) {
-                Ok(recording) => Ok(recording),
-                Err(failed) => {
-                    let (recording, error) = *failed;
-                    let begun = recording.whole > 0;
-                    self.recording = recording.cut().inspect_err(|error| {
-                    tracing::warn!(%error, "failed recording not cut to its last whole tag");
-                }).ok().flatten();
-                    self.is_lost = begun && self.recording.is_none();
-                    Err(error)
-                }
-            });
-        match written {
-            Ok(recording) => {
+        match recording.map(|recording| recording.write(&self.batch)) {
+            Ok(Ok(recording)) => {
                 self.recording = Some(recording);
                 self.batch.clear();
                 (self, None)
             }
+            Ok(Err(failed)) => {
+                let (recording, error) = *failed;
+                self.keep_whole_tags(recording);
+                (self, Some(error))
+            }
             Err(error) => (self, Some(error)),
         }
+    }
+
+    /// Cuts a file whose last write failed, so that it can be continued.
+    fn keep_whole_tags(&mut self, recording: Recording) {
+        let begun = recording.whole > 0;
+        self.recording = recording.cut().unwrap_or_else(|error| {
+            tracing::warn!(%error, "failed recording not cut to its last whole tag");
+            None
+        });
+        self.is_lost = begun && self.recording.is_none();
     }
 }
 
