@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn changed_keys_are_told_apart_by_when_they_take_effect() {
+    fn changed_keys_are_separated_by_when_they_take_effect() {
         let old = CloudConfig::default();
         let mut new = old.clone();
         new.log.level = LogLevel::Debug;

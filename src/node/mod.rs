@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_network_is_told_from_wrong_settings_and_from_a_port_in_use() {
+    fn missing_network_differs_from_wrong_settings_and_from_a_port_in_use() {
         let cause = |number| {
             let error = StartError::listen("rtp.addr", ":1", &io::Error::from_raw_os_error(number));
             (error.is_network(), error.is_machine())

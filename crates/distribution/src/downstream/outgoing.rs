@@ -61,7 +61,7 @@ impl OutgoingStreams {
         self.announce(OutgoingEvent::Up(stream));
     }
 
-    /// Marks the ends of streams from now on as those of the node. Edges are told before the first one.
+    /// Marks later ends of streams as those of the node. Edges are notified before the first one.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
     }

@@ -300,7 +300,7 @@ impl Upstream {
             }));
         }
         while let Poll::Ready(Some(fetched)) = self.header_fetches.poll_join_next(cx) {
-            // A fetch that panicked is a bug of its own; media is held no longer than its time.
+            // A fetch that panicked is a bug; media is held no longer than its time.
             if let Ok((ssrc, headers)) = fetched {
                 self.streams.headers_fetched(Instant::now(), ssrc, headers);
             }

@@ -51,7 +51,7 @@ pub struct ReceiveMetrics {
     pub parity_malformed: IntCounter,
     parity_useless: IntCounter,
     parity_unrecoverable: IntCounter,
-    /// Publications that began anew under the SSRC of another.
+    /// Publications that restarted under the SSRC of another.
     pub restarts: IntCounter,
     /// In the order of [`StreamReport::fates`].
     fates: [IntCounter; FATES],

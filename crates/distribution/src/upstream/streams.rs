@@ -234,7 +234,7 @@ impl Streams {
         if let Some(packet) = again
             && !self.streams.contains_key(&ssrc)
         {
-            // The receiver found that the sender began anew: the packet belongs to what follows.
+            // The sender restarted: the packet belongs to the next publication.
             self.hold_unnamed(now, packet, path);
         }
     }

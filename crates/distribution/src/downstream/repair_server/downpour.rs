@@ -284,7 +284,7 @@ struct ControlSession<'a> {
     control: ControlStream,
     edge: Option<Box<dyn EdgeSession>>,
     subscription: &'a Mutex<Subscription>,
-    /// `true` once the edge was told that the node shuts down.
+    /// `true` once the edge was notified of the shutdown.
     said_closing: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What a cloud that announces no streams tells in other ways: names in its HTTP API, codec headers
+//! Stream information from a cloud that announces none: names in its HTTP API, codec headers
 //! over RTMP.
 
 use std::time::{Duration, Instant};

@@ -130,7 +130,7 @@ struct Shared {
 struct State {
     requests: SerialRequests,
     failure: Option<Disconnect>,
-    /// Answers can no longer be told apart.
+    /// Answers can no longer be matched to requests.
     is_out_of_step: bool,
     /// When the last bytes came.
     heard: Instant,
@@ -268,7 +268,7 @@ async fn send_requests(
                     metrics.suppressed.inc();
                 }
             }
-            // The handle is dropped: there will be no more requests.
+            // The handle is dropped: no further requests will arrive.
             None => return Ok(After::Stopped),
         }
     }

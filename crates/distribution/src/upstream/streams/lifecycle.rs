@@ -152,7 +152,7 @@ impl Streams {
         };
         let over: Vec<_> = self.streams.values().filter(|s| over(s)).map(|s| s.ssrc).collect();
         for ssrc in over {
-            // Silent for so long that no late packet is on its way; and a v0 cloud that restarts uses
+            // After this silence no late packet is on its way; and a v0 cloud that restarts uses
             // its numbers again.
             self.remove(now, ssrc, "no longer listed by the cloud's API", true);
         }
@@ -218,7 +218,7 @@ impl Streams {
         }
     }
 
-    /// Ends a stream whose sender began anew under its SSRC. What arrives from now on is another
+    /// Ends a stream whose sender restarted under its SSRC. Later packets belong to another
     /// publication, whose name the cloud's API has.
     pub(super) fn restart(&mut self, now: Instant, ssrc: Ssrc) {
         self.remove(now, ssrc, "the cloud restarted; it uses the SSRC again", true);

@@ -53,7 +53,7 @@ pub(super) struct ReceivedStream {
     /// Since when the current connection has not announced it, if it has not yet.
     pub(super) unconfirmed_since: Option<Instant>,
     numbering: Numbering,
-    /// `true` once the receiver found that the sender began anew.
+    /// `true` once the receiver found that the sender restarted.
     restarted: bool,
     /// Total since the stream started.
     damage: Damage,
@@ -123,7 +123,7 @@ impl ReceivedStream {
         self.receiver.set_numbering(numbering);
     }
 
-    /// `true` once the receiver found that the sender began anew: what follows is another publication.
+    /// `true` once the sender restarted: later packets belong to another publication.
     pub(super) fn has_restarted(&self) -> bool {
         self.restarted
     }

@@ -531,7 +531,7 @@ fn viewers_stay_while_the_cloud_restarts() {
         let frames: Vec<_> = read.iter().filter(|tag| !tag.is_header()).collect();
         let times: Vec<_> = frames.iter().map(|tag| tag.timestamp()).collect();
         assert_eq!(times, [0, 40, 80, 120, 160, 200, 240, 280, 320, 360], "{cause}");
-        // The cloud says that the encoder left: no more waiting.
+        // The cloud says that the encoder left: the stream is not held.
         streams.stream_end(later, Ssrc(8), Some(after[5].last_seq()));
         assert!(hub.is_empty(), "{cause}");
     }
